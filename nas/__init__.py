@@ -1,0 +1,1 @@
+"""Hardware-aware neural architecture search: search, look at the front, export."""

@@ -1,0 +1,485 @@
+"""The nouns of the project: frozen records, validated where they are made.
+
+Letters: C channels, H W pixels (all maps are square), K classes. Latencies are milliseconds, ratios 0-1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from nas.core.errors import RecordError
+from nas.core.jsonio import content_hash
+
+Activation = Literal["relu", "hard_swish"]
+Precision = Literal["fp32", "fp16", "int8"]
+BlockKind = Literal["inverted_residual"]
+LayerKind = Literal["stem", "inverted_residual", "head", "exit_head"]
+ClockKind = Literal["thread_cpu", "wall", "device_event"]
+
+PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """Nearest multiple of `divisor` that is not more than 10 % below `value`.
+
+    Source: Howard et al. 2019 (arXiv 1905.02244), the rule of the published MobileNet code.
+    """
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def squeeze_channels(expanded_channels: int) -> int:
+    """Hidden channels of squeeze-and-excitation: a quarter of the expansion (Howard et al. 2019, section 5.3)."""
+    return make_divisible(expanded_channels / 4)
+
+
+def _positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise RecordError(f"{name} must be at least 1, got {value}")
+
+
+def _kernel(value: int) -> None:
+    if value < 1 or value % 2 == 0:
+        raise RecordError(f"kernel_size must be odd and positive, got {value}")
+
+
+def _stride(value: int) -> None:
+    if value not in (1, 2):
+        raise RecordError(f"stride must be 1 or 2, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class StemConfig:
+    """First convolution: dense, then batch norm and activation."""
+
+    out_channels: int
+    kernel_size: int = 3
+    stride: int = 2
+    activation: Activation = "hard_swish"
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        _positive(out_channels=self.out_channels)
+        _kernel(self.kernel_size)
+        _stride(self.stride)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockConfig:
+    """One inverted residual (Sandler et al. 2018, Howard et al. 2019): expand 1x1, depthwise, SE, project 1x1.
+
+    There is no expand convolution where `expanded_channels == in_channels`, and a skip connection where the shape stays.
+    """
+
+    in_channels: int
+    expanded_channels: int
+    out_channels: int
+    kernel_size: int = 3
+    stride: int = 1
+    use_se: bool = False
+    activation: Activation = "relu"
+    kind: BlockKind = "inverted_residual"
+
+    def __post_init__(self) -> None:
+        _positive(
+            in_channels=self.in_channels, expanded_channels=self.expanded_channels, out_channels=self.out_channels
+        )
+        _kernel(self.kernel_size)
+        _stride(self.stride)
+
+    @property
+    def has_residual(self) -> bool:
+        return self.stride == 1 and self.in_channels == self.out_channels
+
+
+@dataclass(frozen=True, slots=True)
+class StageConfig:
+    """Blocks of one stage, all in one precision."""
+
+    blocks: tuple[BlockConfig, ...]
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise RecordError("a stage needs at least one block")
+        for before, after in zip(self.blocks, self.blocks[1:], strict=False):
+            if before.out_channels != after.in_channels:
+                raise RecordError(
+                    f"block takes {after.in_channels} channels, the block before it gives {before.out_channels}"
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """Classifier: optional 1x1 convolution, global mean, optional hidden linear layer, linear to K classes.
+
+    `conv_channels` and `hidden_channels` are 0 where the layer is absent. MobileNetV3 has both.
+    """
+
+    conv_channels: int = 0
+    hidden_channels: int = 0
+    activation: Activation = "hard_swish"
+    precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.conv_channels < 0 or self.hidden_channels < 0:
+            raise RecordError("head channels must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class ExitConfig:
+    """An early exit after stage `after_stage` (from 0): global mean, optional hidden layer, linear to K classes.
+
+    An image leaves here when its largest softmax probability is at least `threshold`; None until it is solved or sampled.
+    """
+
+    after_stage: int
+    hidden_channels: int = 0
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.after_stage < 0:
+            raise RecordError(f"after_stage must not be negative, got {self.after_stage}")
+        if self.hidden_channels < 0:
+            raise RecordError("hidden_channels must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One student network with its exits and precision: everything that decides accuracy and latency.
+
+    `arch_id` names what is trained (no thresholds, no precision); `id` names the whole.
+    """
+
+    resolution: int
+    num_classes: int
+    stem: StemConfig
+    stages: tuple[StageConfig, ...]
+    head: HeadConfig
+    exits: tuple[ExitConfig, ...] = ()
+    in_channels: int = 3
+
+    def __post_init__(self) -> None:
+        _positive(resolution=self.resolution, num_classes=self.num_classes, in_channels=self.in_channels)
+        if not self.stages:
+            raise RecordError("a candidate needs at least one stage")
+        channels = self.stem.out_channels
+        for i, stage in enumerate(self.stages):
+            if stage.blocks[0].in_channels != channels:
+                raise RecordError(
+                    f"stage {i} takes {stage.blocks[0].in_channels} channels, {channels} are given to it"
+                )
+            channels = stage.blocks[-1].out_channels
+        places = [e.after_stage for e in self.exits]
+        if places != sorted(set(places)):
+            raise RecordError(f"exits must follow rising stages without repeats, got {places}")
+        if places and places[-1] >= len(self.stages) - 1:
+            raise RecordError(
+                f"an exit after stage {places[-1]} is the head itself; the last stage is {len(self.stages) - 1}"
+            )
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """Precision of the stem, of each stage, and of the head, in order."""
+        return (self.stem.precision, *(s.precision for s in self.stages), self.head.precision)
+
+    @property
+    def precision_label(self) -> str:
+        """`fp32`, `int8`, ... or `mixed`."""
+        names = set(self.precisions)
+        return names.pop() if len(names) == 1 else "mixed"
+
+    @property
+    def architecture(self) -> Candidate:
+        """The same network in fp32 with unset thresholds: what is trained."""
+        return self.with_precision("fp32").with_thresholds((None,) * len(self.exits))
+
+    @property
+    def arch_id(self) -> str:
+        return "a" + content_hash(self.architecture, 12)
+
+    @property
+    def id(self) -> str:
+        """Readable and unique: size, exits, precision and a content hash, such as `r32-d7-x1-int8-3f2a9c01d4e5`."""
+        depth = sum(len(s.blocks) for s in self.stages)
+        return f"r{self.resolution}-d{depth}-x{len(self.exits)}-{self.precision_label}-{content_hash(self, 12)}"
+
+    def with_precision(self, precision: Precision | Iterable[Precision]) -> Candidate:
+        """The same network in one precision, or in one per stem, stage and head (in that order)."""
+        if isinstance(precision, str):
+            names: tuple[Precision, ...] = (precision,) * (len(self.stages) + 2)
+        else:
+            names = tuple(precision)
+        if len(names) != len(self.stages) + 2:
+            raise RecordError(f"expected {len(self.stages) + 2} precisions (stem, stages, head), got {len(names)}")
+        return replace(
+            self,
+            stem=replace(self.stem, precision=names[0]),
+            stages=tuple(replace(s, precision=p) for s, p in zip(self.stages, names[1:-1], strict=True)),
+            head=replace(self.head, precision=names[-1]),
+        )
+
+    def with_thresholds(self, thresholds: Iterable[float | None]) -> Candidate:
+        """The same network with other exit thresholds, one per exit."""
+        values = tuple(thresholds)
+        if len(values) != len(self.exits):
+            raise RecordError(f"expected {len(self.exits)} thresholds, got {len(values)}")
+        return replace(
+            self, exits=tuple(replace(e, threshold=t) for e, t in zip(self.exits, values, strict=True))
+        )
+
+    def truncated(self, exit_index: int) -> Candidate:
+        """The network cut behind an exit, whose head becomes the head: what remains when no image goes further."""
+        place = self.exits[exit_index]
+        stages = self.stages[: place.after_stage + 1]
+        head = HeadConfig(0, place.hidden_channels, self.head.activation, stages[-1].precision)
+        return replace(self, stages=stages, head=head, exits=self.exits[:exit_index])
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One measurable unit of a network. `key` says what it costs; `name` and `segment` say where it stands.
+
+    Sizes are the side of the square maps in pixels. Segment k ends with exit head k (from 0); the last one with the head.
+    """
+
+    kind: LayerKind
+    in_channels: int
+    in_size: int
+    out_channels: int
+    out_size: int
+    kernel_size: int
+    stride: int
+    expanded_channels: int
+    hidden_channels: int
+    use_se: bool
+    activation: Activation
+    precision: Precision
+    name: str = field(default="", compare=False)
+    segment: int = field(default=0, compare=False)
+
+    @property
+    def has_residual(self) -> bool:
+        return (
+            self.kind == "inverted_residual" and self.stride == 1 and self.in_channels == self.out_channels
+        )
+
+    @property
+    def has_expand(self) -> bool:
+        return self.kind == "inverted_residual" and self.expanded_channels != self.in_channels
+
+    @property
+    def squeeze_channels(self) -> int:
+        return squeeze_channels(self.expanded_channels) if self.use_se else 0
+
+    @property
+    def group(self) -> str:
+        """Family of layers whose table errors move together."""
+        return f"{self.kind}_se" if self.use_se else self.kind
+
+    @property
+    def key(self) -> str:
+        """Readable key of the latency row: everything that decides the cost, nothing else."""
+        parts = [
+            {"stem": "stem", "inverted_residual": "ir", "head": "head", "exit_head": "exit"}[self.kind],
+            f"in={self.in_channels}x{self.in_size}x{self.in_size}",
+            f"out={self.out_channels}x{self.out_size}x{self.out_size}",
+        ]
+        if self.kind in ("stem", "inverted_residual"):
+            parts += [f"k={self.kernel_size}", f"s={self.stride}"]
+        if self.kind in ("inverted_residual", "head"):
+            parts.append(f"e={self.expanded_channels}")
+        if self.kind in ("head", "exit_head"):
+            parts.append(f"h={self.hidden_channels}")
+        if self.kind == "inverted_residual":
+            parts.append(f"se={int(self.use_se)}")
+        return "|".join([*parts, f"act={self.activation}", self.precision])
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one image."""
+        return sum(c.macs for c in self.convolutions)
+
+    @property
+    def params(self) -> int:
+        """Learnable parameters, batch norm's scale and shift included (they fold into the bias when exported)."""
+        return sum(c.weights + (2 * c.out_channels if c.batch_norm else c.out_channels) for c in self.convolutions)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the deployed weights: kernels in the layer's precision, biases in 4 bytes."""
+        each = PRECISION_BYTES[self.precision]
+        return sum(c.weights * each + 4 * c.out_channels for c in self.convolutions)
+
+    @property
+    def convolutions(self) -> tuple[ConvSpec, ...]:
+        """The convolutions that the layer executes, in order; linear layers are 1x1 convolutions at one pixel."""
+        size_in, size_out, c_in, c_out = self.in_size, self.out_size, self.in_channels, self.out_channels
+        wide, act = self.expanded_channels, self.activation
+        if self.kind == "stem":
+            return (ConvSpec("conv", c_in, c_out, self.kernel_size, self.stride, 1, size_out, act, True),)
+        if self.kind == "inverted_residual":
+            result = []
+            if self.has_expand:
+                result.append(ConvSpec("expand", c_in, wide, 1, 1, 1, size_in, act, True))
+            result.append(
+                ConvSpec("depthwise", wide, wide, self.kernel_size, self.stride, wide, size_out, act, True)
+            )
+            if self.use_se:
+                squeeze = self.squeeze_channels
+                result.append(ConvSpec("se_reduce", wide, squeeze, 1, 1, 1, 1, "relu", False))
+                result.append(ConvSpec("se_expand", squeeze, wide, 1, 1, 1, 1, "hard_sigmoid", False))
+            result.append(ConvSpec("project", wide, c_out, 1, 1, 1, size_out, "linear", True))
+            return tuple(result)
+        result = []
+        if wide:
+            result.append(ConvSpec("conv", c_in, wide, 1, 1, 1, size_in, act, True))
+            c_in = wide
+        if self.hidden_channels:
+            result.append(ConvSpec("hidden", c_in, self.hidden_channels, 1, 1, 1, 1, act, False))
+            c_in = self.hidden_channels
+        result.append(ConvSpec("classifier", c_in, c_out, 1, 1, 1, 1, "linear", False))
+        return tuple(result)
+
+
+@dataclass(frozen=True, slots=True)
+class ConvSpec:
+    """One convolution inside a layer; `size` is the side of its output in pixels."""
+
+    name: str
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    groups: int
+    size: int
+    activation: Literal["relu", "hard_swish", "hard_sigmoid", "linear"]
+    batch_norm: bool
+
+    @property
+    def weights(self) -> int:
+        return self.out_channels * (self.in_channels // self.groups) * self.kernel_size**2
+
+    @property
+    def macs(self) -> int:
+        return self.weights * self.size**2
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceProfile:
+    """State of a device: a latency is valid for one such state only.
+
+    `details` holds what is worth knowing but does not change the state (load, kernel, memory); it is not compared.
+    """
+
+    name: str
+    board: str
+    runtime: str
+    runtime_version: str
+    power_mode: str
+    clocks_locked: bool
+    threads: int
+    driver: str
+    precisions: tuple[Precision, ...]
+    kind: Literal["measured", "simulated"]
+    details: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Content hash of the compared fields."""
+        return content_hash({**{name: getattr(self, name) for name in PROFILE_STATE_FIELDS}})
+
+
+PROFILE_STATE_FIELDS = (
+    "board",
+    "runtime",
+    "runtime_version",
+    "power_mode",
+    "clocks_locked",
+    "threads",
+    "driver",
+    "kind",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A measured thing with all its samples, or a typed error; never a sentinel number.
+
+    `key` is a layer key (row), a candidate id (network), or a candidate id with `#k` (segment k).
+    `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm.
+    """
+
+    key: str
+    kind: Literal["row", "network", "segment", "overhead"]
+    precision: Precision | Literal["mixed", "none"]
+    latency_ms: float | None
+    rounds_ms: tuple[tuple[float, ...], ...]
+    accepted: tuple[bool, ...]
+    clock: ClockKind
+    measured_at: str
+    sequence: int
+    temperature_c: float | None = None
+    clock_mhz: float | None = None
+    error: str | None = None
+    session_ms: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.latency_ms is None) == (self.error is None):
+            raise RecordError(f"measurement of {self.key}: exactly one of latency_ms and error must be given")
+        if self.latency_ms is not None and not self.latency_ms > 0:
+            raise RecordError(f"measurement of {self.key}: latency_ms must be positive, got {self.latency_ms}")
+        if len(self.accepted) != len(self.rounds_ms):
+            raise RecordError(f"measurement of {self.key}: one accepted flag per round is needed")
+
+    @property
+    def is_stable(self) -> bool:
+        """True when at least one round was calm."""
+        return any(self.accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyEstimate:
+    """Predicted latency of a candidate: cumulative per exit, so `exit_ms[-1]` is the worst case.
+
+    `exit_ms[k]` is the time of an image that leaves at exit k, everything passed on the way included.
+    """
+
+    exit_ms: tuple[float, ...]
+    exit_std_ms: tuple[float, ...]
+    rows_used: int
+    correction: str
+
+    @property
+    def worst_ms(self) -> float:
+        return self.exit_ms[-1]
+
+    @property
+    def worst_std_ms(self) -> float:
+        return self.exit_std_ms[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyFigures:
+    """Latency of one student under an exit distribution, with its source."""
+
+    expected_ms: float
+    worst_ms: float
+    p99_ms: float
+    std_ms: float
+    provenance: Literal["predicted", "measured"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """Ranges of every tensor between layers of a network: `lo` and `hi` by tensor name, from calibration images.
+
+    Read by the QDQ writer; both dialects can be written from one set of ranges.
+    """
+
+    lo: dict[str, float]
+    hi: dict[str, float]
+    images: int

@@ -1,0 +1,1 @@
+"""Floor 1: torch networks built from records: student, supernet, teachers."""
