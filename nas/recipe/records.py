@@ -1,0 +1,134 @@
+"""What a scorer gives for one candidate, and its two files: a JSON record and the logits it was computed from.
+
+The logits are written first and the record last, each atomically, so a record that exists is whole after any kill.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from nas.core.errors import RecordError, StorageError
+from nas.core.jsonio import read_record, write_bytes, write_record
+from nas.core.records import Candidate
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredStudent:
+    """One candidate after some training.
+
+    `epochs` counts own training (0: inherited weights only); `cost_s` is processor seconds spent on this score;
+    `top1` is the share of right answers per exit, head last; `logits_file` lies beside the record and holds
+    float32 [E, N, K] on the search validation split.
+    """
+
+    arch_id: str
+    epochs: int
+    cost_s: float
+    top1: tuple[float, ...]
+    logits_file: str
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise RecordError(f"scored student {self.arch_id}: epochs must not be negative, got {self.epochs}")
+        if self.cost_s < 0:
+            raise RecordError(f"scored student {self.arch_id}: cost_s must not be negative, got {self.cost_s}")
+        if not self.top1 or not all(0 <= value <= 1 for value in self.top1):
+            raise RecordError(f"scored student {self.arch_id}: top1 needs a share 0-1 per exit, got {self.top1}")
+        if Path(self.logits_file).name != self.logits_file:
+            raise RecordError(
+                f"scored student {self.arch_id}: logits_file must be a plain file name, got {self.logits_file!r}"
+            )
+
+
+class Scorer(Protocol):
+    """A way to score candidates: `standalone` trains each one, `supernet` trains shared weights once."""
+
+    def prepare(self) -> None:
+        """Work that comes before the first score; resumes where an earlier call was stopped."""
+
+    def score(self, candidate: Candidate, epochs: int) -> ScoredStudent:
+        """The candidate after `epochs` of own training; a scorer without own training ignores `epochs`."""
+
+
+def top1_per_exit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    """Share of right answers of every exit; logits [E, N, K], labels [N]."""
+    return tuple(float(share) for share in (logits.argmax(axis=2) == labels[None]).mean(axis=1))
+
+
+def write_scored(
+    folder: Path,
+    candidate: Candidate,
+    *,
+    epochs: int,
+    cost_s: float,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    name: str = "score",
+) -> ScoredStudent:
+    """Writes `<name>.json` and `<name>-e<epochs>.npy` into a student's folder; gives the record.
+
+    Args:
+        folder: run_dir/students/<arch_id>, made when missing.
+        candidate: what was scored; only its `arch_id` is kept.
+        epochs: epochs of own training.
+        cost_s: processor seconds spent.
+        logits: float32 [E, N, K] on the search validation split.
+        labels: [N].
+        name: several scores of one student live side by side, such as `score` and `final`.
+
+    Raises:
+        RecordError: logits of another shape or not finite.
+        StorageError: the files cannot be written.
+    """
+    exits = len(candidate.exits) + 1
+    if logits.ndim != 3 or logits.shape[:2] != (exits, len(labels)):
+        raise RecordError(
+            f"student {candidate.arch_id}: logits must be [{exits}, {len(labels)}, classes], got {list(logits.shape)}"
+        )
+    if not np.isfinite(logits).all():
+        raise RecordError(f"student {candidate.arch_id}: logits are not finite; the training diverged")
+    scored = ScoredStudent(
+        candidate.arch_id, epochs, cost_s, top1_per_exit(logits, labels), f"{name}-e{epochs:04d}.npy"
+    )
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(logits, dtype=np.float32), allow_pickle=False)
+    write_bytes(folder / scored.logits_file, buffer.getvalue())
+    write_record(folder / f"{name}.json", scored)
+    return scored
+
+
+def read_scored(folder: Path, name: str = "score") -> ScoredStudent | None:
+    """The record of a student's folder, or None when it was not scored yet.
+
+    Raises:
+        RecordError: a record that does not fit.
+        StorageError: the record cannot be read.
+    """
+    path = folder / f"{name}.json"
+    return read_record(ScoredStudent, path) if path.exists() else None
+
+
+def read_logits(folder: Path, scored: ScoredStudent) -> np.ndarray:
+    """Logits float32 [E, N, K] of a score.
+
+    Raises:
+        StorageError: the file is missing or is not what was written; the message says what to delete.
+    """
+    path = folder / scored.logits_file
+    try:
+        logits = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise StorageError(
+            f"{path}: cannot be read: {e}. Delete the folder {folder} and run again to score it anew"
+        ) from e
+    if logits.ndim != 3 or logits.dtype != np.float32 or len(logits) != len(scored.top1):
+        raise StorageError(
+            f"{path}: expected float32 [{len(scored.top1)}, N, K], got {logits.dtype} {list(logits.shape)}. "
+            f"Delete the folder {folder} and run again to score it anew"
+        )
+    return logits
