@@ -1,0 +1,321 @@
+"""What a run looks like from outside: frozen records that the report, the tables and the command line read.
+
+A search fills one `RunView` (also while it is running); views only read it, so they need no study and no run folder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nas.core.errors import RecordError, did_you_mean
+from nas.core.records import Candidate, DeviceProfile, LatencyFigures, Precision
+from nas.core.walk import expand, total_macs, total_params
+
+Split = Literal["val", "test"]
+LatencyKind = Literal["expected", "worst", "p99"]
+RunStatus = Literal["running", "interrupted", "finished", "failed"]
+
+
+def _ratio(where: str, **values: float | None) -> None:
+    for name, value in values.items():
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise RecordError(f"{where}: {name} is a ratio from 0 to 1, got {value}")
+
+
+def latency_of(figures: LatencyFigures, kind: LatencyKind) -> float:
+    """The one latency in milliseconds that a budget of this kind is compared with."""
+    return {"expected": figures.expected_ms, "worst": figures.worst_ms, "p99": figures.p99_ms}[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitAccuracy:
+    """Accuracy of one student on one split, under its thresholds.
+
+    `exit_top1` is the accuracy of each exit alone on all images, the head last; `images` is the size of the split.
+    """
+
+    top1: float
+    images: int
+    exit_top1: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _ratio("accuracy", top1=self.top1)
+        if self.images < 1:
+            raise RecordError(f"accuracy needs at least one image, got {self.images}")
+        for value in self.exit_top1:
+            _ratio("accuracy", exit_top1=value)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One student of the run: an architecture in one precision with one set of thresholds.
+
+    `candidate` carries precision and thresholds (0: every image leaves, above 1: none does). `exit_ms` and
+    `exit_shares` have one entry per exit and the head last: cumulative latency of an image that leaves there, and the
+    share of images that do. `prediction` is what the estimate said before the network was measured. `threshold_curve`
+    holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
+    `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
+    spent on it.
+    """
+
+    id: str
+    candidate: Candidate
+    latency: LatencyFigures
+    val: SplitAccuracy | None = None
+    test: SplitAccuracy | None = None
+    prediction: LatencyFigures | None = None
+    exit_ms: tuple[float, ...] = ()
+    exit_shares: tuple[float, ...] = ()
+    threshold_curve: tuple[tuple[float, float], ...] = ()
+    label: str = ""
+    trial: int | None = None
+    round: int | None = None
+    is_finished: bool = False
+    on_front: bool = False
+    model_bytes: int | None = None
+    cost_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = f"point {self.id}"
+        if self.val is None and self.test is None:
+            raise RecordError(f"{where}: needs an accuracy on the validation or the test split")
+        exits = len(self.candidate.exits) + 1
+        for name, values in (("exit_ms", self.exit_ms), ("exit_shares", self.exit_shares)):
+            if values and len(values) != exits:
+                raise RecordError(
+                    f"{where}: {name} has {len(values)} entries; {exits} are needed (exits, then the head)"
+                )
+        for share in self.exit_shares:
+            _ratio(where, exit_shares=share)
+
+    @property
+    def split(self) -> Split:
+        """Split of the accuracy that is shown: test where there is one."""
+        return "val" if self.test is None else "test"
+
+    @property
+    def accuracy(self) -> SplitAccuracy:
+        """The accuracy that is shown: on the test split where there is one."""
+        shown = self.val if self.test is None else self.test
+        if shown is None:  # excluded in __post_init__
+            raise RecordError(f"point {self.id}: no accuracy")
+        return shown
+
+    @property
+    def top1(self) -> float:
+        return self.accuracy.top1
+
+    @property
+    def arch_id(self) -> str:
+        return self.candidate.arch_id
+
+    @property
+    def precision(self) -> str:
+        return self.candidate.precision_label
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...]:
+        return tuple(e.threshold for e in self.candidate.exits)
+
+    @property
+    def macs(self) -> int:
+        return total_macs(self.candidate)
+
+    @property
+    def params(self) -> int:
+        return total_params(self.candidate)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its weights in their precision; the file (`model_bytes`) is a little larger."""
+        return sum(layer.weight_bytes for layer in expand(self.candidate))
+
+
+@dataclass(frozen=True, slots=True)
+class TrialPoint:
+    """A candidate that was scored, not finished: `top1` is its score on the validation split after `epochs`."""
+
+    number: int
+    arch_id: str
+    top1: float
+    latency_ms: float
+    precision: str = ""
+    epochs: int = 0
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        _ratio(f"trial {self.number}", top1=self.top1)
+
+
+@dataclass(frozen=True, slots=True)
+class FailedCandidate:
+    """A candidate that failed, as data: where (`training`, `measuring`, `export`, ...) and why."""
+
+    id: str
+    stage: str
+    reason: str
+    round: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PredictedMeasured:
+    """One measured network (worst case, all layers run) and what the estimate had said before it was used."""
+
+    candidate_id: str
+    precision: Precision | Literal["mixed"]
+    predicted_ms: float
+    std_ms: float
+    measured_ms: float
+    round: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.predicted_ms > 0 and self.measured_ms > 0):
+            raise RecordError(f"{self.candidate_id}: predicted_ms and measured_ms must be positive")
+
+    @property
+    def error(self) -> float:
+        """Relative error of the prediction: positive where it was too slow."""
+        return self.predicted_ms / self.measured_ms - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """One round: candidates scored, networks measured, and what was reached at its end.
+
+    `hypervolume` is that of all scores so far, `mape` the mean absolute relative error of this round's predictions.
+    """
+
+    number: int
+    trials: int
+    failed: int = 0
+    measured: int = 0
+    hypervolume: float | None = None
+    mape: float | None = None
+    wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherView:
+    """The teacher as a row beside its students; latency is that of its ONNX file on the same device."""
+
+    name: str
+    top1: float
+    split: Split = "test"
+    latency_ms: float | None = None
+    params: int | None = None
+    macs: int | None = None
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        _ratio(f"teacher {self.name}", top1=self.top1)
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetView:
+    """The data set with the images per split and what was found wrong with it."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: int
+    val_images: int
+    test_images: int
+    sha256: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """Share of a gene in the spread of each objective over all trials; the shares of one objective add up to 1."""
+
+    gene: str
+    accuracy: float
+    latency: float
+
+
+@dataclass(frozen=True, slots=True)
+class PackageView:
+    """An exported package and the verdict of its own measurement; `reason` says what was missed when it is not good."""
+
+    path: str
+    candidate_id: str
+    is_good: bool
+    reason: str = ""
+    top1: float | None = None
+    latency_ms: float | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunView:
+    """A whole run. Everything but name, dates and budget has a default, so that a young run can be shown too.
+
+    `budget_ms` limits the latency named by `budget_of`; None: no budget. `pick_id` is the student that is recommended,
+    `next_id` the runner-up, `closest_id` the nearest student when nothing meets the budget; each with its reason as
+    text. `provenance` maps readable names (versions, seeds, hashes) to values; `commands` are what to run next.
+    """
+
+    name: str
+    status: RunStatus
+    created_at: str
+    budget_ms: float | None = None
+    budget_of: LatencyKind = "expected"
+    device: DeviceProfile | None = None
+    teacher: TeacherView | None = None
+    dataset: DatasetView | None = None
+    space_name: str = ""
+    space_size: int = 0
+    scorer: str = ""
+    points: tuple[Point, ...] = ()
+    trials: tuple[TrialPoint, ...] = ()
+    failed: tuple[FailedCandidate, ...] = ()
+    predictions: tuple[PredictedMeasured, ...] = ()
+    rounds: tuple[RoundSummary, ...] = ()
+    importances: tuple[Importance, ...] = ()
+    pick_id: str | None = None
+    pick_reason: str = ""
+    next_id: str | None = None
+    next_reason: str = ""
+    closest_id: str | None = None
+    closest_reason: str = ""
+    package: PackageView | None = None
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    provenance: dict[str, str] = field(default_factory=dict)
+    commands: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.budget_ms is not None and not self.budget_ms > 0:
+            raise RecordError(f"run {self.name}: budget_ms must be positive, got {self.budget_ms}")
+        ids = [p.id for p in self.points]
+        if len(set(ids)) != len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise RecordError(f"run {self.name}: point {twice} appears twice")
+        for name in ("pick_id", "next_id", "closest_id"):
+            given = getattr(self, name)
+            if given is not None and given not in ids:
+                raise RecordError(
+                    f"run {self.name}: {name} {given!r} is not among its points{did_you_mean(given, ids)}"
+                )
+
+    def point(self, point_id: str) -> Point:
+        """The point with this id.
+
+        Raises:
+            RecordError: there is none.
+        """
+        for p in self.points:
+            if p.id == point_id:
+                return p
+        ids = [p.id for p in self.points]
+        raise RecordError(f"run {self.name}: no student {point_id!r}{did_you_mean(point_id, ids)}; run: nas pareto")
+
+    @property
+    def front(self) -> tuple[Point, ...]:
+        """Points on the front, fastest first by the latency of the budget."""
+        on = (p for p in self.points if p.on_front)
+        return tuple(sorted(on, key=lambda p: latency_of(p.latency, self.budget_of)))
+
+    def meets_budget(self, point: Point) -> bool:
+        """True when the point's latency is within the budget, or when there is no budget."""
+        return self.budget_ms is None or latency_of(point.latency, self.budget_of) <= self.budget_ms
