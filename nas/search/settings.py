@@ -1,0 +1,109 @@
+"""Settings of the search itself; `experiment.py` composes them with those of data, teacher and training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nas.core.errors import ConfigError
+from nas.core.run import LatencyKind
+
+SamplerName = Literal["auto", "tpe", "nsga2", "random"]
+ScorerName = Literal["supernet", "standalone"]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSettings:
+    """The deadline.
+
+    `ms`: milliseconds of one inference at batch 1. `of`: which latency it limits: `worst` (no early exit is taken; what a
+    hard deadline means), `expected` (mean under the exit shares of the validation images) or `p99`. `margin_std`: a
+    candidate is only trained when its prediction plus this many standard deviations keeps the budget.
+    """
+
+    ms: float = 1.0
+    of: LatencyKind = "worst"
+    margin_std: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.ms > 0:
+            raise ConfigError(f"budget.ms must be positive, got {self.ms}")
+        if self.margin_std < 0:
+            raise ConfigError(f"budget.margin_std must not be negative, got {self.margin_std}")
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSettings:
+    """How candidates are proposed and scored.
+
+    `trials`: candidates scored in all rounds together. `rounds`: the table is corrected from measured networks between
+    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes multivariate TPE up
+    to 300 trials and NSGA-II with a small population above. `scorer`: how accuracy is estimated before finalists are
+    distilled in full. `workers`: training processes, one thread each; 0 means one per core. `seed`: of everything.
+    """
+
+    trials: int = 96
+    rounds: int = 2
+    batch: int = 12
+    sampler: SamplerName = "auto"
+    scorer: ScorerName = "supernet"
+    workers: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "rounds", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
+        if self.workers < 0:
+            raise ConfigError(f"search.workers must not be negative, got {self.workers}")
+        if self.rounds > self.trials:
+            raise ConfigError(f"search.rounds ({self.rounds}) must not exceed search.trials ({self.trials})")
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackSettings:
+    """Which whole networks are measured to correct the table.
+
+    `first_networks`: before the first round, spread over predicted latency. `networks_per_round`: after each round, from
+    the front and near the budget.
+    """
+
+    first_networks: int = 8
+    networks_per_round: int = 6
+
+    def __post_init__(self) -> None:
+        if self.first_networks < 0 or self.networks_per_round < 0:
+            raise ConfigError("feedback: numbers of networks must not be negative")
+
+
+@dataclass(frozen=True, slots=True)
+class FinishSettings:
+    """Finalists: full distillation with one recipe, then int8, thresholds and measuring.
+
+    `students`: architectures finished. `calibration_images`: training images whose ranges int8 uses.
+    `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network.
+    `int8_loss`: a package whose test accuracy is this much (ratio) below its fp32 network is not called good.
+    """
+
+    students: int = 8
+    calibration_images: int = 128
+    exit_loss: float = 0.0
+    int8_loss: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.students < 1:
+            raise ConfigError(f"finish.students must be at least 1, got {self.students}")
+        if self.calibration_images < 1:
+            raise ConfigError(f"finish.calibration_images must be at least 1, got {self.calibration_images}")
+        for name in ("exit_loss", "int8_loss"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Where files go. `dir`: run folder, default `runs/<name>`. `tables`: latency tables. `cache`: teachers and data."""
+
+    dir: str | None = None
+    tables: str = "latency_tables"
+    cache: str = ".nas-cache"
