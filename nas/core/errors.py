@@ -21,12 +21,15 @@ class UsageError(NasError):
     exit_code = 2
 
 
-class ConfigError(UsageError):
-    """An experiment file or search space with a wrong key, type or value."""
+class ConfigError(UsageError, ValueError):
+    """An experiment file or search space with a wrong key, type or value.
+
+    Also a ValueError, so that a settings record which refuses its values is one of the errors that pydantic collects.
+    """
 
 
-class RecordError(UsageError):
-    """A record (JSON) that does not fit its type, or a value outside its range."""
+class RecordError(UsageError, ValueError):
+    """A record (JSON) that does not fit its type, or a value outside its range. A ValueError as ConfigError is."""
 
 
 class RunMismatchError(UsageError):
