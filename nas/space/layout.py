@@ -1,0 +1,203 @@
+"""Where each gene of a space stands: the order of the flat encoding, and the rules that make a genotype canonical."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.core.records import Activation, Precision
+from nas.space.choices import ExitChoices, HeadChoices, PrecisionChoices, StageChoices, StemChoices, expanded_channels
+
+Genotype = tuple[int, ...]
+Genotypes = npt.NDArray[np.int64]  # [N, G], one genotype in each row
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Gene:
+    """One decision: a name such as `s2.0.kernel_size` and the values to choose from."""
+
+    name: str
+    choices: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Site(Generic[T]):
+    """A place where a value is chosen; `gene` is None where there is one choice only."""
+
+    choices: tuple[T, ...]
+    gene: int | None
+
+    def of(self, genotype: Sequence[int]) -> T:
+        return self.choices[0 if self.gene is None else genotype[self.gene]]
+
+    def column(self, genotypes: Genotypes) -> npt.NDArray[np.int64]:
+        """Index of the choice in each of the genotypes, [N]."""
+        return np.zeros(len(genotypes), np.int64) if self.gene is None else genotypes[:, self.gene]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSites:
+    kernel_size: Site[int]
+    expansion: Site[float]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSites:
+    depth: Site[int]
+    width: Site[int]
+    use_se: Site[bool]
+    activation: Site[Activation]
+    precision: Site[Precision]
+    blocks: tuple[BlockSites, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitSites:
+    """An exit that may stand after stage `after_stage`; the gene `present` is 0 or 1."""
+
+    after_stage: int
+    present: int
+    threshold: Site[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All places of a space. Precision places share one gene where the precision is chosen for the whole network."""
+
+    genes: tuple[Gene, ...]
+    resolution: Site[int]
+    stem_channels: Site[int]
+    stem_activation: Site[Activation]
+    stem_precision: Site[Precision]
+    stages: tuple[StageSites, ...]
+    conv_channels: Site[int]
+    hidden_channels: Site[int]
+    head_precision: Site[Precision]
+    exits: tuple[ExitSites, ...]
+
+
+def build_layout(
+    resolution: tuple[int, ...],
+    stem: StemChoices,
+    stages: tuple[StageChoices, ...],
+    head: HeadChoices,
+    exits: ExitChoices,
+    precision: PrecisionChoices,
+) -> Layout:
+    """Genes in their fixed order: resolution, precision, stem, stages from first to last, head, exits.
+
+    A precision that is chosen for each stage stands with its stage instead of in front.
+    """
+    genes: list[Gene] = []
+
+    def site(name: str, choices: tuple[T, ...]) -> Site[T]:
+        if len(choices) == 1:
+            return Site(choices, None)
+        genes.append(Gene(name, choices))
+        return Site(choices, len(genes) - 1)
+
+    resolution_site = site("resolution", resolution)
+    whole = site("precision", precision.choices) if precision.per == "network" else None
+
+    def precision_site(name: str) -> Site[Precision]:
+        return whole or site(f"{name}.precision", precision.choices)
+
+    def stage_sites(stage: StageChoices) -> StageSites:
+        return StageSites(
+            site(f"{stage.name}.depth", stage.depth),
+            site(f"{stage.name}.width", stage.width),
+            site(f"{stage.name}.use_se", stage.use_se),
+            site(f"{stage.name}.activation", stage.activation),
+            precision_site(stage.name),
+            tuple(
+                BlockSites(
+                    site(f"{stage.name}.{b}.kernel_size", stage.kernel_size),
+                    site(f"{stage.name}.{b}.expansion", stage.expansion),
+                )
+                for b in range(stage.max_depth)
+            ),
+        )
+
+    def exit_sites(name: str) -> ExitSites:
+        present = len(genes)
+        genes.append(Gene(f"exits.{name}", (False, True)))
+        threshold: Site[float | None] = site(f"exits.{name}.threshold", exits.thresholds or (None,))
+        return ExitSites([stage.name for stage in stages].index(name), present, threshold)
+
+    # arguments are evaluated in order, and with them the genes are numbered
+    sites = (
+        resolution_site,
+        site("stem.channels", stem.channels),
+        site("stem.activation", stem.activation),
+        precision_site("stem"),
+        tuple(stage_sites(stage) for stage in stages),
+        site("head.conv_channels", head.conv_channels),
+        site("head.hidden_channels", head.hidden_channels),
+        precision_site("head"),
+        tuple(exit_sites(name) for name in exits.after),
+    )
+    return Layout(tuple(genes), *sites)
+
+
+@dataclass(frozen=True, slots=True)
+class Canoniser:
+    """The rules that set inactive genes to 0, as arrays over many genotypes.
+
+    Rule r: gene `genes[r]` is active where `active[r, index of gene parents[r]]`. An alias rule maps expansions that
+    round to the same channels to the first of them: `table[index of the input width, index of the expansion]`.
+    """
+
+    genes: npt.NDArray[np.int64]
+    parents: npt.NDArray[np.int64]
+    active: npt.NDArray[np.int64]
+    aliases: tuple[tuple[int, Site[int], npt.NDArray[np.int64]], ...]
+    exit_genes: npt.NDArray[np.int64]
+    max_exits: int
+
+    def __call__(self, genotypes: Genotypes) -> Genotypes:
+        result = genotypes.copy()
+        if self.max_exits < len(self.exit_genes):
+            present = result[:, self.exit_genes]
+            result[:, self.exit_genes] = present * (present.cumsum(axis=1) <= self.max_exits)
+        for gene, width, table in self.aliases:
+            result[:, gene] = table[width.column(result), result[:, gene]]
+        if len(self.genes):
+            result[:, self.genes] *= self.active[np.arange(len(self.genes)), result[:, self.parents]]
+        return result
+
+
+def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
+    """The rules of a layout, of whose exits a network has at most `max_exits`."""
+    rules: list[tuple[int, int, list[int]]] = []
+    aliases = []
+    input_width = layout.stem_channels
+    for stage in layout.stages:
+        for b, block in enumerate(stage.blocks):
+            for gene in (block.kernel_size.gene, block.expansion.gene):
+                if gene is not None and stage.depth.gene is not None:
+                    rules.append((gene, stage.depth.gene, [int(b < depth) for depth in stage.depth.choices]))
+            if block.expansion.gene is not None:
+                rows = [[expanded_channels(c, e) for e in block.expansion.choices] for c in input_width.choices]
+                table = np.array([[row.index(wide) for wide in row] for row in rows], np.int64)
+                if (table != np.arange(table.shape[1])).any():
+                    aliases.append((block.expansion.gene, input_width, table))
+            input_width = stage.width
+    for place in layout.exits:
+        if place.threshold.gene is not None:
+            rules.append((place.threshold.gene, place.present, [0, 1]))
+    active = np.zeros((len(rules), max((len(r[2]) for r in rules), default=0)), np.int64)
+    for row, (_, _, flags) in enumerate(rules):
+        active[row, : len(flags)] = flags
+    return Canoniser(
+        np.array([r[0] for r in rules], np.int64),
+        np.array([r[1] for r in rules], np.int64),
+        active,
+        tuple(aliases),
+        np.array([place.present for place in layout.exits], np.int64),
+        max_exits,
+    )
