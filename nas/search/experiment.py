@@ -1,0 +1,200 @@
+"""The experiment file: what to search, for which deadline, on which data. One YAML file composes the parts' settings.
+
+Paths written in a file are taken from the file's folder, paths given with `--set` and default paths from the working
+directory. `~` is the home folder. `space` may also be the name of one of the spaces that come with the tool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nas.core.errors import ConfigError, did_you_mean
+from nas.core.jsonio import to_plain
+from nas.core.units import parse_ms
+from nas.data.records import DataSettings
+from nas.search.checked import checked, key_paths, schema, section_type
+from nas.search.settings import BudgetSettings, FeedbackSettings, FinishSettings, RunSettings, SearchSettings
+from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
+from nas.train.settings import DistillSettings, TeacherSettings
+
+PATH_KEYS = ("space", "data.path", "teacher.weights", "run.dir", "run.tables", "run.cache")
+TIME_KEYS = ("budget.ms",)  # may be written with a unit: 800us
+SPACES = Path(__file__).parents[2] / "search_spaces"
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """Everything that decides a run.
+
+    Fields:
+        space: file of the search space, or the name of one that comes with the tool.
+        name: names the run and its default folder; the file's name when absent. Letters, digits, `-`, `_` and `.`.
+        device: where latencies are measured; `cpu` is this machine through ONNX Runtime, one thread.
+        budget: the deadline.
+        data: the images.
+        teacher: the accurate, slow network.
+        distill: how students learn from it.
+        search: how candidates are proposed and scored.
+        feedback: which whole networks are measured to correct the table.
+        finish: how finalists are completed.
+        run: where files go.
+    """
+
+    space: str
+    name: str = "experiment"
+    device: str = "cpu"
+    budget: BudgetSettings = field(default_factory=BudgetSettings)
+    data: DataSettings = field(default_factory=DataSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    distill: DistillSettings = field(default_factory=DistillSettings)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    feedback: FeedbackSettings = field(default_factory=FeedbackSettings)
+    finish: FinishSettings = field(default_factory=FinishSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+
+    def __post_init__(self) -> None:
+        if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", self.name) is None:
+            raise ConfigError(
+                f"name: {self.name!r} cannot name a folder; allowed: letters, digits, '-', '_' and '.', at most 100"
+            )
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir if self.run.dir is not None else f"runs/{self.name}")
+
+
+def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
+    """The experiment of a file, changed by `KEY=VALUE` texts.
+
+    Args:
+        path: a YAML file.
+        sets: such as `budget.ms=5`; the last one of a key counts. A list is written `distill.exit_weights=[0.2, 0.5]`.
+
+    Raises:
+        ConfigError: the file cannot be read, or anything in it or in `sets` is wrong; all problems are listed.
+    """
+    data = load_yaml(path)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected keys such as space, budget, data; an example is written by: nas init")
+    data.setdefault("name", _name_from(path))
+    for key in PATH_KEYS:
+        _change(data, key, partial(_below, path.parent, key))
+    origins = {}
+    for text in sets:
+        key, value = parse_set(text)
+        _put(data, key, value, text)
+        origins[key] = f"from --set {text}"
+    for key in TIME_KEYS:
+        _change(data, key, partial(parse_ms, where=f"{path}: {key}"))
+    experiment = checked(Experiment, data, str(path), origins)
+    return dataclasses.replace(experiment, space=_space_file(experiment.space, str(path)))
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """Key path and value of a `KEY=VALUE` text. The value is YAML; of a key that takes text it is the text as given.
+
+    Raises:
+        ConfigError: no `=`, an unknown key, a section instead of a key, or a value that is not YAML.
+    """
+    where = f"--set {text}"
+    key, sign, value = text.partition("=")
+    key = key.strip()
+    if not sign or not key:
+        raise ConfigError(f"{where}: expected KEY=VALUE, such as --set budget.ms=5")
+    kind = section_type(Experiment, key.split("."))
+    if kind is None:
+        raise ConfigError(f"{where}: unknown key '{key}'{did_you_mean(key, key_paths(Experiment))}{_keys_beside(key)}")
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        names = [f"{key}.{name.name}" for name in dataclasses.fields(kind)]
+        raise ConfigError(f"{where}: '{key}' is a section; set one of its keys: {', '.join(names)}")
+    options = typing.get_args(kind) or (kind,)
+    if str in options and not (type(None) in options and value in ("null", "")):
+        return key, _below(Path(), key, value)
+    return key, parse_yaml(value, where)
+
+
+def _keys_beside(key: str) -> str:
+    parts = key.split(".")
+    kind = section_type(Experiment, parts[:-1])
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        kind, parts = Experiment, [key]
+    prefix = ".".join(parts[:-1])
+    return f" (keys{f' of {prefix}' if prefix else ''}: {', '.join(f.name for f in dataclasses.fields(kind))})"
+
+
+def _put(data: dict[str, Any], key: str, value: Any, text: str) -> None:
+    *sections, last = key.split(".")
+    place = data
+    for name in sections:
+        if place.get(name) is None:  # absent, or a heading with nothing below it
+            place[name] = {}
+        place = place[name]
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {text}: the file gives {name} a value, so nothing can be set below it")
+    place[last] = value
+
+
+def _change(data: dict[str, Any], key: str, change: Callable[[str], Any]) -> None:
+    """Replaces the text at a key path, where there is text."""
+    *sections, last = key.split(".")
+    place: Any = data
+    for name in sections:
+        place = place.get(name) if isinstance(place, dict) else None
+    if isinstance(place, dict) and isinstance(place.get(last), str):
+        place[last] = change(place[last])
+
+
+def _name_from(path: Path) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-.") or "experiment"
+
+
+def space_names() -> tuple[str, ...]:
+    """Names of the search spaces that come with the tool."""
+    return tuple(sorted(p.stem for p in SPACES.glob("*.yaml")))
+
+
+def _is_name(space: str) -> bool:
+    """True for the name of a space, False for a file."""
+    return re.fullmatch(r"[\w-]+", space) is not None
+
+
+def _below(base: Path, key: str, text: str) -> str:
+    """The text of a key; a path is taken from `base`."""
+    if key not in PATH_KEYS or not text or (key == "space" and _is_name(text)):
+        return text
+    return os.path.normpath(base / Path(text).expanduser())
+
+
+def _space_file(space: str, where: str) -> str:
+    names = space_names()
+    if not _is_name(space):
+        return space
+    if space not in names:
+        raise ConfigError(
+            f"{where}: space: no space named {space!r}{did_you_mean(space, names)} (names: {', '.join(names)}); "
+            "a file of your own ends in .yaml"
+        )
+    return str(SPACES / f"{space}.yaml")
+
+
+def resolved_yaml(experiment: Experiment) -> str:
+    """All settings of an experiment, defaults included, as a file that gives the same experiment from any folder."""
+    data = to_plain(experiment)
+    data["run"]["dir"] = str(experiment.run_dir)
+    for key in PATH_KEYS:
+        _change(data, key, os.path.abspath)
+    return f"# Settings of the run '{experiment.name}', defaults included.\n{dump_yaml(data)}"
+
+
+def experiment_schema() -> dict[str, Any]:
+    """JSON Schema of experiment files, for editors."""
+    return {"title": "nas experiment", **schema(Experiment)}
