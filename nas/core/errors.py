@@ -58,6 +58,10 @@ class DataError(NasError):
     exit_code = 5
 
 
+class TrainingError(NasError):
+    """A training that diverged or learns nothing; a recorded reason in a search, an end elsewhere."""
+
+
 class StorageError(NasError):
     """A file or folder that cannot be read or written, or is held by another process."""
 

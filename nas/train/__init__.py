@@ -1,0 +1,1 @@
+"""Floor 2: teachers, cached targets, distillation of students, evaluation."""

@@ -1,0 +1,159 @@
+"""Pieces that every training here is made of: schedule, batches, optimizer groups, guard, checkpoints."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nas.core.errors import DataError, RunMismatchError, StorageError, TrainingError
+from nas.core.jsonio import write_bytes
+
+CHECKPOINT_VERSION = 1
+DIVERGED_FACTOR = 4.0  # times the loss of the first step; a training that learns stays below 1.5
+BLANK_SHARE = 0.5  # of the schedule: by then the loss must be below that of the first step
+
+
+@dataclass(frozen=True, slots=True)
+class EpochRecord:
+    """One epoch: mean loss, share of right answers of the head on its (augmented) images, CPU seconds."""
+
+    epoch: int
+    loss: float
+    top1: float
+    cpu_s: float
+
+
+def lr_share(step: int, steps: int, warmup: float) -> float:
+    """Share 0-1 of the highest learning rate at `step` (from 0): linear warm-up, then a cosine to 0 at `steps`."""
+    rising = max(1.0, warmup * steps)
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """A random order of `count` images cut into batches.
+
+    A last batch of a single image is left out: batch norm cannot take it. The order changes with every epoch, so it is
+    another image each time.
+
+    Raises:
+        DataError: fewer than two images.
+    """
+    if count < 2:
+        raise DataError(f"training needs at least 2 images, got {count}")
+    order = rng.permutation(count)
+    for start in range(0, count, size):
+        part = order[start : start + size]
+        if len(part) > 1:
+            yield part
+
+
+def steps_per_epoch(count: int, size: int) -> int:
+    """Number of batches that `batches` gives."""
+    return count // size + (count % size > 1)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Optimizer groups: kernels decay; batch norm and biases do not."""
+    kernels = [p for p in module.parameters() if p.ndim > 1]
+    others = [p for p in module.parameters() if p.ndim <= 1]
+    return [{"params": kernels, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+class LossGuard:
+    """Ends a training that diverged or learns nothing, with the reason and a hint.
+
+    Args:
+        where: beginning of the messages.
+        lr: for the hint.
+    """
+
+    def __init__(self, where: str, lr: float) -> None:
+        self.where, self.lr = where, lr
+        self.first: float | None = None
+
+    def step(self, loss: float, epoch: int) -> None:
+        """Call with the loss of every step.
+
+        Raises:
+            TrainingError: not finite, or several times the loss of the first step.
+        """
+        if self.first is None:
+            self.first = loss
+        if not math.isfinite(loss) or loss > DIVERGED_FACTOR * max(self.first, 1.0):
+            raise TrainingError(
+                f"{self.where}: training diverged in epoch {epoch + 1} "
+                f"(loss {loss:.3g}, {self.first:.3g} at the start) with lr {self.lr:g}; try lr {self.lr / 4:.1g}"
+            )
+
+    def epoch(self, mean_loss: float, epoch: int, epochs: int) -> None:
+        """Call with the mean loss of every epoch.
+
+        Raises:
+            TrainingError: half of the schedule has passed and the loss is still that of the first step.
+        """
+        if self.first is not None and epoch + 1 >= max(2.0, BLANK_SHARE * epochs) and mean_loss >= self.first:
+            raise TrainingError(
+                f"{self.where}: nothing was learnt in {epoch + 1} of {epochs} epochs (loss {mean_loss:.3g}, "
+                f"{self.first:.3g} at the start) with lr {self.lr:g}; try lr {self.lr / 4:.1g}, and look at the labels"
+            )
+
+
+def write_checkpoint(path: Path, identity: str, content: Mapping[str, Any]) -> None:
+    """Replaces a checkpoint atomically; `content` holds tensors and plain types only.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    buffer = io.BytesIO()
+    torch.save({"version": CHECKPOINT_VERSION, "identity": identity, **content}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_checkpoint(path: Path, identity: str) -> dict[str, Any] | None:
+    """Content of a checkpoint, or None when there is no file; only tensors and plain types are ever read from it.
+
+    Raises:
+        StorageError: not a whole checkpoint of this version; the message says what to delete.
+        RunMismatchError: it belongs to another training.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = dict(torch.load(path, weights_only=True, map_location="cpu"))
+        version, owner = content.pop("version"), content.pop("identity")
+    except Exception as e:  # torch raises many types for a damaged or foreign file; all mean the same to the user
+        raise StorageError(
+            f"{path}: not a checkpoint ({type(e).__name__}: {str(e).partition(chr(10))[0]}). "
+            f"Delete it to train from the start"
+        ) from e
+    if version != CHECKPOINT_VERSION:
+        raise StorageError(
+            f"{path}: checkpoint of version {version!r}, expected {CHECKPOINT_VERSION}. "
+            f"Delete it to train from the start"
+        )
+    if owner != identity:
+        raise RunMismatchError(
+            f"{path}: this checkpoint belongs to another network, seed, teacher, data set or settings. "
+            f"Delete it to train from the start, or undo the change"
+        )
+    return content
+
+
+def epochs_to_plain(epochs: list[EpochRecord]) -> list[list[float]]:
+    """Epoch records as plain lists for a checkpoint."""
+    return [[e.epoch, e.loss, e.top1, e.cpu_s] for e in epochs]
+
+
+def epochs_from_plain(epochs: list[list[float]]) -> list[EpochRecord]:
+    """Epoch records of a checkpoint."""
+    return [EpochRecord(int(number), loss, top1, cpu_s) for number, loss, top1, cpu_s in epochs]

@@ -1,0 +1,202 @@
+"""What the teacher says about every augmented training image, computed once and shared by all students.
+
+Source of the idea: Shen & Xing 2021, "Fast Knowledge Distillation", arXiv 2112.01528; differs: whole augmented copies
+of the training set instead of crops, and full logits instead of compressed ones (they are small beside the images).
+
+On disk: `images.npy` uint8 [V, N, H, W, 3], `logits.npy` float32 [V, N, K], `labels.npy` int64 [N], `targets.json`.
+The files are mapped read-only, so worker processes share their pages.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nas.core.errors import StorageError
+from nas.core.jsonio import content_hash, read_record, write_record
+from nas.data.augment import augmented
+from nas.data.records import Dataset
+from nas.train.teacher import Teacher
+
+TARGETS_VERSION = 1
+PREDICT_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class TargetsInfo:
+    """`targets.json`: what the arrays are, and the key of everything that decides them."""
+
+    version: int
+    key: str
+    variants: int
+    images: int
+    resolution: int
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    teacher: str
+    dataset: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets:
+    """Cached variants of a training split with the teacher's logits.
+
+    Fields:
+        key: content hash of data set, augmentation, teacher, and number of variants.
+        images: uint8 [V, N, H, W, 3], mapped from disk.
+        logits: float32 [V, N, K], mapped from disk.
+        labels: int64 [N].
+        mean, std: of the data set, per channel, on the scale 0-1.
+        folder: where the files are; `Targets.open(folder)` gives them to another process.
+    """
+
+    key: str
+    images: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    folder: Path
+
+    @property
+    def variants(self) -> int:
+        return len(self.images)
+
+    @staticmethod
+    def open(folder: Path) -> Targets:
+        """Maps the files of `make_targets`.
+
+        Raises:
+            StorageError: missing or damaged; the message says what to delete.
+        """
+        try:
+            info = read_record(TargetsInfo, folder / "targets.json")
+            images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
+            logits = np.load(folder / "logits.npy", mmap_mode="r", allow_pickle=False)
+            labels = np.load(folder / "labels.npy", allow_pickle=False)
+        except (OSError, ValueError, EOFError, StorageError) as e:
+            raise StorageError(
+                f"{folder}: cached targets cannot be read: {e}. Delete the folder to compute them again"
+            ) from e
+        side = info.resolution
+        shapes = (
+            (info.variants, info.images, side, side, 3),
+            (info.variants, info.images, info.classes),
+            (info.images,),
+        )
+        if (images.shape, logits.shape, labels.shape) != shapes or info.version != TARGETS_VERSION:
+            raise StorageError(
+                f"{folder}: cached targets do not fit their description. Delete the folder to compute them again"
+            )
+        return Targets(info.key, images, logits, labels, info.mean, info.std, folder)
+
+
+def targets_key(teacher: Teacher, dataset: Dataset, variants: int, seed: int) -> str:
+    """Content hash of everything that decides the cached arrays."""
+    return content_hash(
+        {
+            "version": TARGETS_VERSION,
+            "dataset": dataset.sha256,
+            "augment": dataset.augment,
+            "teacher": teacher.sha256,
+            "precision": teacher.precision,
+            "variants": variants,
+            "seed": seed,
+        }
+    )
+
+
+def make_targets(
+    teacher: Teacher,
+    dataset: Dataset,
+    variants: int,
+    cache_dir: Path,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    seed: int = 0,
+) -> Targets:
+    """Variants of the training images with the teacher's logits, from the cache where they are.
+
+    Args:
+        teacher: from `prepare_teacher`.
+        dataset: its training split is augmented by its own rules.
+        variants: V, number of augmented copies.
+        cache_dir: the arrays are kept in `targets/<key>` below it.
+        progress: called with (variants done, variants).
+        seed: of the augmentation; variant v depends on (seed, v) only.
+
+    Raises:
+        StorageError: the cache cannot be read or written.
+    """
+    key = targets_key(teacher, dataset, variants, seed)
+    home = cache_dir / "targets"
+    folder = home / key
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"{home}: cannot be made: {e}") from e
+    with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the files
+        if not (folder / "targets.json").exists():
+            _sweep(home, key)
+            _compute(teacher, dataset, variants, seed, key, folder, progress)
+    if progress is not None:
+        progress(variants, variants)
+    return Targets.open(folder)
+
+
+def _sweep(home: Path, key: str) -> None:
+    """Removes what a killed process left; the lock is held, so nobody is writing it."""
+    for left in (*home.glob(f".{key}.tmp-*"), home / key):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _compute(
+    teacher: Teacher,
+    dataset: Dataset,
+    variants: int,
+    seed: int,
+    key: str,
+    folder: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    train = dataset.train
+    count, side, classes = len(train), dataset.resolution, len(dataset.class_names)
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}.tmp-"))
+        shape = (variants, count, side, side, 3)
+        images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        logits = np.empty((variants, count, classes), dtype=np.float32)
+        for v in range(variants):
+            images[v] = augmented(train.images, dataset.augment, np.random.default_rng([seed, v]))
+            for start in range(0, count, PREDICT_BATCH):
+                logits[v, start : start + PREDICT_BATCH] = teacher.predict(images[v, start : start + PREDICT_BATCH])
+            if progress is not None:
+                progress(v + 1, variants)
+        images.flush()
+        del images
+        np.save(temporary / "logits.npy", logits, allow_pickle=False)
+        np.save(temporary / "labels.npy", train.labels, allow_pickle=False)
+        info = TargetsInfo(
+            TARGETS_VERSION,
+            key,
+            variants,
+            count,
+            side,
+            classes,
+            dataset.mean,
+            dataset.std,
+            teacher.sha256,
+            dataset.sha256,
+        )
+        write_record(temporary / "targets.json", info)
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except OSError as e:
+        raise StorageError(f"{folder}: cached targets cannot be written: {e}") from e

@@ -1,0 +1,401 @@
+"""Teachers: trained on the spot and cached, torchvision models with local weights, ONNX models.
+
+`prepare_teacher` gives one `Teacher` for all three kinds; its accuracies are kept in the cache, so the test split is
+looked at once per teacher.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nas.core.errors import ConfigError, RecordError, StorageError
+from nas.core.jsonio import content_hash, file_sha256, read_record, write_record
+from nas.data.augment import augmented
+from nas.data.records import Dataset, Split
+from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
+from nas.models.teachers import ResNet, count_macs, torchvision_model
+from nas.train.evaluate import normalised, threads, top1
+from nas.train.loop import (
+    EpochRecord,
+    LossGuard,
+    batches,
+    epochs_from_plain,
+    epochs_to_plain,
+    lr_share,
+    parameter_groups,
+    read_checkpoint,
+    steps_per_epoch,
+    write_checkpoint,
+)
+from nas.train.settings import TeacherSettings
+from nas.train.teacher_onnx import input_side, resnet_model, torch_model, with_batch_one, with_pixel_input
+
+TEACHER_VERSION = 1  # raise it when a change of the code changes what a teacher learns
+PREDICT_BATCH = 250
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's published statistics
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherRecord:
+    """`teacher.json` of a cached teacher. `cpu_s` is what its training took, 0 where it was given."""
+
+    version: int
+    key: str
+    name: str
+    weights_sha256: str
+    precision: str
+    val_accuracy: float
+    test_accuracy: float
+    cpu_s: float
+    params: int | None
+    macs: int | None
+    epochs: tuple[EpochRecord, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Teacher:
+    """A teacher that is ready to be asked.
+
+    Fields:
+        name: for reports.
+        sha256: of everything that decides its answers.
+        precision: of the arithmetic behind its logits: `bf16` or `fp32`.
+        val_accuracy, test_accuracy: shares of right answers, 0-1.
+        cpu_s: CPU seconds of its training, 0 where it was given.
+        params, macs: of one image at its own resolution; None where it is an ONNX file.
+        resolution: side in pixels at which it sees the images.
+        predict: uint8 [B, H, W, 3] at the data set's resolution to logits float32 [B, K].
+        onnx: the network as ONNX bytes for measuring: raw pixels float32 [1, 3, R, R] to logits [1, K], R = resolution.
+    """
+
+    name: str
+    sha256: str
+    precision: str
+    val_accuracy: float
+    test_accuracy: float
+    cpu_s: float
+    params: int | None
+    macs: int | None
+    resolution: int
+    predict: Callable[[np.ndarray], np.ndarray]
+    onnx: Callable[[], bytes]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Model:
+    """What the three kinds have in common before accuracies are known."""
+
+    name: str
+    weights_sha256: str
+    precision: str
+    resolution: int
+    predict: Callable[[np.ndarray], np.ndarray]
+    onnx: Callable[[], bytes]
+    params: int | None = None
+    macs: int | None = None
+    epochs: tuple[EpochRecord, ...] = ()
+
+
+def has_bf16() -> bool:
+    """True where the processor multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def prepare_teacher(
+    dataset: Dataset, settings: TeacherSettings, cache_dir: Path, progress: Progress | None = None
+) -> Teacher:
+    """The teacher of a run, from the cache where it is; trained, resumed or loaded otherwise.
+
+    Args:
+        dataset: what it is trained and judged on.
+        settings: which teacher.
+        cache_dir: it is kept in `teachers/<key>` below.
+        progress: called with (epochs done, epochs) while it is trained, the checkpoint written; may raise to stop.
+
+    Raises:
+        ConfigError: settings that fit no teacher.
+        RecordError: a weight file that is refused or does not fit.
+        StorageError: files that cannot be read or written.
+        TrainingError: the training diverged.
+    """
+    given = _given_file(settings)
+    precision = "bf16" if settings.kind != "onnx" and has_bf16() else "fp32"
+    key = content_hash([TEACHER_VERSION, dataset.sha256, dataset.augment, settings, given, precision])
+    home = cache_dir / "teachers"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise StorageError(f"{home}: cannot be made: {e}") from e
+    folder = home / key
+    with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the teacher
+        if settings.kind == "resnet":
+            model = _resnet(dataset, settings, folder, key, precision, progress)
+        elif settings.kind == "torchvision":
+            model = _torchvision(dataset, settings, given, precision)
+        else:
+            model = _onnx(dataset, settings, given)
+        path = folder / "teacher.json"
+        record = read_record(TeacherRecord, path) if path.exists() else _judge(model, dataset, key)
+        if not path.exists():
+            write_record(path, record)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if record.weights_sha256 != model.weights_sha256:
+        raise StorageError(f"{folder}: the weights are not those of {path.name}. Delete the folder to train again")
+    return Teacher(
+        model.name,
+        content_hash([key, model.weights_sha256], 64),
+        model.precision,
+        record.val_accuracy,
+        record.test_accuracy,
+        record.cpu_s,
+        model.params,
+        model.macs,
+        model.resolution,
+        model.predict,
+        model.onnx,
+    )
+
+
+def _given_file(settings: TeacherSettings) -> str:
+    """SHA-256 of the weight file of a given teacher, "" for one that is trained here."""
+    if settings.kind == "resnet":
+        return ""
+    path = Path(settings.weights or "")
+    if not path.is_file():
+        raise StorageError(f"teacher.weights: {path} is not a file; give the path of the teacher's weights")
+    return file_sha256(path)
+
+
+def _judge(model: _Model, dataset: Dataset, key: str) -> TeacherRecord:
+    return TeacherRecord(
+        TEACHER_VERSION,
+        key,
+        model.name,
+        model.weights_sha256,
+        model.precision,
+        _accuracy(model, dataset.val),
+        _accuracy(model, dataset.test),
+        sum(e.cpu_s for e in model.epochs),
+        model.params,
+        model.macs,
+        model.epochs,
+    )
+
+
+def _accuracy(model: _Model, split: Split) -> float:
+    return top1(model.predict(split.images), split.labels)
+
+
+def _predictor(
+    module: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    resolution: int,
+    precision: str,
+    count: int,
+) -> Callable[[np.ndarray], np.ndarray]:
+    module = module.eval().to(memory_format=torch.channels_last)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        parts = []
+        with threads(count), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for start in range(0, len(images), PREDICT_BATCH):
+                x = resized(normalised(images[start : start + PREDICT_BATCH], mean, std), resolution)
+                parts.append(module(x).float().numpy())
+        return np.concatenate(parts)
+
+    return predict
+
+
+def resized(x: Tensor, resolution: int) -> Tensor:
+    """Images [B, 3, H, W] at another side in pixels, bilinear, averaged where they get smaller."""
+    if x.shape[-1] == resolution:
+        return x
+    return functional.interpolate(x, (resolution, resolution), mode="bilinear", antialias=True)
+
+
+def _resnet(
+    dataset: Dataset, settings: TeacherSettings, folder: Path, key: str, precision: str, progress: Progress | None
+) -> _Model:
+    classes = len(dataset.class_names)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        module = ResNet(settings.widths, settings.blocks, classes, dataset.resolution)
+    weights = folder / "weights.safetensors"
+    epochs: tuple[EpochRecord, ...] = ()
+    if (folder / "teacher.json").exists():  # written last: with it, the weights are whole
+        try:
+            module.load_state_dict(load_file(weights))
+        except Exception as e:  # safetensors and torch raise types without a common base; all mean a damaged file
+            raise StorageError(f"{weights}: cannot be read: {e}. Delete the folder {folder} to train again") from e
+    else:
+        epochs = _train(module, dataset, settings, folder, key, precision, progress)
+        _save_weights(module, weights)
+    return _Model(
+        f"resnet-{'-'.join(map(str, settings.widths))}x{settings.blocks}",
+        file_sha256(weights),
+        precision,
+        dataset.resolution,
+        _predictor(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads),
+        lambda: resnet_model(module, dataset.mean, dataset.std, dataset.resolution),
+        sum(p.numel() for p in module.parameters()),
+        count_macs(module, dataset.resolution),
+        epochs,
+    )
+
+
+def _save_weights(module: nn.Module, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file({name: value.contiguous() for name, value in module.state_dict().items()}, temporary)
+        temporary.replace(path)
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be written: {e}") from e
+
+
+def _train(
+    module: ResNet,
+    dataset: Dataset,
+    settings: TeacherSettings,
+    folder: Path,
+    key: str,
+    precision: str,
+    progress: Progress | None,
+) -> tuple[EpochRecord, ...]:
+    """Trains in place; resumes from the checkpoint of an earlier call with the same key."""
+    module.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(parameter_groups(module, settings.weight_decay), lr=settings.lr, fused=True)
+    guard = LossGuard("teacher", settings.lr)
+    checkpoint = folder / "checkpoint.pt"
+    done: list[EpochRecord] = []
+    if (content := read_checkpoint(checkpoint, key)) is not None:
+        done, guard.first = epochs_from_plain(content["epochs"]), content["first_loss"]
+        module.load_state_dict(content["weights"])
+        optimizer.load_state_dict(content["optimizer"])
+    with threads(settings.threads):
+        for epoch in range(len(done), settings.epochs):
+            done.append(_one_epoch(module, dataset, settings, precision, epoch, optimizer, guard))
+            write_checkpoint(
+                checkpoint,
+                key,
+                {
+                    "weights": dict(module.state_dict()),
+                    "optimizer": optimizer.state_dict(),
+                    "epochs": epochs_to_plain(done),
+                    "first_loss": guard.first,
+                },
+            )
+            if progress is not None:
+                progress(epoch + 1, settings.epochs)
+    return tuple(done)
+
+
+def _one_epoch(
+    module: ResNet,
+    dataset: Dataset,
+    settings: TeacherSettings,
+    precision: str,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    guard: LossGuard,
+) -> EpochRecord:
+    started = time.process_time()
+    train = dataset.train
+    per_epoch = steps_per_epoch(len(train), settings.batch_size)
+    rng = np.random.default_rng([settings.seed, epoch])
+    parameters = list(module.parameters())
+    loss_sum, right, seen = 0.0, 0, 0
+    for i, index in enumerate(batches(len(train), settings.batch_size, rng)):
+        share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * share
+        x = normalised(augmented(train.images[index], dataset.augment, rng), dataset.mean, dataset.std)
+        labels = torch.from_numpy(train.labels[index])
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = module(x)
+        loss = functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
+        value = loss.item()
+        guard.step(value, epoch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        loss_sum += value * len(index)
+        right += int((logits.detach().argmax(1) == labels).sum())
+        seen += len(index)
+    guard.epoch(loss_sum / seen, epoch, settings.epochs)
+    return EpochRecord(epoch, loss_sum / seen, right / seen, time.process_time() - started)
+
+
+def _statistics(dataset: Dataset, settings: TeacherSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation, on the scale 0-1, with which a given model wants its images normalised."""
+    return {
+        "dataset": (dataset.mean, dataset.std),
+        "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+        "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+        "raw": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+    }[settings.pixels]
+
+
+def _torchvision(dataset: Dataset, settings: TeacherSettings, sha256: str, precision: str) -> _Model:
+    classes = len(dataset.class_names)
+    module = torchvision_model(settings.name, Path(settings.weights or ""), classes)
+    resolution = settings.resolution or dataset.resolution
+    mean, std = _statistics(dataset, settings)
+    try:
+        macs = count_macs(module, resolution)
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ) as e:  # transformers fix their input side, pooling needs a least one
+        raise ConfigError(
+            f"teacher.resolution: {settings.name} cannot take images of {resolution} px ({e}); "
+            f"set teacher.resolution to the side it was trained with, such as 224"
+        ) from e
+    return _Model(
+        settings.name,
+        sha256,
+        precision,
+        resolution,
+        _predictor(module, mean, std, resolution, precision, settings.threads),
+        lambda: torch_model(module, mean, std, resolution, settings.name),
+        sum(p.numel() for p in module.parameters()),
+        macs,
+    )
+
+
+def _onnx(dataset: Dataset, settings: TeacherSettings, sha256: str) -> _Model:
+    path = Path(settings.weights or "")
+    data = path.read_bytes()
+    mean, std = _statistics(dataset, settings)
+    resolution = input_side(data, str(path)) or settings.resolution or dataset.resolution
+    if settings.resolution not in (None, resolution):
+        raise ConfigError(f"teacher.resolution: {path} takes images of {resolution} px only, got {settings.resolution}")
+    whole = with_pixel_input(data, mean, std, resolution, str(path))  # the file's own batch size
+    device = OnnxRuntimeCpu()
+    classes = len(dataset.class_names)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
+        logits = device.run(whole, np.ascontiguousarray(resized(x, resolution).numpy()))[0]
+        if logits.ndim != 2 or logits.shape[1] != classes:
+            raise RecordError(
+                f"teacher.weights: {path} gives {list(logits.shape[1:])} values per image; "
+                f"the data set has {classes} classes"
+            )
+        return logits.astype(np.float32)
+
+    return _Model(path.stem, sha256, "fp32", resolution, predict, lambda: with_batch_one(whole))

@@ -1,0 +1,182 @@
+"""Distillation of one student from cached targets: one thread, resumable at every epoch.
+
+The same arguments give the same weights, whether or not the process was killed in between: the order of images depends
+on (seed, epoch) only, and a checkpoint holds weights, optimizer and average.
+
+Batch norm, decided 2026-11: the student's momentum of 0.01 (Howard et al. 2019) needs hundreds of steps to follow the
+weights, a short training has fewer, and students were evaluated at chance after one epoch. Raising the momentum lags
+too, and averages weights that no longer exist. So running statistics are left out of training; when it stops they are
+estimated once from `recalibration_images` training images with the final weights (`recalibrate_bn`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas.core.jsonio import content_hash
+from nas.core.records import Candidate
+from nas.models.student import Student
+from nas.train.evaluate import normalised, recalibrate_bn, threads
+from nas.train.loop import (
+    EpochRecord,
+    LossGuard,
+    batches,
+    epochs_from_plain,
+    epochs_to_plain,
+    lr_share,
+    parameter_groups,
+    read_checkpoint,
+    steps_per_epoch,
+    write_checkpoint,
+)
+from nas.train.losses import student_loss
+from nas.train.settings import DistillSettings
+from nas.train.targets import Targets
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """All epochs of a student, those before a restart included."""
+
+    epochs: tuple[EpochRecord, ...]
+
+    @property
+    def cpu_s(self) -> float:
+        return sum(e.cpu_s for e in self.epochs)
+
+
+def new_student(candidate: Candidate, seed: int) -> Student:
+    """An untrained student; its weights depend on candidate and seed only, torch's global generator stays untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Student(candidate).to(memory_format=torch.channels_last)
+
+
+def train_student(
+    student: Student,
+    targets: Targets,
+    settings: DistillSettings,
+    *,
+    seed: int,
+    stop_epoch: int | None = None,
+    checkpoint: Path | None = None,
+    progress: Callable[[EpochRecord], None] | None = None,
+) -> History:
+    """Trains `student` in place up to `stop_epoch`; it is ready for evaluation afterwards.
+
+    Args:
+        student: from `new_student`, or with inherited weights.
+        targets: cached variants of the training images with the teacher's logits.
+        settings: `settings.epochs` is the length of the learning rate's schedule, whatever `stop_epoch` is.
+        seed: of the order of images and of the first variant.
+        stop_epoch: epochs in total after which to stop; None: the whole schedule.
+        checkpoint: file that is written at every epoch's end and resumed from when it is there.
+        progress: called after every epoch, its checkpoint written; may raise to stop.
+
+    Raises:
+        TrainingError: the loss is not finite, runs away, or does not fall.
+        RunMismatchError: the checkpoint belongs to another student, other settings, targets or seed.
+        StorageError: the checkpoint cannot be read or written.
+    """
+    stop = settings.epochs if stop_epoch is None else min(stop_epoch, settings.epochs)
+    identity = content_hash([student.candidate.arch_id, settings, targets.key, seed])
+    student.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True)
+    average = {name: p.detach().clone() for name, p in student.named_parameters()} if settings.ema else {}
+    guard = LossGuard(f"student {student.candidate.arch_id}", settings.lr)
+    done: list[EpochRecord] = []
+    if checkpoint is not None and (content := read_checkpoint(checkpoint, identity)) is not None:
+        done, guard.first = epochs_from_plain(content["epochs"]), content["first_loss"]
+        student.load_state_dict(content["weights"])
+        optimizer.load_state_dict(content["optimizer"])
+        average = content["average"]
+    with threads(1), _no_running_statistics(student):
+        for epoch in range(len(done), stop):
+            student.train()
+            record = _one_epoch(student, targets, settings, seed, epoch, optimizer, average, guard)
+            done.append(record)
+            if checkpoint is not None:
+                content = {
+                    "weights": dict(student.state_dict()),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "epochs": epochs_to_plain(done),
+                    "first_loss": guard.first,
+                }
+                write_checkpoint(checkpoint, identity, content)
+            if progress is not None:
+                progress(record)
+    if average:
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                p.copy_(average[name])
+    recalibrate_bn(student, targets.images[0][: settings.recalibration_images], targets.mean, targets.std)
+    student.eval()
+    return History(tuple(done))
+
+
+def _one_epoch(
+    student: Student,
+    targets: Targets,
+    settings: DistillSettings,
+    seed: int,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    average: dict[str, Tensor],
+    guard: LossGuard,
+) -> EpochRecord:
+    started = time.thread_time()
+    variant = (epoch + seed) % targets.variants
+    images, logits, labels = targets.images[variant], targets.logits[variant], targets.labels
+    per_epoch = steps_per_epoch(len(labels), settings.batch_size)
+    rng = np.random.default_rng([seed, epoch])
+    loss_sum, right, seen = 0.0, 0, 0
+    parameters = list(student.parameters())
+    for i, index in enumerate(batches(len(labels), settings.batch_size, rng)):
+        share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * share
+        index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
+        target = torch.from_numpy(labels[index])
+        outputs = student(normalised(images[index], targets.mean, targets.std))
+        loss = student_loss(outputs, torch.from_numpy(logits[index]), target, settings)
+        value = loss.item()
+        guard.step(value, epoch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        if average:
+            _update_average(average, student, settings.ema, epoch * per_epoch + i)
+        loss_sum += value * len(index)
+        right += int((outputs[-1].detach().argmax(1) == target).sum())
+        seen += len(index)
+    guard.epoch(loss_sum / seen, epoch, settings.epochs)
+    return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
+
+
+def _update_average(average: dict[str, Tensor], student: Student, decay: float, step: int) -> None:
+    decay = min(decay, (1 + step) / (10 + step))  # early weights are forgotten faster, as in TensorFlow's average
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.values()), list(student.parameters()), 1 - decay)
+
+
+@contextmanager
+def _no_running_statistics(student: Student) -> Iterator[None]:
+    """Batch norm keeps no running statistics while training: they are estimated at its end."""
+    norms = [m for m in student.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
