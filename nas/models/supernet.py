@@ -1,0 +1,207 @@
+"""Weight-sharing supernet: one set of weights for every network of a space.
+
+Kernel: the centre of the largest one; expansion and width: the first channels; depth: the first blocks of a stage
+(Cai et al. 2020, "Once-for-All", arXiv 1908.09791; differs: the kernel transform and the sorting of channels are left
+out, width is shared as well, all sizes are trained from the start). Batch norm shares and slices scale and shift and
+keeps no running statistics (Yu et al. 2020, "BigNAS", arXiv 2003.11142): every size has its own, so they are estimated
+anew for an extracted student. Activations and resolutions share all weights.
+
+A sub-network is never made by changing the supernet: `forward` runs through slices of the weights, and `extract` gives
+a new, ordinary `Student` with copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nas.core.errors import RecordError
+from nas.core.records import Candidate, ConvSpec, LayerKind, LayerSpec
+from nas.core.walk import expand
+from nas.models.student import BN_EPS, Student, module_name
+
+
+class SlotLike(Protocol):
+    """A place of the network with every layer that may stand there; None where the place may be empty."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> LayerKind: ...
+    @property
+    def stage(self) -> int: ...
+    @property
+    def layers(self) -> Sequence[LayerSpec | None]: ...
+
+
+class SpaceLike(Protocol):
+    """What the supernet must know of a search space: the layers that may stand in each place."""
+
+    def slots(self) -> Sequence[SlotLike]: ...
+
+
+class SharedConv(nn.Module):
+    """Weights of one convolution in its largest size, with batch norm's scale and shift or a bias."""
+
+    def __init__(self, name: str, specs: Sequence[ConvSpec]) -> None:
+        super().__init__()
+        self.name = name
+        out = max(spec.out_channels for spec in specs)
+        inputs = max(spec.in_channels // spec.groups for spec in specs)
+        kernel = max(spec.kernel_size for spec in specs)
+        self.weight = nn.Parameter(torch.empty(out, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(out))  # batch norm's shift where there is batch norm
+        self.scale = nn.Parameter(torch.ones(out)) if specs[0].batch_norm else None
+        if any(part in name for part in ("__hidden", "__classifier")):  # the scheme of `student.initialise`
+            nn.init.normal_(self.weight, 0, 0.01)
+        else:
+            nn.init.kaiming_normal_(self.weight, mode="fan_out")
+
+    def sliced(self, spec: ConvSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Views of weight, bias and scale for one size: first channels, centre of the kernel.
+
+        Raises:
+            RecordError: the size is not inside the largest one.
+        """
+        out, inputs, kernel = spec.out_channels, spec.in_channels // spec.groups, spec.kernel_size
+        most_out, most_inputs, largest, _ = self.weight.shape
+        if out > most_out or inputs > most_inputs or kernel > largest or spec.batch_norm != (self.scale is not None):
+            raise RecordError(
+                f"{self.name}: [{out}, {inputs}, {kernel}, {kernel}] is outside the supernet's "
+                f"[{most_out}, {most_inputs}, {largest}, {largest}]; use a candidate of the space it was made from"
+            )
+        first = (largest - kernel) // 2
+        weight = self.weight[:out, :inputs, first : first + kernel, first : first + kernel]
+        return weight, self.bias[:out], None if self.scale is None else self.scale[:out]
+
+    def forward(self, x: Tensor, spec: ConvSpec) -> Tensor:
+        weight, bias, scale = self.sliced(spec)
+        if scale is None:
+            x = functional.conv2d(x, weight, bias, spec.stride, spec.kernel_size // 2, groups=spec.groups)
+        else:
+            x = functional.conv2d(x, weight, None, spec.stride, spec.kernel_size // 2, groups=spec.groups)
+            x = functional.batch_norm(x, None, None, scale, bias, training=True, eps=BN_EPS)
+        return _activated(x, spec)
+
+
+def _activated(x: Tensor, spec: ConvSpec) -> Tensor:
+    match spec.activation:
+        case "relu":
+            return functional.relu(x)
+        case "hard_swish":
+            return functional.hardswish(x)
+        case "hard_sigmoid":
+            return functional.hardsigmoid(x)
+        case "linear":
+            return x
+
+
+class Supernet(nn.Module):
+    """Shared weights of all networks of a space.
+
+    Input: normalised images [B, C, H, W] in a resolution of the space; output: logits [B, K] per exit of the candidate,
+    head last. Batch statistics are used in training and evaluation alike: score an extracted student instead.
+    """
+
+    def __init__(self, space: SpaceLike) -> None:
+        super().__init__()
+        specs: dict[str, list[ConvSpec]] = {}
+        for slot in space.slots():
+            place = _place(slot.kind, slot.name, slot.stage)
+            for layer in slot.layers:
+                if layer is not None:
+                    for unit, spec in _units(place, layer):
+                        specs.setdefault(unit, []).append(spec)
+        self.units = nn.ModuleDict({unit: SharedConv(unit, choices) for unit, choices in specs.items()})
+
+    def forward(self, x: Tensor, candidate: Candidate) -> list[Tensor]:
+        outputs = []
+        for layer, place in _placed(candidate):
+            units = {spec.name: (self._unit(unit), spec) for unit, spec in _units(place, layer)}
+            if layer.kind == "inverted_residual":
+                x = _inverted_residual(x, layer, units)
+            elif layer.kind == "stem":
+                x = _apply(x, units, "conv")
+            else:
+                outputs.append(_head(x, units))
+        return outputs
+
+    def _unit(self, unit: str) -> SharedConv:
+        if unit not in self.units:
+            raise RecordError(f"{unit} is not in the supernet; use a candidate of the space it was made from")
+        return cast(SharedConv, self.units[unit])
+
+    def extract(self, candidate: Candidate) -> Student:
+        """A new student with copies of its slices; batch norm's running statistics must still be estimated.
+
+        Raises:
+            RecordError: a candidate outside the space.
+        """
+        with torch.random.fork_rng(devices=[]):  # a student starts from random weights, which are not used here
+            student = Student(candidate)
+        with torch.no_grad():
+            for layer, place in _placed(candidate):
+                module = student.body[module_name(layer)]
+                for unit, spec in _units(place, layer):
+                    weight, bias, scale = self._unit(unit).sliced(spec)
+                    target = getattr(module, spec.name)
+                    target.conv.weight.copy_(weight)
+                    if scale is None:
+                        target.conv.bias.copy_(bias)
+                    else:
+                        target.bn.weight.copy_(scale)
+                        target.bn.bias.copy_(bias)
+        return student
+
+
+_Units = dict[str, tuple[SharedConv, ConvSpec]]
+
+
+def _place(kind: LayerKind, name: str, stage: int) -> str:
+    # Exit heads are numbered among the exits a candidate has; their weights belong to the stage they stand behind.
+    return f"exits_{stage}" if kind == "exit_head" else name.replace(".", "_")
+
+
+def _placed(candidate: Candidate) -> list[tuple[LayerSpec, str]]:
+    result = []
+    for layer in expand(candidate):
+        stage = candidate.exits[layer.segment].after_stage if layer.kind == "exit_head" else 0
+        result.append((layer, _place(layer.kind, layer.name, stage)))
+    return result
+
+
+def _units(place: str, layer: LayerSpec) -> list[tuple[str, ConvSpec]]:
+    """Name of the shared convolution and the size of it that the layer uses.
+
+    The layers of a head see other features when the one before them is absent, so each such case has its own weights.
+    """
+    result, before = [], ""
+    for spec in layer.convolutions:
+        after = f"_after_{before}" if before and layer.kind in ("head", "exit_head") else ""
+        result.append((f"{place}__{spec.name}{after}", spec))
+        before = spec.name
+    return result
+
+
+def _apply(x: Tensor, units: _Units, name: str) -> Tensor:
+    if name not in units:
+        return x
+    shared, spec = units[name]
+    return shared(x, spec)
+
+
+def _inverted_residual(x: Tensor, layer: LayerSpec, units: _Units) -> Tensor:
+    y = _apply(_apply(x, units, "expand"), units, "depthwise")
+    if layer.use_se:
+        y = y * _apply(_apply(y.mean((2, 3), keepdim=True), units, "se_reduce"), units, "se_expand")
+    y = _apply(y, units, "project")
+    return x + y if layer.has_residual else y
+
+
+def _head(x: Tensor, units: _Units) -> Tensor:
+    x = _apply(x, units, "conv").mean((2, 3), keepdim=True)
+    return _apply(_apply(x, units, "hidden"), units, "classifier").flatten(1)
