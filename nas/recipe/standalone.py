@@ -1,0 +1,211 @@
+"""Scoring by short training of each candidate, with successive halving on two objectives so that bad ones stop early.
+
+Jamieson & Talwalkar 2016, arXiv 1502.07943: rungs of rising length, a share goes on at each. Promotion by non-dominated
+rank, ties in the last rank by hypervolume contribution, as in Emmerich, Beume & Naujoks 2005 (SMS-EMOA). Differs: the
+learning rate follows the schedule of the last rung from the start, so a candidate that goes on continues from its
+checkpoint instead of starting anew.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nas.core.errors import ConfigError, InterruptedRunError, RecordError
+from nas.core.records import Candidate
+from nas.latency.pareto import hypervolume_contributions, non_dominated
+from nas.recipe.context import open_context
+from nas.recipe.pool import JobFailure, JobResult
+from nas.recipe.records import ScoredStudent, read_scored, write_scored
+from nas.train.evaluate import predict_logits
+from nas.train.loop import EpochRecord
+from nas.train.settings import DistillSettings
+from nas.train.trainer import new_student, train_student
+
+SCORE_NAME = "standalone"
+
+J = TypeVar("J")
+
+
+@dataclass(frozen=True, slots=True)
+class StandaloneSettings:
+    """Successive halving of students that are trained on their own.
+
+    Fields:
+        rungs: epochs after which all students so far are compared; the last one is the length of the schedule.
+        keep: share of the students of a rung that goes on to the next, at least one.
+    """
+
+    rungs: tuple[int, ...] = (2, 4, 8)
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.rungs or self.rungs[0] < 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)):
+            raise ConfigError(f"standalone.rungs: rising numbers of epochs are needed, got {list(self.rungs)}")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"standalone.keep: must be above 0 and at most 1, got {self.keep}")
+
+
+@dataclass(frozen=True, slots=True)
+class StandaloneJob:
+    """One student to train up to `epochs`, as a worker process receives it.
+
+    `context` is the record of the arrays (`nas.recipe.context`), `folder` is run_dir/students/<arch_id>; when
+    `stop_file` appears, the student stops at the end of its epoch. `distill.epochs` is the length of the schedule.
+    """
+
+    candidate: Candidate
+    context: str
+    folder: str
+    stop_file: str
+    distill: DistillSettings
+    seed: int
+    epochs: int
+
+
+def score_student(job: StandaloneJob) -> ScoredStudent:
+    """Trains up to `job.epochs` from where an earlier job stopped, and scores on the search validation split.
+
+    A score of so many epochs that is there already is given back at once. `cost_s` of the record counts all epochs of
+    the student, those of earlier rungs too.
+
+    Raises:
+        TrainingError: the training diverged or learnt nothing.
+        InterruptedRunError: the stop file appeared; the last epoch is kept.
+        StorageError: files that cannot be read or written.
+    """
+    folder = Path(job.folder)
+    name = f"{SCORE_NAME}-{job.epochs}"
+    scored = read_scored(folder, name)
+    if scored is not None:
+        return scored
+    architecture = job.candidate.architecture
+    context = open_context(job.context, architecture.resolution)
+    student = new_student(architecture, job.seed)
+
+    def stop_when_told(_: EpochRecord) -> None:
+        if Path(job.stop_file).exists():
+            raise InterruptedRunError("stopped at the end of an epoch")
+
+    history = train_student(
+        student,
+        context.targets,
+        job.distill,
+        seed=job.seed,
+        stop_epoch=job.epochs,
+        checkpoint=folder / f"{SCORE_NAME}.ckpt",
+        progress=stop_when_told,
+    )
+    started = time.thread_time()
+    logits = predict_logits(student, context.val, context.mean, context.std)
+    return write_scored(
+        folder,
+        architecture,
+        epochs=job.epochs,
+        cost_s=history.cpu_s + time.thread_time() - started,
+        logits=logits,
+        labels=context.val_labels,
+        name=name,
+    )
+
+
+def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[np.int64]:
+    """Indices of the `count` students that go on, best first.
+
+    Students are taken front by front (non-dominated rank). Of the front that does not fit as a whole, those with the
+    largest hypervolume contribution are taken, one at a time, the contributions of the rest being computed anew after
+    the one with the smallest has left. Both axes are scaled to the range of that front, so that neither unit rules, and
+    the reference lies one range behind both worst ends. Ties go to the lower index.
+
+    Args:
+        accuracy: [N], more is better.
+        latency_ms: [N], less is better.
+        count: how many go on; all do when there are fewer.
+
+    Raises:
+        RecordError: shapes that differ, or a value that is not finite.
+    """
+    points = _points(accuracy, latency_ms)
+    chosen: list[int] = []
+    rest = np.arange(len(points))
+    while len(chosen) < count and len(rest):
+        on_front = non_dominated(points[rest], (True, False))
+        front = rest[on_front]
+        rest = rest[~on_front]
+        front = _by_contribution(points, front)
+        chosen.extend(int(i) for i in front[: count - len(chosen)])
+    return np.array(chosen, dtype=np.int64)
+
+
+def _points(accuracy: ArrayLike, latency_ms: ArrayLike) -> NDArray[np.float64]:
+    a, b = np.asarray(accuracy, dtype=np.float64), np.asarray(latency_ms, dtype=np.float64)
+    if a.ndim != 1 or a.shape != b.shape:
+        raise RecordError(f"promotion needs one accuracy and one latency per student, got {a.shape} and {b.shape}")
+    points = np.stack([a, b], axis=1)
+    if not np.isfinite(points).all():
+        row = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
+        raise RecordError(f"promotion: student {row} has a value that is not finite: {points[row].tolist()}")
+    return points
+
+
+def _by_contribution(points: NDArray[np.float64], front: NDArray[np.int64]) -> list[int]:
+    """Members of a front in the order in which they should be kept, the least contributing last."""
+    removed: list[int] = []
+    left = list(front)
+    while len(left) > 1:
+        scaled = points[left]
+        low, high = scaled.min(axis=0), scaled.max(axis=0)
+        scaled = (scaled - low) / np.where(high > low, high - low, 1.0)
+        # One range behind the worst ends: an end contributes its lead over the next one, times a whole range.
+        contribution = hypervolume_contributions(scaled, (-1.0, 2.0), (True, False))
+        worst = max(range(len(left)), key=lambda i: (-contribution[i], left[i]))
+        removed.append(int(left.pop(worst)))
+    return [int(i) for i in left] + removed[::-1]
+
+
+def successive_halving(
+    jobs: Sequence[StandaloneJob],
+    latency_ms: Sequence[float],
+    settings: StandaloneSettings,
+    run: Callable[[Sequence[StandaloneJob]], Iterable[JobResult[StandaloneJob, ScoredStudent]]],
+) -> list[ScoredStudent | JobFailure]:
+    """Scores a batch of candidates: all for the first rung, the promoted ones for the next, and so on.
+
+    Args:
+        jobs: one per candidate; their epochs and schedule are set here.
+        latency_ms: predicted latency of each, in the same order.
+        settings: rungs and share.
+        run: runs jobs and gives their results in any order, such as `WorkerPool.map` with `score_student`.
+
+    Returns:
+        The last score of each candidate in the order of `jobs`, or why it has none.
+
+    Raises:
+        InterruptedRunError: from `run`; the same call continues from the files.
+    """
+    results: dict[int, ScoredStudent | JobFailure] = {}
+    alive = list(range(len(jobs)))
+    for number, epochs in enumerate(settings.rungs):
+        rung = {i: rung_job(jobs[i], settings, epochs) for i in alive}
+        place = {job.folder: i for i, job in rung.items()}
+        for result in run(list(rung.values())):
+            results[place[result.job.folder]] = result.value
+        scored = [(i, value) for i in alive if isinstance(value := results[i], ScoredStudent)]
+        if number + 1 < len(settings.rungs) and scored:
+            count = max(1, round(settings.keep * len(scored)))
+            kept = promoted([value.top1[-1] for _, value in scored], [latency_ms[i] for i, _ in scored], count)
+            alive = sorted(scored[k][0] for k in kept)
+        else:
+            alive = [i for i, _ in scored]
+    return [results[i] for i in range(len(jobs))]
+
+
+def rung_job(job: StandaloneJob, settings: StandaloneSettings, epochs: int) -> StandaloneJob:
+    """The same student trained up to one rung; the schedule has the length of the last rung."""
+    return replace(job, epochs=epochs, distill=replace(job.distill, epochs=settings.rungs[-1]))
