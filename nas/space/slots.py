@@ -65,7 +65,7 @@ def build_slots(layout: Layout, build: Callable[[Genotype], Candidate]) -> tuple
     places = _places(layout)
     sizes = [len(gene.choices) for gene in layout.genes]
     colours = _colours([place.genes for place in places])
-    ranges = [max(sizes[g] for g in colours if colours[g] == c) for c in range(max(colours.values()) + 1)]
+    ranges = [max(sizes[g] for g in colours if colours[g] == c) for c in range(max(colours.values(), default=-1) + 1)]
     genotype = [0] * len(sizes)
     for place in places:
         if place.presence is not None:
@@ -84,10 +84,10 @@ def build_slots(layout: Layout, build: Callable[[Genotype], Candidate]) -> tuple
 
 
 def _places(layout: Layout) -> list[_Place]:
-    """The places in the order of `expand`; every one has a gene at least, 0 where nothing decides its layer."""
+    """The places in the order of `expand`."""
 
     def genes(*sites: Site[Any]) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(site.gene for site in sites if site.gene is not None)) or (0,)
+        return tuple(dict.fromkeys(site.gene for site in sites if site.gene is not None))
 
     resolution = layout.resolution
     exits = {place.after_stage: place for place in layout.exits}
@@ -161,12 +161,13 @@ def _colours(groups: Sequence[tuple[int, ...]]) -> dict[int, int]:
 
 
 def _slot(place: _Place, sizes: Sequence[int], table: list[LayerSpec | None]) -> Slot:
-    shape = tuple(sizes[g] for g in place.genes)
-    if place.presence is None:
-        return Slot(place.name, place.kind, place.stage, place.genes, shape, tuple(table))
-    gene, flags = place.presence
-    layers = tuple(layer if flag else None for layer in table for flag in flags)
-    return Slot(place.name, place.kind, place.stage, (*place.genes, gene), (*shape, len(flags)), layers)
+    # a layer that nothing decides is listed for every choice of gene 0: ravel_multi_index needs an axis
+    gene, flags = place.presence or (0, (True,) * sizes[0])
+    genes = place.genes
+    if place.presence is not None or not genes:
+        table = [layer if flag else None for layer in table for flag in flags]
+        genes = (*genes, gene)
+    return Slot(place.name, place.kind, place.stage, genes, tuple(sizes[g] for g in genes), tuple(table))
 
 
 def extreme_genotype(
@@ -183,14 +184,18 @@ def extreme_genotype(
         slots: slots of the space.
         gene_sizes: number of choices of each gene.
         cost: cost of a layer.
-        fixed: genes that keep a given index.
+        fixed: genes that keep a given index (those that the cost does not depend on are better fixed: less to sum).
         largest: whether the largest sum is looked for.
     """
     sign = -1.0 if largest else 1.0
     factors: list[_Factor] = []
     for slot in slots:
-        values = np.array([0.0 if layer is None else sign * cost(layer) for layer in slot.layers]).reshape(slot.shape)
-        factors.append(_reduced(slot.genes, values, fixed))
+        indices = np.arange(len(slot.layers)).reshape(slot.shape)
+        kept = tuple(gene for gene in slot.genes if gene not in fixed)
+        indices = indices[tuple(fixed.get(gene, slice(None)) for gene in slot.genes)]
+        chosen = [slot.layers[i] for i in indices.ravel().tolist()]
+        values = np.array([0.0 if layer is None else sign * cost(layer) for layer in chosen])
+        factors.append(_without_idle_axes(kept, values.reshape(indices.shape)))
     genotype = [fixed.get(gene, 0) for gene in range(len(gene_sizes))]
     order: list[tuple[int, tuple[int, ...], npt.NDArray[np.int64]]] = []
     remaining = sorted({gene for genes, _ in factors for gene in genes})
@@ -213,14 +218,12 @@ def extreme_genotype(
 _Factor = tuple[tuple[int, ...], npt.NDArray[np.float64]]
 
 
-def _reduced(genes: tuple[int, ...], values: npt.NDArray[np.float64], fixed: Mapping[int, int]) -> _Factor:
-    """The table without axes of fixed genes and without axes along which it does not change."""
+def _without_idle_axes(genes: tuple[int, ...], values: npt.NDArray[np.float64]) -> _Factor:
+    """The table without the axes along which it does not change."""
     kept: list[int] = []
     for gene in genes:
         axis = len(kept)
-        if gene in fixed:
-            values = np.asarray(values.take(fixed[gene], axis=axis))
-        elif (values == values.take([0], axis=axis)).all():
+        if (values == values.take([0], axis=axis)).all():
             values = np.asarray(values.take(0, axis=axis))
         else:
             kept.append(gene)

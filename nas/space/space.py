@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,9 @@ class SearchSpace:
     precision: PrecisionChoices
     dropped: tuple[Precision, ...] = ()
 
-    # --- what it is ------------------------------------------------------------------------------------------------
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy sent to another process leaves the tables behind that are made on first use."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def layout(self) -> Layout:
@@ -118,7 +120,7 @@ class SearchSpace:
 
     def to_plain(self) -> dict[str, Any]:
         """The fields of a space file; `space_from_plain` reads them back."""
-        exits = self.exits if self.exits.after else None
+        exits = {key: value for key, value in to_plain(self.exits).items() if value != []}
         return {
             "name": self.name,
             "source": self.source,
@@ -127,7 +129,7 @@ class SearchSpace:
             "stem": to_plain(self.stem),
             "stages": to_plain(self.stages),
             "head": to_plain(self.head),
-            **({"exits": to_plain(exits)} if exits else {}),
+            **({"exits": exits} if self.exits.after else {}),
             "precision": to_plain(self.precision),
         }
 
@@ -150,8 +152,6 @@ class SearchSpace:
         space = replace(self, precision=replace(self.precision, choices=kept), dropped=(*self.dropped, *dropped))
         _require_genes(space, f"space {self.name}")
         return space
-
-    # --- genotypes and candidates ----------------------------------------------------------------------------------
 
     def decode(self, genotype: Sequence[int]) -> Candidate:
         """The candidate of a genotype; inactive genes do not matter.
@@ -240,7 +240,7 @@ class SearchSpace:
         _require_equal(self.name, candidate, self._build(result))
         return result
 
-    def _put_exits(self, candidate: Candidate, genotype: list[int], put: Any) -> None:
+    def _put_exits(self, candidate: Candidate, genotype: list[int], put: Callable[[Site[Any], Any, str], None]) -> None:
         places = {place.after_stage: place for place in self.layout.exits}
         for k, given in enumerate(candidate.exits):
             if given.after_stage not in places:
@@ -310,8 +310,6 @@ class SearchSpace:
         """`count` canonical genotypes [N, G]; every gene is drawn uniformly."""
         return self._canoniser(rng.integers(0, self._size_row, size=(count, len(self.genes))))
 
-    # --- layers ----------------------------------------------------------------------------------------------------
-
     @cached_property
     def _slots(self) -> tuple[Slot, ...]:
         return build_slots(self.layout, self._build)
@@ -332,14 +330,20 @@ class SearchSpace:
 
     @cached_property
     def _extremes(self) -> tuple[Genotype, Genotype]:
-        presents = [place.present for place in self.layout.exits]
-        sizes = self.gene_sizes
-        without = dict.fromkeys(presents, 0)
-        _, least = extreme_genotype(self.slots(), sizes, _macs, without, largest=False)
+        layout, sizes = self.layout, self.gene_sizes
+        presents = [place.present for place in layout.exits]
+        free_of_macs = (
+            layout.stem_activation,
+            layout.stem_precision,
+            layout.head_precision,
+            *(site for stage in layout.stages for site in (stage.activation, stage.precision)),
+        )
+        fixed = dict.fromkeys(presents, 0) | {site.gene: 0 for site in free_of_macs if site.gene is not None}
+        _, least = extreme_genotype(self.slots(), sizes, _macs, fixed, largest=False)
         found = []
         for chosen in itertools.combinations(presents, min(self.exits.max_count, len(presents))):
-            fixed = {**without, **dict.fromkeys(chosen, 1)}
-            found.append(extreme_genotype(self.slots(), sizes, _macs, fixed, largest=True))
+            marked = fixed | dict.fromkeys(chosen, 1)
+            found.append(extreme_genotype(self.slots(), sizes, _macs, marked, largest=True))
         most = max(found, key=lambda pair: pair[0])[1]
         return self.canonical(least), self.canonical(most)
 
@@ -373,8 +377,6 @@ def _require_equal(name: str, given: Candidate, built: Candidate) -> None:
             raise RecordError(f"{unit}: not in space {name}: {value}; the closest there: {expected}")
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
 FIELDS = ("name", "source", "in_channels", "resolution", "stem", "stages", "head", "exits", "precision")
 
 
@@ -400,6 +402,8 @@ def space_from_plain(data: Any, where: str, num_classes: int) -> SearchSpace:
         ConfigError: a field does not fit; the message begins with `where`.
     """
     section = Section(data, where, FIELDS)
+    if num_classes < 1:
+        raise ConfigError(f"{where}: num_classes is {num_classes}; a space needs the classes of a data set, at least 1")
     stages_data = section.value("stages", None)
     if not isinstance(stages_data, list):
         raise section.fail("stages", f"expected a list of stages, got {shown(stages_data)}")

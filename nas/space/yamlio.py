@@ -46,7 +46,7 @@ _RESOLVERS: tuple[tuple[str, str, list[str]], ...] = (
 class _StrictLoader(yaml.SafeLoader):
     """PyYAML's safe loader with our scalars and nothing else; the tables below replace the inherited ones."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (declared so by the stubs)
     yaml_constructors: ClassVar[dict[Any, Any]] = {}
 
     def __init__(self, stream: str, where: str) -> None:
