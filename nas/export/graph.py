@@ -102,8 +102,9 @@ class _Scope:
         self._floats: dict[str, str] = {}
         self._quantized: dict[str, _Tensor] = {}
 
-    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, (output,), f"{output}/{op}", **attributes))
+    def node(self, op: str, inputs: Sequence[str], output: str, unit: str = "", **attributes: Any) -> str:
+        name = f"{self.tag}{unit}/{op}" if unit else f"{output}/{op}"
+        self.nodes.append(helper.make_node(op, inputs, (output,), name, **attributes))
         return output
 
     def constant(self, name: str, values: NDArray[Any]) -> str:
@@ -229,6 +230,7 @@ class _Writer:
             "Conv",
             inputs,
             scope.tag + output,
+            base,
             kernel_shape=(spec.kernel_size, spec.kernel_size),
             strides=(spec.stride, spec.stride),
             pads=(pad, pad, pad, pad),
