@@ -1,0 +1,117 @@
+"""What a device is: something that measures ONNX models and runs them. Everything above knows only this Protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.core.errors import RecordError
+from nas.core.records import DeviceProfile, Measurement, Precision
+
+JobKind = Literal["row", "network", "segment", "overhead"]
+JobPrecision = Precision | Literal["mixed", "none"]
+OnResult = Callable[[Measurement], None]
+OnProgress = Callable[[float], None]
+
+OVERHEAD_KEY = "overhead"
+REFERENCE_KEY = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureJob:
+    """One model to measure.
+
+    `model` is an ONNX file's bytes with static shapes. `feeds` replaces inputs by name (a real image, exit thresholds
+    that force a path); every other input gets random values that stay the same. `macs` is 0 where it has no meaning.
+    """
+
+    key: str
+    kind: JobKind
+    precision: JobPrecision
+    model: bytes = field(repr=False)
+    macs: int
+    feeds: Mapping[str, NDArray[np.generic]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            raise RecordError("a measure job needs a key")
+        if self.macs < 0:
+            raise RecordError(f"measure job {self.key}: macs must not be negative, got {self.macs}")
+
+
+@dataclass(frozen=True, slots=True)
+class CalmReport:
+    """How quiet a device is, seen through a small reference network.
+
+    `checks` were made and `rejected` of them were too disturbed to measure. `best_ms` is the best time of the reference
+    that is known, `median_ms` and `worst_ms` those of the checks; `cpu_share` is the lowest share of a core that the
+    checks got (0-1).
+    """
+
+    checks: int
+    rejected: int
+    best_ms: float
+    median_ms: float
+    worst_ms: float
+    cpu_share: float
+
+    @property
+    def rejected_share(self) -> float:
+        """Share of checks in which no measurement would have been accepted, 0-1."""
+        return self.rejected / self.checks
+
+    @property
+    def drift(self) -> float:
+        """Median of the checks against the best time known, minus 1: 0.05 is 5 % slower."""
+        return self.median_ms / self.best_ms - 1
+
+
+class Device(Protocol):
+    """Measures and runs models. A model that fails is a Measurement with `error`, never an exception."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """State of the device; a latency table holds for one such state."""
+        ...
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        """One measurement for each job, in order.
+
+        Args:
+            jobs: what to measure; they may be measured interleaved.
+            on_result: called once with each result as soon as it is final, outside any timed window.
+            progress: called with the share of the work done (0-1), outside any timed window.
+        """
+        ...
+
+    def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+        """Outputs of a model for raw images.
+
+        Args:
+            model: ONNX bytes with a static or dynamic batch; the first input takes the images.
+            images: float32 [B, 3, H, W], pixels 0-255.
+
+        Returns:
+            The outputs in the model's order, each with B rows.
+
+        Raises:
+            DeviceError: the runtime refuses the model or the images.
+        """
+        ...
+
+    def expect_reference(self, reference_ms: float | None) -> None:
+        """Tells the device the reference network's time in earlier sessions, so that a slower state is noticed.
+
+        Devices that do not judge their state by a reference network ignore it.
+        """
+        ...
+
+    def calm(self, checks: int = 20) -> CalmReport:
+        """Looks `checks` times whether the device is quiet enough to measure."""
+        ...

@@ -1,0 +1,104 @@
+"""Two fixed ONNX graphs that every device measures: the empty graph (overhead) and the reference network (gate).
+
+The reference network must never change: its time is compared across sessions and kept in latency tables.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
+
+from nas.devices.base import OVERHEAD_KEY, REFERENCE_KEY, MeasureJob
+
+OPSET = 17
+IR_VERSION = 9
+
+REFERENCE_CHANNELS = 48
+REFERENCE_SIZE = 16
+REFERENCE_EXPANSION = 4
+
+
+@cache
+def identity_model() -> bytes:
+    """A graph that only hands its input on: what one call costs without any work."""
+    value = helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 4])
+    output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 4])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["input"], ["output"], name="identity")], "overhead", [value], [output]
+    )
+    return _bytes(graph)
+
+
+@cache
+def reference_model() -> bytes:
+    """Two inverted residuals, 48 channels, 16x16, kernels 3 and 5, expansion 4, SE, hard-swish: about 0.3 ms here."""
+    rng = np.random.default_rng(0)
+    nodes: list[NodeProto] = []
+    weights: list[TensorProto] = []
+    shape = [1, REFERENCE_CHANNELS, REFERENCE_SIZE, REFERENCE_SIZE]
+    wide = REFERENCE_CHANNELS * REFERENCE_EXPANSION
+
+    def conv(name: str, x: str, c_in: int, c_out: int, kernel: int = 1, groups: int = 1, act: str = "") -> str:
+        fan_in = c_in // groups * kernel**2
+        weight = rng.normal(0, fan_in**-0.5, (c_out, c_in // groups, kernel, kernel)).astype(np.float32)
+        weights.append(numpy_helper.from_array(weight, f"{name}.weight"))
+        weights.append(numpy_helper.from_array(np.zeros(c_out, np.float32), f"{name}.bias"))
+        pad = kernel // 2
+        nodes.append(
+            helper.make_node(
+                "Conv",
+                [x, f"{name}.weight", f"{name}.bias"],
+                [f"{name}.conv"],
+                name=f"{name}.conv",
+                kernel_shape=[kernel, kernel],
+                pads=[pad] * 4,
+                group=groups,
+            )
+        )
+        if not act:
+            return f"{name}.conv"
+        node = helper.make_node(act, [f"{name}.conv"], [f"{name}.out"], name=f"{name}.act")
+        if act == "HardSigmoid":
+            node.attribute.extend([helper.make_attribute("alpha", 1 / 6), helper.make_attribute("beta", 0.5)])
+        nodes.append(node)
+        return f"{name}.out"
+
+    x = "input"
+    for i, kernel in enumerate((3, 5)):
+        y = conv(f"{i}.expand", x, REFERENCE_CHANNELS, wide, act="HardSwish")
+        y = conv(f"{i}.depthwise", y, wide, wide, kernel, wide, act="HardSwish")
+        nodes.append(helper.make_node("GlobalAveragePool", [y], [f"{i}.pool"], name=f"{i}.pool"))
+        gate = conv(f"{i}.se_reduce", f"{i}.pool", wide, wide // 4, act="Relu")
+        gate = conv(f"{i}.se_expand", gate, wide // 4, wide, act="HardSigmoid")
+        nodes.append(helper.make_node("Mul", [y, gate], [f"{i}.se"], name=f"{i}.se"))
+        y = conv(f"{i}.project", f"{i}.se", wide, REFERENCE_CHANNELS)
+        out = "output" if i == 1 else f"{i}.out"
+        nodes.append(helper.make_node("Add", [x, y], [out], name=f"{i}.add"))
+        x = out
+    graph = helper.make_graph(
+        nodes,
+        "reference",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, shape)],
+        weights,
+    )
+    return _bytes(graph)
+
+
+def overhead_job() -> MeasureJob:
+    """The job whose result is subtracted from every row and added once for each network."""
+    return MeasureJob(OVERHEAD_KEY, "overhead", "none", identity_model(), 0)
+
+
+def reference_job() -> MeasureJob:
+    """The job whose result says how fast the device is now, to compare with other sessions."""
+    return MeasureJob(REFERENCE_KEY, "overhead", "fp32", reference_model(), 0)
+
+
+def _bytes(graph: GraphProto) -> bytes:
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="nas")
+    model.ir_version = IR_VERSION
+    data: bytes = model.SerializeToString()
+    return data

@@ -1,0 +1,299 @@
+"""The host CPU through ONNX Runtime: every session of that runtime in this project is made here.
+
+One intra-op thread: all work is on the calling thread, so its CPU time is the latency. Two threads on a shared two-core
+host ran at 0.5-0.9 of the speed of one.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from nas.core.errors import DeviceError
+from nas.core.records import DeviceProfile, Measurement
+from nas.devices.base import CalmReport, MeasureJob, OnProgress, OnResult
+from nas.devices.graphs import reference_model
+from nas.devices.host import host_profile, probe_host
+from nas.devices.protocol import (
+    Attempt,
+    Clock,
+    Gate,
+    ProtocolSettings,
+    Run,
+    Subject,
+    SystemClock,
+    is_accepted,
+    measure_interleaved,
+    one_line,
+    session_value,
+)
+
+THREADS = 1
+PROVIDER = "CPUExecutionProvider"
+_FATAL_ONLY = 4  # log severity: errors come as exceptions, the runtime's own log would only repeat them
+_BATCH = 64  # images in one call of `run` where the batch is dynamic: bounds the memory
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+class OnnxRuntimeCpu:
+    """The host CPU as a Device. Precisions: fp32 and int8 (fp16 would run in fp32 with casts around it)."""
+
+    def __init__(
+        self, settings: ProtocolSettings | None = None, *, clock: Clock | None = None, root: Path = Path("/")
+    ) -> None:
+        """Probes the host; the reference network is built at the first measurement.
+
+        Args:
+            settings: numbers of the measuring protocol.
+            clock: time; tests set it.
+            root: where the machine's description is read (`/proc`, `/sys`).
+        """
+        self._settings = settings or ProtocolSettings()
+        self._clock: Clock = clock or SystemClock()
+        self._profile = host_profile(
+            probe_host(root),
+            runtime="ort",
+            runtime_version=ort.__version__,
+            threads=THREADS,
+            precisions=("fp32", "int8"),
+        )
+        self._gate: Gate | None = None
+        self._expected_ms: float | None = None
+        self._sequence = 0
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """State of this host and runtime."""
+        return self._profile
+
+    def expect_reference(self, reference_ms: float | None) -> None:
+        """Sets the reference network's time in earlier sessions; the gate then rejects rounds in a slower state."""
+        self._expected_ms = reference_ms
+        if self._gate is not None:
+            self._gate.expect(reference_ms)
+
+    def calm(self, checks: int = 20) -> CalmReport:
+        """Looks `checks` times at the reference network (about 7 ms each)."""
+        return self._ready_gate().report(checks)
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        """Measures jobs interleaved, jobs of one kind together; see `Device.measure`."""
+        gate = self._ready_gate()
+        results: dict[int, Measurement] = {}
+        steps_total = sum(self._settings.sessions(j.kind) * self._settings.rounds(j.kind) for j in jobs)
+        steps_done = 0
+
+        def step() -> None:
+            nonlocal steps_done
+            steps_done += 1
+            if progress is not None:
+                progress(min(1.0, steps_done / steps_total))
+
+        for batch in self._batches(jobs):
+            for index, result in self._measure_batch([(i, jobs[i]) for i in batch], gate, step):
+                results[index] = result
+                if on_result is not None:
+                    on_result(result)
+        return [results[i] for i in range(len(jobs))]
+
+    def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+        """Outputs for raw images; see `Device.run`."""
+        return run_model(model, images)
+
+    def _ready_gate(self) -> Gate:
+        if self._gate is None:
+            self._gate = Gate(bound_run(reference_model(), {}), self._settings, self._clock)
+            self._gate.expect(self._expected_ms)
+        return self._gate
+
+    def _batches(self, jobs: Sequence[MeasureJob]) -> list[list[int]]:
+        """Indices of jobs measured together: of one kind, at most as many as may be alive, in the order given."""
+        batches: list[list[int]] = []
+        for i, job in enumerate(jobs):
+            last = batches[-1] if batches else []
+            if last and jobs[last[0]].kind == job.kind and len(last) < self._settings.alive(job.kind):
+                last.append(i)
+            else:
+                batches.append([i])
+        return batches
+
+    def _measure_batch(
+        self, batch: list[tuple[int, MeasureJob]], gate: Gate, step: Callable[[], None]
+    ) -> list[tuple[int, Measurement]]:
+        sessions: dict[int, list[list[Attempt]]] = {i: [] for i, _ in batch}
+        errors: dict[int, str] = {}
+        for _ in range(self._settings.sessions(batch[0][1].kind)):
+            subjects: dict[int, Subject] = {}
+            for i, job in batch:
+                if i in errors:
+                    continue
+                try:
+                    subjects[i] = Subject(job.key, job.kind, bound_run(job.model, job.feeds))
+                except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
+                    errors[i] = one_line(e)
+            measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, step)
+            for i, subject in subjects.items():
+                if subject.error is not None:
+                    errors[i] = subject.error
+                sessions[i].append(subject.attempts)
+        return [(i, self._result(job, sessions[i], errors.get(i), gate)) for i, job in batch]
+
+    def _result(self, job: MeasureJob, sessions: list[list[Attempt]], error: str | None, gate: Gate) -> Measurement:
+        self._sequence += 1
+        attempts = [attempt for session in sessions for attempt in session]
+        values = () if error else tuple(session_value(s, gate, self._settings) for s in sessions)
+        calm = tuple(
+            value
+            for value, session in zip(values, sessions, strict=False)
+            if any(is_accepted(a, gate, self._settings) for a in session)
+        )
+        return Measurement(
+            key=job.key,
+            kind=job.kind,
+            precision=job.precision,
+            latency_ms=None if error else min(calm or values),
+            rounds_ms=tuple(a.samples_ms for a in attempts),
+            accepted=tuple(is_accepted(a, gate, self._settings) for a in attempts),
+            clock="thread_cpu",
+            measured_at=self._clock.utc(),
+            sequence=self._sequence,
+            error=error,
+            session_ms=values,
+        )
+
+
+def run_model(model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+    """Outputs of a model for raw images [B, 3, H, W], each with B rows; the batch may be static or dynamic.
+
+    Raises:
+        DeviceError: the runtime refuses the model or the images.
+    """
+    try:
+        session = _session(model)
+        entry = session.get_inputs()[0]
+        size = entry.shape[0] if isinstance(entry.shape[0], int) else _BATCH
+        parts: list[list[NDArray[np.generic]]] = []
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            missing = size - len(part) if isinstance(entry.shape[0], int) else 0
+            if missing:  # a static batch is filled up with copies that are cut off again
+                part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+            outputs = session.run(None, {entry.name: np.ascontiguousarray(part, dtype=np.float32)})
+            rows = len(part)
+            parts.append([_rows(output, rows)[: rows - missing] for output in outputs])
+    except Exception as e:  # the runtime's exceptions have no common base of their own
+        raise DeviceError(f"ONNX Runtime {ort.__version__} cannot run the model: {one_line(e)}") from e
+    if not parts:
+        raise DeviceError("no images were given to run")
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+def op_counts(model: bytes) -> dict[str, int]:
+    """Operators that ONNX Runtime really executes: op type -> number, after its own optimisation, branches included.
+
+    Raises:
+        DeviceError: the runtime refuses the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="nas-ort-") as folder:
+        path = Path(folder) / "optimised.onnx"
+        try:
+            _session(model, optimised_path=path)
+            graph = onnx.load(str(path)).graph
+        except Exception as e:
+            raise DeviceError(f"ONNX Runtime {ort.__version__} cannot optimise the model: {one_line(e)}") from e
+    counts: dict[str, int] = {}
+    _count(graph, counts)
+    return dict(sorted(counts.items()))
+
+
+def bound_run(model: bytes, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
+    """A function that runs the model once, inputs and outputs bound beforehand.
+
+    Inputs that `feeds` does not name get random values that are the same every time; a dynamic batch becomes 1.
+
+    Raises:
+        DeviceError: a dynamic size other than the batch, an unknown input, a feed of another shape.
+    """
+    session = _session(model)
+    binding = session.io_binding()
+    rng = np.random.default_rng(0)
+    inputs = {entry.name: entry for entry in session.get_inputs()}
+    optional = {entry.name: entry for entry in session.get_overridable_initializers()}
+    unknown = set(feeds) - set(inputs) - set(optional)
+    if unknown:
+        raise DeviceError(f"no input {sorted(unknown)[0]!r} in the model; inputs: {', '.join([*inputs, *optional])}")
+    for name in [*inputs, *(set(feeds) & set(optional))]:
+        entry = inputs.get(name) or optional[name]
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(_input(entry, feeds.get(name), rng)))
+    for entry in session.get_outputs():
+        if entry.type in _DTYPES and all(isinstance(n, int) for n in entry.shape):
+            value = ort.OrtValue.ortvalue_from_shape_and_type(list(entry.shape), _DTYPES[entry.type])
+            binding.bind_ortvalue_output(entry.name, value)
+        else:
+            binding.bind_output(entry.name, "cpu")
+    run_with_binding = session.run_with_iobinding
+    return lambda: run_with_binding(binding)
+
+
+def _session(model: bytes, optimised_path: Path | None = None) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.inter_op_num_threads = THREADS
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _FATAL_ONLY
+    if optimised_path is not None:
+        options.optimized_model_filepath = str(optimised_path)
+    return ort.InferenceSession(model, options, providers=[PROVIDER])
+
+
+def _input(entry: Any, given: NDArray[np.generic] | None, rng: np.random.Generator) -> NDArray[np.generic]:
+    dtype = _DTYPES.get(entry.type)
+    if dtype is None:
+        raise DeviceError(f"input {entry.name!r} is a {entry.type}; only plain tensors can be measured")
+    shape = [1 if axis == 0 and not isinstance(n, int) else n for axis, n in enumerate(entry.shape)]
+    if given is not None:
+        if len(given.shape) != len(shape) or any(
+            isinstance(n, int) and n != m for n, m in zip(shape, given.shape, strict=True)
+        ):
+            raise DeviceError(f"input {entry.name!r} takes {shape}, got {list(given.shape)}")
+        return np.ascontiguousarray(given, dtype=dtype)
+    if not all(isinstance(n, int) for n in shape):
+        raise DeviceError(f"input {entry.name!r} has the dynamic shape {entry.shape}; only the batch may be dynamic")
+    if np.issubdtype(dtype, np.floating):
+        return rng.random(shape).astype(dtype)
+    return rng.integers(0, 2 if dtype is np.bool_ else 128, shape).astype(dtype)
+
+
+def _rows(output: NDArray[np.generic], rows: int) -> NDArray[np.generic]:
+    array = np.atleast_1d(np.asarray(output))
+    if len(array) != rows:
+        raise DeviceError(f"an output has {len(array)} rows for {rows} images")
+    return array
+
+
+def _count(graph: Any, counts: dict[str, int]) -> None:
+    for node in graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _count(attribute.g, counts)

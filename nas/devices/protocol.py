@@ -1,0 +1,338 @@
+"""The measuring protocol for a noisy host: interleaved rounds behind a gate, thread CPU time, low percentile, minimum.
+
+Why, measured on a shared two-core x86-64 virtual machine (10 fresh sessions, networks of 0.3-6 ms): the mean or median
+of run times varies by 2-17 %, the minimum over separated rounds of their 20th percentile by 0.6-1.6 %; longer rounds do
+not help. Thread CPU time does not see preemption; the reference network in the gate sees what it cannot: a neighbour in
+the cache or on the memory bus, and a lower clock. Thread CPU time is the latency only while all work is on one thread.
+
+Nothing here knows a runtime: a subject is a function without arguments, the clock is an argument.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Protocol
+
+import numpy as np
+
+from nas.core.errors import RecordError
+from nas.devices.base import CalmReport, JobKind
+
+Run = Callable[[], object]
+
+
+class Clock(Protocol):
+    """Time, as an argument so that tests can set it."""
+
+    def cpu_ns(self) -> int:
+        """CPU time of this thread in nanoseconds."""
+        ...
+
+    def wall_ns(self) -> int:
+        """Monotonic time in nanoseconds."""
+        ...
+
+    def sleep(self, seconds: float) -> None:
+        """Waits."""
+        ...
+
+    def utc(self) -> str:
+        """Date and time for people, ISO 8601 in UTC; never used for durations or order."""
+        ...
+
+
+class SystemClock:
+    """The clock of this machine."""
+
+    def cpu_ns(self) -> int:
+        return time.thread_time_ns()
+
+    def wall_ns(self) -> int:
+        return time.perf_counter_ns()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def utc(self) -> str:
+        return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class ProtocolSettings:
+    """Numbers of the protocol; the defaults were tuned on the machine named above.
+
+    warmup_runs: runs before anything is timed.
+    network_round_ms, row_round_ms: length of a round, in milliseconds of CPU time.
+    network_rounds, row_rounds: rounds in one session.
+    network_sessions, row_sessions: fresh sessions of the runtime.
+    networks_alive, rows_alive: how many are measured interleaved.
+    min_runs, max_runs: runs in one round.
+    retries: how often a disturbed round is repeated.
+    wait_ms: pause before it is repeated, in milliseconds.
+    gate_runs: runs of the reference network before a round.
+    gate_cpu_share: least share of a core in the gate, 0-1.
+    gate_drift: largest median of the gate relative to the best ever seen.
+    round_cpu_share: least share of a core in a round, 0-1.
+    quantile: the percentile of the run times of a round that stands for it, 0-1.
+    min_sample_ns: a sample shorter than this is made of more runs (coarse clocks).
+    max_inner: most runs in one sample.
+    calibration_checks: gate checks that find the best time of the reference network before the first measurement.
+    """
+
+    warmup_runs: int = 3
+    network_round_ms: float = 7.0
+    row_round_ms: float = 3.0
+    network_rounds: int = 5
+    row_rounds: int = 3
+    network_sessions: int = 3
+    row_sessions: int = 1
+    networks_alive: int = 24
+    rows_alive: int = 40
+    min_runs: int = 4
+    max_runs: int = 60
+    retries: int = 6
+    wait_ms: float = 10.0
+    gate_runs: int = 6
+    gate_cpu_share: float = 0.97
+    gate_drift: float = 1.05
+    round_cpu_share: float = 0.95
+    quantile: float = 0.2
+    min_sample_ns: int = 500
+    max_inner: int = 1024
+    calibration_checks: int = 20
+
+    def __post_init__(self) -> None:
+        for name in (
+            "network_rounds",
+            "row_rounds",
+            "network_sessions",
+            "row_sessions",
+            "networks_alive",
+            "rows_alive",
+            "min_runs",
+            "gate_runs",
+            "max_inner",
+            "calibration_checks",
+        ):
+            if getattr(self, name) < 1:
+                raise RecordError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_runs < self.min_runs:
+            raise RecordError(f"max_runs ({self.max_runs}) must not be below min_runs ({self.min_runs})")
+        if not 0 <= self.quantile <= 1:
+            raise RecordError(f"quantile must be within 0 and 1, got {self.quantile}")
+
+    def rounds(self, kind: JobKind) -> int:
+        """Rounds in one session."""
+        return self.row_rounds if kind == "row" else self.network_rounds
+
+    def round_ms(self, kind: JobKind) -> float:
+        """Length of a round, milliseconds."""
+        return self.row_round_ms if kind == "row" else self.network_round_ms
+
+    def sessions(self, kind: JobKind) -> int:
+        """Fresh sessions of the runtime."""
+        return self.row_sessions if kind == "row" else self.network_sessions
+
+    def alive(self, kind: JobKind) -> int:
+        """How many are measured interleaved."""
+        return self.rows_alive if kind == "row" else self.networks_alive
+
+
+@dataclass(frozen=True, slots=True)
+class GateReading:
+    """One look at the reference network: median thread CPU time of its runs, and the share of a core that it got."""
+
+    median_ms: float
+    cpu_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One round: a sample per run (ms of thread CPU time), its share of a core, and the gate before it."""
+
+    samples_ms: tuple[float, ...]
+    cpu_share: float
+    gate: GateReading
+
+
+class Gate:
+    """The reference network in front of every round, and the best time ever seen of it."""
+
+    def __init__(self, reference: Run, settings: ProtocolSettings, clock: Clock) -> None:
+        self._reference = reference
+        self._settings = settings
+        self._clock = clock
+        self._best_ms = float("inf")
+        self._expected_ms = float("inf")
+
+    @property
+    def best_ms(self) -> float:
+        """Best median in this session, or the time that earlier sessions had where that is lower."""
+        return min(self._best_ms, self._expected_ms)
+
+    def expect(self, reference_ms: float | None) -> None:
+        """Sets the time of the reference network in earlier sessions; None forgets it."""
+        self._expected_ms = float("inf") if reference_ms is None else reference_ms
+
+    def check(self) -> GateReading:
+        """Runs the reference network and remembers the best time."""
+        if self._best_ms == float("inf"):
+            self._calibrate()
+        return self._read()
+
+    def is_calm(self, reading: GateReading) -> bool:
+        """Whether a round after this reading can be accepted, judged by the best time known now."""
+        return (
+            reading.cpu_share > self._settings.gate_cpu_share
+            and reading.median_ms < self._settings.gate_drift * self.best_ms
+        )
+
+    def report(self, checks: int) -> CalmReport:
+        """Takes `checks` readings, 5 ms apart."""
+        readings = []
+        for _ in range(max(1, checks)):
+            readings.append(self.check())
+            self._clock.sleep(0.005)
+        medians = sorted(r.median_ms for r in readings)
+        return CalmReport(
+            checks=len(readings),
+            rejected=sum(not self.is_calm(r) for r in readings),
+            best_ms=self.best_ms,
+            median_ms=medians[len(medians) // 2],
+            worst_ms=medians[-1],
+            cpu_share=min(r.cpu_share for r in readings),
+        )
+
+    def _calibrate(self) -> None:
+        for _ in range(self._settings.warmup_runs):
+            self._reference()
+        for _ in range(self._settings.calibration_checks):
+            self._read()
+
+    def _read(self) -> GateReading:
+        samples, share = timed_runs(self._reference, self._settings.gate_runs, 1, self._clock)
+        median_ms = float(np.median(samples))
+        if median_ms > 0:  # a clock that stood still is no best time
+            self._best_ms = min(self._best_ms, median_ms)
+        return GateReading(median_ms, share)
+
+
+@dataclass(slots=True)
+class Subject:
+    """One thing under measurement in one session of the runtime; `attempts` and `error` grow while it is measured."""
+
+    key: str
+    kind: JobKind
+    run: Run
+    runs: int = 0
+    inner: int = 1
+    attempts: list[Attempt] = field(default_factory=list)
+    error: str | None = None
+
+
+def timed_runs(run: Run, runs: int, inner: int, clock: Clock) -> tuple[tuple[float, ...], float]:
+    """Times `runs` samples of `inner` calls each.
+
+    Returns:
+        Thread CPU time of one call, per sample, in milliseconds; and thread CPU time over wall time of them all.
+    """
+    cpu_ns, wall_ns = clock.cpu_ns, clock.wall_ns
+    samples = []
+    rest = range(inner - 1)
+    wall_start = wall_ns()
+    cpu_start = cpu_ns()
+    for _ in range(runs):
+        start = cpu_ns()
+        run()
+        for _ in rest:
+            run()
+        samples.append(cpu_ns() - start)
+    cpu_total = cpu_ns() - cpu_start
+    wall_total = wall_ns() - wall_start
+    share = min(1.0, cpu_total / wall_total) if wall_total > 0 else 0.0
+    return tuple(round(s / inner / 1e6, 6) for s in samples), share
+
+
+def round_value(samples_ms: Sequence[float], quantile: float) -> float:
+    """The value of a round: a low percentile of its samples, milliseconds."""
+    return float(np.quantile(np.asarray(samples_ms, dtype=np.float64), quantile))
+
+
+def prepare(subject: Subject, settings: ProtocolSettings, clock: Clock) -> None:
+    """Warms up, then finds how many runs a sample and a round need. A clock that never advances becomes an error."""
+    for _ in range(settings.warmup_runs):
+        subject.run()
+    while True:
+        samples, _ = timed_runs(subject.run, settings.warmup_runs or 1, subject.inner, clock)
+        median_ms = float(np.median(samples))
+        if median_ms * subject.inner * 1e6 >= settings.min_sample_ns:
+            break
+        if subject.inner >= settings.max_inner:
+            if median_ms <= 0:
+                subject.error = f"the clock shows no time for {subject.inner} runs: too fast to be measured"
+                return
+            break
+        subject.inner *= 2
+    wanted = settings.round_ms(subject.kind) / median_ms / subject.inner
+    subject.runs = int(min(settings.max_runs, max(settings.min_runs, wanted)))
+
+
+def measure_interleaved(
+    subjects: Sequence[Subject],
+    gate: Gate,
+    settings: ProtocolSettings,
+    clock: Clock,
+    after_round: Callable[[], None] | None = None,
+) -> None:
+    """Fills `attempts` of all subjects in round-robin rounds. A subject that raises gets an `error` and is left out.
+
+    A disturbed round is kept and repeated after a pause, at most `settings.retries` times.
+    """
+    for subject in subjects:
+        if subject.error is None:
+            _guarded(subject, lambda s=subject: prepare(s, settings, clock))  # type: ignore[misc]
+    for number in range(max((settings.rounds(s.kind) for s in subjects), default=0)):
+        for subject in subjects:
+            if subject.error is None and number < settings.rounds(subject.kind):
+                _guarded(subject, lambda s=subject: _round(s, gate, settings, clock))  # type: ignore[misc]
+            if after_round is not None:
+                after_round()
+
+
+def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Clock) -> None:
+    for retry in range(settings.retries + 1):
+        if retry:
+            clock.sleep(settings.wait_ms / 1e3)
+        reading = gate.check()
+        samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock)
+        attempt = Attempt(samples, share, reading)
+        subject.attempts.append(attempt)
+        if is_accepted(attempt, gate, settings):
+            return
+
+
+def is_accepted(attempt: Attempt, gate: Gate, settings: ProtocolSettings) -> bool:
+    """Whether a round counts, by what is known now: asked again at the end, when the best time may be lower."""
+    return gate.is_calm(attempt.gate) and attempt.cpu_share > settings.round_cpu_share
+
+
+def _guarded(subject: Subject, step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception as e:  # whatever a runtime raises becomes a recorded row with its reason
+        subject.error = one_line(e)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception in one line of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 500 else text[:497] + "..."
+
+
+def session_value(attempts: Sequence[Attempt], gate: Gate, settings: ProtocolSettings) -> float:
+    """Latency of one session in milliseconds: the minimum over accepted rounds, over all where none was accepted."""
+    accepted = [a for a in attempts if is_accepted(a, gate, settings)]
+    return min(round_value(a.samples_ms, settings.quantile) for a in accepted or attempts)

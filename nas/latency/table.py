@@ -1,0 +1,641 @@
+"""The latency table of one device state: append-only rows, measured networks, the correction, all in one folder.
+
+    latency_tables/<device>/
+        device.json       the state that the numbers hold for
+        rows.jsonl        one measured layer per line, with every sample; never rewritten
+        networks.jsonl    one measured network per line, with its architecture
+        correction.json   what the networks taught about the rows
+        README.md         written by the program, for people
+
+Each line carries a check of its own text, so that a number changed by hand is noticed. A later line of the same key
+replaces an earlier one when read (a failure never replaces a number); order is the sequence number, never the clock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+
+from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
+from nas.core.jsonio import (
+    append_line,
+    from_plain,
+    parse_json,
+    read_record,
+    to_plain,
+    write_record,
+    write_text,
+)
+from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, LayerSpec, Measurement
+from nas.core.walk import total_macs
+from nas.latency.correction import CORRECTION_VERSION, Correction
+from nas.latency.keys import implausible, layer_of_key
+
+NetworkForm = Literal["logits", "if", "plain"]
+
+OVERHEAD_KEY = "overhead"
+REFERENCE_KEY = "reference"
+TABLE_VERSION = 1
+
+# Rows repeat within 0.4-0.6 % (median) and 1.7-3.1 % (90 %) in fresh sessions; a row without a calm round says less.
+ROW_STD = 0.015
+UNSTABLE_ROW_STD = 0.05
+LEAST_NET_SHARE = 0.05  # a row keeps at least this share of its time when the overhead is taken off
+
+_LINE = re.compile(r'\{"check":"([0-9a-f]{16})","row":(.*)\}', re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredNetwork:
+    """A whole network as it was measured.
+
+    `form`: `logits` computes every exit, `if` leaves at exits (measured with thresholds that no image reaches, so the
+    whole network runs), `plain` has only the head. Thresholds of the candidate are unset: they do not matter here.
+    """
+
+    candidate: Candidate
+    form: NetworkForm
+    measurement: Measurement
+
+    def __post_init__(self) -> None:
+        expected = network_key(self.candidate, self.form)
+        if self.measurement.key != expected:
+            raise RecordError(
+                f"measured network: key {self.measurement.key!r} is not that of its candidate, {expected!r}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFile:
+    """Content of device.json."""
+
+    profile: DeviceProfile
+    created_at: str
+    version: int = TABLE_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class LockHolder:
+    """Who writes to a table: written beside the lock, read by whoever has to wait."""
+
+    pid: int
+    host: str
+    boot_id: str
+    since: str
+
+
+def network_key(candidate: Candidate, form: NetworkForm) -> str:
+    """Readable key of a measured network: architecture, precision and form; thresholds do not enter."""
+    return f"{candidate.with_thresholds((None,) * len(candidate.exits)).id}|{form}"
+
+
+class LatencyTable:
+    """Rows and networks of one device state. Open with `open` (to measure) or `read` (to estimate only)."""
+
+    def __init__(self, folder: Path, profile: DeviceProfile, *, foreign: bool, writable: bool) -> None:
+        """Use `open` or `read`."""
+        self._folder = folder
+        self._profile = profile
+        self._foreign = foreign
+        self._writable = writable
+        self._rows: dict[str, Measurement] = {}
+        self._networks: dict[str, MeasuredNetwork] = {}
+        self._overheads: dict[str, list[Measurement]] = {OVERHEAD_KEY: [], REFERENCE_KEY: []}
+        self._edited: list[str] = []
+        self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
+        self._sequence = 0
+        self._lock = filelock.FileLock(str(folder / ".lock"), thread_local=False)
+        self.refresh()
+
+    @classmethod
+    def open(cls, folder: Path, profile: DeviceProfile, *, allow_foreign: bool = False) -> LatencyTable:
+        """The table in a folder, begun when the folder is new.
+
+        Args:
+            folder: usually latency_tables/<profile.name>.
+            profile: state of the device that will be measured or estimated for.
+            allow_foreign: reads a table of another state; nothing can be added to it, and estimates say so.
+
+        Raises:
+            DeviceError: the table belongs to another device state; the message shows each field that differs.
+            StorageError: the folder cannot be read or written.
+            RecordError: a line of the table is damaged or impossible, named by file and line number.
+        """
+        path = folder / "device.json"
+        if not path.exists():
+            leftover = [n for n in ("rows.jsonl", "networks.jsonl") if (folder / n).exists()]
+            if leftover:
+                raise RecordError(
+                    f"{folder}: {leftover[0]} is there but device.json is missing, so nobody knows what its numbers"
+                    " hold for. Restore device.json or choose another folder"
+                )
+            write_record(path, DeviceFile(profile, _now()))
+            write_text(folder / "README.md", _readme(profile))
+        stored = _device_file(path)
+        differences = profile_differences(stored.profile, profile)
+        if differences and not allow_foreign:
+            raise DeviceError(
+                f"{folder} was measured in another device state:\n  "
+                + "\n  ".join(differences)
+                + "\nIts numbers do not hold here. Run: nas measure (fills a table of this device), or allow a foreign"
+                " table, which marks every result"
+            )
+        return cls(folder, stored.profile, foreign=bool(differences), writable=not differences)
+
+    @classmethod
+    def read(cls, folder: Path) -> LatencyTable:
+        """The table in a folder, to estimate from; nothing can be added.
+
+        Raises:
+            StorageError: there is no table.
+            RecordError: a line of the table is damaged or impossible, named by file and line number.
+        """
+        path = folder / "device.json"
+        if not path.exists():
+            raise StorageError(f"{folder}: no latency table here (device.json is missing). Run: nas measure")
+        return cls(folder, _device_file(path).profile, foreign=False, writable=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the table lies."""
+        return self._folder
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """The device state that the rows hold for."""
+        return self._profile
+
+    @property
+    def foreign(self) -> bool:
+        """True when the table was opened for another device state than its own."""
+        return self._foreign
+
+    @property
+    def rows(self) -> Mapping[str, Measurement]:
+        """The newest measurement of each row; a row that was never measured successfully has an error."""
+        return MappingProxyType(self._rows)
+
+    @property
+    def networks(self) -> Mapping[str, MeasuredNetwork]:
+        """The newest measurement of each network; one that was never measured successfully has an error."""
+        return MappingProxyType(self._networks)
+
+    @property
+    def edited(self) -> tuple[str, ...]:
+        """`file:line` of entries that are valid but were changed after they were measured."""
+        return tuple(self._edited)
+
+    @property
+    def has_overhead(self) -> bool:
+        """Whether the cost of an empty call has been measured."""
+        return self._newest_ms(OVERHEAD_KEY) is not None
+
+    @property
+    def overhead_ms(self) -> float:
+        """Time of a call that does nothing; contained in every row, counted once in an estimate.
+
+        Raises:
+            MissingRowError: it has not been measured.
+        """
+        value = self._newest_ms(OVERHEAD_KEY)
+        if value is None:
+            raise MissingRowError(f"{self._folder}: the overhead of a call has not been measured. {self._command()}")
+        return value
+
+    @property
+    def reference_ms(self) -> float | None:
+        """Typical time of the reference network over the sessions that filled this table, or None."""
+        values = [m.latency_ms for m in self._overheads[REFERENCE_KEY] if m.latency_ms is not None and m.is_stable]
+        return float(np.median(values)) if values else None
+
+    def row_ms(self, key: str) -> float:
+        """Latency of a row as measured, overhead included.
+
+        Raises:
+            MissingRowError: it was never measured, or measuring failed; the message names the next command.
+        """
+        row = self._rows.get(key)
+        if row is None:
+            raise MissingRowError(f"{key} has no row in {self._folder} ({len(self._rows)} rows). {self._command()}")
+        if row.latency_ms is None:
+            raise MissingRowError(
+                f"{key} could not be measured for {self._folder}: {row.error}. Leave it out of the search space, or try"
+                " again: nas measure --again"
+            )
+        return row.latency_ms
+
+    def net_ms(self, key: str) -> float:
+        """Latency of a row without the overhead of its call.
+
+        Raises:
+            MissingRowError: the row or the overhead is missing.
+        """
+        value = self.row_ms(key)
+        return max(value - self.overhead_ms, LEAST_NET_SHARE * value)
+
+    def row_std_ms(self, key: str) -> float:
+        """Standard deviation of a row: spread between its calm rounds, at least what fresh sessions differ by.
+
+        Raises:
+            MissingRowError: the row is missing.
+        """
+        value = self.row_ms(key)
+        row = self._rows[key]
+        calm = [r for r, ok in zip(row.rounds_ms, row.accepted, strict=True) if ok and r]
+        if not calm:
+            return UNSTABLE_ROW_STD * value
+        spread = float(np.std([np.quantile(r, 0.2) for r in calm])) if len(calm) > 1 else 0.0
+        return max(ROW_STD * value, spread)
+
+    def missing(self, keys: Iterable[str], *, again: bool = False) -> list[str]:
+        """Keys without a row, each once, in the order given.
+
+        Args:
+            keys: row keys.
+            again: also those whose measuring failed, and those without a calm round.
+        """
+        result = []
+        for key in dict.fromkeys(keys):
+            row = self._rows.get(key)
+            if row is None or (again and (row.latency_ms is None or not row.is_stable)):
+                result.append(key)
+        return result
+
+    def add(
+        self, measurement: Measurement, candidate: Candidate | None = None, form: NetworkForm = "logits"
+    ) -> Measurement:
+        """Appends a measurement durably; the sequence number is given here.
+
+        Args:
+            measurement: a row, an overhead, or a network.
+            candidate: the network's architecture; needed for networks only.
+            form: how the network was written.
+
+        Returns:
+            The measurement with its sequence number.
+
+        Raises:
+            StorageError: the table was opened to read only, is held by another process, or cannot be written.
+            RecordError: the measurement is impossible or is not one of a row, overhead or network.
+        """
+        with self.writing():
+            stored = replace(measurement, sequence=self._sequence + 1)
+            if stored.kind == "network":
+                if candidate is None:
+                    raise RecordError(f"network {stored.key}: its candidate must be stored with it")
+                unset = candidate.with_thresholds((None,) * len(candidate.exits))
+                network = MeasuredNetwork(unset, form, stored)
+                _check_network(network)
+                self._append("networks.jsonl", network)
+                self._take_network(network)
+            elif stored.kind in ("row", "overhead"):
+                _check_row(stored)
+                self._append("rows.jsonl", stored)
+                self._take_row(stored)
+            else:
+                raise RecordError(f"{stored.key}: a table keeps rows, overheads and networks, not a {stored.kind}")
+        return stored
+
+    @contextmanager
+    def writing(self, wait_s: float = 0.0, on_wait: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Holds the table's lock; what other processes added meanwhile is read first. May be nested.
+
+        Args:
+            wait_s: how long to wait for another process, seconds.
+            on_wait: told once who is waited for.
+
+        Raises:
+            StorageError: the table is read only, or another process holds it longer than `wait_s`.
+        """
+        if not self._writable:
+            raise StorageError(f"{self._folder}: this table is open to read only; nothing can be added to it")
+        if self._lock.is_locked:  # nested: this process holds it already
+            with self._lock:
+                yield
+            return
+        self._acquire(wait_s, on_wait)
+        holder = self._folder / ".lock-holder.json"
+        try:
+            write_record(holder, LockHolder(os.getpid(), socket.gethostname(), _boot_id(), _now()))
+            self.refresh()
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            self._lock.release()
+
+    def refresh(self) -> None:
+        """Reads what was appended since the last look, by this process or another.
+
+        Raises:
+            RecordError: a damaged or impossible line, named by file and line number.
+        """
+        for number, row in self._new_lines("rows.jsonl"):
+            self._take_row(_row_of(row, f"{self._folder / 'rows.jsonl'}:{number}"))
+        for number, row in self._new_lines("networks.jsonl"):
+            self._take_network(_network_of(row, f"{self._folder / 'networks.jsonl'}:{number}"))
+
+    def correction(self) -> Correction | None:
+        """The stored correction, or None.
+
+        Raises:
+            RecordError: the file does not fit.
+            DeviceError: it was made for another device state.
+        """
+        path = self._folder / "correction.json"
+        if not path.exists():
+            return None
+        stored = read_record(Correction, path)
+        if stored.version != CORRECTION_VERSION:
+            raise RecordError(
+                f"{path}: version {stored.version}, this program writes {CORRECTION_VERSION}. Delete the file"
+            )
+        if stored.fingerprint != self._profile.fingerprint:
+            raise DeviceError(
+                f"{path}: made for device state {stored.fingerprint}, this table is {self._profile.fingerprint}."
+                " Delete the file; it is computed anew from networks.jsonl"
+            )
+        return stored
+
+    def save_correction(self, correction: Correction) -> None:
+        """Replaces the stored correction. Raw rows stay as they are.
+
+        Raises:
+            StorageError: the table is read only or held by another process.
+            DeviceError: the correction is of another device state.
+        """
+        if correction.fingerprint != self._profile.fingerprint:
+            raise DeviceError(
+                f"correction of device state {correction.fingerprint} does not belong to {self._folder}"
+                f" ({self._profile.fingerprint})"
+            )
+        with self.writing():
+            write_record(self._folder / "correction.json", correction)
+
+    def _newest_ms(self, key: str) -> float | None:
+        values = [m.latency_ms for m in self._overheads[key] if m.latency_ms is not None]
+        return values[-1] if values else None
+
+    def _command(self) -> str:
+        return f"Run: nas measure --table {self._folder}"
+
+    def _acquire(self, wait_s: float, on_wait: Callable[[str], None] | None) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+                return
+            except filelock.Timeout:
+                if wait_s > 0 and on_wait is not None:
+                    on_wait(f"waiting for {self._folder}, held by {self._holder()}")
+            self._lock.acquire(timeout=wait_s, poll_interval=0.05)
+        except filelock.Timeout as e:
+            raise StorageError(
+                f"{self._folder} is being written by {self._holder()}. Two measurements at a time would disturb each"
+                " other: wait for it, or stop it"
+            ) from e
+        except OSError as e:
+            raise StorageError(f"{self._folder}: cannot be locked: {e}. Is the folder writable?") from e
+
+    def _holder(self) -> str:
+        try:
+            holder = read_record(LockHolder, self._folder / ".lock-holder.json")
+        except (StorageError, RecordError):
+            return "another process"
+        here = holder.host == socket.gethostname() and holder.boot_id == _boot_id()
+        return f"process {holder.pid} on {'this machine' if here else holder.host} since {holder.since}"
+
+    def _append(self, name: str, value: Measurement | MeasuredNetwork) -> None:
+        path = self._folder / name
+        row = to_plain(value)
+        append_line(path, {"check": _check_of(_canonical(row)), "row": row})
+        self._read_to[name] = (path.stat().st_size, self._read_to.get(name, (0, 0))[1] + 1)
+
+    def _new_lines(self, name: str) -> Iterator[tuple[int, Any]]:
+        """Number and content of the complete lines that were not read yet; a torn last line is left alone."""
+        path = self._folder / name
+        start, number = self._read_to.get(name, (0, 0))
+        data = _bytes_from(path, start)
+        whole = data[: data.rfind(b"\n") + 1]
+        for line in whole.decode("utf-8", errors="replace").split("\n")[:-1]:
+            number += 1
+            if line.strip():
+                yield number, self._content(line, f"{path}:{number}")
+        self._read_to[name] = (start + len(whole), number)
+
+    def _content(self, line: str, where: str) -> Any:
+        match = _LINE.fullmatch(line)
+        if match is not None:
+            row = parse_json(match[2], where)
+            if _check_of(match[2]) != match[1]:
+                self._edited.append(where)
+            return row
+        outer = parse_json(line, where)
+        if not isinstance(outer, dict) or set(outer) != {"check", "row"}:
+            raise RecordError(f"{where}: expected the fields check and row; remove the line or restore the file")
+        self._edited.append(where)
+        return outer["row"]
+
+    def _take_row(self, row: Measurement) -> None:
+        self._sequence = max(self._sequence, row.sequence)
+        if row.kind == "overhead":
+            self._overheads[row.key].append(row)
+            self._overheads[row.key].sort(key=lambda m: m.sequence)
+            return
+        if _replaces(row, self._rows.get(row.key)):
+            self._rows[row.key] = row
+
+    def _take_network(self, network: MeasuredNetwork) -> None:
+        self._sequence = max(self._sequence, network.measurement.sequence)
+        before = self._networks.get(network.measurement.key)
+        if _replaces(network.measurement, before.measurement if before is not None else None):
+            self._networks[network.measurement.key] = network
+
+
+def profile_differences(stored: DeviceProfile, given: DeviceProfile) -> list[str]:
+    """`field: table has ..., this device has ...` for each field of the state that differs."""
+    return [
+        f"{name}: the table has {getattr(stored, name)!r}, this device has {getattr(given, name)!r}"
+        for name in PROFILE_STATE_FIELDS
+        if getattr(stored, name) != getattr(given, name)
+    ]
+
+
+def _replaces(new: Measurement, old: Measurement | None) -> bool:
+    """Whether a measurement takes the place of another: the later one, but a failure never that of a number."""
+    if old is None or (old.latency_ms is None) != (new.latency_ms is None):
+        return old is None or old.latency_ms is None
+    return new.sequence >= old.sequence
+
+
+def _device_file(path: Path) -> DeviceFile:
+    stored = read_record(DeviceFile, path)
+    if stored.version != TABLE_VERSION:
+        raise RecordError(f"{path}: table version {stored.version}, this program reads {TABLE_VERSION}")
+    return stored
+
+
+def _row_of(data: Any, where: str) -> Measurement:
+    measurement = _measurement_of(data, where)
+    try:
+        _check_row(measurement)
+    except RecordError as e:
+        raise RecordError(f"{where}: {e}") from e
+    return measurement
+
+
+def _network_of(data: Any, where: str) -> MeasuredNetwork:
+    if not isinstance(data, dict) or set(data) != {"candidate", "form", "measurement"}:
+        raise RecordError(f"{where}: expected the fields candidate, form and measurement")
+    samples = _take_samples(data["measurement"], f"{where}.measurement")
+    network = from_plain(MeasuredNetwork, data, where)
+    network = replace(network, measurement=_with_samples(network.measurement, samples, where))
+    try:
+        _check_network(network)
+    except RecordError as e:
+        raise RecordError(f"{where}: {e}") from e
+    return network
+
+
+def _measurement_of(data: Any, where: str) -> Measurement:
+    samples = _take_samples(data, where)
+    return _with_samples(from_plain(Measurement, data, where), samples, where)
+
+
+def _take_samples(data: Any, where: str) -> tuple[tuple[float, ...], ...]:
+    """Samples of a measurement, taken out of `data`: hundreds of numbers, too many for the general reader."""
+    if not isinstance(data, dict):
+        raise RecordError(f"{where}: expected a mapping with the fields of Measurement")
+    rounds = data.get("rounds_ms")
+    if not isinstance(rounds, list):
+        return ()
+    for i, samples in enumerate(rounds):
+        if not isinstance(samples, list) or not all(type(s) in (float, int) for s in samples):
+            raise RecordError(f"{where}.rounds_ms[{i}]: expected a list of numbers")
+        if samples and not (min(samples) >= 0 and max(samples) < float("inf")):
+            raise RecordError(f"{where}.rounds_ms[{i}]: samples must be finite and not negative")
+    data["rounds_ms"] = [[]] * len(rounds)
+    return tuple(tuple(map(float, samples)) for samples in rounds)
+
+
+def _with_samples(m: Measurement, samples: tuple[tuple[float, ...], ...], where: str) -> Measurement:
+    try:
+        return replace(m, rounds_ms=samples)
+    except RecordError as e:
+        raise RecordError(f"{where}: {e}") from e
+
+
+def _check_row(m: Measurement) -> None:
+    if m.kind == "overhead":
+        if m.key not in (OVERHEAD_KEY, REFERENCE_KEY):
+            raise RecordError(f"overhead {m.key!r} is unknown; known: {OVERHEAD_KEY}, {REFERENCE_KEY}")
+        _check_value(m, None)
+        return
+    if m.kind != "row":
+        raise RecordError(f"{m.key}: a {m.kind} does not belong into rows.jsonl")
+    layer: LayerSpec = layer_of_key(m.key)
+    if m.precision != layer.precision:
+        raise RecordError(f"{m.key}: precision {m.precision!r} is not that of the key, {layer.precision!r}")
+    _check_value(m, layer.macs)
+
+
+def _check_network(network: MeasuredNetwork) -> None:
+    m = network.measurement
+    if m.kind != "network":
+        raise RecordError(f"{m.key}: a {m.kind} does not belong into networks.jsonl")
+    if m.precision != network.candidate.precision_label:
+        raise RecordError(
+            f"{m.key}: precision {m.precision!r} is not that of the candidate, {network.candidate.precision_label!r}"
+        )
+    _check_value(m, total_macs(network.candidate))
+
+
+def _check_value(m: Measurement, macs: int | None) -> None:
+    if m.sequence < 1:
+        raise RecordError(f"{m.key}: sequence must be at least 1, got {m.sequence}")
+    if m.latency_ms is None:
+        return
+    reason = implausible(m.latency_ms, macs)
+    if reason is not None:
+        raise RecordError(f"{m.key}: {reason}")
+    samples = [s for r in m.rounds_ms for s in r]
+    if samples and not min(samples) * 0.999 <= m.latency_ms <= max(samples) * 1.001:
+        raise RecordError(
+            f"{m.key}: latency {m.latency_ms:g} ms lies outside its own samples"
+            f" ({min(samples):g} to {max(samples):g} ms); was the unit changed?"
+        )
+
+
+def _canonical(plain: Any) -> str:
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _check_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _bytes_from(path: Path, start: int) -> bytes:
+    if not path.exists():
+        return b""
+    try:
+        with path.open("rb") as f:
+            if f.seek(0, os.SEEK_END) < start:
+                raise StorageError(
+                    f"{path} became shorter while it was in use: rows are only ever appended. Start again"
+                )
+            f.seek(start)
+            return f.read()
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e}") from e
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return "unknown"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _readme(profile: DeviceProfile) -> str:
+    state = "\n".join(f"| {name} | {getattr(profile, name)} |" for name in PROFILE_STATE_FIELDS)
+    details = "\n".join(f"| {name} | {value} |" for name, value in sorted(profile.details.items()))
+    return f"""# Latency table: {profile.name}
+
+Written by the program; the numbers hold for one device state only.
+
+| state | |
+|---|---|
+{state}
+
+| when the table was begun | |
+|---|---|
+{details}
+
+- `rows.jsonl`: one measured layer (a block with its activation, squeeze-and-excitation, projection and skip) per line,
+  with every sample. `latency_ms` contains the overhead of one call, which the row `overhead` gives. Lines are only
+  appended; the newest of a key counts. `check` is the start of the SHA-256 of the text of `row`.
+- `networks.jsonl`: whole networks that were measured, with their architecture.
+- `correction.json`: what those networks taught about sums of rows, with the evidence. It is computed from the other two
+  files and may be deleted.
+- All times are milliseconds. `clock` says which clock: `thread_cpu` is the CPU time of the one thread that computes.
+- `accepted` says which rounds were calm. A row without a calm round is still used, and counts as less certain.
+- Protocol: rounds of runs, interleaved with those of other rows; before each round a small reference network (row
+  `reference`) shows whether the machine is calm; the value of a round is the 20th percentile of its samples, the value
+  of a row the minimum over calm rounds, of a network that over three fresh sessions.
+"""

@@ -1,0 +1,170 @@
+"""Measures whole networks: as evidence that corrects the table, and exit by exit as they are deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.core.errors import RecordError, UsageError
+from nas.core.records import Candidate, Measurement
+from nas.core.walk import exit_macs, total_macs
+from nas.devices.base import Device, JobPrecision, MeasureJob
+from nas.export.graph import forced_exit, network_model, nominal_quant, random_weights
+from nas.latency.table import LatencyTable, NetworkForm, network_key
+from nas.measure.fill import WAIT_S, open_session
+
+# Latency does not depend on the values of weights and normalisation.
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.25, 0.25, 0.25)
+NETWORKS_AT_A_TIME = 24  # networks whose graphs are kept in memory; measured interleaved, stored together
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkProgress:
+    """Networks measured so far, of how many; `message` is for people."""
+
+    done: int
+    total: int
+    message: str = ""
+
+
+def network_bytes(candidate: Candidate, form: NetworkForm = "logits", *, seed: int = 0) -> bytes:
+    """ONNX bytes of a candidate with random weights and made-up ranges: good for latency, useless for accuracy.
+
+    Form `if` is written with thresholds that no image reaches, so that the whole network runs.
+    """
+    gray = (
+        (MEAN * candidate.in_channels)[: candidate.in_channels],
+        (STD * candidate.in_channels)[: candidate.in_channels],
+    )
+    shown = candidate.with_thresholds((0.5,) * len(candidate.exits))
+    model = network_model(
+        shown, random_weights(candidate, seed), *gray, quant=nominal_quant(candidate), form=form, batch=1
+    )
+    return forced_exit(model, len(candidate.exits)) if form == "if" else model
+
+
+def measure_networks(
+    table: LatencyTable,
+    device: Device,
+    candidates: Sequence[Candidate],
+    *,
+    form: NetworkForm = "logits",
+    write: Callable[[Candidate, NetworkForm], bytes] = network_bytes,
+    again: bool = False,
+    progress: Callable[[NetworkProgress], None] | None = None,
+    wait_s: float = WAIT_S,
+) -> list[Measurement]:
+    """Measures candidates as whole networks and stores them in the table; those that it has already are not repeated.
+
+    Args:
+        table: opened for the device's state.
+        device: measures.
+        candidates: what to measure; candidates that differ in thresholds only are one network.
+        form: `logits` (every exit computed), `if` (no image leaves early) or `plain` (head only); all worst cases.
+        write: gives the ONNX bytes; by default with random weights.
+        again: measures what was measured before, and what failed, once more.
+        progress: told after each network.
+        wait_s: how long to wait while another process writes the table, seconds.
+
+    Returns:
+        One measurement for each candidate, in order; failed ones have an `error`.
+
+    Raises:
+        StorageError: the table is read only, or another process keeps it.
+    """
+    unset = [c.with_thresholds((None,) * len(c.exits)) for c in candidates]
+    keys = [network_key(c, form) for c in unset]
+    by_key = dict(zip(keys, unset, strict=True))
+    todo = [key for key in by_key if again or key not in table.networks]
+    if todo:
+        say = progress or (lambda _: None)
+        with table.writing(wait_s, lambda message: say(NetworkProgress(0, len(todo), message))):
+            todo = [key for key in by_key if again or key not in table.networks]
+            open_session(table, device)
+            done = 0
+
+            def take(m: Measurement) -> None:
+                nonlocal done
+                done += 1
+                store_network(table, m, by_key[m.key], form)
+                say(NetworkProgress(done, len(todo), m.key))
+
+            for start in range(0, len(todo), NETWORKS_AT_A_TIME):
+                jobs = [
+                    network_job(by_key[k], form, write(by_key[k], form))
+                    for k in todo[start : start + NETWORKS_AT_A_TIME]
+                ]
+                device.measure(jobs, on_result=take)
+    return [table.networks[key].measurement for key in keys]
+
+
+def store_network(table: LatencyTable, m: Measurement, candidate: Candidate, form: NetworkForm) -> Measurement:
+    """Adds a measured network; an impossible value is added as failed, with its reason."""
+    try:
+        return table.add(m, candidate, form)
+    except RecordError as e:
+        return table.add(replace(m, latency_ms=None, session_ms=(), error=str(e)), candidate, form)
+
+
+def network_job(candidate: Candidate, form: NetworkForm, model: bytes) -> MeasureJob:
+    """The job that measures a candidate's model; its key is the one that the table uses."""
+    return MeasureJob(network_key(candidate, form), "network", _precision(candidate), model, total_macs(candidate))
+
+
+def measure_exits(device: Device, candidate: Candidate, model: bytes) -> tuple[Measurement, ...]:
+    """Latency of an exported "if" model for an image that leaves at each exit, the head last (cumulative).
+
+    The very file is measured; only the defaults of its thresholds change. Exits that the file does not contain
+    (threshold above 1, or behind one that takes every image) are left out, see `live_exits`.
+
+    Args:
+        device: measures.
+        candidate: the network with its thresholds.
+        model: its bytes, form "if".
+
+    Returns:
+        One measurement per exit that the file has; keys end in `#<exit>`, the head's number is the number of exits.
+    """
+    macs = exit_macs(candidate)
+    key = network_key(candidate, "if")
+    jobs = [
+        MeasureJob(f"{key}#{k}", "network", _precision(candidate), forced_exit(model, k), macs[k])
+        for k in live_exits(candidate)
+    ]
+    return tuple(device.measure(jobs))
+
+
+def live_exits(candidate: Candidate) -> tuple[int, ...]:
+    """Exits at which an image can leave under the candidate's thresholds; the head is the number of exits."""
+    result = []
+    for k, place in enumerate(candidate.exits):
+        if place.threshold is None:
+            raise UsageError(f"exits[{k}] of {candidate.id} has no threshold; solve it first")
+        if place.threshold <= 1.0:
+            result.append(k)
+        if place.threshold <= 0.0:
+            return tuple(result)
+    return (*result, len(candidate.exits))
+
+
+def measure_model(
+    device: Device, key: str, model: bytes, feeds: Mapping[str, NDArray[np.generic]] | None = None
+) -> Measurement:
+    """Measures any ONNX file as a whole network, such as a teacher or an exported package; nothing is stored.
+
+    Args:
+        device: measures.
+        key: a name for the result.
+        model: ONNX bytes; a dynamic batch is measured at 1.
+        feeds: values of inputs by name, where random ones would not do.
+    """
+    return device.measure([MeasureJob(key, "network", "none", model, 0, feeds or {})])[0]
+
+
+def _precision(candidate: Candidate) -> JobPrecision:
+    names = set(candidate.precisions)
+    return names.pop() if len(names) == 1 else "mixed"

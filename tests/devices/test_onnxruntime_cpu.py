@@ -1,0 +1,160 @@
+"""The host CPU through ONNX Runtime: what the contract of devices does not say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto, TensorProto, helper
+
+from nas.core.errors import DeviceError, RecordError
+from nas.core.records import Measurement
+from nas.devices.base import MeasureJob
+from nas.devices.graphs import identity_model, overhead_job, reference_job, reference_model
+from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, bound_run, op_counts
+from nas.devices.protocol import ProtocolSettings
+from nas.testing import mean_model
+
+QUICK = ProtocolSettings(network_rounds=2, network_sessions=2, network_round_ms=0.5, row_rounds=2, retries=0, wait_ms=0)
+
+
+@pytest.fixture(scope="module")
+def device() -> OnnxRuntimeCpu:
+    return OnnxRuntimeCpu(QUICK)
+
+
+def model(
+    nodes: list[object], inputs: list[object], outputs: list[object], weights: list[object] | None = None
+) -> bytes:
+    graph = helper.make_graph(nodes, "test", inputs, outputs, weights or [])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    return bytes(made.SerializeToString())
+
+
+def info(name: str, kind: int, shape: list[int | str]) -> object:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+def doubled(kind: int, shape: list[int | str]) -> bytes:
+    node = helper.make_node("Add", ["x", "x"], ["y"], name="add")
+    return model([node], [info("x", kind, shape)], [info("y", kind, shape)])
+
+
+def gated(threshold: float) -> bytes:
+    """A model with an optional scalar input, as exit thresholds are."""
+    weights = [helper.make_tensor("threshold", TensorProto.FLOAT, [], [threshold])]
+    node = helper.make_node("Mul", ["x", "threshold"], ["y"], name="mul")
+    inputs = [info("x", TensorProto.FLOAT, [1, 3, 4, 4]), info("threshold", TensorProto.FLOAT, [])]
+    return model([node], inputs, [info("y", TensorProto.FLOAT, [1, 3, 4, 4])], weights)
+
+
+def test_rows_have_one_session_and_networks_several(device: OnnxRuntimeCpu) -> None:
+    row, network = device.measure(
+        [MeasureJob("r", "row", "fp32", mean_model(), 1), MeasureJob("n", "network", "fp32", mean_model(), 1)]
+    )
+    assert len(row.session_ms) == 1
+    assert len(network.session_ms) == QUICK.network_sessions
+    assert len(network.rounds_ms) == QUICK.network_sessions * QUICK.network_rounds
+    assert row.clock == "thread_cpu"
+
+
+def test_sequence_rises_over_calls(device: OnnxRuntimeCpu) -> None:
+    numbers = [m.sequence for _ in range(2) for m in device.measure([overhead_job(), reference_job()])]
+    assert numbers == sorted(set(numbers))
+
+
+def test_quantized_boundaries_can_be_measured(device: OnnxRuntimeCpu) -> None:
+    node = helper.make_node("MaxPool", ["x"], ["y"], name="pool", kernel_shape=[1, 1])
+    shape: list[int | str] = [1, 3, 4, 4]
+    uint8 = model([node], [info("x", TensorProto.UINT8, shape)], [info("y", TensorProto.UINT8, shape)])
+    assert device.measure([MeasureJob("x", "row", "int8", uint8, 1)])[0].error is None
+
+
+def test_a_dynamic_batch_is_measured_at_one_and_other_dynamic_sizes_are_refused(device: OnnxRuntimeCpu) -> None:
+    free_batch, free_size = device.measure(
+        [
+            MeasureJob("batch", "network", "fp32", mean_model(None), 1),
+            MeasureJob("size", "network", "fp32", doubled(TensorProto.FLOAT, [1, 3, "H", "W"]), 1),
+        ]
+    )
+    assert free_batch.error is None
+    assert "input 'x' has the dynamic shape [1, 3, 'H', 'W']; only the batch may be dynamic" in (free_size.error or "")
+
+
+def test_feeds_replace_inputs_and_optional_inputs(device: OnnxRuntimeCpu) -> None:
+    feeds = {"x": np.ones((1, 3, 4, 4), np.float32), "threshold": np.array(2.0, np.float32)}
+    assert device.measure([MeasureJob("x", "network", "fp32", gated(0.5), 1, feeds)])[0].error is None
+
+
+def test_feeds_that_do_not_fit_are_refused_with_what_fits() -> None:
+    with pytest.raises(DeviceError, match="no input 'thresh' in the model; inputs: x, threshold"):
+        bound_run(gated(0.5), {"thresh": np.zeros(1)})
+    with pytest.raises(DeviceError, match=r"input 'x' takes \[1, 3, 4, 4\], got \[1, 3, 5, 5\]"):
+        bound_run(gated(0.5), {"x": np.zeros((1, 3, 5, 5))})
+
+
+def test_run_takes_scalar_outputs_of_single_images(device: OnnxRuntimeCpu) -> None:
+    node = helper.make_node("ReduceMax", ["x"], ["y"], name="max", keepdims=0)
+    scalar = model([node], [info("x", TensorProto.FLOAT, [1, 3, 2, 2])], [info("y", TensorProto.FLOAT, [])])
+    images = np.arange(36, dtype=np.float32).reshape(3, 3, 2, 2)
+    assert device.run(scalar, images)[0].tolist() == [11.0, 23.0, 35.0]
+
+
+def test_run_without_images_is_refused(device: OnnxRuntimeCpu) -> None:
+    with pytest.raises(DeviceError, match="no images"):
+        device.run(mean_model(), np.zeros((0, 3, 8, 8), np.float32))
+
+
+def test_op_counts_are_those_of_the_optimised_graph() -> None:
+    counts = op_counts(reference_model())
+    assert counts["Conv"] == 10
+    assert "HardSwish" not in counts  # fused into its convolution
+    assert op_counts(identity_model()) == {"Identity": 1}
+
+
+def test_op_counts_look_into_branches() -> None:
+    shape: list[int | str] = [1, 3, 4, 4]
+
+    def branch(op: str) -> object:
+        return helper.make_graph([helper.make_node(op, ["x"], [op])], op, [], [info(op, TensorProto.FLOAT, shape)])
+
+    node = helper.make_node("If", ["c"], ["y"], name="if", then_branch=branch("Sin"), else_branch=branch("Cos"))
+    inputs = [info("x", TensorProto.FLOAT, shape), info("c", TensorProto.BOOL, [])]
+    counts = op_counts(model([node], inputs, [info("y", TensorProto.FLOAT, shape)]))
+    assert counts == {"Cos": 1, "If": 1, "Sin": 1}
+
+
+def test_op_counts_of_a_broken_model_are_an_error() -> None:
+    with pytest.raises(DeviceError, match=r"ONNX Runtime .* cannot optimise the model: InvalidProtobuf"):
+        op_counts(b"\x00not onnx")
+
+
+def test_a_reference_from_a_faster_state_flags_every_round() -> None:
+    slow = OnnxRuntimeCpu(QUICK)
+    slow.expect_reference(1e-4)
+    result = slow.measure([overhead_job()])[0]
+    assert result.latency_ms is not None
+    assert not result.is_stable
+    assert slow.calm(2).rejected == 2
+
+
+def test_a_long_list_is_measured_in_groups_of_bounded_size() -> None:
+    small = OnnxRuntimeCpu(ProtocolSettings(row_rounds=1, rows_alive=2, retries=0, wait_ms=0))
+    seen: list[Measurement] = []
+    after: list[int] = []
+    jobs = [MeasureJob(f"r{i}", "row", "fp32", mean_model(), 1) for i in range(5)]
+    small.measure(jobs, on_result=seen.append, progress=lambda _: after.append(len(seen)))
+    assert [m.key for m in seen] == ["r0", "r1", "r2", "r3", "r4"]
+    assert after == [0, 0, 2, 2, 4]  # results come after each group, not at the end
+
+
+def test_the_reference_network_does_not_change() -> None:
+    graph = ModelProto.FromString(reference_model()).graph
+    assert [n.op_type for n in graph.node].count("Conv") == 10
+    assert [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim] == [1, 48, 16, 16]
+
+
+def test_jobs_are_checked() -> None:
+    with pytest.raises(RecordError, match="needs a key"):
+        MeasureJob("", "row", "fp32", b"", 1)
+    with pytest.raises(RecordError, match="macs must not be negative, got -1"):
+        MeasureJob("x", "row", "fp32", b"", -1)

@@ -1,0 +1,224 @@
+"""The measuring protocol with a clock that tests set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+
+from nas.core.errors import RecordError
+from nas.devices.protocol import (
+    Gate,
+    GateReading,
+    ProtocolSettings,
+    Subject,
+    is_accepted,
+    measure_interleaved,
+    prepare,
+    round_value,
+    session_value,
+    timed_runs,
+)
+
+SETTINGS = ProtocolSettings(calibration_checks=2, warmup_runs=1)
+REFERENCE_US = 300
+
+
+class FakeClock:
+    """Time that only moves when something spends it; `stolen` is wall time in which the thread does not run."""
+
+    def __init__(self) -> None:
+        self.cpu = 0
+        self.wall = 0
+        self.slept_s = 0.0
+
+    def cpu_ns(self) -> int:
+        return self.cpu
+
+    def wall_ns(self) -> int:
+        return self.wall
+
+    def sleep(self, seconds: float) -> None:
+        self.slept_s += seconds
+        self.wall += int(seconds * 1e9)
+
+    def utc(self) -> str:
+        return "2000-01-01T00:00:00+00:00"
+
+    def spend(self, cpu_us: float, stolen_us: float = 0.0) -> None:
+        self.cpu += int(cpu_us * 1e3)
+        self.wall += int((cpu_us + stolen_us) * 1e3)
+
+
+def taking(clock: FakeClock, times_us: Iterable[float], stolen_us: float = 0.0) -> Callable[[], None]:
+    """A run that takes these times in turn, the last one for ever."""
+    rest: Iterator[float] = iter(times_us)
+    last = [0.0]
+
+    def run() -> None:
+        last[0] = next(rest, last[0])
+        clock.spend(last[0], stolen_us)
+
+    return run
+
+
+def calm_gate(clock: FakeClock) -> Gate:
+    return Gate(taking(clock, [REFERENCE_US]), SETTINGS, clock)
+
+
+def test_samples_are_thread_cpu_time_per_run() -> None:
+    clock = FakeClock()
+    samples, share = timed_runs(taking(clock, [10, 20, 30], stolen_us=20), 3, 1, clock)
+    assert samples == (0.010, 0.020, 0.030)
+    assert share == pytest.approx(0.5)
+
+
+def test_value_of_a_round_is_a_low_percentile_and_ignores_slow_runs() -> None:
+    assert round_value([1.0, 1.1, 1.2, 1.3, 50.0], 0.2) == pytest.approx(1.08)
+
+
+def test_value_of_a_session_is_the_minimum_over_calm_rounds() -> None:
+    clock = FakeClock()
+    gate = calm_gate(clock)
+    subject = Subject("x", "row", taking(clock, [100.0]))
+    measure_interleaved([subject], gate, SETTINGS, clock)
+    assert len(subject.attempts) == SETTINGS.row_rounds
+    assert all(is_accepted(a, gate, SETTINGS) for a in subject.attempts)
+    assert session_value(subject.attempts, gate, SETTINGS) == pytest.approx(0.1)
+
+
+def test_number_of_runs_fills_the_round_within_its_limits() -> None:
+    clock = FakeClock()
+    for run_us, expected in ((1000.0, 4), (100.0, 30), (10.0, 60)):
+        subject = Subject("x", "row", taking(clock, [run_us]))
+        prepare(subject, SETTINGS, clock)
+        assert subject.runs == expected
+
+
+def test_subjects_take_turns() -> None:
+    clock = FakeClock()
+    order: list[str] = []
+    subjects = [Subject(key, "row", lambda key=key: (order.append(key), clock.spend(3000.0))) for key in "ab"]  # type: ignore[misc]
+    measure_interleaved(subjects, calm_gate(clock), SETTINGS, clock)
+    measured = order[2 * (SETTINGS.warmup_runs + 1) :]
+    rounds = ["".join(measured[i : i + 4]) for i in range(0, len(measured), 4)]
+    assert rounds == ["aaaa", "bbbb"] * SETTINGS.row_rounds
+
+
+def test_a_preempted_round_is_kept_and_repeated_after_a_pause() -> None:
+    clock = FakeClock()
+    gate = calm_gate(clock)
+    gate.check()
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        calls += 1
+        clock.spend(1000.0, stolen_us=500.0 if 3 <= calls <= 6 else 0.0)  # the first round loses a third of the time
+
+    subject = Subject("x", "row", run)
+    measure_interleaved([subject], gate, SETTINGS, clock)
+    assert [is_accepted(a, gate, SETTINGS) for a in subject.attempts] == [False, True, True, True]
+    assert clock.slept_s == pytest.approx(SETTINGS.wait_ms / 1e3)
+
+
+def test_a_machine_that_is_never_calm_ends_flagged_with_the_minimum_of_everything() -> None:
+    clock = FakeClock()
+    gate = Gate(taking(clock, [REFERENCE_US], stolen_us=100.0), SETTINGS, clock)
+    subject = Subject("x", "row", taking(clock, [3000.0] * 40 + [2000.0]))
+    measure_interleaved([subject], gate, SETTINGS, clock)
+    assert len(subject.attempts) == SETTINGS.row_rounds * (SETTINGS.retries + 1)
+    assert not any(is_accepted(a, gate, SETTINGS) for a in subject.attempts)
+    assert session_value(subject.attempts, gate, SETTINGS) == pytest.approx(2.0)
+
+
+def test_gate_notices_a_slower_reference_network() -> None:
+    clock = FakeClock()
+    gate = calm_gate(clock)
+    gate.check()
+    assert gate.is_calm(GateReading(0.310, 1.0))
+    assert not gate.is_calm(GateReading(0.320, 1.0))
+    assert not gate.is_calm(GateReading(0.300, 0.96))
+
+
+def test_rounds_are_judged_again_by_a_better_time_that_comes_later() -> None:
+    clock = FakeClock()
+    times = [REFERENCE_US] * 60 + [200.0]
+    gate = Gate(taking(clock, times), SETTINGS, clock)
+    subject = Subject("x", "row", taking(clock, [1000.0]))
+    measure_interleaved([subject], gate, SETTINGS, clock)
+    assert is_accepted(subject.attempts[0], gate, SETTINGS)
+    for _ in range(10):
+        gate.check()
+    assert not is_accepted(subject.attempts[0], gate, SETTINGS)
+
+
+def test_gate_remembers_what_earlier_sessions_knew() -> None:
+    clock = FakeClock()
+    gate = calm_gate(clock)
+    gate.expect(0.2)
+    assert not gate.is_calm(gate.check())
+    gate.expect(None)
+    assert gate.is_calm(gate.check())
+
+
+def test_calm_report_shows_rejections_and_drift() -> None:
+    clock = FakeClock()
+    gate = Gate(taking(clock, [300.0] * 13 + [330.0]), SETTINGS, clock)
+    report = gate.report(10)
+    assert report.checks == 10
+    assert report.rejected == 10
+    assert report.drift == pytest.approx(0.1)
+
+
+def test_a_coarse_clock_gets_more_runs_in_a_sample() -> None:
+    clock = FakeClock()
+    run = taking(clock, [0.1])  # 100 ns, below the shortest sample
+    subject = Subject("x", "row", run)
+    prepare(subject, SETTINGS, clock)
+    assert subject.error is None
+    assert subject.inner == 8
+    assert timed_runs(run, 3, subject.inner, clock)[0] == pytest.approx((1e-4,) * 3)
+
+
+def test_a_clock_that_stands_still_is_an_error_not_an_endless_loop() -> None:
+    clock = FakeClock()
+    subject = Subject("x", "row", lambda: None)
+    measure_interleaved([subject], calm_gate(clock), SETTINGS, clock)
+    assert subject.error == "the clock shows no time for 1024 runs: too fast to be measured"
+    assert subject.attempts == []
+
+
+def test_a_subject_that_raises_is_left_out_and_the_others_go_on() -> None:
+    clock = FakeClock()
+
+    def fail() -> None:
+        raise RuntimeError("no\nmemory")
+
+    bad, good = Subject("bad", "row", fail), Subject("good", "row", taking(clock, [1000.0]))
+    measure_interleaved([bad, good], calm_gate(clock), SETTINGS, clock)
+    assert bad.error == "RuntimeError: no memory"
+    assert len(good.attempts) == SETTINGS.row_rounds
+
+
+def test_time_that_goes_back_gives_no_negative_share() -> None:
+    clock = FakeClock()
+
+    def run() -> None:
+        clock.cpu += 1000
+        clock.wall -= 5000
+
+    assert timed_runs(run, 3, 1, clock)[1] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_rounds": 0}, "row_rounds must be at least 1, got 0"),
+        ({"max_runs": 2}, r"max_runs \(2\) must not be below min_runs \(4\)"),
+        ({"quantile": 1.5}, "quantile must be within 0 and 1, got 1.5"),
+    ],
+)
+def test_impossible_settings_are_refused(change: dict[str, float], message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        ProtocolSettings(**change)  # type: ignore[arg-type]
