@@ -165,7 +165,12 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  (PyYAML's signature)
         return True
 
+    def quoted_where_needed(self, data: str) -> yaml.ScalarNode:
+        """Double quotes keep control characters and rare line breaks (U+0085, U+2028), which plain text folds."""
+        return self.represent_scalar(_STR, data, style=None if data.isprintable() else '"')
 
+
+_Dumper.add_representer(str, _Dumper.quoted_where_needed)
 for _tag, _pattern, _first in _RESOLVERS:
     _Dumper.add_implicit_resolver(_tag, re.compile(_pattern), _first)
 

@@ -1,0 +1,53 @@
+"""The shipped spaces load, and the table in their README says what they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nas.core.walk import total_macs
+from nas.space.space import SearchSpace, load_space
+
+FOLDER = Path(__file__).parents[2] / "search_spaces"
+README = (FOLDER / "README.md").read_text()
+ROWS = {cells[0]: cells for line in README.splitlines() if (cells := [c.strip() for c in line.strip("|").split("|")])}
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def millions(macs: int) -> str:
+    return f"{macs / 1e6:.2f}" if macs < 10e6 else f"{macs / 1e6:.0f}"
+
+
+def row_of(space: SearchSpace) -> list[str]:
+    """The cells of the README's table for a space."""
+    least, most = (total_macs(space.decode(g)) for g in (space.smallest(), space.largest()))
+    return [
+        space.name,
+        str(space.num_classes),
+        "/".join(map(str, space.resolution)),
+        str(len(space.genes)),
+        f"10^{space.log10_size:.1f}",
+        f"{millions(least)}-{millions(most)} M",
+        f"{len(space.layers(('fp32',))):,}",
+    ]
+
+
+def test_every_space_is_in_the_table() -> None:
+    assert [name for name in ROWS if name in NAMES] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_says_what_the_file_holds(name: str) -> None:
+    cells = ROWS[name]
+    space = load_space(FOLDER / f"{name}.yaml", int(cells[1]))
+    assert space.name == name
+    assert "arXiv" in space.source
+    assert cells == row_of(space)
+
+
+def test_the_small_space_stays_small_enough_for_the_first_run() -> None:
+    """Larger networks cannot be trained in the minutes that the first run has."""
+    space = load_space(FOLDER / "tiny-32.yaml", 10)
+    assert total_macs(space.decode(space.largest())) < 1.2e6
+    assert len(space.layers(("fp32",))) <= 400
