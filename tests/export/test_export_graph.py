@@ -20,16 +20,16 @@ from export_networks import (
 from nas.core.errors import RecordError, UsageError
 from nas.core.records import Candidate, LayerSpec
 from nas.core.walk import expand
+from nas.export.dialect import ORT
 from nas.export.graph import (
-    ORT,
     forced_exit,
     layer_model,
     network_model,
     nominal_quant,
     random_weights,
     tensors_model,
-    weight_scales,
 )
+from nas.export.writer import weight_scales
 from nas.models.student import Student, folded_weights
 
 
