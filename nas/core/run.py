@@ -56,7 +56,7 @@ class Point:
     share of images that do. `prediction` is what the estimate said before the network was measured. `threshold_curve`
     holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
     `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
-    spent on it.
+    spent on it; `export_command` what to run to get its package.
     """
 
     id: str
@@ -75,6 +75,7 @@ class Point:
     on_front: bool = False
     model_bytes: int | None = None
     cost_s: float = 0.0
+    export_command: str = ""
 
     def __post_init__(self) -> None:
         where = f"point {self.id}"
@@ -183,7 +184,8 @@ class PredictedMeasured:
 class RoundSummary:
     """One round: candidates scored, networks measured, and what was reached at its end.
 
-    `hypervolume` is that of all scores so far, `mape` the mean absolute relative error of this round's predictions.
+    `hypervolume` is that of all scores so far as a share of the box accuracy 0-1 x latency 0-budget; `mape` the mean
+    absolute relative error of this round's predictions.
     """
 
     number: int

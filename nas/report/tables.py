@@ -1,0 +1,166 @@
+"""The front of a run as text rows, CSV and plain JSON: one line per student."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from nas.core.run import Point, RunView, latency_of
+from nas.core.units import format_bytes, format_count
+
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+LATENCY_NAMES = {"expected": "expected", "worst": "worst case", "p99": "99th percentile"}
+
+
+def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and one row of text per student, for a table on a terminal.
+
+    Args:
+        view: the run.
+        points: the students to show, in this order; None: the front, fastest first.
+    """
+    columns = (
+        "student",
+        "top1 %",
+        "split",
+        "expected ms",
+        "worst ms",
+        "+- ms",
+        "latency is",
+        "exits used %",
+        "precision",
+        "params",
+        "MACs",
+        "size",
+        "note",
+    )
+    rows: list[tuple[str, ...]] = [
+        (
+            plain_line(name_of(p)),
+            f"{100 * p.top1:.1f}",
+            p.split,
+            format_number(p.latency.expected_ms),
+            format_number(p.latency.worst_ms),
+            format_spread(p.latency.expected_ms, p.latency.std_ms),
+            p.latency.provenance,
+            " / ".join(f"{100 * s:.0f}" for s in p.exit_shares) or "-",
+            p.precision,
+            format_count(p.params),
+            format_count(p.macs),
+            format_bytes(p.weight_bytes if p.model_bytes is None else p.model_bytes),
+            ", ".join(notes(view, p)),
+        )
+        for p in (view.front if points is None else points)
+    ]
+    return columns, rows
+
+
+def front_records(view: RunView, points: Sequence[Point] | None = None) -> list[dict[str, Any]]:
+    """The same as one mapping of plain values per student; latencies in ms, accuracies and shares from 0 to 1."""
+    return [
+        {
+            "id": p.id,
+            "label": p.label,
+            "trial": p.trial,
+            "arch_id": p.arch_id,
+            "top1": p.top1,
+            "split": p.split,
+            "images": p.accuracy.images,
+            "val_top1": None if p.val is None else p.val.top1,
+            "test_top1": None if p.test is None else p.test.top1,
+            "expected_ms": p.latency.expected_ms,
+            "worst_ms": p.latency.worst_ms,
+            "p99_ms": p.latency.p99_ms,
+            "std_ms": p.latency.std_ms,
+            "latency_is": p.latency.provenance,
+            "precision": p.precision,
+            "exits": len(p.candidate.exits),
+            "thresholds": list(p.thresholds),
+            "exit_shares": list(p.exit_shares),
+            "exit_ms": list(p.exit_ms),
+            "params": p.params,
+            "macs": p.macs,
+            "size_bytes": p.weight_bytes if p.model_bytes is None else p.model_bytes,
+            "is_finished": p.is_finished,
+            "on_front": p.on_front,
+            "is_pick": p.id == view.pick_id,
+            "meets_budget": view.meets_budget(p),
+        }
+        for p in (view.front if points is None else points)
+    ]
+
+
+def front_csv(view: RunView, points: Sequence[Point] | None = None) -> str:
+    """The same as CSV (RFC 4180); lists are joined by spaces, text that a spreadsheet would run is guarded by `'`."""
+    records = front_records(view, points)
+    out = io.StringIO()
+    names = list(records[0]) if records else ["id"]
+    writer = csv.writer(out)
+    writer.writerow(names)
+    for record in records:
+        writer.writerow([csv_cell(record[name]) for name in names])
+    return out.getvalue()
+
+
+def csv_cell(value: Any) -> str:
+    """One cell: numbers as they are, text guarded against being run as a formula by a spreadsheet."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return " ".join(csv_cell(v) for v in value)
+    text = str(value)
+    return f"'{text}" if text.lstrip(" ").startswith(_FORMULA_STARTS) or text.startswith(_FORMULA_STARTS) else text
+
+
+def name_of(point: Point) -> str:
+    """What a student is called in tables: its label, else its id."""
+    return point.label or point.id
+
+
+def notes(view: RunView, point: Point) -> list[str]:
+    """What is worth saying of a student in a table: pick, runner-up, closest, over budget, not finished."""
+    result = []
+    if point.id == view.pick_id:
+        result.append("pick")
+    if point.id == view.next_id:
+        result.append("next best")
+    if point.id == view.closest_id:
+        result.append("closest")
+    if not view.meets_budget(point):
+        result.append("over budget")
+    if not point.is_finished:
+        result.append("not finished")
+    return result
+
+
+def budget_latency_ms(view: RunView, point: Point) -> float:
+    """The latency of a student that its run's budget limits."""
+    return latency_of(point.latency, view.budget_of)
+
+
+def plain_line(text: str) -> str:
+    """Text as one printable line: a name cannot move a terminal's cursor or break a table."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def format_spread(value: float, std: float) -> str:
+    """A standard deviation with as many decimals as its value is shown with, or one digit where that would give 0."""
+    shown = format_number(value)
+    decimals = len(shown.partition(".")[2])
+    if std == 0 or float(f"{std:.{decimals}f}") > 0:
+        return f"{std:.{decimals}f}"
+    return f"{std:.{-int(f'{std:e}'.split('e')[1])}f}"
+
+
+def format_number(value: float) -> str:
+    """A number with three significant digits and no exponent: `0.0312`, `1.25`, `148`."""
+    if value == 0:
+        return "0"
+    digits = max(0, 2 - int(f"{abs(value):e}".split("e")[1]))
+    return f"{value:.{digits}f}"
