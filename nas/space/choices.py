@@ -147,6 +147,7 @@ class Section:
 
 
 def shown(data: Any) -> str:
+    """Type and value of what was given, cut to a readable length."""
     text = repr(data)
     return f"{type(data).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -165,6 +166,7 @@ def integer(low: int, high: int, unit: str) -> Callable[[Any], int]:
 
 
 def kernel(data: Any) -> int:
+    """A check for the side of a kernel: odd."""
     value = integer(1, MAX_KERNEL, "pixels")(data)
     if value % 2 == 0:
         raise ValueError(f"{value} is even; a kernel needs a middle pixel: 3, 5, 7, ...")
@@ -185,6 +187,7 @@ def number(low: float, high: float, meaning: str) -> Callable[[Any], float]:
 
 
 def boolean(data: Any) -> bool:
+    """A check for true or false."""
     if not isinstance(data, bool):
         raise ValueError(f"expected true or false, got {shown(data)}")
     return data
@@ -203,12 +206,14 @@ def name_of(allowed: Sequence[str], meaning: str) -> Callable[[Any], str]:
 
 
 def text(data: Any) -> str:
+    """A check for text that is not blank."""
     if not isinstance(data, str) or not data.strip():
         raise ValueError(f"expected text, got {shown(data)}")
     return data.strip()
 
 
 def identifier(data: Any) -> str:
+    """A check for the name of a stage, which becomes the first part of gene names."""
     if not isinstance(data, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", data):
         raise ValueError(f"expected a name of letters, digits, - and _, got {shown(data)}")
     if data in RESERVED_NAMES:
@@ -217,10 +222,12 @@ def identifier(data: Any) -> str:
 
 
 def in_order(values: tuple[Any, ...], order: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The values in the order in which they stand in `order`."""
     return tuple(sorted(values, key=order.index))
 
 
 def read_stem(data: Any, where: str) -> StemChoices:
+    """The field `stem` of a space file; ConfigError with its place where it does not fit."""
     section = Section(data, where, ("channels", "kernel_size", "stride", "activation"))
     return StemChoices(
         channels=tuple(sorted(section.many("channels", integer(1, MAX_CHANNELS, "channels")))),
@@ -234,6 +241,7 @@ STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", 
 
 
 def read_stage(data: Any, where: str) -> StageChoices:
+    """One item of `stages`; ConfigError with its place where it does not fit."""
     if isinstance(data, dict) and isinstance(data.get("name"), str):
         where = f"{where} ({data['name']})"
     section = Section(data, where, STAGE_FIELDS)
@@ -252,6 +260,7 @@ def read_stage(data: Any, where: str) -> StageChoices:
 
 
 def read_head(data: Any, where: str) -> HeadChoices:
+    """The field `head`; ConfigError with its place where it does not fit."""
     section = Section(data, where, ("conv_channels", "hidden_channels", "activation"))
     channels = integer(0, MAX_CHANNELS, "channels (0: no such layer)")
     return HeadChoices(
@@ -262,6 +271,7 @@ def read_head(data: Any, where: str) -> HeadChoices:
 
 
 def read_exits(data: Any, where: str, stages: tuple[str, ...]) -> ExitChoices:
+    """The field `exits`, checked against the names of the stages; ConfigError with its place where it does not fit."""
     section = Section(data, where, ("after", "max_count", "hidden_channels", "thresholds"))
     after = section.many("after", name_of(stages, "stage"))
     if stages[-1] in after:
@@ -278,6 +288,7 @@ def read_exits(data: Any, where: str, stages: tuple[str, ...]) -> ExitChoices:
 
 
 def read_precision(data: Any, where: str) -> PrecisionChoices:
+    """The field `precision`; ConfigError with its place where it does not fit."""
     section = Section(data, where, ("choices", "per"))
     return PrecisionChoices(
         choices=in_order(section.many("choices", name_of(PRECISIONS, "precision")), PRECISIONS),

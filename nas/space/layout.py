@@ -42,12 +42,16 @@ class Site(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class BlockSites:
+    """The choices of one block."""
+
     kernel_size: Site[int]
     expansion: Site[float]
 
 
 @dataclass(frozen=True, slots=True)
 class StageSites:
+    """The choices of one stage and of its blocks, as many as the deepest network has."""
+
     depth: Site[int]
     width: Site[int]
     use_se: Site[bool]

@@ -101,6 +101,7 @@ class SearchSpace:
 
     @property
     def log10_size(self) -> float:
+        """Decimal logarithm of `size`."""
         return sum(math.log10(n) for n in self.gene_sizes)
 
     @property
@@ -110,6 +111,7 @@ class SearchSpace:
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
+        """Precisions to choose from."""
         return self.precision.choices
 
     @cached_property
@@ -258,6 +260,7 @@ class SearchSpace:
             )
 
     def contains(self, candidate: Candidate) -> bool:
+        """Whether `encode` finds a genotype for the candidate."""
         try:
             self.encode(candidate)
         except RecordError:

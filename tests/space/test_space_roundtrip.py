@@ -180,6 +180,13 @@ def test_exits_beyond_the_allowed_number_are_dropped_from_the_back(tiny: SearchS
     assert tiny.canonical(genotype)[names.index("exits.s3.threshold")] == 0
 
 
+def test_expansion_one_has_no_expanding_convolution_whatever_the_width() -> None:
+    stage = {"name": "a", "width": 12, "depth": 2, "stride": 1, "kernel_size": [3, 5], "expansion": 1}
+    data = {"name": "n", "source": "s", "resolution": 16, "stem": {"channels": 12, "activation": "relu"}}
+    space = space_from_plain(data | {"stages": [stage | {"activation": "relu"}]}, "x.yaml", 5)
+    assert [layer.has_expand for layer in expand(space.decode(space.largest()))] == [False] * 4
+
+
 def test_restricting_precisions_drops_the_rest_and_says_so(tiny: SearchSpace) -> None:
     space = tiny.restricted(("fp32", "fp16"))
     assert space.precisions == ("fp32",)
