@@ -17,12 +17,13 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nas.core.errors import ConfigError, InterruptedRunError, RecordError
+from nas.core.errors import InterruptedRunError, RecordError
 from nas.core.records import Candidate
 from nas.latency.pareto import hypervolume_contributions, non_dominated
 from nas.recipe.context import open_context
 from nas.recipe.pool import JobFailure, JobResult
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
+from nas.recipe.settings import StandaloneSettings
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
 from nas.train.settings import DistillSettings
@@ -31,25 +32,6 @@ from nas.train.trainer import new_student, train_student
 SCORE_NAME = "standalone"
 
 J = TypeVar("J")
-
-
-@dataclass(frozen=True, slots=True)
-class StandaloneSettings:
-    """Successive halving of students that are trained on their own.
-
-    Fields:
-        rungs: epochs after which all students so far are compared; the last one is the length of the schedule.
-        keep: share of the students of a rung that goes on to the next, at least one.
-    """
-
-    rungs: tuple[int, ...] = (2, 4, 8)
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not self.rungs or self.rungs[0] < 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)):
-            raise ConfigError(f"standalone.rungs: rising numbers of epochs are needed, got {list(self.rungs)}")
-        if not 0 < self.keep <= 1:
-            raise ConfigError(f"standalone.keep: must be above 0 and at most 1, got {self.keep}")
 
 
 @dataclass(frozen=True, slots=True)

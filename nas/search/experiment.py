@@ -1,6 +1,7 @@
 """The experiment file: what to search, for which deadline, on which data. One YAML file composes the parts' settings.
 
-Paths written in a file are taken from the file's folder, paths given with `--set` and default paths from the working
+What a run reads (`space`, `data.path`, `teacher.weights`) is taken from the file's folder when it is written there, and
+from the working directory when it is given with `--set`. Where results go (`run.*`) is always taken from the working
 directory. `~` is the home folder. `space` may also be the name of one of the spaces that come with the tool.
 """
 
@@ -20,12 +21,14 @@ from nas.core.errors import ConfigError, did_you_mean
 from nas.core.jsonio import to_plain
 from nas.core.units import parse_ms
 from nas.data.records import DataSettings
+from nas.recipe.settings import StandaloneSettings, SupernetSettings
 from nas.search.checked import checked, key_paths, schema, section_type
 from nas.search.settings import BudgetSettings, FeedbackSettings, FinishSettings, RunSettings, SearchSettings
 from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
-PATH_KEYS = ("space", "data.path", "teacher.weights", "run.dir", "run.tables", "run.cache")
+INPUT_KEYS = ("space", "data.path", "teacher.weights")
+PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache")
 TIME_KEYS = ("budget.ms",)  # may be written with a unit: 800us
 SPACES = Path(__file__).parents[2] / "search_spaces"
 
@@ -43,6 +46,8 @@ class Experiment:
         teacher: the accurate, slow network.
         distill: how students learn from it.
         search: how candidates are proposed and scored.
+        supernet: how shared weights are trained, for the scorer `supernet`.
+        standalone: successive halving, for the scorer `standalone`.
         feedback: which whole networks are measured to correct the table.
         finish: how finalists are completed.
         run: where files go.
@@ -56,6 +61,8 @@ class Experiment:
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
     search: SearchSettings = field(default_factory=SearchSettings)
+    supernet: SupernetSettings = field(default_factory=SupernetSettings)
+    standalone: StandaloneSettings = field(default_factory=StandaloneSettings)
     feedback: FeedbackSettings = field(default_factory=FeedbackSettings)
     finish: FinishSettings = field(default_factory=FinishSettings)
     run: RunSettings = field(default_factory=RunSettings)
@@ -85,9 +92,10 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
     data = load_yaml(path)
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys such as space, budget, data; an example is written by: nas init")
+    _drop_bare_headings(Experiment, data)
     data.setdefault("name", _name_from(path))
     for key in PATH_KEYS:
-        _change(data, key, partial(_below, path.parent, key))
+        _change(data, key, partial(_below, path.parent if key in INPUT_KEYS else Path(), key))
     origins = {}
     for text in sets:
         key, value = parse_set(text)
@@ -96,7 +104,7 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
     for key in TIME_KEYS:
         _change(data, key, partial(parse_ms, where=f"{path}: {key}"))
     experiment = checked(Experiment, data, str(path), origins)
-    return dataclasses.replace(experiment, space=_space_file(experiment.space, str(path)))
+    return dataclasses.replace(experiment, space=str(space_file(experiment.space, f"{path}: space")))
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -122,6 +130,17 @@ def parse_set(text: str) -> tuple[str, Any]:
     return key, parse_yaml(value, where)
 
 
+def _drop_bare_headings(cls: type, data: dict[str, Any]) -> None:
+    """Takes out sections of which the heading is left and every key is commented out: they mean the defaults."""
+    for key in list(data):
+        kind = section_type(cls, [key])
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            if data[key] is None:
+                del data[key]
+            elif isinstance(data[key], dict):
+                _drop_bare_headings(kind, data[key])
+
+
 def _keys_beside(key: str) -> str:
     parts = key.split(".")
     kind = section_type(Experiment, parts[:-1])
@@ -135,9 +154,7 @@ def _put(data: dict[str, Any], key: str, value: Any, text: str) -> None:
     *sections, last = key.split(".")
     place = data
     for name in sections:
-        if place.get(name) is None:  # absent, or a heading with nothing below it
-            place[name] = {}
-        place = place[name]
+        place = place.setdefault(name, {})
         if not isinstance(place, dict):
             raise ConfigError(f"--set {text}: the file gives {name} a value, so nothing can be set below it")
     place[last] = value
@@ -174,16 +191,21 @@ def _below(base: Path, key: str, text: str) -> str:
     return os.path.normpath(base / Path(text).expanduser())
 
 
-def _space_file(space: str, where: str) -> str:
-    names = space_names()
+def space_file(space: str, where: str) -> Path:
+    """File of a search space that is given by name or by file.
+
+    Raises:
+        ConfigError: a name that no space of the tool has; the message begins with `where`.
+    """
     if not _is_name(space):
-        return space
+        return Path(space)
+    names = space_names()
     if space not in names:
         raise ConfigError(
-            f"{where}: space: no space named {space!r}{did_you_mean(space, names)} (names: {', '.join(names)}); "
+            f"{where}: no space named {space!r}{did_you_mean(space, names)} (names: {', '.join(names)}); "
             "a file of your own ends in .yaml"
         )
-    return str(SPACES / f"{space}.yaml")
+    return SPACES / f"{space}.yaml"
 
 
 def resolved_yaml(experiment: Experiment) -> str:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import append_line, parse_json, read_lines, read_text, write_record, write_text
 from nas.core.records import Candidate
+from nas.core.run import PredictedMeasured
 
 SCHEMA = 1
 
@@ -55,11 +56,12 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A step of the run that is over: `kind` names it, `values` holds its figures."""
+    """A step of the run that is over: `kind` names it, `values` holds its figures, `pairs` networks measured in it."""
 
     kind: str
     at_s: float
     values: dict[str, float | int | str | None] = field(default_factory=dict)
+    pairs: tuple[PredictedMeasured, ...] = ()
 
 
 class RunFolder:

@@ -97,9 +97,7 @@ def _greedy_layer(
         for group in dict.fromkeys(groups[i] for i in candidates if groups[i] not in chosen):
             members = [i for i in candidates if groups[i] == group]
             trial = kept + members
-            gain = (
-                hypervolume([top1[i] for i in trial], [cost[i] for i in trial], reference_top1, limit) - reached
-            )
+            gain = hypervolume([top1[i] for i in trial], [cost[i] for i in trial], reference_top1, limit) - reached
             if gain > best_gain:
                 best_gain, best_group, best_members = gain, group, members
         if best_group is None:

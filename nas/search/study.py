@@ -25,7 +25,8 @@ from optuna.trial import TrialState
 from nas.core.errors import StorageError
 from nas.core.run import Importance
 from nas.search.settings import SamplerName
-from nas.space import Gene, SearchSpace
+from nas.space.layout import Gene
+from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
 
@@ -53,7 +54,10 @@ def choose_sampler(name: SamplerName, trials: int) -> tuple[str, str]:
         return name, "asked for"
     if trials <= TPE_MAX_TRIALS:
         return "tpe", f"multivariate TPE inside the budget leads up to {TPE_MAX_TRIALS} trials"
-    return "nsga2", f"NSGA-II with a small population: more than {TPE_MAX_TRIALS} trials, and TPE's cost per trial grows"
+    return (
+        "nsga2",
+        f"NSGA-II with a small population: more than {TPE_MAX_TRIALS} trials, and TPE's cost per trial grows",
+    )
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
@@ -155,9 +159,9 @@ class Proposer:
         if scored is None:
             self._study.tell(number, state=TrialState.PRUNED)
             return
-        trial = optuna.trial.Trial(self._study, self._study._storage.get_trial_id_from_study_id_trial_number(
-            self._study._study_id, number
-        ))
+        trial = optuna.trial.Trial(
+            self._study, self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
+        )
         trial.set_constraint("over_budget_ms", scored.excess_ms)
         self._study.tell(number, (scored.top1, scored.latency_ms))
 

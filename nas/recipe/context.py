@@ -1,0 +1,166 @@
+"""What a worker process needs of data and teacher: files that are mapped, not sent, described by one small JSON record.
+
+A resolution below the data set's own is a search choice: its images are decoded at that side (as a deployed student will
+see them), augmented with the same random numbers, and share the teacher's logits of the full-size variants.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nas.core.errors import StorageError
+from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
+from nas.data import Dataset, augmented
+from nas.train.targets import Targets
+
+CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are enough for either
+
+
+@dataclass(frozen=True, slots=True)
+class ResolutionFiles:
+    """Arrays of one resolution: uint8 [N, H, W, 3]; `variants` is [V, N, H, W, 3]."""
+
+    resolution: int
+    val: str
+    test: str
+    sample: str
+    variants: str
+
+
+@dataclass(frozen=True, slots=True)
+class ContextFile:
+    """`context.json`: where the arrays of a data set and of its teacher's targets lie."""
+
+    dataset: str
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    targets: str
+    val_labels: str
+    test_labels: str
+    resolutions: tuple[ResolutionFiles, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Context:
+    """Mapped arrays of one resolution.
+
+    Fields:
+        targets: augmented training images with the teacher's logits.
+        val: search validation images, uint8 [N, H, W, 3]; `val_labels` int64 [N].
+        test: images of the final figures; `test_labels` int64 [N].
+        sample: training images without augmentation, for int8 ranges and batch norm.
+    """
+
+    class_names: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    targets: Targets
+    val: np.ndarray
+    val_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+    sample: np.ndarray
+
+
+def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, cache: Path, seed: int) -> ContextFile:
+    """Keeps the arrays of each resolution in the cache and writes the record that names them.
+
+    Args:
+        path: the record, in the run folder.
+        datasets: the same data set in each resolution of the space, the teacher's (the largest) among them.
+        targets: of the largest resolution.
+        cache: folder of the arrays; they are shared by all runs on the same data.
+        seed: of the augmentation, as given to `make_targets`.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    largest = max(datasets, key=lambda d: d.resolution)
+    sets = []
+    for dataset in sorted(datasets, key=lambda d: d.resolution):
+        folder = cache / "arrays" / content_hash([dataset.sha256, targets.key, seed])
+        folder.mkdir(parents=True, exist_ok=True)
+        stride = max(1, len(dataset.train) // CALIBRATION_IMAGES)
+        with FileLock(folder.with_suffix(".lock")):
+            variants = targets.folder / "images.npy"
+            if dataset.resolution != largest.resolution:
+                variants = folder / "variants.npy"
+                if not variants.exists():
+                    _save(variants, _variants(dataset, targets.variants, seed))
+            for name, array in (
+                ("val", dataset.val.images),
+                ("test", dataset.test.images),
+                ("sample", dataset.train.images[::stride][:CALIBRATION_IMAGES]),
+                ("val_labels", dataset.val.labels),
+                ("test_labels", dataset.test.labels),
+            ):
+                if not (folder / f"{name}.npy").exists():
+                    _save(folder / f"{name}.npy", array)
+        names = (str((folder / f"{name}.npy").resolve()) for name in ("val", "test", "sample"))
+        sets.append((folder, ResolutionFiles(dataset.resolution, *names, variants=str(variants.resolve()))))
+    folder = sets[-1][0].resolve()
+    record = ContextFile(
+        dataset=largest.name,
+        class_names=largest.class_names,
+        mean=largest.mean,
+        std=largest.std,
+        targets=str(targets.folder.resolve()),
+        val_labels=str(folder / "val_labels.npy"),
+        test_labels=str(folder / "test_labels.npy"),
+        resolutions=tuple(files for _, files in sets),
+    )
+    write_record(path, record)
+    return record
+
+
+def _variants(dataset: Dataset, count: int, seed: int) -> np.ndarray:
+    # The same generator per variant as make_targets uses: the same shifts and flips at another side.
+    parts = [augmented(dataset.train.images, dataset.augment, np.random.default_rng([seed, v])) for v in range(count)]
+    return np.stack(parts)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    write_bytes(path, buffer.getvalue())
+
+
+@lru_cache(maxsize=4)
+def open_context(path: str, resolution: int) -> Context:
+    """The arrays of one resolution, mapped; kept open, because a worker scores many students on them.
+
+    Raises:
+        StorageError: a file is missing or damaged; run the same command again to make it anew.
+    """
+    record = read_record(ContextFile, Path(path))
+    files = {f.resolution: f for f in record.resolutions}.get(resolution)
+    if files is None:
+        raise StorageError(f"{path}: no arrays at {resolution} px; run the same command again")
+    targets = Targets.open(Path(record.targets))
+    if Path(files.variants) != Path(record.targets) / "images.npy":
+        targets = replace(targets, images=_open(files.variants), key=f"{targets.key}-{resolution}")
+    return Context(
+        record.class_names,
+        record.mean,
+        record.std,
+        targets,
+        _open(files.val),
+        _open(record.val_labels),
+        _open(files.test),
+        _open(record.test_labels),
+        _open(files.sample),
+    )
+
+
+def _open(path: str) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise StorageError(f"{path}: cannot be read: {e}. Delete it and run the same command again") from e

@@ -1,0 +1,51 @@
+"""Logits of a student in the precision in which it is deployed: from the graph that is exported, never assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.compress.calibrate import calibrate
+from nas.core.records import Candidate, QuantSpec
+from nas.export.graph import network_model, tensors_model
+
+Run = Callable[[bytes, NDArray[np.float32]], Sequence[NDArray[np.generic]]]
+RUN_BATCH = 250
+
+
+def raw_pixels(images: np.ndarray) -> NDArray[np.float32]:
+    """Network input float32 [B, 3, H, W], 0-255, from uint8 [B, H, W, 3]."""
+    return np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)), dtype=np.float32)
+
+
+def calibrated(
+    candidate: Candidate,
+    weights: Mapping[str, NDArray[np.float32]],
+    mean: Sequence[float],
+    std: Sequence[float],
+    images: np.ndarray,
+    run: Run,
+) -> QuantSpec:
+    """Ranges of every tensor of a student over `images`, uint8 [N, H, W, 3] of the training split."""
+    model, names = tensors_model(candidate, weights, mean, std)
+    return calibrate(run, model, names, raw_pixels(images))
+
+
+def deployed_logits(
+    candidate: Candidate,
+    weights: Mapping[str, NDArray[np.float32]],
+    quant: QuantSpec | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    images: np.ndarray,
+    run: Run,
+) -> NDArray[np.float32]:
+    """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3]."""
+    model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None)
+    parts = []
+    for start in range(0, len(images), RUN_BATCH):
+        outputs = run(model, raw_pixels(images[start : start + RUN_BATCH]))
+        parts.append(np.stack([np.asarray(o, dtype=np.float32) for o in outputs]))
+    return np.concatenate(parts, axis=1)

@@ -1,0 +1,113 @@
+"""Scores one candidate in a worker process: a student from the scorer, its logits in the precision it would be deployed in.
+
+The same job function serves both scorers: `supernet` copies a student out of shared weights, `standalone` trains it for
+some epochs (going on from its checkpoint). Results are files named by architecture, so nothing is scored twice.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nas.core.errors import InterruptedRunError
+from nas.core.records import Candidate
+from nas.devices.onnxruntime_cpu import run_model
+from nas.models.student import Student, folded_weights
+from nas.recipe.context import Context, open_context
+from nas.recipe.deployed import calibrated, deployed_logits
+from nas.recipe.finish import precision_name
+from nas.recipe.records import ScoredStudent, read_scored, write_scored
+from nas.recipe.supernet import inherited_student, open_supernet
+from nas.train.evaluate import predict_logits
+from nas.train.loop import EpochRecord
+from nas.train.settings import DistillSettings
+from nas.train.trainer import new_student, train_student
+
+Source = Literal["supernet", "standalone"]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreJob:
+    """One candidate to score, as a worker process receives it.
+
+    `epochs` is where own training stops (0 with the supernet); `images` limits the training images used for batch norm
+    (supernet) and int8 ranges.
+    """
+
+    candidate: Candidate
+    source: Source
+    context: str
+    students: str
+    supernet: str
+    stop_file: str
+    distill: DistillSettings
+    epochs: int
+    seed: int
+    images: int
+
+    @property
+    def name(self) -> str:
+        """Name of the score among those of the same architecture."""
+        return f"{self.source}-{self.epochs}-{precision_name(self.candidate.precisions)}"
+
+
+def student_folder(students: str, arch_id: str) -> Path:
+    """Folder of one architecture."""
+    return Path(students) / arch_id
+
+
+def score(job: ScoreJob) -> ScoredStudent:
+    """Scores a candidate, or gives the score that is there already.
+
+    Raises:
+        TrainingError: the training diverged or learnt nothing.
+        InterruptedRunError: the stop file appeared; the last epoch is kept.
+    """
+    folder = student_folder(job.students, job.candidate.arch_id)
+    known = read_scored(folder, job.name)
+    if known is not None:
+        return known
+    started = time.thread_time()
+    context = open_context(job.context, job.candidate.resolution)
+    student = _inherited(job, context) if job.source == "supernet" else _trained(job, context, folder)
+    if set(job.candidate.precisions) == {"fp32"}:
+        logits = predict_logits(student, context.val, context.mean, context.std)
+    else:
+        weights = folded_weights(student)
+        sample = context.sample[: job.images]
+        quant = calibrated(job.candidate, weights, context.mean, context.std, sample, run_model)
+        logits = deployed_logits(job.candidate, weights, quant, context.mean, context.std, context.val, run_model)
+    return write_scored(
+        folder,
+        job.candidate,
+        epochs=job.epochs,
+        cost_s=time.thread_time() - started,
+        logits=logits,
+        labels=context.val_labels,
+        name=job.name,
+    )
+
+
+def _inherited(job: ScoreJob, context: Context) -> Student:
+    sample = context.sample[: job.images]
+    return inherited_student(open_supernet(job.supernet), job.candidate, sample, context.mean, context.std)
+
+
+def _trained(job: ScoreJob, context: Context, folder: Path) -> Student:
+    def stop_when_told(_: EpochRecord) -> None:
+        if Path(job.stop_file).exists():
+            raise InterruptedRunError("stopped at the end of an epoch")
+
+    student = new_student(job.candidate.architecture, job.seed)
+    train_student(
+        student,
+        context.targets,
+        job.distill,
+        seed=job.seed,
+        stop_epoch=job.epochs,
+        checkpoint=folder / "score.ckpt",
+        progress=stop_when_told,
+    )
+    return student

@@ -1,0 +1,75 @@
+"""Settings of the scorers that need no torch, so that an experiment file is checked in a blink."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from nas.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SupernetSettings:
+    """How the shared weights are trained, once per run. The loss is that of `DistillSettings`.
+
+    Fields:
+        cpu_seconds: processor seconds of training; turned into a number of steps by timing a few of them.
+        steps: number of steps instead; None: from `cpu_seconds`.
+        batch_size: images per step; every sub-network of a step sees the same ones.
+        random_subnets: sub-networks of a step beside the largest and the smallest.
+        lr: highest learning rate (AdamW).
+        weight_decay: AdamW's decoupled decay, on kernels only.
+        warmup: share of the steps with a rising learning rate; a cosine to 0 follows.
+        clip_norm: largest norm of the gradient of a step, all its sub-networks together.
+        checkpoint_steps: a killed training loses at most so many steps.
+        calibration_images: training images from which batch norm of an extracted student is estimated.
+        seed: of the initial weights, the order of images and the sub-networks.
+    """
+
+    cpu_seconds: float = 150.0
+    steps: int | None = None
+    batch_size: int = 64
+    random_subnets: int = 2
+    lr: float = 1e-2
+    weight_decay: float = 0.02
+    warmup: float = 0.06
+    clip_norm: float = 5.0
+    checkpoint_steps: int = 100
+    calibration_images: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        where = "supernet"
+        least = {"batch_size": 2, "random_subnets": 0, "checkpoint_steps": 1, "calibration_images": 2, "seed": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ConfigError(f"{where}.{name}: must be at least {minimum}, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"{where}.steps: must be at least 1, got {self.steps}")
+        for name in ("cpu_seconds", "lr", "clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{where}.{name}: must be above 0, got {value}")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"{where}.weight_decay: must be 0 or more, got {self.weight_decay}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"{where}.warmup: must be 0 or more and below 1, got {self.warmup}")
+
+
+@dataclass(frozen=True, slots=True)
+class StandaloneSettings:
+    """Successive halving of students that are trained on their own.
+
+    Fields:
+        rungs: epochs after which all students so far are compared; the last one is the length of the schedule.
+        keep: share of the students of a rung that goes on to the next, at least one.
+    """
+
+    rungs: tuple[int, ...] = (2, 4, 8)
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.rungs or self.rungs[0] < 1 or any(a >= b for a, b in zip(self.rungs, self.rungs[1:], strict=False)):
+            raise ConfigError(f"standalone.rungs: rising numbers of epochs are needed, got {list(self.rungs)}")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"standalone.keep: must be above 0 and at most 1, got {self.keep}")

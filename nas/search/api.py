@@ -1,0 +1,375 @@
+"""The verbs of a run: search (or resume), view, export. What the command line calls.
+
+`run_search` goes through phases; each one keeps its results, so the same call after any stop goes on where it was.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from nas.core.errors import BudgetError, UsageError
+from nas.core.jsonio import from_plain, parse_json, read_record, read_text, write_record
+from nas.core.records import DeviceProfile
+from nas.core.run import (
+    Importance,
+    DatasetView,
+    FailedCandidate,
+    LatencyKind,
+    PackageView,
+    Point,
+    RoundSummary,
+    RunView,
+    TeacherView,
+    TrialPoint,
+    latency_of,
+)
+from nas.core.walk import expand
+from nas.latency.estimate import figures
+from nas.recipe.context import open_context
+from nas.recipe.pool import WorkerPool
+from nas.recipe.supernet import train_supernet
+from nas.search.experiment import Experiment, load_experiment, resolved_yaml
+from nas.search.finals import build_points, choose_finalists, finish
+from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, open_run
+from nas.search.packages import export_point
+from nas.search.predictor import Predictor
+from nas.search.prepare import (
+    Inputs,
+    fingerprint,
+    load_inputs,
+    open_table,
+    prepare_training,
+    scoring_plan,
+    teacher_latency,
+    worker_count,
+)
+from nas.search.progress import Reporter, StopFlag, StoppableReporter, stop_on_signals
+from nas.search.rounds import SearchParts, current_figures, run_rounds, to_scored
+from nas.search.select import closest_to_budget, pick_for_budget
+from nas.search.study import importances, mirror
+from nas.space.space import load_space
+from nas.train.teacher import Teacher
+
+OUTCOME_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`outcome.json`: the finished students and everything that a view shows beside them."""
+
+    schema: int
+    status: str
+    points: tuple[Point, ...]
+    failed: tuple[FailedCandidate, ...]
+    teacher: TeacherView
+    dataset: DatasetView
+    device: DeviceProfile
+    pick_id: str | None
+    pick_reason: str
+    next_id: str | None
+    next_reason: str
+    closest_id: str | None
+    closest_reason: str
+    wall_s: float
+    cpu_s: float
+    provenance: dict[str, str]
+
+
+def run_search(experiment: Experiment, reporter: Reporter, *, fork: bool = False) -> RunView:
+    """Searches, or resumes the search of the experiment's run folder, to its end.
+
+    Args:
+        experiment: from `load_experiment`.
+        reporter: what is told to the user.
+        fork: starts a new run folder from the experiment's one, keeping the scores that stay valid.
+
+    Raises:
+        NasError: with what to do next; a stopped run raises InterruptedRunError.
+    """
+    stop = StopFlag()
+    told = StoppableReporter(reporter, stop)
+    with stop_on_signals(stop, reporter):
+        inputs = load_inputs(experiment, told)
+        marks = fingerprint(inputs)
+        if fork:
+            inputs = _forked(inputs, marks, reporter)
+        with open_run(inputs.experiment.run_dir, marks, resolved_yaml(inputs.experiment)) as folder:
+            stop.file = folder.path / "stop"
+            return _run(inputs, folder, told, stop)
+
+
+def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs:
+    old = inputs.experiment.run_dir
+    new = next(p for i in range(2, 1000) if not (p := old.with_name(f"{old.name}-{i}")).exists())
+    for note in fork_run(old, new, marks):
+        reporter.say(f"copied from {old}: {note}")
+    reporter.say(f"new run folder: {new}; go on with it later: --set run.dir={new}")
+    run = replace(inputs.experiment.run, dir=str(new))
+    return replace(inputs, experiment=replace(inputs.experiment, run=run))
+
+
+def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag) -> RunView:
+    e = inputs.experiment
+    started, cpu_before = time.monotonic(), time.process_time()
+    if not (folder.path / "outcome.json").exists():
+        teacher, _, context = prepare_training(inputs, folder, reporter)
+        reporter.say(f"device {inputs.device.profile.name}")
+        table = open_table(e, inputs.device.profile)
+        predictor = Predictor(inputs.space, table, inputs.device, reporter)
+        predictor.prepare()
+        teacher_ms = teacher_latency(teacher, inputs.device, folder)
+        with WorkerPool(worker_count(e)) as pool:
+            parts = SearchParts(
+                folder,
+                inputs.space,
+                predictor,
+                scoring_plan(inputs, folder, context),
+                pool,
+                inputs.dataset.val.labels,
+                e.budget,
+                e.search,
+                e.feedback,
+                reporter,
+                stop,
+            )
+            _prepare_scorer(inputs, parts)
+            run_rounds(parts)
+            outcome = _finish(inputs, parts, teacher, teacher_ms)
+        spent = time.monotonic() - started
+        outcome = replace(
+            outcome,
+            wall_s=_wall_before(folder) + spent,
+            cpu_s=sum(r.cost_s for r in folder.trials()) + time.process_time() - cpu_before,
+        )
+        write_record(folder.path / "outcome.json", outcome)
+        _mirror(parts)
+    else:
+        reporter.say(f"{folder.path}: this run is finished; showing its result")
+    return load_view(folder.path)
+
+
+def _wall_before(folder: RunFolder) -> float:
+    return 0.0
+
+
+def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
+    e = inputs.experiment
+    if e.search.scorer == "supernet":
+        train_supernet(
+            inputs.space,
+            {side: open_context(parts.plan.context, side).targets for side in inputs.space.resolution},
+            e.distill,
+            e.supernet,
+            Path(parts.plan.supernet),
+            progress=lambda s: parts.reporter.progress("supernet", s.step, s.steps, "steps"),
+        )
+
+
+def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: float) -> Outcome:
+    e = inputs.experiment
+    records = parts.folder.trials()
+    finalists = choose_finalists(parts, records, e.finish.students)
+    if not finalists:
+        raise _nothing_in_budget(parts, records)
+    students, failed = finish(parts, finalists, e.distill, e.finish)
+    trial_of: dict[str, TrialRecord] = {}
+    for record in records:
+        trial_of.setdefault(record.candidate.arch_id, record)
+    context = open_context(parts.plan.context, inputs.dataset.resolution)
+    labels = (np.asarray(context.val_labels), np.asarray(context.test_labels))
+    points, refused = build_points(parts, students, e.finish, labels, trial_of)
+    picks = pick_for_budget(points, e.budget.ms, e.budget.of)
+    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], e.budget.of)
+    return Outcome(
+        schema=OUTCOME_SCHEMA,
+        status="finished",
+        points=tuple(points),
+        failed=(
+            *(FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"),
+            *failed,
+            *refused,
+        ),
+        teacher=TeacherView(
+            teacher.name, teacher.test_accuracy, "test", teacher_ms, teacher.params, teacher.macs, teacher.sha256
+        ),
+        dataset=_dataset_view(inputs),
+        device=inputs.device.profile,
+        pick_id=picks[0].id if picks else None,
+        pick_reason=_pick_reason(picks[0], e.budget.ms, e.budget.of, len(picks)) if picks else "",
+        next_id=picks[1].id if len(picks) > 1 else None,
+        next_reason=_next_reason(picks[0], picks[1], e.budget.of) if len(picks) > 1 else "",
+        closest_id=None if picks or closest is None else closest.id,
+        closest_reason="" if picks or closest is None else _closest_reason(closest, e.budget.ms, e.budget.of),
+        wall_s=0.0,
+        cpu_s=0.0,
+        provenance=_provenance(inputs, teacher),
+    )
+
+
+def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> BudgetError:
+    complete = [r for r in records if r.state == "complete"]
+    fastest = min(
+        (latency_of(current_figures(parts.predictor, r), parts.budget.of) for r in complete), default=float("nan")
+    )
+    return BudgetError(
+        f"none of {len(complete)} scored candidates keeps {parts.budget.ms:g} ms ({parts.budget.of}) after the table was "
+        f"corrected; the closest needs about {fastest:.4g} ms. Raise the budget: --set budget.ms={1.1 * fastest:.2g} --fork"
+    )
+
+
+def _pick_reason(pick: Point, budget_ms: float, of: LatencyKind, count: int) -> str:
+    top1 = pick.val.top1 if pick.val else 0.0
+    return (
+        f"best validation accuracy ({100 * top1:.1f} %) of {count} measured settings whose {of} latency keeps "
+        f"{budget_ms:g} ms; it needs {latency_of(pick.latency, of):.4f} ms"
+    )
+
+
+def _next_reason(pick: Point, second: Point, of: LatencyKind) -> str:
+    if pick.val is None or second.val is None:
+        return ""
+    points = 100 * (pick.val.top1 - second.val.top1)
+    ratio = latency_of(second.latency, of) / latency_of(pick.latency, of)
+    return f"{points:.1f} points less on validation at {ratio:.2f} times the {of} latency"
+
+
+def _closest_reason(point: Point, budget_ms: float, of: LatencyKind) -> str:
+    ms = latency_of(point.latency, of)
+    return f"fastest measured student: {ms:.4f} ms ({of}), {100 * (ms / budget_ms - 1):.0f} % over the budget"
+
+
+def _dataset_view(inputs: Inputs) -> DatasetView:
+    d = inputs.dataset
+    return DatasetView(d.name, d.class_names, len(d.train), len(d.val), len(d.test), d.sha256, d.warnings)
+
+
+def _provenance(inputs: Inputs, teacher: Teacher) -> dict[str, str]:
+    names = ("nas", "torch", "optuna", "onnx", "onnxruntime", "numpy")
+    return {
+        **{f"version of {name}": version(name) for name in names},
+        "python": platform.python_version(),
+        "teacher's training": f"{teacher.cpu_s:.0f} CPU s",
+        **fingerprint(inputs),
+    }
+
+
+def _mirror(parts: SearchParts) -> None:
+    """The same trials as an Optuna study, for dashboards."""
+    complete = [r for r in parts.folder.trials() if r.state == "complete"]
+    rows = [
+        (
+            to_scored(parts, r),
+            {"round": r.round, "epochs": r.epochs, "exit_top1": list(r.exit_top1), "proposer": r.proposer},
+        )
+        for r in complete
+    ]
+    mirror(parts.folder.path / "study.db", parts.folder.path.name, parts.space, rows)
+    write_record(parts.folder.path / "importances.json", importances(parts.space, [scored for scored, _ in rows]))
+
+
+def load_view(run_dir: Path) -> RunView:
+    """The run as its report shows it; also while it is running or after it was stopped.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    file = run_dir / "fingerprint.json"
+    if not file.exists():
+        raise UsageError(f"{run_dir}: not a run folder (no fingerprint.json). Run: nas search EXPERIMENT.yaml")
+    folder = RunFolder(run_dir)
+    experiment = load_experiment(run_dir / "experiment.yaml")
+    marks = parse_json(read_text(file), str(file))
+    records, events = folder.trials(), folder.events()
+    outcome_file = run_dir / "outcome.json"
+    outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
+    running = (run_dir / "run.owner.json").exists()
+    importance_file = run_dir / "importances.json"
+    view = RunView(
+        name=run_dir.name,
+        status="finished" if outcome else ("running" if running else "interrupted"),
+        created_at=_created(file),
+        budget_ms=experiment.budget.ms,
+        budget_of=experiment.budget.of,
+        space_name=Path(experiment.space).stem,
+        space_size=_space_size(experiment),
+        scorer=experiment.search.scorer,
+        trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
+        failed=tuple(FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"),
+        predictions=tuple(pair for e in events for pair in e.pairs),
+        rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
+        provenance={k: str(v) for k, v in marks.items()},
+        commands=(f"nas search {run_dir}/experiment.yaml",),
+    )
+    if outcome is None:
+        return view
+    package = run_dir / "package.json"
+    return replace(
+        view,
+        device=outcome.device,
+        teacher=outcome.teacher,
+        dataset=outcome.dataset,
+        points=tuple(replace(p, export_command=f"nas export {run_dir} --student {p.id}") for p in outcome.points),
+        failed=outcome.failed,
+        importances=_importances(importance_file) if importance_file.exists() else (),
+        pick_id=outcome.pick_id,
+        pick_reason=outcome.pick_reason,
+        next_id=outcome.next_id,
+        next_reason=outcome.next_reason,
+        closest_id=outcome.closest_id,
+        closest_reason=outcome.closest_reason,
+        package=read_record(PackageView, package) if package.exists() else None,
+        wall_s=outcome.wall_s,
+        cpu_s=outcome.cpu_s,
+        provenance=outcome.provenance,
+        commands=(f"nas pareto {run_dir}", f"nas export {run_dir} --best-under {experiment.budget.ms:g}ms"),
+    )
+
+
+def _created(file: Path) -> str:
+    return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+
+
+def _space_size(experiment: Experiment) -> int:
+    return load_space(Path(experiment.space), 2).size
+
+
+def _trial_point(record: TrialRecord) -> TrialPoint:
+    return TrialPoint(
+        record.number,
+        record.candidate.arch_id,
+        record.top1 or 0.0,
+        record.latency_ms,
+        record.candidate.precision_label,
+        record.epochs,
+        record.round,
+    )
+
+
+def _round_summary(event: Event) -> RoundSummary:
+    v = event.values
+
+    def number(name: str) -> float | None:
+        value = v.get(name)
+        return None if value is None else float(value)
+
+    return RoundSummary(
+        int(number("round") or 0),
+        int(number("trials") or 0),
+        int(number("failed") or 0),
+        int(number("measured") or 0),
+        number("hypervolume"),
+        number("mape"),
+        number("wall_s") or 0.0,
+    )
+
+
+def _importances(file: Path) -> tuple[Importance, ...]:
+    return from_plain(tuple[Importance, ...], parse_json(read_text(file), str(file)), str(file))

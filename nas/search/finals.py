@@ -1,0 +1,374 @@
+"""Finalists: chosen from the scores, distilled in full, measured in the form they would be deployed in, solved thresholds.
+
+Choices are made on the search validation split; the test split is read once, for the figures of the finished students.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nas.core.errors import DeviceError, TrainingError
+from nas.core.jsonio import content_hash
+from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
+from nas.core.run import FailedCandidate, Point, SplitAccuracy
+from nas.core.walk import exit_macs
+from nas.devices.base import MeasureJob
+from nas.export.graph import forced_exit, network_model
+from nas.latency.estimate import figures
+from nas.latency.exits import (
+    ThresholdSetting,
+    evaluate_thresholds,
+    solve_for_loss,
+    sweep,
+)
+from nas.recipe.context import open_context
+from nas.recipe.finish import (
+    FinishedStudent,
+    FinishJob,
+    deployed_parts,
+    finish_student,
+    finished_logits,
+    load_finished,
+)
+from nas.recipe.pool import JobFailure
+from nas.recipe.records import read_logits, read_scored
+from nas.search.folder import TrialRecord
+from nas.search.rounds import SearchParts, current_figures
+from nas.search.select import front_indices, spread_choice
+from nas.search.settings import FinishSettings
+from nas.train.settings import DistillSettings
+
+EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
+CURVE_POINTS = 40
+NEAR_FRONT = 1.12  # a network whose prediction is this much behind the front may still be on it
+MAX_MEASURED = 40
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variant:
+    """One way to deploy a finished architecture: precision, and with exits, without, or cut behind one.
+
+    `logits` are float32 [E, N, K] of its own exits on search validation and test.
+    """
+
+    student: FinishedStudent
+    candidate: Candidate
+    cut: int | None
+    val_logits: np.ndarray
+    test_logits: np.ndarray
+
+    @property
+    def form(self) -> str:
+        return "if" if self.candidate.exits else "plain"
+
+
+def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
+    """Architectures whose scores, with every threshold setting, cover the front best; the fastest and the best among them."""
+    top1: list[float] = []
+    latency: list[float] = []
+    groups: list[str] = []
+    architectures: dict[str, Candidate] = {}
+    for record in records:
+        if record.state != "complete":
+            continue
+        now = current_figures(parts.predictor, record)
+        arch_id = record.candidate.arch_id
+        architectures.setdefault(arch_id, record.candidate.architecture)
+        for accuracy, ms in _score_points(parts, record, now):
+            if _limit(parts, ms, now) <= parts.budget.ms:
+                top1.append(accuracy)
+                latency.append(ms)
+                groups.append(arch_id)
+    chosen = spread_choice(top1, latency, groups, count, parts.chance, parts.budget.ms)
+    return [architectures[a] for a in chosen]
+
+
+def _limit(parts: SearchParts, expected_ms: float, now: LatencyFigures) -> float:
+    return now.worst_ms if parts.budget.of == "worst" else expected_ms
+
+
+def _score_points(parts: SearchParts, record: TrialRecord, now: LatencyFigures) -> list[tuple[float, float]]:
+    """(top1, expected ms) of the sampled thresholds and of the solved ones."""
+    points = [(record.top1 or 0.0, now.expected_ms)]
+    if record.candidate.exits:
+        name = parts.plan.job(record.candidate, record.epochs).name
+        folder = parts.folder.student(record.candidate.arch_id)
+        scored = read_scored(folder, name)
+        if scored is not None:
+            estimate = parts.predictor.estimate(record.candidate)
+            swept = sweep(read_logits(folder, scored), parts.labels, estimate.exit_ms)
+            points += [(s.top1, s.expected_ms) for s in (solve_for_loss(swept, loss) for loss in EXIT_LOSSES)]
+    return points
+
+
+def finish(
+    parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
+) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
+    """Distils all finalists in worker processes, the longest first.
+
+    Raises:
+        InterruptedRunError: the run was asked to stop; every epoch is kept.
+        TrainingError: all of them failed.
+    """
+    jobs = [
+        FinishJob(
+            candidate,
+            parts.plan.context,
+            str(parts.folder.student(candidate.arch_id)),
+            parts.plan.stop_file,
+            distill,
+            parts.search.seed,
+            settings.calibration_images,
+            tuple((p,) * (len(candidate.stages) + 2) for p in parts.space.precisions if p != "fp32"),
+        )
+        for candidate in finalists
+    ]
+    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
+    done: list[FinishedStudent] = []
+    failed: list[FailedCandidate] = []
+    parts.reporter.progress("full distillation", 0, len(jobs), f"{distill.epochs} epochs each")
+    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
+        if isinstance(result.value, JobFailure):
+            failed.append(FailedCandidate(result.job.candidate.id, "full distillation", result.value.reason))
+        else:
+            done.append(result.value)
+        parts.reporter.progress(
+            "full distillation", len(done) + len(failed), len(jobs), f"{distill.epochs} epochs each"
+        )
+    if not done:
+        raise TrainingError(f"not one of {len(jobs)} finalists could be trained; the first: {failed[0].reason}")
+    return done, failed
+
+
+def variants(
+    parts: SearchParts, student: FinishedStudent, int8_loss: float
+) -> tuple[list[Variant], list[FailedCandidate]]:
+    """Every way to deploy a student; precisions that lose more than `int8_loss` on search validation are refused."""
+    folder = parts.folder.student(student.candidate.arch_id)
+    labels = parts.labels
+    result: list[Variant] = []
+    refused: list[FailedCandidate] = []
+    full = _right(finished_logits(folder, "val", ("fp32",))[-1], labels)
+    for precision in parts.space.precisions:
+        candidate = student.candidate.with_precision(precision)
+        names: tuple[Precision, ...] = candidate.precisions
+        val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
+        lost = full - _right(val[-1], labels)
+        if lost > int8_loss:
+            reason = f"{precision} loses {100 * lost:.1f} points on {len(labels)} validation images (limit {100 * int8_loss:.1f})"
+            refused.append(FailedCandidate(candidate.id, "quantization", reason))
+            continue
+        result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
+        if candidate.exits:
+            result.append(Variant(student, candidate, None, val, test))
+            for k in range(len(candidate.exits)):
+                cut = candidate.truncated(k)
+                result.append(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1]))
+    return result, refused
+
+
+def _right(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float((logits.argmax(1) == labels).mean())
+
+
+def variant_model(parts: SearchParts, variant: Variant, candidate: Candidate) -> bytes:
+    """The ONNX bytes that would be deployed: form `if` with exits, else `plain`; static batch 1, normalisation inside.
+
+    Args:
+        variant: gives weights and ranges.
+        candidate: the variant's candidate, with thresholds where it has exits.
+    """
+    trained = variant.student.candidate
+    weights, quant = load_finished(parts.folder.student(trained.arch_id))
+    weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
+    context = open_context(parts.plan.context, candidate.resolution)
+    form = "if" if candidate.exits else "plain"
+    return network_model(candidate, weights, context.mean, context.std, quant=quant, form=form)
+
+
+def build_points(
+    parts: SearchParts,
+    students: Sequence[FinishedStudent],
+    settings: FinishSettings,
+    teacher_labels: tuple[np.ndarray, np.ndarray],
+    trial_of: dict[str, TrialRecord],
+) -> tuple[list[Point], list[FailedCandidate]]:
+    """Points of all finished students: predicted first, then measured where they may be on the front.
+
+    Args:
+        students: finished students.
+        settings: how much exits and int8 may cost.
+        teacher_labels: labels of search validation and of the test split, int64 [N].
+        trial_of: first trial of each architecture.
+    """
+    everything: list[Variant] = []
+    failed: list[FailedCandidate] = []
+    for student in students:
+        found, refused = variants(parts, student, settings.int8_loss)
+        everything += found
+        failed += refused
+    predicted = [parts.predictor.estimate(v.candidate) for v in everything]
+    chosen = _worth_measuring(parts, everything, predicted, settings)
+    measured, broken = _measure(parts, [everything[i] for i in chosen])
+    failed += broken
+    exits = dict(zip(chosen, measured, strict=True))
+    points: list[Point] = []
+    for i, variant in enumerate(everything):
+        points += _points(variant, predicted[i], exits.get(i), settings, teacher_labels, trial_of)
+    unique = {p.id: p for p in points}
+    return mark_front(list(unique.values())), failed
+
+
+def _best_settings(
+    logits: np.ndarray, labels: np.ndarray, exit_ms: Sequence[float], settings: FinishSettings
+) -> list[ThresholdSetting]:
+    """Threshold settings that become points: no loss, the allowed loss, and small steps beside them; distinct ones."""
+    if len(exit_ms) == 1:
+        right = int((logits[-1].argmax(1) == labels).sum())
+        return [ThresholdSetting((), right, len(labels), float(exit_ms[0]), (1.0,))]
+    swept = sweep(logits, labels, exit_ms)
+    found = [solve_for_loss(swept, loss) for loss in sorted({*EXIT_LOSSES, settings.exit_loss})]
+    return list({s.thresholds: s for s in found if s.shares[-1] > 0}.values())
+
+
+def _worth_measuring(
+    parts: SearchParts, everything: Sequence[Variant], predicted: Sequence[LatencyEstimate], settings: FinishSettings
+) -> list[int]:
+    """Variants whose prediction is on the front or close behind it; those nearest to it first."""
+    top1, latency, owner = [], [], []
+    for i, (variant, estimate) in enumerate(zip(everything, predicted, strict=True)):
+        for setting in _best_settings(variant.val_logits, parts.labels, estimate.exit_ms, settings):
+            top1.append(setting.top1)
+            latency.append(setting.expected_ms)
+            owner.append(i)
+    front = front_indices(top1, latency)
+    behind: dict[int, float] = {}
+    for i, accuracy, ms in zip(owner, top1, latency, strict=True):
+        better = [latency[j] for j in front if top1[j] >= accuracy]
+        ratio = ms / min(better) if better else 1.0
+        behind[i] = min(ratio, behind.get(i, ratio))
+    order = sorted(behind, key=lambda i: behind[i])
+    return [i for i in order if behind[i] <= NEAR_FRONT][:MAX_MEASURED]
+
+
+def _measure(
+    parts: SearchParts, chosen: Sequence[Variant]
+) -> tuple[list[tuple[float, ...] | None], list[FailedCandidate]]:
+    """Cumulative latency per exit of each variant, measured on the file that would be deployed; None where it failed."""
+    jobs: list[MeasureJob] = []
+    place: list[tuple[int, int]] = []
+    for i, variant in enumerate(chosen):
+        candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
+        model = variant_model(parts, variant, candidate)
+        macs = exit_macs(variant.candidate)
+        for k in range(len(candidate.exits) + 1):
+            forced = forced_exit(model, k) if candidate.exits else model
+            key = f"final-{variant.candidate.id}-{variant.cut}#{k}"
+            label = candidate.precisions[0] if len(set(candidate.precisions)) == 1 else "mixed"
+            jobs.append(MeasureJob(key, "network", label, forced, macs[k]))
+            place.append((i, k))
+    done = 0
+
+    def show(_: Measurement) -> None:
+        nonlocal done
+        done += 1
+        parts.reporter.progress("finished students on the device", done, len(jobs))
+
+    results = parts.predictor.device.measure(jobs, on_result=show)
+    times: dict[int, dict[int, float]] = {}
+    failed: dict[int, FailedCandidate] = {}
+    for (i, k), m in zip(place, results, strict=True):
+        if m.latency_ms is None:
+            failed.setdefault(i, FailedCandidate(chosen[i].candidate.id, "measuring", m.error or "no latency"))
+        else:
+            times.setdefault(i, {})[k] = m.latency_ms
+    complete: list[tuple[float, ...] | None] = []
+    for i, variant in enumerate(chosen):
+        count = len(variant.candidate.exits) + 1
+        known = times.get(i, {})
+        # Leaving later never takes less time; a small disorder is noise of the measurement.
+        complete.append(
+            tuple(float(v) for v in np.maximum.accumulate([known[k] for k in range(count)]))
+            if len(known) == count
+            else None
+        )
+    if chosen and not times:
+        raise DeviceError(f"not one finished student could be measured; the first: {failed[0].reason}")
+    return complete, list(failed.values())
+
+
+def _points(
+    variant: Variant,
+    predicted: LatencyEstimate,
+    measured: tuple[float, ...] | None,
+    settings: FinishSettings,
+    labels: tuple[np.ndarray, np.ndarray],
+    trial_of: dict[str, TrialRecord],
+) -> list[Point]:
+    val_labels, test_labels = labels
+    exit_ms = measured or predicted.exit_ms
+    estimate = predicted if measured is None else LatencyEstimate(measured, (0.0,) * len(measured), 0, "measured")
+    trial = trial_of.get(variant.student.candidate.arch_id)
+    curve: tuple[tuple[float, float], ...] = ()
+    if len(exit_ms) > 1:
+        curve = _curve(variant, val_labels, exit_ms)
+    points = []
+    for setting in _best_settings(variant.val_logits, val_labels, exit_ms, settings):
+        candidate = variant.candidate.with_thresholds(setting.thresholds)
+        latency = figures(estimate, setting.shares)
+        if measured is not None:
+            latency = replace(latency, provenance="measured")
+        test_top1, _, _ = evaluate_thresholds(variant.test_logits, test_labels, setting.thresholds, exit_ms)
+        points.append(
+            Point(
+                id=_point_id(variant, candidate),
+                candidate=candidate,
+                latency=latency,
+                val=SplitAccuracy(setting.top1, len(val_labels), _each(variant.val_logits, val_labels)),
+                test=SplitAccuracy(test_top1, len(test_labels), _each(variant.test_logits, test_labels)),
+                prediction=figures(predicted, setting.shares),
+                exit_ms=tuple(exit_ms),
+                exit_shares=setting.shares,
+                threshold_curve=curve,
+                label="" if variant.cut is None else f"cut behind exit {variant.cut + 1}",
+                trial=None if trial is None else trial.number,
+                round=None if trial is None else trial.round,
+                is_finished=True,
+                model_bytes=None,
+                cost_s=variant.student.cost_s,
+            )
+        )
+    return points
+
+
+def _point_id(variant: Variant, candidate: Candidate) -> str:
+    """The candidate's id; of two students whose cut networks are alike each keeps its own."""
+    if variant.cut is None and candidate.exits:
+        return candidate.id
+    origin = content_hash([variant.student.candidate.arch_id, variant.cut], 4)
+    return f"{candidate.id}-{origin}"
+
+
+def _each(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:
+    return tuple(_right(row, labels) for row in logits)
+
+
+def _curve(variant: Variant, labels: np.ndarray, exit_ms: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    front = sweep(variant.val_logits, labels, exit_ms).front()
+    step = max(1, len(front) // CURVE_POINTS)
+    kept = [*front[::step], front[-1]] if front else []
+    return tuple(dict.fromkeys((s.expected_ms, s.top1) for s in kept))
+
+
+def mark_front(points: Sequence[Point]) -> list[Point]:
+    """The same points with `on_front` set: measured, and no other is faster (expected) and better on search validation."""
+    usable = [i for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
+    kept = front_indices(
+        [points[i].val.top1 if points[i].val else 0.0 for i in usable], [points[i].latency.expected_ms for i in usable]
+    )
+    on = {usable[k] for k in kept}
+    return [dataclasses.replace(p, on_front=i in on) for i, p in enumerate(points)]

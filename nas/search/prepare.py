@@ -1,0 +1,151 @@
+"""Everything that comes before the rounds: data, teacher, its cached answers, device, table; each kept and resumable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nas.core.errors import DeviceError
+from nas.core.jsonio import content_hash
+from nas.core.records import DeviceProfile
+from nas.data import Dataset, load_dataset
+from nas.devices import open_device
+from nas.devices.base import Device
+from nas.latency.table import LatencyTable
+from nas.measure.networks import measure_model
+from nas.recipe.context import write_context
+from nas.search.experiment import Experiment
+from nas.search.folder import Event, RunFolder
+from nas.search.progress import Reporter
+from nas.search.scoring import ScoringPlan
+from nas.space.space import SearchSpace, load_space
+from nas.train.targets import Targets, make_targets
+from nas.train.teacher import Teacher, prepare_teacher
+
+SCORE_IMAGES = 256  # training images for batch norm and int8 ranges of a score; more change it by less than its noise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Inputs:
+    """What a run is about, before anything is trained or measured. `datasets` has one entry per resolution, rising."""
+
+    experiment: Experiment
+    space: SearchSpace
+    datasets: tuple[Dataset, ...]
+    device: Device
+
+    @property
+    def dataset(self) -> Dataset:
+        """The data set in the largest resolution: the teacher's."""
+        return self.datasets[-1]
+
+
+def load_inputs(experiment: Experiment, reporter: Reporter) -> Inputs:
+    """Space, data and device; all that a user can have got wrong shows here, before any long work.
+
+    Raises:
+        ConfigError, DataError, UsageError, DeviceError: with what to mend.
+    """
+    device = open_device(experiment.device)
+    draft = load_space(Path(experiment.space), 2)
+    datasets = []
+    for resolution in sorted(draft.resolution):
+        reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
+        datasets.append(load_dataset(experiment.data, resolution))
+    reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
+    space = replace(draft, num_classes=datasets[-1].num_classes).restricted(device.profile.precisions)
+    if space.dropped:
+        reporter.say(f"{device.profile.name} does not offer {', '.join(space.dropped)}: dropped from the space")
+    for warning in datasets[-1].warnings:
+        reporter.warn(warning)
+    return Inputs(experiment, space, tuple(datasets), device)
+
+
+def fingerprint(inputs: Inputs) -> dict[str, str]:
+    """Everything that decides what a score of this run means, as readable values."""
+    e = inputs.experiment
+    scorer = {"supernet": e.supernet, "standalone": e.standalone}[e.search.scorer]
+    return {
+        "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
+        "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}",
+        "augmentation": content_hash(inputs.dataset.augment),
+        "teacher": f"{e.teacher.kind} {content_hash(e.teacher)}",
+        "distillation": content_hash(e.distill),
+        "scorer": f"{e.search.scorer} {content_hash(scorer)}",
+        "budget": f"{e.budget.ms:g} ms ({e.budget.of})",
+        "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
+        "seed": str(e.search.seed),
+    }
+
+
+def open_table(experiment: Experiment, profile: DeviceProfile) -> LatencyTable:
+    """The latency table of the device state, begun where it is new."""
+    return LatencyTable.open(Path(experiment.run.tables) / profile.name, profile)
+
+
+def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> tuple[Teacher, Targets, str]:
+    """Teacher, its answers, and the context record of the workers; from the cache where they are.
+
+    Returns:
+        The teacher, the targets, and the path of the context record.
+    """
+    e, dataset = inputs.experiment, inputs.dataset
+    cache = Path(e.run.cache)
+    teacher = prepare_teacher(
+        dataset, e.teacher, cache, lambda done, total: reporter.progress("teacher", done, total, "epochs")
+    )
+    reporter.say(f"teacher {teacher.name}: {100 * teacher.val_accuracy:.1f} % on search validation")
+    targets = make_targets(
+        teacher,
+        dataset,
+        e.distill.variants,
+        cache,
+        lambda done, total: reporter.progress("teacher's answers", done, total, "augmented copies"),
+        seed=e.data.seed,
+    )
+    path = folder.path / "context.json"
+    write_context(path, inputs.datasets, targets, cache, e.data.seed)
+    return teacher, targets, str(path.resolve())
+
+
+def teacher_latency(teacher: Teacher, device: Device, folder: RunFolder) -> float:
+    """Latency of the teacher's ONNX file on the device, ms; measured once per run.
+
+    Raises:
+        DeviceError: the device cannot run it.
+    """
+    for event in folder.events():
+        if event.kind == "teacher" and event.values.get("sha256") == teacher.sha256:
+            return float(event.values["latency_ms"] or 0)
+    m = measure_model(device, f"teacher-{teacher.sha256[:12]}", teacher.onnx())
+    if m.latency_ms is None:
+        raise DeviceError(f"the teacher {teacher.name} does not run on {device.profile.name}: {m.error}")
+    values: Mapping[str, float | int | str | None] = {"sha256": teacher.sha256, "latency_ms": m.latency_ms}
+    folder.add_event(Event("teacher", 0.0, dict(values)))
+    return m.latency_ms
+
+
+def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan:
+    """What all score jobs of the run share."""
+    e = inputs.experiment
+    rungs = (0,) if e.search.scorer == "supernet" else e.standalone.rungs
+    distill = e.distill if e.search.scorer == "supernet" else replace(e.distill, epochs=rungs[-1])
+    root = folder.path.resolve()
+    return ScoringPlan(
+        e.search.scorer,
+        context,
+        str(root / "students"),
+        str(root / "supernet"),
+        str(root / "stop"),
+        distill,
+        rungs,
+        e.search.seed,
+        SCORE_IMAGES,
+    )
+
+
+def worker_count(experiment: Experiment) -> int:
+    """Training processes: as asked for, or one per core this process may use."""
+    return experiment.search.workers or len(os.sched_getaffinity(0))
