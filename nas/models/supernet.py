@@ -12,7 +12,8 @@ a new, ordinary `Student` with copies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -44,18 +45,26 @@ class SpaceLike(Protocol):
     def slots(self) -> Sequence[SlotLike]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class SharedShape:
+    """Largest size of one convolution: weight [out, inputs, kernel, kernel], with batch norm or with a bias."""
+
+    out_channels: int
+    inputs: int
+    kernel_size: int
+    batch_norm: bool
+
+
 class SharedConv(nn.Module):
     """Weights of one convolution in its largest size, with batch norm's scale and shift or a bias."""
 
-    def __init__(self, name: str, specs: Sequence[ConvSpec]) -> None:
+    def __init__(self, name: str, shape: SharedShape) -> None:
         super().__init__()
         self.name = name
-        out = max(spec.out_channels for spec in specs)
-        inputs = max(spec.in_channels // spec.groups for spec in specs)
-        kernel = max(spec.kernel_size for spec in specs)
-        self.weight = nn.Parameter(torch.empty(out, inputs, kernel, kernel))
+        out, kernel = shape.out_channels, shape.kernel_size
+        self.weight = nn.Parameter(torch.empty(out, shape.inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.zeros(out))  # batch norm's shift where there is batch norm
-        self.scale = nn.Parameter(torch.ones(out)) if specs[0].batch_norm else None
+        self.scale = nn.Parameter(torch.ones(out)) if shape.batch_norm else None
         if any(part in name for part in ("__hidden", "__classifier")):  # the scheme of `student.initialise`
             nn.init.normal_(self.weight, 0, 0.01)
         else:
@@ -107,8 +116,13 @@ class Supernet(nn.Module):
     head last. Batch statistics are used in training and evaluation alike: score an extracted student instead.
     """
 
-    def __init__(self, space: SpaceLike) -> None:
+    def __init__(self, shapes: Mapping[str, SharedShape]) -> None:
         super().__init__()
+        self.units = nn.ModuleDict({unit: SharedConv(unit, shape) for unit, shape in shapes.items()})
+
+    @classmethod
+    def of(cls, space: SpaceLike) -> Supernet:
+        """Untrained weights, drawn from torch's global generator, large enough for every network of a space."""
         specs: dict[str, list[ConvSpec]] = {}
         for slot in space.slots():
             place = _place(slot.kind, slot.name, slot.stage)
@@ -116,7 +130,27 @@ class Supernet(nn.Module):
                 if layer is not None:
                     for unit, spec in _units(place, layer):
                         specs.setdefault(unit, []).append(spec)
-        self.units = nn.ModuleDict({unit: SharedConv(unit, choices) for unit, choices in specs.items()})
+        return cls({unit: _largest(choices) for unit, choices in specs.items()})
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> Supernet:
+        """The supernet whose `state_dict` this is; its sizes are those of the weights, so no space is needed.
+
+        Raises:
+            RecordError: not the weights of a supernet.
+        """
+        shapes = {}
+        for name, weight in weights.items():
+            unit, _, kind = name.removeprefix("units.").partition(".")
+            if kind == "weight":
+                out, inputs, kernel, _ = weight.shape
+                shapes[unit] = SharedShape(out, inputs, kernel, f"units.{unit}.scale" in weights)
+        net = cls(shapes)
+        try:
+            net.load_state_dict(dict(weights))
+        except RuntimeError as e:
+            raise RecordError(f"not the weights of a supernet: {str(e).splitlines()[0]}") from e
+        return net
 
     def forward(self, x: Tensor, candidate: Candidate) -> list[Tensor]:
         outputs = []
@@ -156,6 +190,15 @@ class Supernet(nn.Module):
                         target.bn.weight.copy_(scale)
                         target.bn.bias.copy_(bias)
         return student
+
+
+def _largest(specs: Sequence[ConvSpec]) -> SharedShape:
+    return SharedShape(
+        max(spec.out_channels for spec in specs),
+        max(spec.in_channels // spec.groups for spec in specs),
+        max(spec.kernel_size for spec in specs),
+        specs[0].batch_norm,
+    )
 
 
 _Units = dict[str, tuple[SharedConv, ConvSpec]]
@@ -204,4 +247,5 @@ def _inverted_residual(x: Tensor, layer: LayerSpec, units: _Units) -> Tensor:
 
 def _head(x: Tensor, units: _Units) -> Tensor:
     x = _apply(x, units, "conv").mean((2, 3), keepdim=True)
-    return _apply(_apply(x, units, "hidden"), units, "classifier").flatten(1)
+    x = _apply(_apply(x, units, "hidden"), units, "classifier")
+    return x.flatten(1)

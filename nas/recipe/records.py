@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -43,16 +42,6 @@ class ScoredStudent:
             raise RecordError(
                 f"scored student {self.arch_id}: logits_file must be a plain file name, got {self.logits_file!r}"
             )
-
-
-class Scorer(Protocol):
-    """A way to score candidates: `standalone` trains each one, `supernet` trains shared weights once."""
-
-    def prepare(self) -> None:
-        """Work that comes before the first score; resumes where an earlier call was stopped."""
-
-    def score(self, candidate: Candidate, epochs: int) -> ScoredStudent:
-        """The candidate after `epochs` of own training; a scorer without own training ignores `epochs`."""
 
 
 def top1_per_exit(logits: np.ndarray, labels: np.ndarray) -> tuple[float, ...]:

@@ -40,7 +40,7 @@ def space() -> SearchSpace:
 @pytest.fixture(scope="module")
 def supernet(space: SearchSpace) -> Supernet:
     torch.manual_seed(0)
-    net = Supernet(space)
+    net = Supernet.of(space)
     with torch.no_grad():  # as after training: nothing is at its initial value
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -54,7 +54,7 @@ def _candidates(space: SearchSpace, count: int) -> list[Candidate]:
 
 
 def test_slices_and_extracted_student_give_equal_outputs(space: SearchSpace, supernet: Supernet) -> None:
-    for candidate in _candidates(space, 40):
+    for candidate in _candidates(space, 20):
         x = torch.randn(3, 3, candidate.resolution, candidate.resolution)
         sliced = supernet(x, candidate)
         extracted = supernet.extract(candidate).train()(x)
@@ -80,6 +80,20 @@ def test_extraction_leaves_the_global_generator_alone(space: SearchSpace, supern
     torch.manual_seed(5)
     supernet.extract(space.decode(space.smallest()))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_weights_alone_rebuild_the_supernet(space: SearchSpace, supernet: Supernet) -> None:
+    again = Supernet.from_weights(supernet.state_dict())
+    candidate = space.decode(space.largest())
+    x = torch.randn(3, 3, candidate.resolution, candidate.resolution)
+    for a, b in zip(supernet(x, candidate), again(x, candidate), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_foreign_weights_are_refused(space: SearchSpace, supernet: Supernet) -> None:
+    student = supernet.extract(space.decode(space.smallest()))
+    with pytest.raises(RecordError, match="not the weights of a supernet"):
+        Supernet.from_weights(student.state_dict())
 
 
 def test_smaller_kernel_is_the_centre_and_smaller_width_the_first_channels(

@@ -1,0 +1,300 @@
+"""The `supernet` scorer: shared weights are trained once, any candidate of the space is scored with copies of them.
+
+Sandwich rule (Yu & Huang 2019, arXiv 1903.05134): each step adds up the gradients of the largest, the smallest and some
+random networks on the same images. Differs: all of them learn from the cached teacher instead of the largest one, and
+every exit the space allows is trained along in each of them, so a score does not depend on which exits were drawn.
+
+Everything at step t follows from (seed, t), and a checkpoint holds weights, optimizer and t, so a training that was
+killed ends with the same weights as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from nas.core.errors import RunMismatchError, StorageError
+from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes, write_record
+from nas.core.records import Candidate, ExitConfig
+from nas.models.student import Student
+from nas.models.supernet import Supernet
+from nas.recipe.settings import SupernetSettings
+from nas.space.space import SearchSpace
+from nas.train.evaluate import normalised, recalibrate_bn, threads
+from nas.train.loop import (
+    LossGuard,
+    batches,
+    lr_share,
+    parameter_groups,
+    read_checkpoint,
+    steps_per_epoch,
+    write_checkpoint,
+)
+from nas.train.losses import student_loss
+from nas.train.settings import DistillSettings
+from nas.train.targets import Targets
+
+SUPERNET_SCHEMA = 1
+RECORD_FILE = "supernet.json"
+WEIGHTS_FILE = "weights.safetensors"
+CHECKPOINT_FILE = "supernet.ckpt"
+PLAN_STEPS = 4  # timed on a throw-away copy; their median gives the number of steps
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedSupernet:
+    """`supernet.json`: trained shared weights; `key` is the content hash of everything that decides them.
+
+    `loss` is the mean over the sub-networks of the last step; `cpu_s` are processor seconds, planning included.
+    """
+
+    schema: int
+    key: str
+    space: str
+    steps: int
+    loss: float
+    cpu_s: float
+    weights_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SupernetStep:
+    """One step that is over: `step` of `steps`, mean loss of its sub-networks, CPU seconds so far and probably left."""
+
+    step: int
+    steps: int
+    loss: float
+    cpu_s: float
+    left_s: float
+
+
+def train_supernet(
+    space: SearchSpace,
+    targets: Mapping[int, Targets],
+    distill: DistillSettings,
+    settings: SupernetSettings,
+    folder: Path,
+    *,
+    progress: Callable[[SupernetStep], None] | None = None,
+) -> TrainedSupernet:
+    """Trains the shared weights of a space, or gives the record of those that are there; one thread.
+
+    Args:
+        space: sub-networks are drawn from it uniformly, gene by gene.
+        targets: cached teacher targets for each resolution of the space, the same images in the same order.
+        distill: the loss: temperature, alpha, label smoothing and exit weights.
+        settings: length and recipe.
+        folder: run_dir/supernet; gets `weights.safetensors` and `supernet.json`, and a checkpoint on the way.
+        progress: called after every step; when it raises, the steps so far are kept and the error goes on.
+
+    Raises:
+        TrainingError: the loss is not finite or runs away.
+        RunMismatchError: the folder holds the supernet of another space, teacher, data set or settings.
+        StorageError: files that cannot be read or written.
+    """
+    key = content_hash(
+        [
+            SUPERNET_SCHEMA,
+            space.sha256,
+            settings,
+            [distill.temperature, distill.alpha, list(distill.exit_weights), distill.label_smoothing],
+            {str(side): t.key for side, t in targets.items()},
+        ]
+    )
+    if (folder / RECORD_FILE).exists():
+        done = read_record(TrainedSupernet, folder / RECORD_FILE)
+        if done.key != key:
+            raise RunMismatchError(
+                f"{folder}: this supernet belongs to another space, teacher, data set or settings. "
+                f"Delete the folder to train it anew, or undo the change"
+            )
+        return done
+    with threads(1):
+        training = _Training(space, targets, distill, settings)
+        training.resume(folder / CHECKPOINT_FILE, key)
+        training.run(folder / CHECKPOINT_FILE, key, progress)
+    write_bytes(folder / WEIGHTS_FILE, save({n: p.contiguous() for n, p in training.net.state_dict().items()}))
+    record = TrainedSupernet(
+        SUPERNET_SCHEMA,
+        key,
+        space.sha256,
+        training.steps,
+        training.loss,
+        training.cpu_s,
+        file_sha256(folder / WEIGHTS_FILE),
+    )
+    write_record(folder / RECORD_FILE, record)
+    (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    return record
+
+
+class _Training:
+    """State of one training: weights, optimizer, steps done, CPU seconds."""
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        targets: Mapping[int, Targets],
+        distill: DistillSettings,
+        settings: SupernetSettings,
+    ) -> None:
+        self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
+        self.exits = all_exits(space)
+        self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
+        self.step, self.steps, self.loss, self.cpu_s = 0, 0, 0.0, 0.0
+        self.guard = LossGuard("supernet", settings.lr)
+        first = next(iter(targets.values()))
+        self._count, self._variants = len(first.labels), first.variants
+        self._per_epoch = steps_per_epoch(self._count, settings.batch_size)
+        self._start()
+
+    def _start(self) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            self.net = Supernet.of(self.space).to(memory_format=torch.channels_last)
+        groups = parameter_groups(self.net, self.settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
+
+    def resume(self, path: Path, key: str) -> None:
+        """Goes on from a checkpoint, or plans the number of steps."""
+        content = read_checkpoint(path, key)
+        if content is None:
+            self.steps = self.settings.steps or self._planned()
+            return
+        self.step, self.steps, self.cpu_s = content["step"], content["steps"], content["cpu_s"]
+        self.guard.first = content["first_loss"]
+        self.net.load_state_dict(content["weights"])
+        self.optimizer.load_state_dict(content["optimizer"])
+
+    def _planned(self) -> int:
+        """Steps that fit into the CPU seconds, from a few that are timed and then forgotten."""
+        started = time.thread_time()
+        self.steps = 1_000_000  # far away: the timed steps are at the very start of the schedule
+        seconds = []
+        for step in range(PLAN_STEPS + 1):
+            before = time.thread_time()
+            self._one_step(step)
+            seconds.append(time.thread_time() - before)
+        self.guard.first = None
+        self._start()
+        spent = time.thread_time() - started
+        self.cpu_s += spent
+        return max(1, round((self.settings.cpu_seconds - spent) / float(np.median(seconds[1:]))))
+
+    def run(self, path: Path, key: str, progress: Callable[[SupernetStep], None] | None) -> None:
+        """The steps that are left."""
+        saved = self.step
+        for step in range(self.step, self.steps):
+            before = time.thread_time()
+            self.loss = self._one_step(step)
+            self.step = step + 1
+            self.cpu_s += time.thread_time() - before
+            if self.step - saved >= self.settings.checkpoint_steps or self.step == self.steps:
+                self._save(path, key)
+                saved = self.step
+            if progress is not None:
+                left = self.cpu_s / self.step * (self.steps - self.step)
+                try:
+                    progress(SupernetStep(self.step, self.steps, self.loss, self.cpu_s, left))
+                except BaseException:
+                    if saved != self.step:
+                        self._save(path, key)
+                    raise
+
+    def _save(self, path: Path, key: str) -> None:
+        content = {
+            "step": self.step,
+            "steps": self.steps,
+            "cpu_s": self.cpu_s,
+            "first_loss": self.guard.first,
+            "weights": dict(self.net.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_checkpoint(path, key, content)
+
+    def _one_step(self, step: int) -> float:
+        """Gradients of all sub-networks on the same images, then one step; the mean loss."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * lr_share(step, self.steps, settings.warmup)
+        variant, index = self._batch(step)
+        self.optimizer.zero_grad()
+        losses = []
+        for candidate in self._subnets(step):
+            images, teacher_logits, labels = self._images(candidate.resolution, variant, index)
+            loss = student_loss(self.net(images, candidate), teacher_logits, labels, self.distill)
+            loss.backward()
+            losses.append(loss.item())
+        nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        mean = sum(losses) / len(losses)
+        self.guard.step(mean, step // self._per_epoch)
+        return mean
+
+    def _batch(self, step: int) -> tuple[int, np.ndarray]:
+        """Variant and image numbers of a step."""
+        epoch, i = divmod(step, self._per_epoch)
+        rng = np.random.default_rng([self.settings.seed, epoch])
+        order = list(batches(self._count, self.settings.batch_size, rng))
+        return (epoch + self.settings.seed) % self._variants, np.sort(order[i])
+
+    def _images(self, side: int, variant: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        t = self.targets[side]
+        images = normalised(t.images[variant][index], t.mean, t.std)
+        return images, torch.from_numpy(t.logits[variant][index]), torch.from_numpy(t.labels[index])
+
+    def _subnets(self, step: int) -> Iterator[Candidate]:
+        rng = np.random.default_rng([self.settings.seed, step, 1])
+        for candidate in self.extremes:
+            yield replace(candidate, exits=self.exits)
+        for _ in range(self.settings.random_subnets):
+            yield replace(self.space.decode(self.space.sample(rng)), exits=self.exits)
+
+
+def all_exits(space: SearchSpace) -> tuple[ExitConfig, ...]:
+    """Every exit that a candidate of the space may have, in order."""
+    heads = {
+        slot.stage: max(layer.hidden_channels for layer in slot.layers if layer is not None)
+        for slot in space.slots()
+        if slot.kind == "exit_head"
+    }
+    return tuple(ExitConfig(stage, hidden) for stage, hidden in sorted(heads.items()))
+
+
+def open_supernet(folder: str) -> Supernet:
+    """Trained shared weights; kept in memory between calls, because a worker scores many candidates with them.
+
+    Raises:
+        StorageError: missing or damaged; the message says what to do.
+    """
+    path = Path(folder)
+    return _open(path, read_record(TrainedSupernet, path / RECORD_FILE).weights_sha256)
+
+
+@lru_cache(maxsize=1)
+def _open(folder: Path, sha256: str) -> Supernet:
+    path = folder / WEIGHTS_FILE
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise StorageError(f"{path}: cannot be read: {e}. Delete {folder} and run again to train it anew") from e
+    if file_sha256(path) != sha256:
+        raise StorageError(f"{path}: not the file that {RECORD_FILE} describes. Delete {folder} and run again")
+    return Supernet.from_weights(load(data))
+
+
+def inherited_student(
+    supernet: Supernet, candidate: Candidate, images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Student:
+    """A new student with copied weights and batch norm estimated on training images uint8 [N, H, W, 3], to evaluate."""
+    student = supernet.extract(candidate.architecture).to(memory_format=torch.channels_last)
+    recalibrate_bn(student, images, mean, std)
+    return student.eval()
