@@ -64,7 +64,7 @@ def test_damaged_logits_say_what_to_delete(tmp_path: Path, candidate: Candidate,
         file.unlink()
     else:
         file.write_bytes(damage)
-    with pytest.raises(StorageError, match="score-e0001.npy: cannot be read: .* Delete the folder"):
+    with pytest.raises(StorageError, match=r"score-e0001\.npy: cannot be read: .* Delete the folder"):
         read_logits(tmp_path, scored)
 
 
