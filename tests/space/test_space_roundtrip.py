@@ -215,7 +215,7 @@ def changed(candidate: Candidate, what: str) -> Candidate:
     if what == "expansion":
         blocks[0] = replace(blocks[0], expanded_channels=17)
     if what == "stride":
-        blocks[0] = replace(blocks[0], stride=2)
+        blocks[0] = replace(blocks[0], stride=1)
     if what == "se":
         blocks[1] = replace(blocks[1], use_se=not blocks[1].use_se)
     stages[2] = replace(stages[2], blocks=tuple(blocks))
@@ -227,7 +227,7 @@ def changed(candidate: Candidate, what: str) -> Candidate:
     [
         ("kernel", r"stages\.2\.0: kernel_size: 9 is not in space tiny-32; allowed: 3, 5"),
         ("expansion", r"stages\.2\.0: expanded channels: 17 is not in space tiny-32; allowed: \d+, \d+, \d+"),
-        ("stride", r"stages\.2\.0: not in space tiny-32: BlockConfig\(.*stride=2.*; the closest there: .*stride=1"),
+        ("stride", r"stages\.2\.0: not in space tiny-32: BlockConfig\(.*stride=1.*; the closest there: .*stride=2"),
         ("se", r"stages\.2\.1: not in space tiny-32"),
     ],
 )
