@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -124,6 +126,25 @@ class SimulatedDevice:
             error=error,
             session_ms=() if value is None else (value,),
         )
+
+
+def requires_path(path: Path, what: str) -> Path:
+    """`path` where it exists; otherwise the calling test is skipped, and the reason names what is missing."""
+    if not path.exists():
+        import pytest
+
+        pytest.skip(f"{what} is not there: {path}")
+    return path
+
+
+def requires_program(name: str, what: str) -> str:
+    """Path of a program; otherwise the calling test is skipped, and the reason names what is missing."""
+    found = shutil.which(name)
+    if found is None:
+        import pytest
+
+        pytest.skip(f"{what} needs the program {name}, which is not on PATH")
+    return found
 
 
 def mean_model(batch: int | None = 1, size: int = 8, factor: float = 2.0) -> bytes:
