@@ -12,15 +12,15 @@ from nas.core.records import LayerSpec
 
 _KINDS = {"stem": "stem", "ir": "inverted_residual", "head": "head", "exit": "exit_head"}
 _SHAPE = re.compile(r"(\d{1,9})x(\d{1,9})x(\d{1,9})")
-_FORM = "such as ir|in=24x16x16|out=24x16x16|k=3|s=1|e=72|se=0|act=relu|fp32"
+_FORM = "a row key looks like ir|in=24x16x16|out=24x16x16|k=3|s=1|e=72|se=0|act=relu|fp32"
 
 # A result outside these bounds has a wrong unit or a wrong decimal point, on every device this project knows: nothing
 # starts in under 0.1 us, no device does more than 5e12 multiply-adds per second in a layer of a small network, and none
-# fewer than 1e7 once 5 ms have passed.
+# fewer than 5e7 once 2 ms have passed.
 MIN_MS = 1e-4
 MAX_MACS_PER_MS = 5e9
-MIN_MACS_PER_MS = 1e4
-SLACK_MS = 5.0
+MIN_MACS_PER_MS = 5e4
+SLACK_MS = 2.0
 
 
 @lru_cache(maxsize=65536)
@@ -32,7 +32,7 @@ def layer_of_key(key: str) -> LayerSpec:
     """
     parts = key.split("|")
     if len(parts) < 4 or parts[0] not in _KINDS:
-        raise RecordError(f"{key!r} is not a row key; row keys look {_FORM}")
+        raise RecordError(f"{key!r} is not a row key; {_FORM}")
     values = dict(part.partition("=")[::2] for part in parts[1:-1])
     plain: dict[str, Any] = {
         "kind": _KINDS[parts[0]],

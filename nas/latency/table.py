@@ -7,16 +7,13 @@
         correction.json   what the networks taught about the rows
         README.md         written by the program, for people
 
-Each line carries a check of its own text, so that a number changed by hand is noticed. A later line of the same key
-replaces an earlier one when read (a failure never replaces a number); order is the sequence number, never the clock.
+Lines are described in `nas.latency.lines`. A later line of the same key replaces an earlier one when read (a failure
+never replaces a number); order is the sequence number, never the clock.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,58 +21,34 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import filelock
 import numpy as np
 
 from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
-from nas.core.jsonio import (
-    append_line,
-    from_plain,
-    parse_json,
-    read_record,
-    to_plain,
-    write_record,
-    write_text,
-)
-from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, LayerSpec, Measurement
-from nas.core.walk import total_macs
+from nas.core.jsonio import append_line, read_record, write_record, write_text
+from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, Measurement
 from nas.latency.correction import CORRECTION_VERSION, Correction
-from nas.latency.keys import implausible, layer_of_key
+from nas.latency.lines import (
+    OVERHEAD_KEY,
+    REFERENCE_KEY,
+    MeasuredNetwork,
+    NetworkForm,
+    check_network,
+    check_row,
+    content_of,
+    line_of,
+    network_of,
+    row_of,
+)
 
-NetworkForm = Literal["logits", "if", "plain"]
-
-OVERHEAD_KEY = "overhead"
-REFERENCE_KEY = "reference"
 TABLE_VERSION = 1
 
 # Rows repeat within 0.4-0.6 % (median) and 1.7-3.1 % (90 %) in fresh sessions; a row without a calm round says less.
 ROW_STD = 0.015
 UNSTABLE_ROW_STD = 0.05
 LEAST_NET_SHARE = 0.05  # a row keeps at least this share of its time when the overhead is taken off
-
-_LINE = re.compile(r'\{"check":"([0-9a-f]{16})","row":(.*)\}', re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class MeasuredNetwork:
-    """A whole network as it was measured.
-
-    `form`: `logits` computes every exit, `if` leaves at exits (measured with thresholds that no image reaches, so the
-    whole network runs), `plain` has only the head. Thresholds of the candidate are unset: they do not matter here.
-    """
-
-    candidate: Candidate
-    form: NetworkForm
-    measurement: Measurement
-
-    def __post_init__(self) -> None:
-        expected = network_key(self.candidate, self.form)
-        if self.measurement.key != expected:
-            raise RecordError(
-                f"measured network: key {self.measurement.key!r} is not that of its candidate, {expected!r}"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +68,6 @@ class LockHolder:
     host: str
     boot_id: str
     since: str
-
-
-def network_key(candidate: Candidate, form: NetworkForm) -> str:
-    """Readable key of a measured network: architecture, precision and form; thresholds do not enter."""
-    return f"{candidate.with_thresholds((None,) * len(candidate.exits)).id}|{form}"
 
 
 class LatencyTable:
@@ -298,11 +266,11 @@ class LatencyTable:
                     raise RecordError(f"network {stored.key}: its candidate must be stored with it")
                 unset = candidate.with_thresholds((None,) * len(candidate.exits))
                 network = MeasuredNetwork(unset, form, stored)
-                _check_network(network)
+                check_network(network)
                 self._append("networks.jsonl", network)
                 self._take_network(network)
             elif stored.kind in ("row", "overhead"):
-                _check_row(stored)
+                check_row(stored)
                 self._append("rows.jsonl", stored)
                 self._take_row(stored)
             else:
@@ -343,9 +311,9 @@ class LatencyTable:
             RecordError: a damaged or impossible line, named by file and line number.
         """
         for number, row in self._new_lines("rows.jsonl"):
-            self._take_row(_row_of(row, f"{self._folder / 'rows.jsonl'}:{number}"))
+            self._take_row(row_of(row, f"{self._folder / 'rows.jsonl'}:{number}"))
         for number, row in self._new_lines("networks.jsonl"):
-            self._take_network(_network_of(row, f"{self._folder / 'networks.jsonl'}:{number}"))
+            self._take_network(network_of(row, f"{self._folder / 'networks.jsonl'}:{number}"))
 
     def correction(self) -> Correction | None:
         """The stored correction, or None.
@@ -419,8 +387,7 @@ class LatencyTable:
 
     def _append(self, name: str, value: Measurement | MeasuredNetwork) -> None:
         path = self._folder / name
-        row = to_plain(value)
-        append_line(path, {"check": _check_of(_canonical(row)), "row": row})
+        append_line(path, line_of(value))
         self._read_to[name] = (path.stat().st_size, self._read_to.get(name, (0, 0))[1] + 1)
 
     def _new_lines(self, name: str) -> Iterator[tuple[int, Any]]:
@@ -432,21 +399,11 @@ class LatencyTable:
         for line in whole.decode("utf-8", errors="replace").split("\n")[:-1]:
             number += 1
             if line.strip():
-                yield number, self._content(line, f"{path}:{number}")
+                row, as_measured = content_of(line, f"{path}:{number}")
+                if not as_measured:
+                    self._edited.append(f"{path}:{number}")
+                yield number, row
         self._read_to[name] = (start + len(whole), number)
-
-    def _content(self, line: str, where: str) -> Any:
-        match = _LINE.fullmatch(line)
-        if match is not None:
-            row = parse_json(match[2], where)
-            if _check_of(match[2]) != match[1]:
-                self._edited.append(where)
-            return row
-        outer = parse_json(line, where)
-        if not isinstance(outer, dict) or set(outer) != {"check", "row"}:
-            raise RecordError(f"{where}: expected the fields check and row; remove the line or restore the file")
-        self._edited.append(where)
-        return outer["row"]
 
     def _take_row(self, row: Measurement) -> None:
         self._sequence = max(self._sequence, row.sequence)
@@ -485,105 +442,6 @@ def _device_file(path: Path) -> DeviceFile:
     if stored.version != TABLE_VERSION:
         raise RecordError(f"{path}: table version {stored.version}, this program reads {TABLE_VERSION}")
     return stored
-
-
-def _row_of(data: Any, where: str) -> Measurement:
-    measurement = _measurement_of(data, where)
-    try:
-        _check_row(measurement)
-    except RecordError as e:
-        raise RecordError(f"{where}: {e}") from e
-    return measurement
-
-
-def _network_of(data: Any, where: str) -> MeasuredNetwork:
-    if not isinstance(data, dict) or set(data) != {"candidate", "form", "measurement"}:
-        raise RecordError(f"{where}: expected the fields candidate, form and measurement")
-    samples = _take_samples(data["measurement"], f"{where}.measurement")
-    network = from_plain(MeasuredNetwork, data, where)
-    network = replace(network, measurement=_with_samples(network.measurement, samples, where))
-    try:
-        _check_network(network)
-    except RecordError as e:
-        raise RecordError(f"{where}: {e}") from e
-    return network
-
-
-def _measurement_of(data: Any, where: str) -> Measurement:
-    samples = _take_samples(data, where)
-    return _with_samples(from_plain(Measurement, data, where), samples, where)
-
-
-def _take_samples(data: Any, where: str) -> tuple[tuple[float, ...], ...]:
-    """Samples of a measurement, taken out of `data`: hundreds of numbers, too many for the general reader."""
-    if not isinstance(data, dict):
-        raise RecordError(f"{where}: expected a mapping with the fields of Measurement")
-    rounds = data.get("rounds_ms")
-    if not isinstance(rounds, list):
-        return ()
-    for i, samples in enumerate(rounds):
-        if not isinstance(samples, list) or not all(type(s) in (float, int) for s in samples):
-            raise RecordError(f"{where}.rounds_ms[{i}]: expected a list of numbers")
-        if samples and not (min(samples) >= 0 and max(samples) < float("inf")):
-            raise RecordError(f"{where}.rounds_ms[{i}]: samples must be finite and not negative")
-    data["rounds_ms"] = [[]] * len(rounds)
-    return tuple(tuple(map(float, samples)) for samples in rounds)
-
-
-def _with_samples(m: Measurement, samples: tuple[tuple[float, ...], ...], where: str) -> Measurement:
-    try:
-        return replace(m, rounds_ms=samples)
-    except RecordError as e:
-        raise RecordError(f"{where}: {e}") from e
-
-
-def _check_row(m: Measurement) -> None:
-    if m.kind == "overhead":
-        if m.key not in (OVERHEAD_KEY, REFERENCE_KEY):
-            raise RecordError(f"overhead {m.key!r} is unknown; known: {OVERHEAD_KEY}, {REFERENCE_KEY}")
-        _check_value(m, None)
-        return
-    if m.kind != "row":
-        raise RecordError(f"{m.key}: a {m.kind} does not belong into rows.jsonl")
-    layer: LayerSpec = layer_of_key(m.key)
-    if m.precision != layer.precision:
-        raise RecordError(f"{m.key}: precision {m.precision!r} is not that of the key, {layer.precision!r}")
-    _check_value(m, layer.macs)
-
-
-def _check_network(network: MeasuredNetwork) -> None:
-    m = network.measurement
-    if m.kind != "network":
-        raise RecordError(f"{m.key}: a {m.kind} does not belong into networks.jsonl")
-    if m.precision != network.candidate.precision_label:
-        raise RecordError(
-            f"{m.key}: precision {m.precision!r} is not that of the candidate, {network.candidate.precision_label!r}"
-        )
-    _check_value(m, total_macs(network.candidate))
-
-
-def _check_value(m: Measurement, macs: int | None) -> None:
-    if m.sequence < 1:
-        raise RecordError(f"{m.key}: sequence must be at least 1, got {m.sequence}")
-    if m.latency_ms is None:
-        return
-    reason = implausible(m.latency_ms, macs)
-    if reason is not None:
-        raise RecordError(f"{m.key}: {reason}")
-    samples = [s for r in m.rounds_ms for s in r]
-    if samples and not min(samples) * 0.999 <= m.latency_ms <= max(samples) * 1.001:
-        raise RecordError(
-            f"{m.key}: latency {m.latency_ms:g} ms lies outside its own samples"
-            f" ({min(samples):g} to {max(samples):g} ms); was the unit changed?"
-        )
-
-
-def _canonical(plain: Any) -> str:
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _check_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _bytes_from(path: Path, start: int) -> bytes:

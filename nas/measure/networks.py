@@ -13,7 +13,8 @@ from nas.core.records import Candidate, Measurement
 from nas.core.walk import exit_macs, total_macs
 from nas.devices.base import Device, JobPrecision, MeasureJob
 from nas.export.graph import forced_exit, network_model, nominal_quant, random_weights
-from nas.latency.table import LatencyTable, NetworkForm, network_key
+from nas.latency.lines import NetworkForm, network_key
+from nas.latency.table import LatencyTable
 from nas.measure.fill import WAIT_S, open_session
 
 # Latency does not depend on the values of weights and normalisation.

@@ -8,6 +8,7 @@ import pytest
 
 from nas.core.errors import RecordError
 from nas.devices.protocol import (
+    Attempt,
     Gate,
     GateReading,
     ProtocolSettings,
@@ -85,6 +86,15 @@ def test_value_of_a_session_is_the_minimum_over_calm_rounds() -> None:
     assert len(subject.attempts) == SETTINGS.row_rounds
     assert all(is_accepted(a, gate, SETTINGS) for a in subject.attempts)
     assert session_value(subject.attempts, gate, SETTINGS) == pytest.approx(0.1)
+
+
+def test_a_fast_round_that_was_disturbed_does_not_count() -> None:
+    clock = FakeClock()
+    gate = calm_gate(clock)
+    reading = gate.check()
+    disturbed, calm = Attempt((0.05,) * 4, 0.5, reading), Attempt((0.1,) * 4, 1.0, reading)
+    assert session_value([disturbed, calm], gate, SETTINGS) == 0.1
+    assert session_value([disturbed], gate, SETTINGS) == 0.05
 
 
 def test_number_of_runs_fills_the_round_within_its_limits() -> None:

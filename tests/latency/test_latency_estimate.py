@@ -1,0 +1,224 @@
+"""Estimates per exit, for one candidate and for many genotypes; figures under an exit distribution."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from latency_examples import OVERHEAD_MS, candidate, filled, network, profile, row, row_time_ms, sum_ms
+
+from nas.core.errors import MissingRowError, RecordError
+from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Precision
+from nas.core.walk import expand
+from nas.latency.estimate import Estimator, VectorEstimator, describe_errors, figures, fit_correction
+from nas.latency.table import LatencyTable
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+WIDTHS = (16, 24)
+
+
+@dataclass(frozen=True)
+class TinySlot:
+    kind: str
+    genes: tuple[int, ...]
+    shape: tuple[int, ...]
+    layers: tuple[LayerSpec | None, ...]
+
+
+class TinySpace:
+    """Four genes: width of the first stage, its depth (1-2), an exit (no, yes), precision of the first stage."""
+
+    sizes = (2, 2, 2, 2)
+
+    def decode(self, g: Sequence[int]) -> Candidate:
+        made = candidate(exits=bool(g[2]), width=WIDTHS[g[0]], depth=g[1] + 1)
+        return made.with_precision(("fp32", PRECISIONS[g[3]], "int8", "int8"))
+
+    def genotypes(self) -> np.ndarray:
+        return np.array(list(itertools.product(*map(range, self.sizes))))
+
+    def candidates(self) -> list[Candidate]:
+        return [self.decode(g) for g in self.genotypes()]
+
+    def slots(self) -> tuple[TinySlot, ...]:
+        names = [x.name for x in expand(self.decode((0, 1, 1, 0)))]
+        result = []
+        for name in names:
+            layers = []
+            for g in self.genotypes():
+                layers.append(next((x for x in expand(self.decode(g)) if x.name == name), None))
+            kind = next(x.kind for x in layers if x is not None)
+            result.append(TinySlot(kind, (0, 1, 2, 3), self.sizes, tuple(layers)))
+        return tuple(result)
+
+
+def test_an_estimate_is_overhead_plus_rows_without_theirs(tmp_path: Path) -> None:
+    estimate = Estimator(filled(tmp_path, [candidate()])).estimate(candidate())
+    assert estimate.worst_ms == pytest.approx(sum_ms(candidate()))
+    assert estimate.rows_used == 6
+    assert estimate.correction == "raw table"
+
+
+def test_an_image_that_leaves_early_has_passed_its_exit_head(tmp_path: Path) -> None:
+    estimate = Estimator(filled(tmp_path, [candidate()])).estimate(candidate())
+    layers = expand(candidate())
+    until = next(i for i, x in enumerate(layers) if x.kind == "exit_head") + 1
+    assert len(estimate.exit_ms) == 2
+    assert estimate.exit_ms[0] == pytest.approx(OVERHEAD_MS + sum(row_time_ms(x) - OVERHEAD_MS for x in layers[:until]))
+    assert estimate.exit_ms[0] < estimate.exit_ms[1]
+    assert estimate.exit_std_ms[0] < estimate.exit_std_ms[1]
+
+
+def test_raw_deviation_holds_the_error_of_the_sum_and_of_the_rows(tmp_path: Path) -> None:
+    table = filled(tmp_path, [candidate("int8")])
+    estimate = Estimator(table).estimate(candidate("int8"))
+    rows = sum((0.015 * row_time_ms(x)) ** 2 for x in expand(candidate("int8")))
+    assert estimate.worst_std_ms == pytest.approx(np.sqrt(rows + (0.03 * estimate.worst_ms) ** 2), rel=1e-3)
+
+
+def test_layers_can_be_given_instead_of_a_candidate(tmp_path: Path) -> None:
+    estimator = Estimator(filled(tmp_path, [candidate()]))
+    assert estimator.estimate(expand(candidate())) == estimator.estimate(candidate())
+    with pytest.raises(RecordError, match="no layers were given"):
+        estimator.estimate([])
+
+
+def test_a_missing_row_is_an_error_with_the_command(tmp_path: Path) -> None:
+    estimator = Estimator(filled(tmp_path, [candidate(exits=False)]))
+    assert len(estimator.missing(expand(candidate()))) == 1
+    with pytest.raises(MissingRowError, match="Run: nas measure --table"):
+        estimator.estimate(candidate())
+
+
+def test_a_corrected_estimate_follows_the_networks_and_says_so(tmp_path: Path) -> None:
+    candidates = [candidate(depth=d) for d in (1, 2, 3, 4)]
+    table = filled(tmp_path, candidates)
+    for c in candidates[:3]:
+        table.add(network(c, 1.2 * sum_ms(c)), c)
+    estimate = Estimator(table, fit_correction(table)).estimate(candidates[3])
+    assert estimate.worst_ms == pytest.approx(1.2 * sum_ms(candidates[3]), rel=0.01)
+    assert estimate.correction == "scale, constant, weights from 3 networks"
+    assert 0 < estimate.worst_std_ms < 0.05 * estimate.worst_ms
+
+
+def test_an_estimate_from_a_foreign_table_says_so(tmp_path: Path) -> None:
+    filled(tmp_path, [candidate()])
+    table = LatencyTable.open(tmp_path, profile(threads=4), allow_foreign=True)
+    assert Estimator(table).estimate(candidate()).correction == "raw table; table of another device state"
+
+
+def test_both_paths_agree_on_every_genotype_raw_and_corrected(tmp_path: Path) -> None:
+    space = TinySpace()
+    table = filled(tmp_path, space.candidates())
+    for c in [candidate(depth=d).with_precision("int8") for d in (1, 2)] + space.candidates()[:5]:
+        for layer in expand(c):
+            if table.missing([layer.key]):
+                table.add(row(layer))
+        table.add(network(c, 1.1 * sum_ms(c) + 0.01), c)
+    for correction in (None, fit_correction(table)):
+        vector = VectorEstimator(space, table, correction).estimate(space.genotypes())
+        single = Estimator(table, correction)
+        for i, c in enumerate(space.candidates()):
+            one = single.estimate(c)
+            present = ~np.isnan(vector.exit_ms[i])
+            assert present.tolist() == [bool(c.exits), True]
+            assert vector.exit_ms[i][present] == pytest.approx(one.exit_ms, rel=1e-9)
+            assert vector.exit_std_ms[i][present] == pytest.approx(one.exit_std_ms, rel=1e-9)
+            assert vector.worst_ms[i] == pytest.approx(one.worst_ms)
+            assert vector.worst_std_ms[i] == pytest.approx(one.worst_std_ms)
+
+
+def test_missing_rows_in_many_genotypes_are_never_zero(tmp_path: Path) -> None:
+    space = TinySpace()
+    genotypes = space.genotypes()
+    known = genotypes[genotypes[:, 3] == 0]
+    table = filled(tmp_path, [space.decode(g) for g in known])
+    estimator = VectorEstimator(space, table)
+    assert np.isfinite(estimator.estimate(known).worst_ms).all()
+    with pytest.raises(
+        MissingRowError, match=r"\d+ rows are missing in .*, the first is ir\|.*int8\. Run: nas measure"
+    ):
+        estimator.estimate(genotypes)
+    partial = estimator.estimate(genotypes, allow_missing=True)
+    assert np.isnan(partial.worst_ms).tolist() == [bool(g[3]) for g in genotypes]
+
+
+def test_layers_that_genotypes_need_are_listed(tmp_path: Path) -> None:
+    space = TinySpace()
+    estimator = VectorEstimator(space, filled(tmp_path, [candidate()]))
+    chosen = space.genotypes()[[0, 7]]
+    expected = {x.key for g in chosen for x in expand(space.decode(g))}
+    assert {x.key for x in estimator.layers(chosen)} == expected
+    assert len(estimator.layers(chosen)) == len(expected)
+
+
+def test_genotypes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    estimator = VectorEstimator(TinySpace(), filled(tmp_path, TinySpace().candidates()))
+    assert estimator.exits == 2
+    for wrong, message in (
+        ([[0, 0, 0, 2]], "do not fit the space"),
+        ([[0, 0]], "do not fit the space"),
+        ([0, 0, 0, 0], r"must be integers \[N, G\]"),
+        ([[0.0, 0, 0, 0]], r"must be integers \[N, G\], got float64"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            estimator.estimate(wrong)
+
+
+ESTIMATE = LatencyEstimate((1.0, 2.0, 4.0), (0.1, 0.2, 0.4), 10, "raw table")
+
+
+def test_figures_weigh_exits_by_their_share() -> None:
+    got = figures(ESTIMATE, (0.5, 0.3, 0.2))
+    assert got.expected_ms == pytest.approx(0.5 + 0.6 + 0.8)
+    assert got.std_ms == pytest.approx(0.05 + 0.06 + 0.08)
+    assert got.worst_ms == 4.0
+    assert got.provenance == "predicted"
+
+
+@pytest.mark.parametrize(
+    ("shares", "tail", "expected"),
+    [
+        ((0.5, 0.3, 0.2), 0.99, 4.0),
+        ((0.5, 0.495, 0.005), 0.99, 2.0),
+        ((0.7, 0.29, 0.01), 0.99, 2.0),
+        ((1.0, 0.0, 0.0), 0.99, 1.0),
+        ((0.5, 0.3, 0.2), 0.8, 2.0),
+        ((0.5, 0.3, 0.2), 1.0, 4.0),
+    ],
+)
+def test_tail_latency_is_what_that_share_of_images_keeps(
+    shares: tuple[float, ...], tail: float, expected: float
+) -> None:
+    assert figures(ESTIMATE, shares, tail).p99_ms == expected
+
+
+@pytest.mark.parametrize(
+    ("shares", "tail", "message"),
+    [
+        ((0.5, 0.5), 0.99, "expected 3 exit shares"),
+        ((0.5, 0.5, 0.5), 0.99, "sum to 1"),
+        ((1.5, -0.5, 0.0), 0.99, "at least 0"),
+        ((float("nan"), 0.5, 0.5), 0.99, "at least 0"),
+        ((0.5, 0.3, 0.2), 0.0, "tail must be above 0"),
+    ],
+)
+def test_impossible_shares_are_refused(shares: tuple[float, ...], tail: float, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        figures(ESTIMATE, shares, tail)
+
+
+def test_errors_are_described() -> None:
+    got = describe_errors([1.1, 2.0, 2.7], [1.0, 2.0, 3.0])
+    assert got["mape"] == pytest.approx(0.2 / 3)
+    assert got["bias"] == pytest.approx(0.0)
+    assert got["spearman"] == pytest.approx(1.0)
+    assert got["within_5"] == pytest.approx(1 / 3)
+    assert got["n"] == 3
+    assert describe_errors([1, 1, 2, 3], [1, 2, 2, 3])["spearman"] == pytest.approx(5 / 6)  # ties share their rank
+    with pytest.raises(RecordError, match="two equal lists"):
+        describe_errors([1.0], [1.0])

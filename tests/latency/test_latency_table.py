@@ -1,0 +1,272 @@
+"""What a latency table keeps, refuses and answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from latency_examples import OVERHEAD_MS, candidate, filled, measured, network, profile, row, row_time_ms
+
+from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
+from nas.core.records import PROFILE_STATE_FIELDS
+from nas.core.walk import expand
+from nas.latency.correction import Correction
+from nas.latency.lines import network_key
+from nas.latency.table import LatencyTable
+
+LAYERS = expand(candidate())
+
+
+def test_a_new_table_says_what_its_numbers_are(tmp_path: Path) -> None:
+    LatencyTable.open(tmp_path / "t", profile())
+    text = (tmp_path / "t/README.md").read_text()
+    for part in ("test board", "governor=host", "milliseconds", "20th percentile", "thread_cpu"):
+        assert part in text
+    assert json.loads((tmp_path / "t/device.json").read_text())["profile"]["board"] == "test board"
+
+
+def test_rows_come_back_as_they_were_added(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    added = table.add(row(LAYERS[0]))
+    again = LatencyTable.open(tmp_path, profile())
+    assert again.rows[LAYERS[0].key] == added
+    assert again.row_ms(LAYERS[0].key) == added.latency_ms
+    assert again.edited == ()
+
+
+def test_networks_come_back_with_their_candidate_and_without_thresholds(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(network(candidate(), 1.5), candidate())
+    stored = LatencyTable.open(tmp_path, profile()).networks[network_key(candidate(), "logits")]
+    assert stored.candidate == candidate().with_thresholds((None,))
+    assert stored.measurement.latency_ms == 1.5
+
+
+def test_networks_that_differ_in_thresholds_only_are_one() -> None:
+    assert network_key(candidate(), "if") == network_key(candidate().with_thresholds((0.5,)), "if")
+    assert network_key(candidate(), "if") != network_key(candidate("int8"), "if")
+    assert network_key(candidate(), "if") != network_key(candidate(), "logits")
+
+
+def test_the_newest_row_counts_and_the_raw_file_keeps_both(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(row(LAYERS[1], 0.2))
+    table.add(dataclasses.replace(row(LAYERS[1], 0.3), measured_at="1999-01-01T00:00:00+00:00"))  # a clock set back
+    assert table.row_ms(LAYERS[1].key) == 0.3
+    assert LatencyTable.open(tmp_path, profile()).row_ms(LAYERS[1].key) == 0.3
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_failure_does_not_replace_a_number(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    failed = measured(LAYERS[1].key, "row", "fp32", None, error="out of memory")
+    table.add(failed)
+    assert table.missing([LAYERS[1].key]) == []
+    table.add(row(LAYERS[1], 0.2))
+    table.add(failed)
+    assert LatencyTable.open(tmp_path, profile()).row_ms(LAYERS[1].key) == 0.2
+
+
+def test_missing_rows_are_listed_once_and_in_order(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(row(LAYERS[1]))
+    keys = [x.key for x in LAYERS]
+    assert table.missing([*keys, *keys]) == [k for k in dict.fromkeys(keys) if k != LAYERS[1].key]
+
+
+def test_failed_and_disturbed_rows_are_measured_again_on_demand(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(measured(LAYERS[0].key, "row", "fp32", None, error="x"))
+    table.add(row(LAYERS[1], stable=False))
+    table.add(row(LAYERS[2]))
+    keys = [x.key for x in LAYERS[:3]]
+    assert table.missing(keys) == []
+    assert table.missing(keys, again=True) == keys[:2]
+
+
+def test_lookup_of_unmeasured_row_names_the_command(tmp_path: Path) -> None:
+    table = filled(tmp_path, [candidate(exits=False)])
+    with pytest.raises(
+        MissingRowError, match=r"exit\|in=24x8x8.* has no row in .*\(5 rows\)\. Run: nas measure --table"
+    ):
+        table.row_ms(next(x for x in LAYERS if x.kind == "exit_head").key)
+
+
+def test_lookup_of_a_failed_row_gives_its_reason(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(measured(LAYERS[0].key, "row", "fp32", None, error="Fail: no kernel"))
+    with pytest.raises(MissingRowError, match=r"could not be measured for .*: Fail: no kernel\. Leave it out"):
+        table.row_ms(LAYERS[0].key)
+
+
+def test_overhead_is_taken_off_but_never_all_of_a_row(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    with pytest.raises(MissingRowError, match="overhead of a call has not been measured"):
+        _ = table.overhead_ms
+    table.add(measured("overhead", "overhead", "none", OVERHEAD_MS))
+    table.add(row(LAYERS[0]))
+    table.add(row(LAYERS[1], OVERHEAD_MS * 1.001))
+    assert table.net_ms(LAYERS[0].key) == pytest.approx(row_time_ms(LAYERS[0]) - OVERHEAD_MS)
+    assert table.net_ms(LAYERS[1].key) == pytest.approx(0.05 * OVERHEAD_MS * 1.001)
+
+
+def test_a_disturbed_row_is_less_certain(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(row(LAYERS[0], 0.2))
+    table.add(row(LAYERS[1], 0.2, stable=False))
+    assert table.row_std_ms(LAYERS[0].key) == pytest.approx(0.015 * 0.2)
+    assert table.row_std_ms(LAYERS[1].key) == pytest.approx(0.05 * 0.2)
+
+
+def test_reference_is_the_median_over_calm_sessions(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    assert table.reference_ms is None
+    for value, stable in ((0.30, True), (0.29, True), (0.31, True), (0.6, False)):
+        table.add(measured("reference", "overhead", "fp32", value, stable=stable))
+    assert table.reference_ms == 0.30
+
+
+OTHER_STATE = {
+    "board": "other board",
+    "runtime": "trt",
+    "runtime_version": "2.0",
+    "power_mode": "governor=powersave",
+    "clocks_locked": True,
+    "threads": 2,
+    "driver": "none",
+    "kind": "simulated",
+}
+
+
+@pytest.mark.parametrize("field", PROFILE_STATE_FIELDS)
+def test_a_table_of_another_state_is_refused_with_both_values(tmp_path: Path, field: str) -> None:
+    LatencyTable.open(tmp_path, profile())
+    with pytest.raises(DeviceError) as e:
+        LatencyTable.open(tmp_path, profile(**{field: OTHER_STATE[field]}))
+    lines = [line.strip() for line in str(e.value).splitlines() if "the table has" in line]
+    mine, other = getattr(profile(), field), OTHER_STATE[field]
+    assert lines == [f"{field}: the table has {mine!r}, this device has {other!r}"]
+    assert "Run: nas measure" in str(e.value)
+
+
+def test_what_does_not_change_the_state_is_not_compared(tmp_path: Path) -> None:
+    LatencyTable.open(tmp_path, profile(details={"load_1min": "0.1"}))
+    LatencyTable.open(tmp_path, profile(details={"load_1min": "5.0"}, name="renamed"))
+
+
+def test_a_foreign_table_can_be_read_and_says_so_but_takes_nothing(tmp_path: Path) -> None:
+    filled(tmp_path, [candidate()])
+    foreign = LatencyTable.open(tmp_path, profile(threads=2), allow_foreign=True)
+    assert foreign.foreign
+    assert foreign.profile.threads == 1
+    with pytest.raises(StorageError, match="open to read only"):
+        foreign.add(row(LAYERS[0]))
+
+
+def test_reading_needs_a_table(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"no latency table here \(device.json is missing\)\. Run: nas measure"):
+        LatencyTable.read(tmp_path)
+    filled(tmp_path, [candidate()])
+    assert len(LatencyTable.read(tmp_path).rows) == 6
+
+
+def test_rows_without_a_device_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(RecordError, match=r"rows.jsonl is there but device.json is missing"):
+        LatencyTable.open(tmp_path, profile())
+
+
+def test_a_table_of_a_later_program_is_refused(tmp_path: Path) -> None:
+    LatencyTable.open(tmp_path, profile())
+    path = tmp_path / "device.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(RecordError, match="table version 2, this program reads 1"):
+        LatencyTable.open(tmp_path, profile())
+
+
+def test_only_rows_overheads_and_networks_with_their_candidate_are_taken(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    with pytest.raises(RecordError, match="its candidate must be stored with it"):
+        table.add(network(candidate(), 1.0))
+    with pytest.raises(RecordError, match="not that of its candidate"):
+        table.add(network(candidate(), 1.0), candidate("int8"))
+    with pytest.raises(RecordError, match="not a segment"):
+        table.add(measured("x#1", "segment", "fp32", 1.0))
+    with pytest.raises(RecordError, match="overhead 'other' is unknown; known: overhead, reference"):
+        table.add(measured("other", "overhead", "none", 1.0))
+    with pytest.raises(RecordError, match="precision 'int8' is not that of the key, 'fp32'"):
+        table.add(measured(LAYERS[0].key, "row", "int8", 0.1))
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from latency_examples import profile
+from nas.latency.table import LatencyTable
+table = LatencyTable.open(Path(sys.argv[1]), profile())
+with table.writing():
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_second_writer_is_told_who_holds_the_table(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path / "t", profile())
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "t")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    try:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            StorageError, match=rf"is being written by process {other.pid} on this machine since .*wait"
+        ):
+            table.add(row(LAYERS[0]))
+        told: list[str] = []
+        with pytest.raises(StorageError), table.writing(wait_s=0.2, on_wait=told.append):
+            pass
+        assert len(told) == 1 and f"held by process {other.pid}" in told[0]
+    finally:
+        other.kill()  # also the worst way to leave: no lock may stay behind
+        other.communicate()
+    table.add(row(LAYERS[0]))
+    assert not (tmp_path / "t/.lock-holder.json").exists()
+
+
+def test_two_tables_of_one_folder_see_each_others_rows(tmp_path: Path) -> None:
+    first, second = LatencyTable.open(tmp_path, profile()), LatencyTable.open(tmp_path, profile())
+    first.add(row(LAYERS[0], 0.1))
+    second.add(row(LAYERS[1], 0.2))
+    assert second.row_ms(LAYERS[0].key) == 0.1
+    assert [second.rows[x.key].sequence for x in LAYERS[:2]] == [1, 2]
+    first.refresh()
+    assert first.row_ms(LAYERS[1].key) == 0.2
+
+
+def test_a_file_that_shrinks_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(row(LAYERS[0]))
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(StorageError, match="became shorter while it was in use"):
+        table.refresh()
+
+
+def test_the_correction_is_kept_and_belongs_to_its_state(tmp_path: Path) -> None:
+    table = filled(tmp_path, [candidate()])
+    assert table.correction() is None
+    table.save_correction(Correction(table.profile.fingerprint, ()))
+    assert LatencyTable.open(tmp_path, profile()).correction() == Correction(profile().fingerprint, ())
+    with pytest.raises(DeviceError, match="does not belong to"):
+        table.save_correction(Correction("0" * 16, ()))
+    (tmp_path / "correction.json").write_text('{"fingerprint": "other", "fits": []}')
+    with pytest.raises(DeviceError, match="made for device state other"):
+        table.correction()

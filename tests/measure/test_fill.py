@@ -1,0 +1,194 @@
+"""Filling a table: only what is missing, every result kept, honest about what went wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nas.core.records import (
+    BlockConfig,
+    Candidate,
+    HeadConfig,
+    LayerSpec,
+    Measurement,
+    StageConfig,
+    StemConfig,
+)
+from nas.core.walk import expand
+from nas.devices.base import REFERENCE_KEY, MeasureJob, OnProgress, OnResult
+from nas.devices.graphs import overhead_job, reference_job
+from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
+from nas.devices.protocol import ProtocolSettings
+from nas.export.graph import layer_model
+from nas.latency import lines
+from nas.latency.table import LatencyTable
+from nas.measure.fill import ROWS_AT_A_TIME, FillProgress, fill
+from nas.testing import SimulatedDevice
+
+
+def small(width: int = 16) -> Candidate:
+    block = BlockConfig(8, 16, width, stride=2)
+    return Candidate(16, 4, StemConfig(8), (StageConfig((block,)),), HeadConfig())
+
+
+LAYERS = expand(small())
+
+
+class Watched(SimulatedDevice):
+    """Counts what it is asked, and changes results on the way."""
+
+    def __init__(self, changes: dict[str, dict[str, object]] | None = None, stop_after: int | None = None) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.expected: list[float | None] = []
+        self._changes = changes or {}
+        self._stop_after = stop_after
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        results = []
+        for i, job in enumerate(jobs):
+            if self._stop_after is not None and job.kind == "row" and len(self.asked) >= self._stop_after:
+                raise KeyboardInterrupt
+            self.asked.append(job.key)
+            m = replace(super().measure([job])[0], **self._changes.get(job.key, {}))  # type: ignore[arg-type]
+            results.append(m)
+            if progress is not None:
+                progress((i + 1) / len(jobs))
+            if on_result is not None:
+                on_result(m)
+        return results
+
+    def expect_reference(self, reference_ms: float | None) -> None:
+        self.expected.append(reference_ms)
+
+
+def opened(folder: Path) -> LatencyTable:
+    return LatencyTable.open(folder, SimulatedDevice().profile)
+
+
+def test_keys_of_overhead_and_reference_are_those_of_the_table() -> None:
+    assert (overhead_job().key, reference_job().key) == (lines.OVERHEAD_KEY, lines.REFERENCE_KEY)
+
+
+def test_a_new_table_gets_reference_overhead_and_every_row_once(tmp_path: Path) -> None:
+    device = Watched()
+    report = fill(opened(tmp_path), device, [*LAYERS, *LAYERS])
+    assert device.asked == ["reference", "overhead", *(x.key for x in LAYERS)]
+    assert (report.measured, report.failed, report.unstable, report.drift, report.warnings) == (3, (), (), None, ())
+    table = opened(tmp_path)
+    assert table.missing(x.key for x in LAYERS) == []
+    assert table.has_overhead
+
+
+def test_only_missing_rows_are_measured(tmp_path: Path) -> None:
+    fill(opened(tmp_path), SimulatedDevice(), LAYERS)
+    device = Watched()
+    report = fill(opened(tmp_path), device, [*LAYERS, *expand(small(24))])
+    assert device.asked == ["reference", *(x.key for x in expand(small(24))[1:])]  # the stem is there
+    assert report.drift == pytest.approx(0.0)
+    untouched = Watched()
+    assert fill(opened(tmp_path), untouched, LAYERS).measured == 0
+    assert untouched.asked == []
+
+
+def test_what_another_process_measured_meanwhile_is_not_repeated(tmp_path: Path) -> None:
+    waiting, device = opened(tmp_path), Watched()
+    fill(opened(tmp_path), SimulatedDevice(), LAYERS[:2])
+    assert fill(waiting, device, LAYERS).measured == 1
+    assert device.asked == ["reference", LAYERS[2].key]
+
+
+def test_after_an_interruption_the_same_call_goes_on(tmp_path: Path) -> None:
+    stopped = Watched(stop_after=4)  # reference, overhead and two rows
+    with pytest.raises(KeyboardInterrupt):
+        fill(opened(tmp_path), stopped, LAYERS)
+    again = Watched()
+    assert fill(opened(tmp_path), again, LAYERS).measured == 1
+    assert again.asked == ["reference", LAYERS[2].key]
+    assert not (tmp_path / ".lock-holder.json").exists()
+
+
+def test_a_row_that_fails_is_kept_with_its_reason_and_not_tried_for_ever(tmp_path: Path) -> None:
+    def write(layer: LayerSpec) -> bytes:
+        return b"\x00" if layer.kind == "head" else layer_model(layer)
+
+    report = fill(opened(tmp_path), SimulatedDevice(), LAYERS, write=write)
+    assert report.measured == 3
+    (key, reason), *_ = report.failed
+    assert key == LAYERS[-1].key and "not an ONNX model" in reason
+    assert report.warnings == (f"1 rows could not be measured, the first: {key}: {reason}",)
+    assert fill(opened(tmp_path), SimulatedDevice(), LAYERS).measured == 0
+    assert fill(opened(tmp_path), SimulatedDevice(), LAYERS, again=True).failed == ()
+    assert opened(tmp_path).row_ms(key) > 0
+
+
+def test_an_impossible_value_is_a_failed_row(tmp_path: Path) -> None:
+    device = Watched({LAYERS[1].key: {"latency_ms": 1e6, "rounds_ms": ((1e6,),) * 3}})
+    report = fill(opened(tmp_path), device, LAYERS)
+    assert [key for key, _ in report.failed] == [LAYERS[1].key]
+    assert "too long" in report.failed[0][1]
+
+
+def test_disturbed_rows_are_named_and_measured_again_on_demand(tmp_path: Path) -> None:
+    report = fill(opened(tmp_path), Watched({LAYERS[1].key: {"accepted": (False,) * 3}}), LAYERS)
+    assert report.unstable == (LAYERS[1].key,)
+    assert "1 of 3 rows had no calm round" in report.warnings[0] and "nas measure --again" in report.warnings[0]
+    again = Watched()
+    fill(opened(tmp_path), again, LAYERS, again=True)
+    assert again.asked == ["reference", LAYERS[1].key]
+
+
+def test_a_slower_machine_is_noticed_and_told_to_the_device(tmp_path: Path) -> None:
+    first = Watched()
+    fill(opened(tmp_path), first, LAYERS[:1])
+    assert first.expected == [None, 0.3]
+    slower = Watched({REFERENCE_KEY: {"latency_ms": 0.36, "rounds_ms": ((0.36,),) * 3}})
+    report = fill(opened(tmp_path), slower, LAYERS)
+    assert slower.expected == [0.3]
+    assert report.drift == pytest.approx(0.2)
+    assert "the machine is 20% slower than when this table was begun" in report.warnings[0]
+
+
+def test_progress_counts_rows_and_estimates_the_rest(tmp_path: Path) -> None:
+    now = [0.0]
+
+    class Slow(SimulatedDevice):
+        def measure(
+            self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+        ) -> list[Measurement]:
+            """Interleaved as on a real device: all work first, all results at the end; one second for each row."""
+            results = super().measure(jobs)
+            for i in range(len(jobs)):
+                now[0] += 1.0
+                if progress is not None:
+                    progress((i + 1) / len(jobs))
+            for m in results:
+                if on_result is not None:
+                    on_result(m)
+            return results
+
+    layers = list(dict.fromkeys(x for w in range(8, 8 * 30, 8) for x in expand(small(w))))
+    told: list[FillProgress] = []
+    fill(opened(tmp_path), Slow(), layers, progress=told.append, clock=lambda: now[0])
+    total = len(layers)
+    assert total > ROWS_AT_A_TIME
+    assert [p.done for p in told if p.message] == list(range(1, total + 1))
+    assert all(p.total == total for p in told)
+    for p in told:  # one second a row: what remains is known from the first second on
+        assert p.remaining_s == pytest.approx(total - p.elapsed_s)
+
+
+def test_real_rows_in_both_precisions(tmp_path: Path) -> None:
+    quick = ProtocolSettings(network_rounds=1, network_sessions=1, row_rounds=1, row_round_ms=0.2, retries=0, wait_ms=0)
+    device = OnnxRuntimeCpu(quick)
+    table = LatencyTable.open(tmp_path, device.profile)
+    report = fill(table, device, [*LAYERS, *expand(small().with_precision("int8"))])
+    assert report.failed == ()
+    assert report.measured == 6
+    for layer in LAYERS:
+        assert 0 < table.net_ms(layer.key) < 5
