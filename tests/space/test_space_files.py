@@ -49,5 +49,5 @@ def test_the_table_says_what_the_file_holds(name: str) -> None:
 def test_the_small_space_stays_small_enough_for_the_first_run() -> None:
     """Larger networks cannot be trained in the minutes that the first run has."""
     space = load_space(FOLDER / "tiny-32.yaml", 10)
-    assert total_macs(space.decode(space.largest())) < 1.2e6
+    assert total_macs(space.decode(space.largest())) < 1.3e6
     assert len(space.layers(("fp32",))) <= 400

@@ -172,12 +172,13 @@ def test_every_gene_choice_is_sampled_and_no_sample_has_too_many_exits(tiny: Sea
 
 
 def test_exits_beyond_the_allowed_number_are_dropped_from_the_back(tiny: SearchSpace) -> None:
-    names = [gene.name for gene in tiny.genes]
+    space = replace(tiny, exits=replace(tiny.exits, max_count=1))
+    names = [gene.name for gene in space.genes]
     genotype = [0] * len(names)
-    for name in ("exits.s1", "exits.s2", "exits.s3", "exits.s3.threshold"):
+    for name in ("exits.s2", "exits.s3", "exits.s3.threshold"):
         genotype[names.index(name)] = 1
-    assert [e.after_stage for e in tiny.decode(genotype).exits] == [0, 1]
-    assert tiny.canonical(genotype)[names.index("exits.s3.threshold")] == 0
+    assert [e.after_stage for e in space.decode(genotype).exits] == [1]
+    assert space.canonical(genotype)[names.index("exits.s3.threshold")] == 0
 
 
 def test_expansion_one_has_no_expanding_convolution_whatever_the_width() -> None:
@@ -248,8 +249,8 @@ def test_other_parts_outside_the_space_are_named(tiny: SearchSpace) -> None:
         (replace(candidate, exits=(ExitConfig(1, 0, 0.55),)), r"exits\.0: threshold: 0\.55 is not in space"),
         (replace(candidate, exits=(ExitConfig(1, 16, 0.5),)), r"exits\.0: not in space tiny-32"),
         (
-            replace(candidate, exits=tuple(ExitConfig(s, 0, 0.5) for s in range(3))),
-            r"3 exits are given; space tiny-32 allows 2",
+            replace(candidate, exits=(ExitConfig(0, 0, 0.5),)),
+            r"exits\.0: an exit after stage 0 is not in space tiny-32; allowed: s2, s3",
         ),
     ):
         with pytest.raises(RecordError, match=message):
@@ -258,7 +259,7 @@ def test_other_parts_outside_the_space_are_named(tiny: SearchSpace) -> None:
 
 def test_a_wrong_genotype_is_refused(tiny: SearchSpace) -> None:
     good = list(tiny.smallest())
-    with pytest.raises(RecordError, match=r"genotype of 3 genes; space tiny-32 has 31"):
+    with pytest.raises(RecordError, match=r"genotype of 3 genes; space tiny-32 has 25"):
         tiny.decode((0, 0, 0))
     index = [gene.name for gene in tiny.genes].index("s3.depth")
     for value in (3, -1):
@@ -271,3 +272,10 @@ def test_a_copy_for_another_process_leaves_derived_tables_behind(tiny: SearchSpa
     data = pickle.dumps(tiny)
     assert len(data) < 4000
     assert pickle.loads(data).smallest() == tiny.smallest()
+
+
+def test_more_exits_than_allowed_are_refused(tiny: SearchSpace) -> None:
+    space = replace(tiny, exits=replace(tiny.exits, max_count=1))
+    candidate = replace(tiny.decode(tiny.smallest()), exits=(ExitConfig(1, 0, 0.5), ExitConfig(2, 0, 0.5)))
+    with pytest.raises(RecordError, match=r"2 exits are given; space tiny-32 allows 1"):
+        space.encode(candidate)
