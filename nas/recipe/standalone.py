@@ -8,93 +8,18 @@ checkpoint instead of starting anew.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nas.core.errors import InterruptedRunError, RecordError
-from nas.core.records import Candidate
+from nas.core.errors import RecordError
 from nas.latency.pareto import hypervolume_contributions, non_dominated
-from nas.recipe.context import open_context
 from nas.recipe.pool import JobFailure, JobResult
-from nas.recipe.records import ScoredStudent, read_scored, write_scored
+from nas.recipe.records import ScoredStudent
+from nas.recipe.score import ScoreJob
 from nas.recipe.settings import StandaloneSettings
-from nas.train.evaluate import predict_logits
-from nas.train.loop import EpochRecord
-from nas.train.settings import DistillSettings
-from nas.train.trainer import new_student, train_student
-
-SCORE_NAME = "standalone"
-
-J = TypeVar("J")
-
-
-@dataclass(frozen=True, slots=True)
-class StandaloneJob:
-    """One student to train up to `epochs`, as a worker process receives it.
-
-    `context` is the record of the arrays (`nas.recipe.context`), `folder` is run_dir/students/<arch_id>; when
-    `stop_file` appears, the student stops at the end of its epoch. `distill.epochs` is the length of the schedule.
-    """
-
-    candidate: Candidate
-    context: str
-    folder: str
-    stop_file: str
-    distill: DistillSettings
-    seed: int
-    epochs: int
-
-
-def score_student(job: StandaloneJob) -> ScoredStudent:
-    """Trains up to `job.epochs` from where an earlier job stopped, and scores on the search validation split.
-
-    A score of so many epochs that is there already is given back at once. `cost_s` of the record counts all epochs of
-    the student, those of earlier rungs too.
-
-    Raises:
-        TrainingError: the training diverged or learnt nothing.
-        InterruptedRunError: the stop file appeared; the last epoch is kept.
-        StorageError: files that cannot be read or written.
-    """
-    folder = Path(job.folder)
-    name = f"{SCORE_NAME}-{job.epochs}"
-    scored = read_scored(folder, name)
-    if scored is not None:
-        return scored
-    architecture = job.candidate.architecture
-    context = open_context(job.context, architecture.resolution)
-    student = new_student(architecture, job.seed)
-
-    def stop_when_told(_: EpochRecord) -> None:
-        if Path(job.stop_file).exists():
-            raise InterruptedRunError("stopped at the end of an epoch")
-
-    history = train_student(
-        student,
-        context.targets,
-        job.distill,
-        seed=job.seed,
-        stop_epoch=job.epochs,
-        checkpoint=folder / f"{SCORE_NAME}.ckpt",
-        progress=stop_when_told,
-    )
-    started = time.thread_time()
-    logits = predict_logits(student, context.val, context.mean, context.std)
-    return write_scored(
-        folder,
-        architecture,
-        epochs=job.epochs,
-        cost_s=history.cpu_s + time.thread_time() - started,
-        logits=logits,
-        labels=context.val_labels,
-        name=name,
-    )
 
 
 def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[np.int64]:
@@ -152,42 +77,46 @@ def _by_contribution(points: NDArray[np.float64], front: NDArray[np.int64]) -> l
 
 
 def successive_halving(
-    jobs: Sequence[StandaloneJob],
+    jobs: Sequence[ScoreJob],
     latency_ms: Sequence[float],
     settings: StandaloneSettings,
-    run: Callable[[Sequence[StandaloneJob]], Iterable[JobResult[StandaloneJob, ScoredStudent]]],
+    run: Callable[[Sequence[ScoreJob]], Iterable[JobResult[ScoreJob, ScoredStudent]]],
 ) -> list[ScoredStudent | JobFailure]:
     """Scores a batch of candidates: all for the first rung, the promoted ones for the next, and so on.
 
+    A student that goes on continues from its checkpoint; scores that are there already are not computed again, so the
+    same call after a kill ends with the same result.
+
     Args:
-        jobs: one per candidate; their epochs and schedule are set here.
+        jobs: one per candidate, source `standalone`; epochs and schedule are set here.
         latency_ms: predicted latency of each, in the same order.
         settings: rungs and share.
-        run: runs jobs and gives their results in any order, such as `WorkerPool.map` with `score_student`.
+        run: runs jobs and gives their results in any order, such as `WorkerPool.map` with `nas.recipe.score.score`.
 
     Returns:
         The last score of each candidate in the order of `jobs`, or why it has none.
 
     Raises:
-        InterruptedRunError: from `run`; the same call continues from the files.
+        RecordError: not one latency per job.
+        InterruptedRunError: from `run`.
     """
+    if len(jobs) != len(latency_ms):
+        raise RecordError(f"successive halving needs one latency per job, got {len(latency_ms)} for {len(jobs)}")
     results: dict[int, ScoredStudent | JobFailure] = {}
     alive = list(range(len(jobs)))
     for number, epochs in enumerate(settings.rungs):
         rung = {i: rung_job(jobs[i], settings, epochs) for i in alive}
-        place = {job.folder: i for i, job in rung.items()}
-        for result in run(list(rung.values())):
-            results[place[result.job.folder]] = result.value
+        done = {result.job: result.value for result in run(list(dict.fromkeys(rung.values())))}
+        results.update({i: done[job] for i, job in rung.items()})
         scored = [(i, value) for i in alive if isinstance(value := results[i], ScoredStudent)]
+        alive = [i for i, _ in scored]
         if number + 1 < len(settings.rungs) and scored:
             count = max(1, round(settings.keep * len(scored)))
-            kept = promoted([value.top1[-1] for _, value in scored], [latency_ms[i] for i, _ in scored], count)
-            alive = sorted(scored[k][0] for k in kept)
-        else:
-            alive = [i for i, _ in scored]
+            kept = promoted([value.top1[-1] for _, value in scored], [latency_ms[i] for i in alive], count)
+            alive = sorted(alive[k] for k in kept)
     return [results[i] for i in range(len(jobs))]
 
 
-def rung_job(job: StandaloneJob, settings: StandaloneSettings, epochs: int) -> StandaloneJob:
+def rung_job(job: ScoreJob, settings: StandaloneSettings, epochs: int) -> ScoreJob:
     """The same student trained up to one rung; the schedule has the length of the last rung."""
     return replace(job, epochs=epochs, distill=replace(job.distill, epochs=settings.rungs[-1]))

@@ -19,6 +19,7 @@ from nas.core.jsonio import write_bytes
 CHECKPOINT_VERSION = 1
 DIVERGED_FACTOR = 4.0  # times the loss of the first step; a training that learns stays below 1.5
 BLANK_SHARE = 0.5  # of the schedule: by then the loss must be below that of the first step
+BLANK_STEPS = 100  # at least: fewer steps may do little, and the loss of one batch is noisy
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class LossGuard:
     def __init__(self, where: str, lr: float) -> None:
         self.where, self.lr = where, lr
         self.first: float | None = None
+        self.steps = 0
 
     def step(self, loss: float, epoch: int) -> None:
         """Call with the loss of every step.
@@ -87,6 +89,7 @@ class LossGuard:
         Raises:
             TrainingError: not finite, or several times the loss of the first step.
         """
+        self.steps += 1
         if self.first is None:
             self.first = loss
         if not math.isfinite(loss) or loss > DIVERGED_FACTOR * max(self.first, 1.0):
@@ -101,7 +104,8 @@ class LossGuard:
         Raises:
             TrainingError: half of the schedule has passed and the loss is still that of the first step.
         """
-        if self.first is not None and epoch + 1 >= max(2.0, BLANK_SHARE * epochs) and mean_loss >= self.first:
+        late = self.steps >= BLANK_STEPS and epoch + 1 >= BLANK_SHARE * epochs
+        if late and self.first is not None and mean_loss >= self.first:
             raise TrainingError(
                 f"{self.where}: nothing was learnt in {epoch + 1} of {epochs} epochs (loss {mean_loss:.3g}, "
                 f"{self.first:.3g} at the start) with lr {self.lr:g}; try lr {self.lr / 4:.1g}, and look at the labels"

@@ -20,8 +20,7 @@ from filelock import FileLock
 
 from nas.core.errors import StorageError
 from nas.core.jsonio import content_hash, read_record, write_record
-from nas.data.augment import augmented
-from nas.data.records import Dataset
+from nas.data import Dataset, augmented
 from nas.train.teacher import Teacher
 
 TARGETS_VERSION = 1

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from nas.core.errors import ConfigError, RecordError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_record
-from nas.data.augment import augmented
-from nas.data.records import Dataset, Split
+from nas.data import Dataset, augmented
+from nas.data.records import Split
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.models.teachers import ResNet, count_macs, torchvision_model
 from nas.train.evaluate import normalised, threads, top1

@@ -20,6 +20,7 @@ from nas.core.errors import RecordError
 from nas.models.teachers import BasicBlock, ResNet
 
 OPSET = 17
+PIXEL_SCALE = "pixel_scale"  # names the normalisation, so that it is not added to a file that has it
 IR_VERSION = 8  # what ONNX Runtime 1.13 and newer, and TensorRT 8.6 and newer, read
 
 
@@ -42,7 +43,7 @@ class _Graph:
         """(x / 255 - mean) / std as one product and one sum."""
         scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32).reshape(1, 3, 1, 1)
         shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32).reshape(1, 3, 1, 1)
-        scaled = self.node("Mul", [x, self.constant("pixel_scale", scale)], "pixels_scaled")
+        scaled = self.node("Mul", [x, self.constant(PIXEL_SCALE, scale)], "pixels_scaled")
         return self.node("Add", [scaled, self.constant("pixel_shift", shift)], "pixels_normalised")
 
     def convolution(self, x: str, name: str, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> str:
@@ -178,10 +179,10 @@ def with_pixel_input(data: bytes, mean: Sequence[float], std: Sequence[float], r
         dim.dim_value = resolution
     front = _Graph()
     output = front.normalise(entry.name, mean, std)
-    taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-    taken |= {i.name for i in model.graph.initializer}
-    if taken & {"pixel_scale", "pixel_shift", "pixels_scaled", "pixels_normalised"}:
-        return model.SerializeToString()  # one of ours: normalisation is inside already
+    if np.allclose(mean, 0) and np.allclose(std, 1 / 255):
+        return model.SerializeToString()  # it takes raw pixels as it is
+    if any(i.name == PIXEL_SCALE for i in model.graph.initializer):
+        raise RecordError(f"teacher.weights: {where} normalises its pixels itself; set teacher.pixels to 'raw'")
     _rename_input(model.graph, entry.name, output)
     for node in reversed(front.nodes):
         model.graph.node.insert(0, node)

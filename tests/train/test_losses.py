@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from nas.train.losses import branch_loss, branch_weights, hinton_kd, student_loss
+from nas.train.settings import DistillSettings
+
+
+def logits(seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 2, (6, 4)).astype(np.float32))
+
+
+LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+def test_alpha_zero_is_cross_entropy_and_alpha_one_ignores_labels() -> None:
+    student, teacher = logits(0), logits(1)
+    plain = functional.cross_entropy(student, LABELS)
+    assert hinton_kd(student, teacher, LABELS, 3.0, 0.0).item() == pytest.approx(plain.item(), rel=1e-6)
+    a = hinton_kd(student, teacher, LABELS, 3.0, 1.0)
+    b = hinton_kd(student, teacher, LABELS.flip(0), 3.0, 1.0)
+    assert a.item() == b.item()
+
+
+def test_a_student_that_copies_the_teacher_has_no_teacher_loss() -> None:
+    teacher = logits(1)
+    assert hinton_kd(teacher + 7.0, teacher, LABELS, 4.0, 1.0).item() == pytest.approx(0.0, abs=1e-5)
+
+
+def test_distillation_equals_the_formula_written_out() -> None:
+    student, teacher, t, alpha = logits(0).numpy(), logits(1).numpy(), 2.5, 0.6
+
+    def softmax(z: np.ndarray) -> np.ndarray:
+        e = np.exp(z.astype(np.float64))
+        return e / e.sum(1, keepdims=True)
+
+    p, q = softmax(teacher / t), softmax(student / t)
+    soft = (p * np.log(p / q)).sum(1).mean()
+    hard = -np.log(softmax(student)[np.arange(6), LABELS.numpy()]).mean()
+    expected = (1 - alpha) * hard + alpha * t**2 * soft
+    got = hinton_kd(torch.from_numpy(student), torch.from_numpy(teacher), LABELS, t, alpha).item()
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_keep_their_size_when_the_temperature_rises() -> None:
+    sizes = []
+    for t in (4.0, 8.0):
+        student = logits(0).requires_grad_()
+        hinton_kd(student, logits(1), LABELS, t, 1.0).backward()
+        assert student.grad is not None
+        sizes.append(student.grad.norm().item())
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("given", "exits", "expected"),
+    [
+        ((0.2, 0.3, 0.5), 1, (1.0,)),
+        ((0.2, 0.3, 0.5), 2, (0.5, 1.0)),
+        ((0.2, 0.3, 0.5), 3, (0.3, 0.5, 1.0)),
+        ((0.2, 0.3, 0.5), 5, (0.2, 0.2, 0.3, 0.5, 1.0)),
+        ((), 3, (0.0, 0.0, 1.0)),
+    ],
+)
+def test_exit_weights_fit_any_number_of_exits(
+    given: tuple[float, ...], exits: int, expected: tuple[float, ...]
+) -> None:
+    weights = branch_weights(given, exits)
+    assert sum(weights) == pytest.approx(1.0)
+    assert weights == pytest.approx([w / sum(expected) for w in expected])
+
+
+def test_branch_loss_is_the_weighted_sum() -> None:
+    losses = [torch.tensor(2.0), torch.tensor(4.0)]
+    assert branch_loss(losses, (0.25, 0.75)).item() == pytest.approx(3.5)
+
+
+def test_every_exit_learns_from_the_teacher() -> None:
+    outputs = [logits(i).requires_grad_() for i in range(3)]
+    student_loss(outputs, logits(9), LABELS, DistillSettings()).backward()
+    assert all(z.grad is not None and z.grad.abs().sum() > 0 for z in outputs)
