@@ -121,7 +121,7 @@ def compared_with_teacher(point: Point, teacher: TeacherView | None) -> str:
     if teacher.latency_ms is None:
         return text
     ratio = teacher.latency_ms / point.latency.expected_ms
-    return f"{text} at {f'1/{_short(ratio)}' if ratio >= 1 else f'{_short(1 / ratio)} times'} of its latency"
+    return f"{text} at {f'1/{_short(ratio)} of' if ratio >= 1 else f'{_short(1 / ratio)} times'} its latency"
 
 
 def _short(ratio: float) -> str:

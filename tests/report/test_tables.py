@@ -1,0 +1,88 @@
+"""The front as rows, records and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+
+import pytest
+from made_run import made_view
+
+from nas.core.jsonio import canonical_json
+from nas.core.run import RunView
+from nas.report.tables import csv_cell, format_number, format_spread, front_csv, front_records, front_table, notes
+
+
+def test_rows_are_the_front_with_the_pick_marked() -> None:
+    view = made_view()
+    columns, rows = front_table(view)
+    assert len(rows) == len(view.front) and all(len(r) == len(columns) for r in rows)
+    picked = [r for r in rows if "pick" in r[columns.index("note")].split(", ")]
+    assert [r[0] for r in picked] == [view.point(view.pick_id or "").label]
+
+
+def test_given_students_are_shown_in_their_order() -> None:
+    view = made_view()
+    given = view.points[3:1:-1]
+    assert [r[0] for r in front_table(view, given)[1]] == [p.label for p in given]
+    assert [r["id"] for r in front_records(view, given)] == [p.id for p in given]
+
+
+def test_notes_say_what_is_wrong_with_a_student() -> None:
+    view = made_view()
+    slow = max(view.points, key=lambda p: p.latency.expected_ms)
+    assert notes(view, replace(slow, is_finished=False)) == ["over budget", "not finished"]
+
+
+def test_records_are_plain_json_in_the_units_of_their_names() -> None:
+    record = front_records(made_view())[0]
+    assert canonical_json(record)
+    assert 0 <= record["top1"] <= 1 and record["latency_is"] in ("measured", "predicted")
+    assert sum(record["exit_shares"]) == pytest.approx(1)
+
+
+def test_csv_reads_back() -> None:
+    view = made_view()
+    rows = list(csv.DictReader(io.StringIO(front_csv(view))))
+    assert [r["id"] for r in rows] == [p.id for p in view.front]
+    assert [float(r["expected_ms"]) for r in rows] == [p.latency.expected_ms for p in view.front]
+    assert list(csv.reader(io.StringIO(front_csv(RunView(name="r", status="running", created_at=""))))) == [["id"]]
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\n=1"])
+def test_text_that_a_spreadsheet_would_run_is_guarded(text: str) -> None:
+    assert csv_cell(text) == "'" + text
+    view = made_view()
+    front = view.front
+    renamed = replace(view, points=tuple(replace(p, label=text) for p in front), pick_id=None, next_id=None)
+    row = next(csv.DictReader(io.StringIO(front_csv(renamed), newline="")))
+    assert row["label"] == "'" + text
+
+
+def test_numbers_keep_their_sign_in_csv() -> None:
+    assert [csv_cell(v) for v in (-1.5, 3, None, True, (0.5, None, -2.0), "a-b")] == [
+        "-1.5", "3", "", "true", "0.5  -2.0", "a-b",
+    ]  # fmt: skip
+
+
+def test_a_name_cannot_move_the_cursor_of_a_terminal() -> None:
+    view = made_view()
+    renamed = replace(view, points=tuple(replace(p, label="x\x1b[2J\ny") for p in view.points))
+    assert front_table(renamed)[1][0][0] == "x?[2J?y"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0312, "0.0312"), (1.25, "1.25"), (148.2, "148"), (0, "0"), (1e-7, "0.000000100"), (12345.0, "12345")],
+)
+def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
+    assert format_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "std", "text"),
+    [(0.301, 0.02, "0.020"), (0.301, 0.0002, "0.0002"), (12.3, 0.4, "0.4"), (5.0, 0.0, "0.00")],
+)
+def test_spread_has_the_decimals_of_its_value(value: float, std: float, text: str) -> None:
+    assert format_spread(value, std) == text
