@@ -1,12 +1,24 @@
 """Small candidates and real ONNX Runtime sessions for the tests of this folder."""
 
+import time
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
-from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, Precision, StageConfig, StemConfig
+from nas.core.records import (
+    BlockConfig,
+    Candidate,
+    DeviceProfile,
+    ExitConfig,
+    HeadConfig,
+    Measurement,
+    Precision,
+    StageConfig,
+    StemConfig,
+)
 
 MEAN = (0.48, 0.46, 0.40)
 STD = (0.22, 0.23, 0.25)
@@ -126,3 +138,41 @@ def optimised_counts(model: bytes, folder: object) -> Counter[str]:
 def relative_l2(reference: np.ndarray, other: np.ndarray) -> float:
     """|a - b| / |a| over everything."""
     return float(np.linalg.norm(reference - other) / np.linalg.norm(reference))
+
+
+PROFILE = DeviceProfile(
+    name="cpu",
+    board="test board",
+    runtime="ort",
+    runtime_version=ort.__version__,
+    power_mode="none",
+    clocks_locked=False,
+    threads=1,
+    driver="none",
+    precisions=("fp32", "int8"),
+    kind="measured",
+)
+
+
+def time_models(models: Sequence[bytes]) -> list[Measurement]:
+    """Short but real measurements: three rounds of five runs."""
+    results = []
+    for number, model in enumerate(models):
+        live = session(model)
+        entry = live.get_inputs()[0]
+        feeds = {entry.name: np.zeros(entry.shape, np.float32)}
+        rounds = []
+        for _ in range(3):
+            samples = []
+            for _ in range(5):
+                start = time.perf_counter()
+                live.run(None, feeds)
+                samples.append((time.perf_counter() - start) * 1e3)
+            rounds.append(tuple(samples))
+        best = min(min(r) for r in rounds)
+        results.append(
+            Measurement(
+                f"model {number}", "network", "fp32", best, tuple(rounds), (True,) * 3, "wall", "2026-01-01", number
+            )
+        )
+    return results

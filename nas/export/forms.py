@@ -1,0 +1,145 @@
+"""In which form exits are deployed: as `If`, where that is faster than always running the whole network.
+
+An `If` costs the exit heads, and its branches are optimised one by one, so a network whose images rarely leave early is
+faster without exits. Only measuring tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nas.core.errors import DeviceError, UsageError
+from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec, Measurement, QuantSpec
+from nas.core.run import LatencyKind, latency_of
+from nas.core.walk import expand
+from nas.export.graph import forced_exit, network_model
+from nas.export.manifest import PackageForm
+from nas.export.writer import Weights
+from nas.latency.estimate import figures
+
+MeasureLatency = Callable[[Sequence[bytes]], Sequence[Measurement]]
+
+
+@dataclass(frozen=True, slots=True)
+class FormChoice:
+    """The faster form and the measured figures of both."""
+
+    form: PackageForm
+    plain: LatencyFigures
+    gated: LatencyFigures | None
+
+
+def reachable_exits(candidate: Candidate) -> tuple[int, ...]:
+    """Exits where an image can leave the "if" form, in order; the number of exits stands for the head.
+
+    Thresholds above 1 take nothing, thresholds of at most 0 everything.
+    """
+    result = []
+    for k, place in enumerate(candidate.exits):
+        if place.threshold is None:
+            raise UsageError(f"exits[{k}] has no threshold; give candidate.with_thresholds(...)")
+        if place.threshold <= 1.0:
+            result.append(k)
+        if place.threshold <= 0.0:
+            return tuple(result)
+    return (*result, len(candidate.exits))
+
+
+def deployed_layers(candidate: Candidate, form: PackageForm) -> tuple[LayerSpec, ...]:
+    """Layers that a model in this form holds: without exits where it has none, and nothing behind the last way out."""
+    head = len(candidate.exits)
+    reachable = (head,) if form == "plain" else reachable_exits(candidate)
+    return tuple(
+        layer
+        for layer in expand(candidate)
+        if layer.segment <= reachable[-1] and (layer.kind not in ("exit_head", "head") or layer.segment in reachable)
+    )
+
+
+def path_models(candidate: Candidate, form: PackageForm, model: bytes) -> dict[int, bytes]:
+    """Models whose latencies describe an exported one: by exit index, each forced to leave there."""
+    head = len(candidate.exits)
+    if form == "plain":
+        return {head: model}
+    return {k: forced_exit(model, k) for k in reachable_exits(candidate)}
+
+
+def measured_figures(measurements: Sequence[Measurement], shares: Sequence[float]) -> LatencyFigures:
+    """Expected, worst-case and 99 % latency from one measurement and one share of images per path, in order.
+
+    Raises:
+        DeviceError: a measurement failed.
+    """
+    values: list[float] = []
+    deviations: list[float] = []
+    for m in measurements:
+        if m.latency_ms is None:
+            raise DeviceError(f"{m.key}: the exported network could not be measured: {m.error}")
+        values.append(m.latency_ms)
+        deviations.append(float(np.std(m.session_ms, ddof=1)) if len(m.session_ms) > 1 else 0.0)
+    estimate = LatencyEstimate(tuple(values), tuple(deviations), rows_used=0, correction="measured")
+    return replace(figures(estimate, shares), worst_ms=max(values), provenance="measured")
+
+
+def path_shares(candidate: Candidate, form: PackageForm, exit_shares: Sequence[float]) -> dict[int, float]:
+    """Share of images of each path, by exit index.
+
+    Args:
+        candidate: with thresholds for form "if".
+        form: of the model.
+        exit_shares: one per exit, the head last; ignored for "plain".
+
+    Raises:
+        UsageError: another number of shares, or a share where no image can leave.
+    """
+    head = len(candidate.exits)
+    if form == "plain":
+        return {head: 1.0}
+    if len(exit_shares) != head + 1:
+        raise UsageError(f"expected {head + 1} exit shares (exits, then the head), got {len(exit_shares)}")
+    reachable = reachable_exits(candidate)
+    for k, share in enumerate(exit_shares):
+        if share > 0 and k not in reachable:
+            raise UsageError(f"{100 * share:.1f} % of the images leave at exit {k}, which its threshold forbids")
+    return {k: exit_shares[k] for k in reachable}
+
+
+def choose_form(
+    candidate: Candidate,
+    weights: Weights,
+    mean: Sequence[float],
+    std: Sequence[float],
+    quant: QuantSpec | None,
+    exit_shares: Sequence[float],
+    measure_latency: MeasureLatency,
+    *,
+    by: LatencyKind = "expected",
+) -> FormChoice:
+    """Measures the network as `If` and without exits, all paths together, and keeps the faster form.
+
+    Args:
+        candidate: with thresholds.
+        weights: see `network_model`, like `mean`, `std` and `quant`.
+        mean: same.
+        std: same.
+        quant: same.
+        exit_shares: share of images that leave at each exit, the head last.
+        measure_latency: measures models, in order.
+        by: which latency decides.
+
+    Raises:
+        DeviceError: a measurement failed.
+        UsageError: shares that do not fit the thresholds.
+    """
+    plain = network_model(candidate, weights, mean, std, quant=quant, form="plain")
+    if not candidate.exits:
+        return FormChoice("plain", measured_figures(measure_latency([plain]), (1.0,)), None)
+    shares = path_shares(candidate, "if", exit_shares)
+    paths = path_models(candidate, "if", network_model(candidate, weights, mean, std, quant=quant, form="if"))
+    first, *rest = measure_latency([plain, *paths.values()])
+    whole, gated = measured_figures([first], (1.0,)), measured_figures(rest, tuple(shares.values()))
+    is_faster = latency_of(gated, by) < latency_of(whole, by)
+    return FormChoice("if" if is_faster else "plain", whole, gated)
