@@ -1,0 +1,117 @@
+from collections.abc import Sequence
+from dataclasses import replace
+
+import onnx
+import pytest
+from export_networks import MEAN, STD, network_input, run, small_candidate, smooth_images, time_models
+
+from nas.core.errors import DeviceError, UsageError
+from nas.core.records import Measurement
+from nas.core.walk import expand
+from nas.export.check import all_graphs
+from nas.export.forms import (
+    choose_form,
+    deployed_layers,
+    measured_figures,
+    path_models,
+    path_shares,
+    reachable_exits,
+)
+from nas.export.graph import network_model, random_weights
+
+CANDIDATE = small_candidate()
+WEIGHTS = random_weights(CANDIDATE, 0)
+
+
+def measured(values_ms: Sequence[float]) -> list[Measurement]:
+    return [
+        Measurement(f"m{i}", "network", "fp32", v, ((v,),), (True,), "wall", "", i, session_ms=(v, 1.1 * v))
+        for i, v in enumerate(values_ms)
+    ]
+
+
+class TestChooseForm:
+    """The device is stood in for by fixed latencies: first the network without exits, then each path of the `If`."""
+
+    def choose(self, values_ms: Sequence[float], shares: Sequence[float], **options: object) -> str:
+        heard: list[int] = []
+
+        def device(models: Sequence[bytes]) -> list[Measurement]:
+            heard.append(len(models))
+            return measured(values_ms)
+
+        choice = choose_form(CANDIDATE, WEIGHTS, MEAN, STD, None, shares, device, **options)
+        assert heard == [4]  # all paths in one interleaved measurement
+        return choice.form
+
+    def test_keeps_exits_where_enough_images_leave_early(self) -> None:
+        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.3, 0.2)) == "if"
+        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.0, 0.1, 0.9)) == "plain"
+
+    def test_worst_case_and_tail_decide_when_the_budget_is_about_them(self) -> None:
+        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.3, 0.2), by="worst") == "plain"
+        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.495, 0.005), by="p99") == "if"
+        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.4, 0.1), by="p99") == "plain"
+
+    def test_network_without_exits_is_plain(self) -> None:
+        bare = replace(CANDIDATE, exits=())
+        choice = choose_form(bare, random_weights(bare, 0), MEAN, STD, None, (1.0,), lambda _: measured((0.7,)))
+        assert choice.form == "plain" and choice.gated is None and choice.plain.expected_ms == 0.7
+
+    def test_works_on_a_real_runtime(self) -> None:
+        choice = choose_form(CANDIDATE, WEIGHTS, MEAN, STD, None, (0.6, 0.3, 0.1), time_models)
+        assert choice.gated is not None and choice.gated.provenance == "measured"
+        assert 0 < choice.gated.expected_ms <= choice.gated.worst_ms
+
+    def test_failed_measurement_is_an_error(self) -> None:
+        broken = [replace(m, latency_ms=None, error="out of memory") for m in measured((1, 1, 1, 1))]
+        with pytest.raises(DeviceError, match="m0: the exported network could not be measured: out of memory"):
+            choose_form(CANDIDATE, WEIGHTS, MEAN, STD, None, (0.6, 0.3, 0.1), lambda _: broken)
+
+
+def test_figures_are_those_of_the_paths() -> None:
+    figures = measured_figures(measured((0.2, 0.5, 1.0)), (0.5, 0.3, 0.2))
+    assert figures.expected_ms == pytest.approx(0.45) and figures.worst_ms == figures.p99_ms == 1.0
+    assert figures.std_ms > 0 and figures.provenance == "measured"
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "reachable"),
+    [((0.5, 0.5), (0, 1, 2)), ((2.0, 0.5), (1, 2)), ((0.5, 0.0), (0, 1)), ((0.0, 0.5), (0,)), ((2.0, 2.0), (2,))],
+)
+def test_paths_are_those_that_the_thresholds_leave_open(
+    thresholds: tuple[float, float], reachable: tuple[int, ...]
+) -> None:
+    candidate = CANDIDATE.with_thresholds(thresholds)
+    assert reachable_exits(candidate) == reachable
+    model = network_model(candidate, WEIGHTS, MEAN, STD, form="if")
+    image = network_input(smooth_images(1, 32))
+    for k, forced in path_models(candidate, "if", model).items():
+        assert run(forced, image)[1].tolist() == [k]
+    names = {name.split(".")[0] + "." + name.split(".")[1] for name in written_weights(model) if name[0] == "e"}
+    kept = deployed_layers(candidate, "if")
+    assert names == {layer.name for layer in kept if layer.kind == "exit_head"}
+    assert ("head" in {layer.kind for layer in kept}) == (2 in reachable)
+
+
+def written_weights(model: bytes) -> set[str]:
+    graph = onnx.load_from_string(model).graph
+    names = {t.name.split("/")[-1] for g in all_graphs(graph) for t in g.initializer}
+    return {n for n in names if n.endswith(".weight")}
+
+
+def test_plain_form_has_one_path_and_no_exit_heads() -> None:
+    assert path_shares(CANDIDATE, "plain", ()) == {2: 1.0}
+    kinds = [layer.kind for layer in deployed_layers(CANDIDATE, "plain")]
+    assert "exit_head" not in kinds and len(kinds) == len(expand(CANDIDATE)) - 2
+
+
+def test_shares_must_fit_the_thresholds() -> None:
+    candidate = CANDIDATE.with_thresholds((2.0, 0.5))
+    assert path_shares(candidate, "if", (0.0, 0.25, 0.75)) == {1: 0.25, 2: 0.75}
+    with pytest.raises(UsageError, match=r"25\.0 % of the images leave at exit 0, which its threshold forbids"):
+        path_shares(candidate, "if", (0.25, 0.0, 0.75))
+    with pytest.raises(UsageError, match=r"expected 3 exit shares \(exits, then the head\), got 2"):
+        path_shares(candidate, "if", (0.5, 0.5))
+    with pytest.raises(UsageError, match=r"exits\[0\] has no threshold"):
+        reachable_exits(CANDIDATE.with_thresholds((None, 0.5)))
