@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import time
-from datetime import UTC, datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,9 +20,9 @@ from nas.core.errors import BudgetError, UsageError
 from nas.core.jsonio import from_plain, parse_json, read_record, read_text, write_record
 from nas.core.records import DeviceProfile
 from nas.core.run import (
-    Importance,
     DatasetView,
     FailedCandidate,
+    Importance,
     LatencyKind,
     PackageView,
     Point,
@@ -31,15 +32,15 @@ from nas.core.run import (
     TrialPoint,
     latency_of,
 )
-from nas.core.walk import expand
-from nas.latency.estimate import figures
+from nas.devices import open_device
+from nas.export.package import Package
 from nas.recipe.context import open_context
 from nas.recipe.pool import WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, load_experiment, resolved_yaml
 from nas.search.finals import build_points, choose_finalists, finish
 from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, open_run
-from nas.search.packages import export_point
+from nas.search.packages import PointSource, export_point, package_view, source_of
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
@@ -68,6 +69,7 @@ class Outcome:
     schema: int
     status: str
     points: tuple[Point, ...]
+    sources: dict[str, PointSource]
     failed: tuple[FailedCandidate, ...]
     teacher: TeacherView
     dataset: DatasetView
@@ -185,13 +187,14 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         trial_of.setdefault(record.candidate.arch_id, record)
     context = open_context(parts.plan.context, inputs.dataset.resolution)
     labels = (np.asarray(context.val_labels), np.asarray(context.test_labels))
-    points, refused = build_points(parts, students, e.finish, labels, trial_of)
+    points, refused, sources = build_points(parts, students, e.finish, labels, trial_of)
     picks = pick_for_budget(points, e.budget.ms, e.budget.of)
     closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], e.budget.of)
     return Outcome(
         schema=OUTCOME_SCHEMA,
         status="finished",
         points=tuple(points),
+        sources=sources,
         failed=(
             *(FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"),
             *failed,
@@ -302,7 +305,9 @@ def load_view(run_dir: Path) -> RunView:
         space_size=_space_size(experiment),
         scorer=experiment.search.scorer,
         trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
-        failed=tuple(FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"),
+        failed=tuple(
+            FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"
+        ),
         predictions=tuple(pair for e in events for pair in e.pairs),
         rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
         provenance={k: str(v) for k, v in marks.items()},
@@ -373,3 +378,102 @@ def _round_summary(event: Event) -> RoundSummary:
 
 def _importances(file: Path) -> tuple[Importance, ...]:
     return from_plain(tuple[Importance, ...], parse_json(read_text(file), str(file)), str(file))
+
+
+def load_outcome(run_dir: Path) -> Outcome:
+    """The finished students of a run.
+
+    Raises:
+        UsageError: the run is not finished.
+    """
+    file = run_dir / "outcome.json"
+    if not file.exists():
+        load_view(run_dir)
+        raise UsageError(f"{run_dir}: this run is not finished. Go on with it: nas search {run_dir}/experiment.yaml")
+    return read_record(Outcome, file)
+
+
+def export_student(
+    run_dir: Path,
+    reporter: Reporter,
+    *,
+    student: str | None = None,
+    trial: int | None = None,
+    best_under_ms: float | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> Package:
+    """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
+
+    With `best_under_ms` (or nothing: the run's own budget) a package that misses it when its own file is measured is not
+    kept: the next student is taken.
+
+    Args:
+        run_dir: a finished run.
+        reporter: what is told.
+        student: id of a point.
+        trial: number of a trial whose architecture was finished.
+        best_under_ms: budget, ms, of the kind the run's budget has.
+        out: folder of the package; default `<run>/packages/<student>`.
+        overwrite: replaces an existing package.
+
+    Raises:
+        BudgetError: no student keeps the latency; the message names the closest.
+        UsageError: nothing fits the selection.
+    """
+    outcome = load_outcome(run_dir)
+    view = load_view(run_dir)
+    experiment = load_experiment(run_dir / "experiment.yaml")
+    if best_under_ms is not None:
+        view = replace(view, budget_ms=best_under_ms)
+    candidates = _selected(view, student, trial)
+    device = open_device(experiment.device)
+    if device.profile.fingerprint != outcome.device.fingerprint:
+        reporter.warn(
+            f"this device ({device.profile.name}) is in another state than the run's ({outcome.device.name}): "
+            "the package is measured here and now"
+        )
+    is_named = student is not None or trial is not None
+    missed: list[str] = []
+    for point in candidates:
+        folder = out or run_dir / "packages" / point.id
+        package = export_point(
+            view,
+            run_dir,
+            point,
+            source_of(outcome.sources, point),
+            device,
+            folder,
+            max_loss=experiment.finish.int8_loss,
+            overwrite=overwrite or not is_named,
+        )
+        if package.manifest.is_good or is_named:
+            write_record(run_dir / "package.json", package_view(package))
+            return package
+        missed.append(f"{point.id}: {'; '.join(package.manifest.reasons)}")
+        reporter.say(f"not good enough, taking the next one: {missed[-1]}")
+        shutil.rmtree(folder)
+    raise BudgetError(f"no exported package keeps {view.budget_ms:g} ms; tried:\n  " + "\n  ".join(missed))
+
+
+def _selected(view: RunView, student: str | None, trial: int | None) -> list[Point]:
+    if student is not None:
+        return [view.point(student)]
+    if trial is not None:
+        of_trial = [p for p in view.points if p.trial == trial and p.latency.provenance == "measured"]
+        if not of_trial:
+            finished = sorted({p.trial for p in view.points if p.trial is not None})
+            raise UsageError(
+                f"trial {trial} was not finished; finished trials: {', '.join(map(str, finished))}. See: nas pareto"
+            )
+        return [max(of_trial, key=lambda p: (p.val.top1 if p.val else 0.0, -p.latency.expected_ms))]
+    if view.budget_ms is None:
+        raise UsageError("give --student, --trial or --best-under")
+    picks = pick_for_budget(view.points, view.budget_ms, view.budget_of)
+    if not picks:
+        closest = closest_to_budget([p for p in view.points if p.latency.provenance == "measured"], view.budget_of)
+        known = (
+            "" if closest is None else f"; {_closest_reason(closest, view.budget_ms, view.budget_of)} ({closest.id})"
+        )
+        raise BudgetError(f"no finished student keeps {view.budget_ms:g} ms ({view.budget_of}){known}")
+    return picks

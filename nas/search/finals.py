@@ -37,6 +37,7 @@ from nas.recipe.finish import (
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import read_logits, read_scored
 from nas.search.folder import TrialRecord
+from nas.search.packages import PointSource
 from nas.search.rounds import SearchParts, current_figures
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import FinishSettings
@@ -194,15 +195,15 @@ def build_points(
     parts: SearchParts,
     students: Sequence[FinishedStudent],
     settings: FinishSettings,
-    teacher_labels: tuple[np.ndarray, np.ndarray],
+    split_labels: tuple[np.ndarray, np.ndarray],
     trial_of: dict[str, TrialRecord],
-) -> tuple[list[Point], list[FailedCandidate]]:
+) -> tuple[list[Point], list[FailedCandidate], dict[str, PointSource]]:
     """Points of all finished students: predicted first, then measured where they may be on the front.
 
     Args:
         students: finished students.
         settings: how much exits and int8 may cost.
-        teacher_labels: labels of search validation and of the test split, int64 [N].
+        split_labels: labels of search validation and of the test split, int64 [N].
         trial_of: first trial of each architecture.
     """
     everything: list[Variant] = []
@@ -216,11 +217,13 @@ def build_points(
     measured, broken = _measure(parts, [everything[i] for i in chosen])
     failed += broken
     exits = dict(zip(chosen, measured, strict=True))
-    points: list[Point] = []
+    points: dict[str, Point] = {}
+    sources: dict[str, PointSource] = {}
     for i, variant in enumerate(everything):
-        points += _points(variant, predicted[i], exits.get(i), settings, teacher_labels, trial_of)
-    unique = {p.id: p for p in points}
-    return mark_front(list(unique.values())), failed
+        for point in _points(variant, predicted[i], exits.get(i), settings, split_labels, trial_of):
+            points[point.id] = point
+            sources[point.id] = PointSource(variant.student, variant.cut)
+    return mark_front(list(points.values())), failed, sources
 
 
 def _best_settings(

@@ -1,0 +1,130 @@
+"""A point of the front becomes a package: the file is written, measured and judged; a runner-up is taken when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nas.core.errors import UsageError
+from nas.core.records import Measurement
+from nas.core.run import PackageView, Point, RunView
+from nas.devices.base import Device, MeasureJob
+from nas.export.manifest import ArtefactAccuracy
+from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
+from nas.latency.lines import network_key
+from nas.recipe.context import Context, open_context
+from nas.recipe.finish import FinishedStudent, deployed_parts, finished_logits, load_finished
+
+PARITY_IMAGES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PointSource:
+    """Which trained student a point comes from, and behind which of its exits it was cut (None: not cut)."""
+
+    student: FinishedStudent
+    cut: int | None
+
+
+def export_point(
+    view: RunView,
+    run_dir: Path,
+    point: Point,
+    source: PointSource,
+    device: Device,
+    folder: Path,
+    *,
+    max_loss: float,
+    overwrite: bool = False,
+) -> Package:
+    """Writes and measures the package of one finished point.
+
+    Args:
+        view: the run.
+        run_dir: its folder.
+        point: a finished point.
+        source: where its weights come from.
+        device: measures the exported file.
+        folder: the package.
+        max_loss: accuracy (ratio, test split) that the file may lose against the fp32 student without early exits.
+        overwrite: replaces an existing package.
+
+    Raises:
+        UsageError, DeviceError, StorageError: from `export_package`.
+    """
+    trained = source.student.candidate
+    home = run_dir / "students" / trained.arch_id
+    weights, quant = load_finished(home)
+    weights, quant = deployed_parts(trained, weights, quant, source.cut, keep_exits=bool(point.candidate.exits))
+    context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
+    full = finished_logits(home, "test", ("fp32",))[-1 if source.cut is None else source.cut]
+    plan = PackagePlan(
+        name=point.id,
+        candidate=point.candidate,
+        form="if" if point.candidate.exits else "plain",
+        class_names=context.class_names,
+        mean=context.mean,
+        std=context.std,
+        budget_ms=view.budget_ms,
+        budget_of=view.budget_of,
+        reference_top1=float((full.argmax(1) == context.test_labels).mean()),
+        max_loss=max_loss,
+        provenance={**view.provenance, "run": view.name, "student": point.id},
+    )
+    return export_package(
+        folder,
+        plan,
+        weights,
+        quant,
+        np.asarray(context.test[:PARITY_IMAGES]),
+        _instruments(device, context, point),
+        overwrite=overwrite,
+    )
+
+
+def _instruments(device: Device, context: Context, point: Point) -> Instruments:
+    def accuracy(model: bytes) -> ArtefactAccuracy:
+        return measured_accuracy(
+            device.run,
+            model,
+            np.asarray(context.test),
+            np.asarray(context.test_labels),
+            exits=len(point.candidate.exits),
+        )
+
+    def latency(models: Sequence[bytes]) -> Sequence[Measurement]:
+        key = network_key(point.candidate, "if" if point.candidate.exits else "plain")
+        label = point.precision if point.precision in ("fp32", "fp16", "int8") else "mixed"
+        return device.measure([MeasureJob(f"{key}#{i}", "network", label, m, point.macs) for i, m in enumerate(models)])
+
+    return Instruments(device.run, accuracy, latency, device.profile)
+
+
+def package_view(package: Package) -> PackageView:
+    """What the report says of a package."""
+    m = package.manifest
+    figures = m.latency.figures
+    shown = {"expected": figures.expected_ms, "worst": figures.worst_ms, "p99": figures.p99_ms}[m.budget_of]
+    return PackageView(
+        str(package.folder),
+        m.candidate_id,
+        m.is_good,
+        "; ".join(m.reasons),
+        m.accuracy.top1,
+        shown,
+        package.sha256,
+    )
+
+
+def source_of(sources: Mapping[str, PointSource], point: Point) -> PointSource:
+    """The source of a point.
+
+    Raises:
+        UsageError: the point was not finished, so there is nothing to export.
+    """
+    if point.id not in sources:
+        raise UsageError(f"student {point.id} was not distilled in full; choose a point of: nas pareto RUN")
+    return sources[point.id]

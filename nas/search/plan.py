@@ -1,0 +1,171 @@
+"""What a search would do: rows to measure, work per phase, about how long it takes. Nothing is trained or measured.
+
+The durations are guesses from rates of one core of a 2-core x86-64 virtual machine (AMD EPYC, AVX-512, torch 2.15,
+November 2026); other machines differ by a factor of two either way. They are there to tell minutes from hours.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nas.core.errors import RunMismatchError
+from nas.core.jsonio import parse_json, read_text
+from nas.core.walk import expand, total_macs
+from nas.latency.estimate import Estimator
+from nas.latency.table import LatencyTable
+from nas.measure.fill import SECONDS_PER_ROW
+from nas.models.teachers import ResNet, count_macs
+from nas.search.experiment import Experiment
+from nas.search.folder import RunFolder, fingerprint_diff
+from nas.search.predictor import WHOLE_TABLE_ROWS
+from nas.search.prepare import Inputs, fingerprint, load_inputs, worker_count
+from nas.search.progress import Reporter
+from nas.space.space import SearchSpace
+
+# Multiply-adds of the forward pass per second of one core.
+TEACHER_TRAINING = 22e9  # ResNet of 26.4 M MACs, bfloat16, channels last: 14 epochs of 4,000 images in 67 s
+TEACHER_ANSWERS = 80e9  # the same, forward only: 3,077 images per second
+STUDENT_TRAINING = 2.4e9  # distilling students of 0.4 to 4.4 M MACs from cached answers
+STUDENT_ANSWERS = 12e9  # the same, forward only
+
+NETWORK_S = 0.5  # one whole network measured in several sessions
+SCORE_OVERHEAD_S = 0.3  # extraction, batch norm, int8 ranges of one score
+SAMPLES = 64  # random networks of the space whose mean stands for the candidates
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A part of the work: what is done and about how many seconds of wall time it takes."""
+
+    name: str
+    what: str
+    about_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a search would do.
+
+    `rows` are all rows of the space and `missing` those that the table lacks; where the space has too many, only what
+    candidates need is measured, and `missing` is empty. `scored` trials of an earlier call are kept. `smallest_ms` is
+    the predicted worst case of the smallest network, None while its rows are missing. `differences` are the lines of
+    the fingerprint that would make the run folder refuse this experiment.
+    """
+
+    run_dir: str
+    status: str
+    scored: int
+    device: str
+    table: str
+    rows: int
+    missing: tuple[str, ...]
+    is_whole_table: bool
+    smallest_ms: float | None
+    budget_ms: float
+    phases: tuple[Phase, ...]
+    differences: tuple[str, ...]
+
+    @property
+    def about_s(self) -> float:
+        """About how long all of it takes, seconds of wall time."""
+        return sum(phase.about_s for phase in self.phases)
+
+
+def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
+    """The plan of a search; data, space and device are really read, so that mistakes show.
+
+    Raises:
+        NasError: with what to mend, as a search would.
+    """
+    inputs = load_inputs(experiment, reporter)
+    device, space = inputs.device.profile, inputs.space
+    folder = Path(experiment.run.tables) / device.name
+    table = LatencyTable.open(folder, device) if (folder / "device.json").exists() else None
+    keys = list(dict.fromkeys(layer.key for layer in space.layers()))
+    missing = keys if table is None else table.missing(keys)
+    is_whole = len(keys) <= WHOLE_TABLE_ROWS
+    status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
+    return Plan(
+        run_dir=str(experiment.run_dir),
+        status=status,
+        scored=scored,
+        device=device.name,
+        table=str(folder),
+        rows=len(keys),
+        missing=tuple(missing) if is_whole else (),
+        is_whole_table=is_whole,
+        smallest_ms=None if table is None else _smallest_ms(space, table),
+        budget_ms=experiment.budget.ms,
+        phases=() if status == "finished" else _phases(inputs, len(missing) if is_whole else 0, scored),
+        differences=differences,
+    )
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuses a plan whose run folder belongs to another run.
+
+    Raises:
+        RunMismatchError: lists what differs.
+    """
+    if plan.differences:
+        raise RunMismatchError(
+            f"{plan.run_dir}: this folder holds a run with other settings:\n"
+            + "\n".join(plan.differences)
+            + "\nStart anew in another folder (--set run.dir=DIR), or keep what is still valid: --fork"
+        )
+
+
+def _run_state(path: Path, marks: dict[str, str]) -> tuple[str, int, tuple[str, ...]]:
+    file = path / "fingerprint.json"
+    if not file.exists():
+        return "new", 0, ()
+    stored = parse_json(read_text(file), str(file))
+    differences = tuple(line for line in fingerprint_diff(stored, {"schema": stored.get("schema", ""), **marks}))
+    scored = sum(record.state != "failed" for record in RunFolder(path).trials())
+    return ("finished" if (path / "outcome.json").exists() else "begun"), scored, differences
+
+
+def _smallest_ms(space: SearchSpace, table: LatencyTable) -> float | None:
+    candidate = space.decode(space.smallest())
+    estimator = Estimator(table, table.correction())
+    if not table.has_overhead or estimator.missing(expand(candidate)):
+        return None
+    return estimator.estimate(candidate).worst_ms
+
+
+def _phases(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
+    e, dataset = inputs.experiment, inputs.dataset
+    images, side, workers = len(dataset.train), dataset.resolution, worker_count(e)
+    rng = np.random.default_rng(0)
+    macs = statistics.mean(total_macs(inputs.space.decode(inputs.space.sample(rng))) for _ in range(SAMPLES))
+    phases = []
+    teacher_macs = 0
+    if e.teacher.kind == "resnet":
+        teacher_macs = count_macs(ResNet(e.teacher.widths, e.teacher.blocks, dataset.num_classes, side), side)
+        about_s = e.teacher.epochs * images * teacher_macs / TEACHER_TRAINING / max(1, min(e.teacher.threads, 2))
+        phases.append(Phase("teacher", f"{e.teacher.epochs} epochs of {images} images, unless cached", about_s))
+    about_s = e.distill.variants * images * teacher_macs / TEACHER_ANSWERS
+    phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, unless cached", about_s))
+    if missing:
+        phases.append(Phase("latency table", f"{missing} rows", missing * SECONDS_PER_ROW))
+    todo = max(0, e.search.trials - scored)
+    if e.search.scorer == "supernet":
+        phases.append(Phase("supernet", "shared weights, unless trained", e.supernet.cpu_seconds))
+        score_s = SCORE_OVERHEAD_S
+    else:
+        kept = sum(
+            (epochs - before) * e.standalone.keep**i
+            for i, (before, epochs) in enumerate(zip((0, *e.standalone.rungs), e.standalone.rungs, strict=False))
+        )
+        score_s = SCORE_OVERHEAD_S + kept * images * macs / STUDENT_TRAINING
+    score_s += len(dataset.val) * macs / STUDENT_ANSWERS
+    phases.append(Phase("scores", f"{todo} of {e.search.trials} candidates", todo * score_s / workers))
+    networks = e.feedback.first_networks + e.search.rounds * e.feedback.networks_per_round
+    phases.append(Phase("networks", f"{networks} whole networks on the device", networks * NETWORK_S))
+    about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
+    phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
+    return tuple(phases)
