@@ -76,6 +76,7 @@ def render_page(view: RunView) -> str:
         pick=_point_or_none(view, view.pick_id),
         runner_up=_point_or_none(view, view.next_id),
         closest=_point_or_none(view, view.closest_id),
+        is_mixed=len({p.split for p in view.points}) > 1,
         errors=_error_rows(view),
         charts=data["figures"],
         device_rows=_device_rows(view),

@@ -119,7 +119,7 @@ def made_view(name: str = "Test data: made-up run", students: int = 14, trials: 
         ms = float(np.exp(rng.uniform(np.log(0.08), np.log(0.6))))
         reach = 0.9 - 0.5 * np.exp(-ms / 0.1)
         scored.append(
-            TrialPoint(i, f"a{i:012x}", float(np.clip(reach - rng.exponential(0.1 - 0.0004 * i), 0.1, 1)), ms,
+            TrialPoint(i, f"a{i:012x}", float(np.clip(reach - rng.exponential(0.1 - 0.07 * i / trials), 0.1, 1)), ms,
                        str(rng.choice(["fp32", "int8"])), int(rng.choice([1, 2, 4])), i * 3 // trials)
         )  # fmt: skip
     growth = hypervolume_growth([(t.top1, t.latency_ms) for t in scored], (0.0, BUDGET_MS), (True, False)) / BUDGET_MS

@@ -140,14 +140,29 @@ def test_run_that_missed_its_budget_says_so_and_shows_the_closest() -> None:
     assert data_of(page)["first"] == fastest.id
 
 
+def test_simulated_latencies_are_called_so() -> None:
+    view = made_view()
+    assert view.device is not None
+    words = "come from a simulated device"
+    assert words in render_page(view)
+    assert words not in render_page(replace(view, device=replace(view.device, kind="measured")))
+
+
+def test_accuracies_of_different_splits_are_announced() -> None:
+    view = made_view()
+    words = "test split where it is known, else of the validation split"
+    assert words not in render_page(view)
+    assert words in render_page(replace(view, points=(replace(view.points[0], test=None), *view.points[1:])))
+
+
 def test_run_without_teacher_data_or_device_has_a_page() -> None:
     page = render_page(replace(made_view(), teacher=None, dataset=None, device=None, package=None, budget_ms=None))
     assert "the teacher's accuracy" not in page
 
 
 def test_secrets_and_home_are_not_in_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/somebody")
-    provenance = {"data": "/home/somebody/images", "store": "postgresql://ann:letmein@host/db", "log": "token=abc123"}
+    monkeypatch.setenv("HOME", "/people/somebody")
+    provenance = {"data": "/people/somebody/images", "store": "postgresql://ann:letmein@host/db", "log": "token=abc123"}
     page = render_page(replace(made_view(), provenance=provenance))
     for secret in ("somebody", "letmein", "abc123", "should-not-be-seen"):
         assert secret not in page

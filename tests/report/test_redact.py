@@ -8,7 +8,7 @@ import pytest
 
 from nas.report.redact import redacted, redacted_deep
 
-HOME = Path("/home/ann")
+HOME = Path("/people/ann")
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ HOME = Path("/home/ann")
         ("--password hunter2hunter2", "--password ***"),
         ("Authorization: Bearer abc.def", "Authorization: ***"),
         ("got ghp_0123456789abcdefghij0123 here", "got *** here"),
-        ("/home/ann/runs/x", "~/runs/x"),
-        ("data=/home/ann", "data=~"),
+        ("/people/ann/runs/x", "~/runs/x"),
+        ("data=/people/ann", "data=~"),
     ],
 )
 def test_secrets_and_home_are_replaced(text: str, expected: str) -> None:
@@ -31,8 +31,8 @@ def test_secrets_and_home_are_replaced(text: str, expected: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "/home/anna/x",
-        "see /data/home/ann2",
+        "/people/anna/x",
+        "see /data/people/ann2",
         "tokens per second",
         "class 'key part'",
         "10 images",
@@ -45,7 +45,7 @@ def test_other_text_stays(text: str) -> None:
 
 
 def test_nested_values_are_walked() -> None:
-    value = {"a": ["/home/ann/x", 1, None], "b": ({"c": "token=x"}, True)}
+    value = {"a": ["/people/ann/x", 1, None], "b": ({"c": "token=x"}, True)}
     assert redacted_deep(value, HOME) == {"a": ["~/x", 1, None], "b": ({"c": "token=***"}, True)}
 
 
