@@ -7,7 +7,6 @@ import json
 from nas.export.manifest import Manifest
 
 _VERDICTS = {
-    "good": "GOOD: meets its budget and keeps its accuracy",
     "over_budget": "OVER BUDGET: do not deploy where the deadline matters",
     "accuracy_loss": "ACCURACY LOSS: loses more than was allowed",
 }
@@ -30,12 +29,13 @@ def model_card(manifest: Manifest) -> str:
         *_metadata(m),
         f"# {text(m.name)}",
         "",
-        f"**{_VERDICTS[m.verdict]}**",
+        f"**{_verdict(m)}**",
         *(f"- {text(reason)}" for reason in m.reasons),
         "",
         f"Image classifier, {len(m.class_names)} classes, {m.candidate.resolution} px, {m.precision}, "
         f"{m.macs:,} multiply-adds, {m.params:,} parameters, file {m.model_bytes:,} bytes. "
         f"Accuracy and latency below are those of `model.onnx` itself.",
+        *_integer_note(m),
         "",
         "## Use",
         "",
@@ -86,6 +86,23 @@ def model_card(manifest: Manifest) -> str:
     lines += ["| | |", "|---|---|", f"| candidate | {text(m.candidate_id)} |", f"| exported | {text(m.created_at)} |"]
     lines += [f"| {text(key)} | {text(value)} |" for key, value in (*m.provenance.items(), *m.tools.items())]
     return "\n".join(lines) + "\n"
+
+
+def _integer_note(m: Manifest) -> list[str]:
+    if m.integer_convolutions is None:
+        return []
+    runtime = f"{m.latency.device.runtime} {m.latency.device.runtime_version}"
+    return ["", f"{m.integer_convolutions} of {m.convolutions} convolutions run in int8 on {runtime}."]
+
+
+def _verdict(m: Manifest) -> str:
+    if not m.is_good:
+        return _VERDICTS[m.verdict]
+    met = [
+        *(["meets its budget"] if m.budget_ms is not None else []),
+        *(["keeps its accuracy"] if m.reference_top1 is not None else []),
+    ]
+    return f"GOOD: {' and '.join(met)}" if met else "MEASURED: no budget and no accuracy limit was given"
 
 
 def _metadata(m: Manifest) -> list[str]:

@@ -99,6 +99,7 @@ class ParityInfo:
 class Manifest:
     """Everything about a package; `files` maps each other file to its SHA-256.
 
+    `integer_convolutions` of the model's `convolutions` are executed in int8 by the runtime; None: not counted.
     `reference_top1` is the accuracy that a loss is counted from (ratio, same split), `max_loss` what may be lost.
     """
 
@@ -117,6 +118,7 @@ class Manifest:
     model_bytes: int
     macs: int
     params: int
+    convolutions: int
     accuracy: ArtefactAccuracy
     latency: PackageLatency
     parity: ParityInfo
@@ -128,6 +130,7 @@ class Manifest:
     reference_top1: float | None = None
     max_loss: float = 0.0
     calibration_images: int | None = None
+    integer_convolutions: int | None = None
     tools: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION

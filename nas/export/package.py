@@ -62,6 +62,7 @@ _TOLERANCES = {
     "float": Tolerance(exit_agreement=15 / 16, top1_agreement=1.0, relative_l2=1e-3),
     "integer": Tolerance(exit_agreement=14 / 16, top1_agreement=14 / 16, relative_l2=0.05),
 }
+_BATCH = 512
 _SCRIPTS = {"infer.py": "infer.py.txt", "parity.py": "parity.py.txt"}
 _TOOLS = ("nas", "onnx", "onnxruntime", "numpy")
 
@@ -115,12 +116,14 @@ class Instruments:
         measure_accuracy: accuracy of a model on the split that final figures come from.
         measure_latency: measures models, in order.
         device: state of the device that `measure_latency` uses.
+        op_counts: operators that the runtime executes, by type; None where it cannot tell.
     """
 
     run: Run
     measure_accuracy: Callable[[bytes], ArtefactAccuracy]
     measure_latency: MeasureLatency
     device: DeviceProfile
+    op_counts: Callable[[bytes], Mapping[str, int]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +294,7 @@ def compare(
 def measured_accuracy(
     run: Run, model: bytes, images: NDArray[np.uint8], labels: NDArray[np.int64], *, exits: int, split: str = "test"
 ) -> ArtefactAccuracy:
-    """Accuracy of an exported file on labelled images, for `Instruments.measure_accuracy`.
+    """Accuracy and exit shares of an exported file on labelled images, for `Instruments.measure_accuracy`.
 
     Args:
         run: executes the model.
@@ -301,12 +304,15 @@ def measured_accuracy(
         exits: exits of the candidate before the head.
         split: name of the images' split.
     """
-    outputs = [np.asarray(output) for output in run(model, _network_input(images))]
-    right = float((outputs[0].argmax(1) == labels).mean())
-    if len(outputs) == 1:
-        return ArtefactAccuracy(right, len(labels), split)
-    shares = np.bincount(outputs[1].astype(np.int64), minlength=exits + 1) / len(labels)
-    return ArtefactAccuracy(right, len(labels), split, tuple(shares.tolist()))
+    right = 0
+    counts = np.zeros(exits + 1, np.int64)
+    for start in range(0, len(images), _BATCH):  # as floats, a whole split may not fit into the memory
+        outputs = [np.asarray(o) for o in run(model, _network_input(images[start : start + _BATCH]))]
+        right += int((outputs[0].argmax(1) == labels[start : start + _BATCH]).sum())
+        if len(outputs) > 1:
+            counts += np.bincount(outputs[1].astype(np.int64), minlength=exits + 1)
+    shares = tuple((counts / len(images)).tolist()) if counts.any() else ()
+    return ArtefactAccuracy(right / len(images), len(images), split, shares)
 
 
 def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Manifest:
@@ -326,6 +332,8 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         reference_top1=plan.reference_top1,
         max_loss=plan.max_loss,
     )
+    # A runtime may silently run an int8 graph in float; the count shows it.
+    counts = None if instruments.op_counts is None else instruments.op_counts(model)
     candidate = plan.candidate
     layers = deployed_layers(candidate, plan.form)
     precisions = {layer.precision for layer in layers}
@@ -355,6 +363,7 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         model_bytes=len(model),
         macs=sum(layer.macs for layer in layers),
         params=sum(layer.params for layer in layers),
+        convolutions=sum(len(layer.convolutions) for layer in layers),
         accuracy=accuracy,
         latency=PackageLatency(
             figures=figures,
@@ -371,6 +380,7 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         budget_of=plan.budget_of,
         reference_top1=plan.reference_top1,
         max_loss=plan.max_loss,
+        integer_convolutions=None if counts is None else counts.get("QLinearConv", 0),
         tools=_tool_versions(),
         provenance=dict(plan.provenance),
     )

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from export_networks import MEAN, PROFILE, STD, network_input, run, small_candidate, smooth_images, time_models
+from export_networks import (
+    MEAN,
+    PROFILE,
+    STD,
+    network_input,
+    optimised_counts,
+    run,
+    small_candidate,
+    smooth_images,
+    time_models,
+)
 from PIL import Image
 
 from nas.compress.calibrate import calibrate
@@ -21,6 +32,7 @@ from nas.core.errors import DeviceError, RecordError, UsageError
 from nas.core.jsonio import file_sha256
 from nas.core.records import Candidate, Measurement
 from nas.export.check import PackageError, checked_model
+from nas.export.forms import deployed_layers
 from nas.export.graph import network_model, random_weights, tensors_model
 from nas.export.manifest import ArtefactAccuracy
 from nas.export.package import (
@@ -42,7 +54,13 @@ def instruments(exits: int = 2) -> Instruments:
         measure_accuracy=lambda model: measured_accuracy(run, model, TEST_IMAGES, LABELS, exits=exits),
         measure_latency=time_models,
         device=PROFILE,
+        op_counts=executed_ops,
     )
+
+
+def executed_ops(model: bytes) -> dict[str, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        return optimised_counts(model, folder)
 
 
 def plan(candidate: Candidate, form: str = "if", **changes: object) -> PackagePlan:
@@ -102,6 +120,8 @@ class TestExport:
         assert manifest.latency.figures.provenance == "measured"
         assert manifest.latency.figures.worst_ms >= manifest.latency.figures.expected_ms > 0
         assert manifest.parity.images == 16
+        assert manifest.convolutions == sum(len(x.convolutions) for x in deployed_layers(small_candidate(), form))
+        assert manifest.integer_convolutions == (manifest.convolutions if precision == "int8" else 0)
         if precision == "int8":
             assert manifest.calibration_images == 64 and 0 < manifest.parity.float_relative_l2 < 0.5
         model = onnx.load(folder / "model.onnx")
@@ -135,7 +155,7 @@ class TestExport:
         assert card.startswith("---\npipeline_tag: image-classification\n")
         assert "test board, ort " in card and "power mode none, clocks not locked; batch 1, fp32" in card
         assert "scratch \\| &lt;b&gt;" in card and "<b>" not in card
-        assert "`threshold_0` = 0.5" in card
+        assert "`threshold_0` = 0.5" in card and "**MEASURED: no budget and no accuracy limit was given**" in card
         table = card[card.index("| image leaves at") :].split("\n\n")[0].splitlines()
         assert len(table) == 5 and {row.count("|") for row in table} == {7}
 
@@ -367,7 +387,7 @@ class TestScripts:
         assert answer["top"][0]["probability"] == pytest.approx(float((e / e.sum()).max()), rel=1e-6)
         assert answer["exit_index"] == exits[0] and answer["ms"] > 0
         shown = python(folder, "infer.py", str(path)).stdout
-        assert " ms  exit " in shown and shown.count("%") == 5
+        assert f" ms  {'head' if exits[0] == 2 else f'exit {exits[0]}'}\n" in shown and shown.count("%") == 5
 
     def test_infer_takes_folders_and_reports_bad_files_at_the_end(self, package: Path, tmp_path: Path) -> None:
         pictures = tmp_path / "ñ 目录" / "sub"
