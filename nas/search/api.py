@@ -155,7 +155,26 @@ def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag) 
         _mirror(parts)
     else:
         reporter.say(f"{folder.path}: this run is finished; showing its result")
+    _export_pick(folder, reporter)
     return load_view(folder.path)
+
+
+def _export_pick(folder: RunFolder, reporter: Reporter) -> None:
+    """The package of the pick; where its own file misses budget or accuracy, the next student becomes the pick."""
+    outcome = load_outcome(folder.path)
+    if outcome.pick_id is None or (folder.path / "package.json").exists():
+        return
+    reporter.say(f"exporting the pick {outcome.pick_id}")
+    try:
+        package = export_student(folder.path, reporter)
+    except BudgetError as e:
+        reporter.warn(str(e))
+        return
+    exported = package.manifest.provenance["student"]
+    if exported != outcome.pick_id:
+        reason = f"the best student whose exported file was measured to be good; {outcome.pick_id} was not"
+        changed = replace(outcome, pick_id=exported, pick_reason=reason, next_id=None, next_reason="")
+        write_record(folder.path / "outcome.json", changed)
 
 
 def _wall_before(folder: RunFolder) -> float:
