@@ -22,7 +22,6 @@ class SupernetSettings:
         warmup: share of the steps with a rising learning rate; a cosine to 0 follows.
         clip_norm: largest norm of the gradient of a step, all its sub-networks together.
         checkpoint_steps: a killed training loses at most so many steps.
-        calibration_images: training images from which batch norm of an extracted student is estimated.
         seed: of the initial weights, the order of images and the sub-networks.
     """
 
@@ -35,12 +34,11 @@ class SupernetSettings:
     warmup: float = 0.06
     clip_norm: float = 5.0
     checkpoint_steps: int = 100
-    calibration_images: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
         where = "supernet"
-        least = {"batch_size": 2, "random_subnets": 0, "checkpoint_steps": 1, "calibration_images": 2, "seed": 0}
+        least = {"batch_size": 2, "random_subnets": 0, "checkpoint_steps": 1, "seed": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{where}.{name}: must be at least {minimum}, got {getattr(self, name)}")
