@@ -5,7 +5,6 @@ Run: python -m benchmarks.thresholds [--json]
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.common import conditions, parser
 from nas.latency.exits import confidences, exit_taken, solve_for_loss, sweep
 
 IMAGES = 3000
@@ -80,10 +80,9 @@ def run_case(exits: int, grid: int, repeats: int, single: int) -> dict[str, Any]
 
 def main() -> None:
     """Prints a table, or with --json one object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON object last")
-    parser.add_argument("--repeats", type=int, default=15, help="timed repeats per case (default 15)")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--repeats", type=int, default=15, help="timed repeats per case (default 15)")
+    args = options.parse_args()
     rows = [run_case(exits, grid, args.repeats, single=2000) for exits, grid in CASES]
     print(f"{IMAGES} images, {CLASSES} classes, {args.repeats} repeats, CPU time of one thread; median (min to max)")
     print("exits  grid    vectors  sweep ms  million vectors/s     solve ms  front ms  one by one/s  disagree")
@@ -96,7 +95,9 @@ def main() -> None:
             f" {r['solve_cpu_ms']:9.1f} {r['front_cpu_ms']:9.1f} {r['one_by_one_per_s']:13,.0f} {r['disagreements']:9d}"
         )
     if args.json:
-        print(json.dumps({"images": IMAGES, "classes": CLASSES, "repeats": args.repeats, "cases": rows}))
+        print(
+            json.dumps({**conditions(), "images": IMAGES, "classes": CLASSES, "repeats": args.repeats, "cases": rows})
+        )
 
 
 if __name__ == "__main__":
