@@ -20,7 +20,6 @@ from nas.search.experiment import (
     resolved_yaml,
     space_names,
 )
-from nas.search.settings import RunSettings
 
 
 def _write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -150,18 +149,18 @@ def test_set_below_a_key_that_has_a_value_is_refused(tmp_path: Path) -> None:
     assert "the file gives search a value" in _problems(_write(tmp_path, "search: 3\n"), "search.trials=3")[0]
 
 
-def test_paths_of_the_file_are_taken_from_its_folder_and_those_of_set_from_the_working_directory(
+def test_inputs_are_taken_from_the_files_folder_and_results_and_sets_from_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "ñ 目录"
     folder.mkdir()
     monkeypatch.chdir(tmp_path)
-    path = _write(folder, "space: ../spaces/x.yaml\ndata: {path: images, name: folder}\n")
-    experiment = load_experiment(path, ["run.dir=out/one"])
+    path = _write(folder, "space: ../spaces/x.yaml\ndata: {path: images}\nrun: {tables: t}\n")
+    experiment = load_experiment(path, ["run.dir=out/one", "teacher.weights=w.onnx"])
     assert experiment.space == str(tmp_path / "spaces" / "x.yaml")
     assert experiment.data.path == str(folder / "images")
     assert experiment.run_dir == Path("out/one")
-    assert experiment.run.tables == RunSettings().tables  # a default: from the working directory
+    assert (experiment.teacher.weights, experiment.run.tables) == ("w.onnx", "t")
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,53 @@
+"""What benchmark commands share: options, the machine they ran on, a table for people, one JSON object last."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Options of a benchmark, `--json` among them.
+
+    Args:
+        description: the module's docstring.
+    """
+    result = argparse.ArgumentParser(description=(description or "").split("\n")[0])
+    result.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    return result
+
+
+def conditions() -> dict[str, Any]:
+    """The machine and how busy it was: a figure without this says little."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "load_1min": load,
+        "python": platform.python_version(),
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int]:
+    """Number, median, smallest and largest of repeated measurements."""
+    return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], document: Any, as_json: bool) -> None:
+    """Prints a table, and with `as_json` the document (plain types) as the last line."""
+    cells = [[str(c) for c in columns], *([_shown(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    print(title)
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if as_json:
+        print(json.dumps({**conditions(), **document}, allow_nan=False))
+
+
+def _shown(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

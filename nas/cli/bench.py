@@ -1,0 +1,134 @@
+"""`nas bench`: measures an exported package, or any ONNX classifier, by the protocol of the latency tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nas.cli.options import Milliseconds, common_options
+from nas.cli.output import Console
+from nas.core.errors import BudgetError, DeviceError, UsageError
+from nas.core.records import LatencyFigures
+from nas.core.run import LatencyKind, latency_of
+from nas.core.units import format_ms
+
+if TYPE_CHECKING:
+    from nas.devices.base import Device
+    from nas.export.manifest import Manifest, PathLatency
+
+MAX_ONNX_BYTES = 512 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What was measured: one path per exit that an image can leave at, and the figures over all of them."""
+
+    figures: LatencyFigures
+    paths: tuple[PathLatency, ...]
+    manifest: Manifest | None
+
+
+@click.command(short_help="Measure an exported package; fail when it misses a budget.")
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option(
+    "--budget-ms", "--budget", type=Milliseconds(), help="Exit with 3 when it takes longer, such as 5 or 800us."
+)
+@click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that the budget limits.")
+@click.option("--device", default="cpu", show_default=True, help="Where to measure.")
+@common_options
+@click.pass_obj
+def command(console: Console, package: Path, budget_ms: float | None, of: LatencyKind | None, device: str) -> None:
+    """Measures PACKAGE (a folder that `nas export` made, or an .onnx file) at batch 1.
+
+    A package is checked first: its files against the manifest, and its answers to the images that it carries. Each exit
+    is measured on its own; the expected latency weights them by the share of images that left there.
+    """
+    from nas.devices import open_device
+
+    target = open_device(device)
+    with console.reporter() as reporter:
+        measured = _bench(target, package, lambda share: reporter.progress("measuring", share, 1.0))
+    figures = measured.figures
+    kind = of or (measured.manifest.budget_of if measured.manifest is not None else "worst")
+    console.say(f"{package} on {target.profile.name}, batch 1")
+    rows = [[_path_name(measured, path), f"{100 * path.share:.0f} %", *_cells(path)] for path in measured.paths]
+    console.table(("path", "images", "latency", "median", "p95", "samples", "calm"), rows)
+    shown = {"expected": figures.expected_ms, "worst": figures.worst_ms, "p99": figures.p99_ms, "std": figures.std_ms}
+    console.say(", ".join(f"{name} {format_ms(value)}" for name, value in shown.items()))
+    if measured.manifest is not None:
+        card = measured.manifest.latency
+        console.say(f"its card: expected {format_ms(card.figures.expected_ms)} on {card.device.name}")
+    if not all(path.is_stable for path in measured.paths):
+        console.warn("the machine was never calm while this was measured; end other programs and try again")
+    value = latency_of(figures, kind)
+    missed = budget_ms is not None and value > budget_ms
+    document = {
+        "package": str(package),
+        "device": target.profile,
+        "figures": figures,
+        "paths": measured.paths,
+        "budget_ms": budget_ms,
+        "budget_of": kind,
+        "keeps_budget": None if budget_ms is None else not missed,
+    }
+    if budget_ms is not None:
+        console.say(f"budget {format_ms(budget_ms)} ({kind}): {'MISSED' if missed else 'kept'} with {format_ms(value)}")
+    console.result(document)
+    if missed:
+        click.get_current_context().exit(BudgetError.exit_code)
+
+
+def _path_name(measured: Bench, path: PathLatency) -> str:
+    is_head = measured.manifest is None or path.exit_index == len(measured.manifest.candidate.exits)
+    return "all layers" if is_head else f"exit {path.exit_index}"
+
+
+def _cells(path: PathLatency) -> tuple[str, ...]:
+    times = (format_ms(value) for value in (path.latency_ms, path.p50_ms, path.p95_ms))
+    return (*times, str(path.samples), "yes" if path.is_stable else "no")
+
+
+def _bench(device: Device, package: Path, progress: Any) -> Bench:
+    """Measures a package or a file.
+
+    Raises:
+        UsageError: neither; or a package that is not whole or does not answer as it should.
+        DeviceError: it cannot be run.
+    """
+    from nas.devices.base import MeasureJob
+    from nas.export.check import checked_model
+    from nas.export.forms import measured_figures, path_models, path_shares
+    from nas.export.manifest import path_latency
+    from nas.export.package import verify_package
+
+    if package.is_file() and package.suffix == ".onnx":
+        data = _read(package)
+        checked_model(data, str(package))
+        manifest, models, shares = None, {0: data}, {0: 1.0}
+    elif package.is_dir():
+        verification = verify_package(package, device.run)
+        manifest = verification.package.manifest
+        if not verification.passed:
+            raise DeviceError(
+                f"{package}: on this device the package does not give the answers that it carries "
+                f"({verification.parity}). Its accuracy does not hold here; export it for this device"
+            )
+        model = (package / "model.onnx").read_bytes()
+        models = path_models(manifest.candidate, manifest.form, model)
+        shares = path_shares(manifest.candidate, manifest.form, manifest.accuracy.exit_shares)
+    else:
+        raise UsageError(f"{package}: neither a package folder nor an .onnx file. Packages are made by: nas export")
+    jobs = [MeasureJob(f"{package.name}#{k}", "network", "none", model, 0) for k, model in models.items()]
+    measurements = device.measure(jobs, progress=progress)
+    figures = measured_figures(measurements, tuple(shares.values()))
+    paths = tuple(path_latency(m, k, shares[k]) for m, k in zip(measurements, models, strict=True))
+    return Bench(figures, paths, manifest)
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > MAX_ONNX_BYTES:
+        raise UsageError(f"{path}: larger than {MAX_ONNX_BYTES} bytes")
+    return path.read_bytes()

@@ -1,0 +1,71 @@
+"""`nas export`: one finished student of a run becomes a package, measured as the file that it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nas.cli.options import Milliseconds, common_options
+from nas.cli.output import Console
+from nas.cli.runs import find_run, run_argument
+from nas.core.errors import BudgetError, UsageError
+from nas.core.units import format_bytes, format_ms
+
+
+@click.command(short_help="Export one student of a run as a package that was measured as a file.")
+@run_argument
+@click.option("--student", metavar="ID", help="The student with this id.")
+@click.option("--trial", type=int, help="The student that came from this trial.")
+@click.option("--best-under", type=Milliseconds(), help="The most accurate below this time, such as 5ms.")
+@click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [RUN/packages/ID].")
+@click.option("--force", is_flag=True, help="Replace an existing package.")
+@common_options
+@click.pass_obj
+def command(
+    console: Console,
+    run: Path | None,
+    student: str | None,
+    trial: int | None,
+    best_under: float | None,
+    output: Path | None,
+    force: bool,
+) -> None:
+    """Exports a student of RUN (a run folder or experiment file; the newest run where it is absent).
+
+    Without an option it is the run's pick for its budget. Speed and accuracy are measured on the exported file itself.
+    Below a time the next best student is taken when a package misses it. A student that was asked for by name is
+    exported as it is; where it misses the budget or loses too much accuracy the exit code is 3.
+    """
+    from nas.search.api import export_student
+
+    if sum(value is not None for value in (student, trial, best_under)) > 1:
+        raise UsageError("give one of --student, --trial and --best-under")
+    folder = find_run(run)
+    with console.reporter() as reporter:
+        package = export_student(
+            folder, reporter, student=student, trial=trial, best_under_ms=best_under, out=output, overwrite=force
+        )
+    manifest = package.manifest
+    figures, accuracy = manifest.latency.figures, manifest.accuracy
+    size = format_bytes(manifest.model_bytes)
+    console.say(f"package {package.folder}: {size}, {manifest.precision}, form {manifest.form}")
+    console.say(
+        f"measured on the file: expected {format_ms(figures.expected_ms)}, worst {format_ms(figures.worst_ms)}, "
+        f"top1 {100 * accuracy.top1:.2f} % on {accuracy.images} {accuracy.split} images"
+    )
+    console.say(f"next: nas bench {package.folder}")
+    if not manifest.is_good:
+        raise BudgetError(f"{package.folder} is not good: {'; '.join(manifest.reasons)}")
+    console.result(
+        {
+            "run": str(folder),
+            "student": manifest.name,
+            "package": str(package.folder),
+            "sha256": package.sha256,
+            "verdict": manifest.verdict,
+            "accuracy": accuracy,
+            "latency": figures,
+            "model_bytes": manifest.model_bytes,
+        }
+    )

@@ -1,0 +1,138 @@
+"""`nas measure`: fills the latency table of a device with the rows that a space needs, or with rows by key."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nas.cli.options import common_options
+from nas.cli.output import Console, Reporter
+from nas.core.errors import DeviceError, UsageError
+from nas.core.records import LayerSpec, Precision
+from nas.core.units import format_duration, format_ms
+
+if TYPE_CHECKING:
+    from nas.latency.table import LatencyTable
+    from nas.measure.fill import FillProgress
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+@click.command(short_help="Fill the latency table of a device, for a space or a list of rows.")
+@click.option("--space", metavar="NAME|FILE", help="Measure every row that a network of this space can need.")
+@click.option("--rows", "--row", multiple=True, metavar="KEY", help="Measure the row with this key; may be repeated.")
+@click.option("--classes", type=click.IntRange(min=1), default=10, show_default=True, help="Classes of the data set.")
+@click.option("--precision", multiple=True, type=click.Choice(PRECISIONS), help="Only these; may be repeated.")
+@click.option("--device", default="cpu", show_default=True, help="Where to measure.")
+@click.option("--table", type=click.Path(path_type=Path), help="Folder of the table [latency_tables/<device state>].")
+@click.option("--again", is_flag=True, help="Also rows that failed, or were measured while the machine was busy.")
+@click.option("--dry-run", is_flag=True, help="Only say what is missing and about how long it takes.")
+@common_options
+@click.pass_obj
+def command(
+    console: Console,
+    space: str | None,
+    rows: tuple[str, ...],
+    classes: int,
+    precision: tuple[Precision, ...],
+    device: str,
+    table: Path | None,
+    again: bool,
+    dry_run: bool,
+) -> None:
+    """Measures rows on a device. Every result is stored at once: after a stop the same command goes on.
+
+    A search fills the rows that it needs by itself; this fills a table beforehand, or on another machine.
+    """
+    from nas.devices import open_device
+    from nas.latency.table import LatencyTable
+    from nas.measure.fill import SECONDS_PER_ROW, fill
+
+    target = open_device(device)
+    layers = _layers(space, rows, classes, precision, target.profile.precisions)
+    folder = table or Path("latency_tables") / target.profile.name
+    keys = list(dict.fromkeys(layer.key for layer in layers))
+    is_new = not (folder / "device.json").exists()
+    missing = keys
+    if not (dry_run and is_new):  # opening begins a new table
+        opened = LatencyTable.open(folder, target.profile)
+        missing = opened.missing(keys, again=again)
+    document = {"table": str(folder), "device": target.profile, "rows": len(keys), "missing": missing}
+    console.say(f"table {folder}: {len(keys) - len(missing)} of {len(keys)} rows are there")
+    if dry_run:
+        about_s = len(missing) * SECONDS_PER_ROW
+        console.say(f"{len(missing)} rows to measure, about {format_duration(about_s)} on a calm machine")
+        console.result({**document, "about_s": about_s})
+        return
+    with console.reporter() as reporter:
+        report = fill(opened, target, layers, again=again, progress=_shown(reporter))
+    for line in report.warnings:
+        console.warn(line)
+    console.say(f"measured {report.measured} rows in {format_duration(report.seconds)}, {len(report.failed)} failed")
+    _summary(console, opened, layers)
+    document |= {
+        "missing": opened.missing(keys),
+        "measured": report.measured,
+        "failed": [{"key": key, "reason": reason} for key, reason in report.failed],
+        "unstable": report.unstable,
+        "drift": report.drift,
+        "seconds": report.seconds,
+        "overhead_ms": opened.overhead_ms,
+        "latency_ms": {k: opened.rows[k].latency_ms for k in sorted(keys) if k in opened.rows},
+    }
+    if report.failed and len(report.failed) == report.measured:
+        raise DeviceError(f"none of {report.measured} rows could be measured. Run: nas doctor")
+    console.result(document)
+
+
+def _layers(
+    space: str | None,
+    rows: Sequence[str],
+    classes: int,
+    precision: Sequence[Precision],
+    offered: Sequence[Precision],
+) -> tuple[LayerSpec, ...]:
+    from nas.latency.keys import layer_of_key
+    from nas.search.experiment import space_file
+    from nas.space.space import load_space
+
+    if (space is None) == (not rows):
+        raise UsageError("give either --space NAME or --rows KEY. Such as: nas measure --space tiny-32")
+    refused = [p for p in precision if p not in offered]
+    if refused:
+        raise UsageError(f"--precision {refused[0]}: this device offers {', '.join(offered)}")
+    if space is None:
+        if precision:
+            raise UsageError("--precision goes with --space; the key of a row ends in its precision")
+        layers = tuple(layer_of_key(key) for key in rows)
+        wrong = [layer for layer in layers if layer.precision not in offered]
+        if wrong:
+            raise UsageError(f"--rows {wrong[0].key}: this device offers {', '.join(offered)}")
+        return layers
+    return load_space(space_file(space, "--space"), classes, precision or offered).layers()
+
+
+def _shown(reporter: Reporter) -> Callable[[FillProgress], None]:
+    def show(now: FillProgress) -> None:
+        reporter.progress("rows", now.done, now.total, now.message)
+
+    return show
+
+
+def _summary(console: Console, table: LatencyTable, layers: Sequence[LayerSpec]) -> None:
+    """One line per kind of layer and precision: how many rows, and from where to where."""
+    groups: dict[tuple[str, str], dict[str, float]] = {}
+    for layer in layers:
+        row = table.rows.get(layer.key)
+        if row is not None and row.latency_ms is not None:
+            groups.setdefault((layer.group, layer.precision), {})[layer.key] = row.latency_ms
+    lines = []
+    for (group, precision), found in sorted(groups.items()):
+        values = sorted(found.values())
+        shown = (values[0], statistics.median(values), values[-1])
+        lines.append([group, precision, str(len(values)), *(format_ms(value) for value in shown)])
+    console.table(("layer", "precision", "rows", "fastest", "median", "slowest"), lines)

@@ -1,0 +1,119 @@
+"""`nas search`: searches for the budget of an experiment, or goes on with the search of its run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nas.cli.options import Milliseconds, common_options, set_option
+from nas.cli.output import Console
+from nas.cli.pareto import show_front
+from nas.core.errors import BudgetError
+from nas.core.units import format_duration, format_ms
+
+if TYPE_CHECKING:
+    from nas.search.experiment import Experiment
+    from nas.search.plan import Plan
+
+
+@click.command(short_help="Search for a latency budget; the same command goes on after a stop.")
+@click.argument("experiment", type=click.Path(path_type=Path))
+@set_option
+@click.option("--budget", type=Milliseconds(), help="The deadline, such as 5ms: short for --set budget.ms=5.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved settings, the rows to measure and a rough duration.")
+@click.option("--fork", is_flag=True, help="New run folder that keeps the scores of the old one which stay valid.")
+@common_options
+@click.pass_obj
+def command(
+    console: Console, experiment: Path, sets: tuple[str, ...], budget: float | None, dry_run: bool, fork: bool
+) -> None:
+    """Searches as EXPERIMENT (a YAML file) says, or resumes: finished work is never repeated.
+
+    Ctrl-C once finishes or checkpoints the current step. At the end the front is shown with the pick for the budget,
+    the HTML report and the package.
+    """
+    from nas.search.experiment import load_experiment
+
+    given = sets if budget is None else (*sets, f"budget.ms={budget!r}")
+    loaded = load_experiment(experiment, given)
+    if dry_run:
+        _dry_run(console, loaded)
+        return
+    from nas.report.html import write_report
+    from nas.report.tables import front_records, front_table
+    from nas.search.api import run_search
+
+    with console.reporter() as reporter:
+        view = run_search(loaded, reporter, fork=fork)
+    folder = loaded.run_dir.with_name(view.name)  # a fork lies beside the old run
+    page = write_report(view, folder / "report")
+    console.say()
+    show_front(console, view, front_table(view))
+    console.say(f"report:  {page}")
+    if view.package is not None:
+        verdict = "good" if view.package.is_good else f"not good: {view.package.reason}"
+        console.say(f"package: {view.package.path} ({verdict})")
+    for line in view.commands:
+        console.say(f"next:    {line}")
+    if view.pick_id is None:
+        raise BudgetError(
+            f"no finished student keeps {format_ms(view.budget_ms or 0)} ({view.budget_of}). "
+            f"{view.closest_id}: {view.closest_reason}. Allow more time: --set budget.ms=MS --fork"
+        )
+    console.result(
+        {
+            "run": view.name,
+            "run_dir": str(folder),
+            "status": view.status,
+            "budget_ms": view.budget_ms,
+            "budget_of": view.budget_of,
+            "pick": view.pick_id,
+            "pick_reason": view.pick_reason,
+            "points": front_records(view),
+            "report": str(page),
+            "package": view.package,
+            "wall_s": view.wall_s,
+            "cpu_s": view.cpu_s,
+        }
+    )
+
+
+def _dry_run(console: Console, experiment: Experiment) -> None:
+    from nas.search.experiment import resolved_yaml
+    from nas.search.plan import check_plan, plan_search
+
+    with console.reporter() as reporter:
+        plan = plan_search(experiment, reporter)
+    console.say(resolved_yaml(experiment))
+    _show_plan(console, plan)
+    check_plan(plan)
+    if plan.smallest_ms is not None and plan.smallest_ms > plan.budget_ms:
+        raise BudgetError(
+            f"the smallest network of this space is predicted to need {format_ms(plan.smallest_ms)}, the budget is "
+            f"{format_ms(plan.budget_ms)}. Allow more time, or use a space with smaller networks"
+        )
+    console.result({"experiment": experiment, "plan": plan, "about_s": plan.about_s})
+
+
+def _show_plan(console: Console, plan: Plan) -> None:
+    console.say(f"run folder: {plan.run_dir} ({plan.status}{f', {plan.scored} trials scored' if plan.scored else ''})")
+    console.say(f"device:     {plan.device}")
+    if plan.is_whole_table:
+        console.say(f"table:      {plan.table}: {len(plan.missing)} of {plan.rows} rows are to be measured")
+        for key in plan.missing[:3]:
+            console.say(f"            {key}")
+        if len(plan.missing) > 3:
+            console.say("            ... all of them with --json, measured now with: nas measure")
+    else:
+        console.say(f"table:      {plan.table}: {plan.rows} rows in this space, measured as candidates need them")
+    if plan.smallest_ms is not None:
+        console.say(f"smallest:   {format_ms(plan.smallest_ms)} predicted, budget {format_ms(plan.budget_ms)}")
+    if not plan.phases:
+        console.say("nothing to do: this run is finished")
+        return
+    console.say()
+    rows = [[phase.name, phase.what, f"about {format_duration(phase.about_s)}"] for phase in plan.phases]
+    console.table(("phase", "work", "roughly"), rows)
+    console.say(f"roughly {format_duration(plan.about_s)} in all; other machines differ by a factor of two")

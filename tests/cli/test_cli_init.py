@@ -1,0 +1,84 @@
+"""`nas init`: a file with every key, readable at once, never replaced unasked."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nas.cli.main import run
+from nas.search.checked import key_paths
+from nas.search.experiment import Experiment, load_experiment
+
+
+def test_the_written_file_gives_the_defaults_and_names_every_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["init"]) == 0
+    text = Path("experiment.yaml").read_text(encoding="utf-8")
+    experiment = load_experiment(Path("experiment.yaml"))
+    assert experiment == Experiment(space=experiment.space)
+    assert Path(experiment.space).stem == "tiny-32"
+    for key in key_paths(Experiment):
+        assert re.search(rf"^ *#?{key.split('.')[-1]}:", text, re.MULTILINE), key
+    assert max(map(len, text.splitlines())) <= 120
+    assert "nas search experiment.yaml --dry-run" in capsys.readouterr().out
+
+
+def test_taking_away_the_signs_of_all_defaults_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    assert run(["init", str(path)]) == 0
+    every = tmp_path / "every.yaml"
+    every.write_text(re.sub(r"(?m)^( *)#(\w+:)", r"\1\2", path.read_text(encoding="utf-8")), encoding="utf-8")
+    assert load_experiment(every, ["name=a"]) == load_experiment(path)
+
+
+def test_options_become_values(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    assert run(["init", str(path), "--budget", "800us", "--data", str(tmp_path), "--space", "tiny-32"]) == 0
+    experiment = load_experiment(path)
+    assert experiment.budget.ms == pytest.approx(0.8)
+    assert (experiment.data.name, experiment.data.path) == ("folder", str(tmp_path))
+    assert run(["init", str(path), "--data", "CIFAR10", "--force"]) == 0
+    experiment = load_experiment(path)
+    assert experiment.data.name == "CIFAR10"
+    assert Path(experiment.space).stem == "mobilenetv3-64"
+
+
+def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("mine", encoding="utf-8")
+    assert run(["init", str(path)]) == 2
+    assert (
+        f"{path} exists already; choose another name, or replace it: nas init {path} --force" in capsys.readouterr().err
+    )
+    assert path.read_text(encoding="utf-8") == "mine"
+    assert run(["init", str(path), "--force"]) == 0
+    assert load_experiment(path).name == "a"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--space", "tny-32"], "--space: no space 'tny-32'; did you mean 'tiny-32'? (names: "),
+        (["--budget", "5fps"], "--budget: unknown unit 'fps' in '5fps'"),
+    ],
+)
+def test_wrong_options_write_nothing(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.yaml"
+    assert run(["init", str(path), *args]) == 2
+    assert message in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_schema_is_printed_for_editors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["init", "--schema"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["properties"]["budget"]["description"] == "the deadline"
+    assert run(["init", "--schema", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == document

@@ -1,0 +1,80 @@
+"""`nas measure`: rows by key or for a space, once each, on the real device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nas.cli.main import run
+
+ROW = "ir|in=8x4x4|out=8x4x4|k=3|s=1|e=16|se=0|act=relu|fp32"
+HEAD = "head|in=8x4x4|out=4x1x1|e=0|h=0|act=relu|fp32"
+
+
+def test_rows_are_measured_once_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "my table"
+    args = ["measure", "--rows", ROW, "--rows", HEAD, "--table", str(table), "--json"]
+    assert run(args) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (first["rows"], first["measured"], first["failed"], first["missing"]) == (2, 2, [], [])
+    assert set(first["latency_ms"]) == {ROW, HEAD}
+    assert 0 < first["overhead_ms"] < first["latency_ms"][ROW] < 5
+    assert run(args) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["measured"] == 0
+    assert second["latency_ms"] == first["latency_ms"]
+
+
+def test_a_dry_run_counts_and_begins_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["measure", "--space", "tiny-32", "--precision", "fp32", "--dry-run", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["missing"]) == document["rows"] > 100
+    assert document["about_s"] > 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "give either --space NAME or --rows KEY"),
+        (["--space", "tiny-32", "--rows", ROW], 2, "give either --space NAME or --rows KEY"),
+        (["--space", "tny-32"], 2, "--space: no space named 'tny-32'; did you mean 'tiny-32'?"),
+        (["--space", "no/such.yaml"], 2, "no/such.yaml: no such file"),
+        (["--rows", "ir|x"], 2, "is not a row key"),
+        (["--space", "tiny-32", "--precision", "fp16"], 2, "--precision fp16: this device offers fp32, int8"),
+        (["--rows", ROW.replace("fp32", "fp16")], 2, "this device offers fp32, int8"),
+        (["--rows", ROW, "--precision", "fp32"], 2, "--precision goes with --space"),
+        (["--rows", ROW, "--device", "orin"], 2, "device 'orin' does not exist"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_measured(
+    args: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["measure", *args]) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_of_another_device_is_refused_with_the_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["measure", "--rows", ROW, "--table", str(tmp_path)]
+    assert run(args) == 0
+    path = tmp_path / "device.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    state["profile"]["power_mode"] = "governor=powersave boost=off"
+    path.write_text(json.dumps(state), encoding="utf-8")
+    assert run(args) == 4
+    err = capsys.readouterr().err
+    assert "power_mode" in err and "governor=powersave" in err
