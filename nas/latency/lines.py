@@ -76,6 +76,11 @@ def content_of(line: str, where: str) -> tuple[Any, bool]:
 
 
 def row_of(data: Any, where: str) -> Measurement:
+    """A row or overhead from the content of a line.
+
+    Raises:
+        RecordError: it does not fit or is impossible; the message begins with `where`.
+    """
     measurement = _measurement_of(data, where)
     try:
         check_row(measurement)
@@ -85,6 +90,11 @@ def row_of(data: Any, where: str) -> Measurement:
 
 
 def network_of(data: Any, where: str) -> MeasuredNetwork:
+    """A measured network from the content of a line.
+
+    Raises:
+        RecordError: it does not fit or is impossible; the message begins with `where`.
+    """
     if not isinstance(data, dict) or set(data) != {"candidate", "form", "measurement"}:
         raise RecordError(f"{where}: expected the fields candidate, form and measurement")
     samples = _take_samples(data["measurement"], f"{where}.measurement")
@@ -126,6 +136,7 @@ def _with_samples(m: Measurement, samples: tuple[tuple[float, ...], ...], where:
 
 
 def check_row(m: Measurement) -> None:
+    """Raises RecordError when a row or overhead is impossible."""
     if m.kind == "overhead":
         if m.key not in (OVERHEAD_KEY, REFERENCE_KEY):
             raise RecordError(f"overhead {m.key!r} is unknown; known: {OVERHEAD_KEY}, {REFERENCE_KEY}")
@@ -140,6 +151,7 @@ def check_row(m: Measurement) -> None:
 
 
 def check_network(network: MeasuredNetwork) -> None:
+    """Raises RecordError when a measured network is impossible."""
     m = network.measurement
     if m.kind != "network":
         raise RecordError(f"{m.key}: a {m.kind} does not belong into networks.jsonl")

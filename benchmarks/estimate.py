@@ -1,0 +1,240 @@
+"""Estimated against measured latency of random networks: raw sum of rows, corrected from a few networks, and its speed.
+
+Run: python -m benchmarks.estimate [--networks 40] [--seed 0] [--table DIR] [--json]
+
+Random networks of the space are measured whole (random weights, every exit computed) in fp32 and in int8, and so are
+the rows they consist of. With --table the measurements are kept, and a second run goes on where the first one stopped.
+`after N` fits the correction on N random networks and judges it on the others, many times. Label noise is how much two
+independent measurements of one network differ; no estimate can be better.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import conditions, parser, spread
+from nas.core.errors import NasError
+from nas.core.records import Candidate, Precision
+from nas.core.walk import expand
+from nas.devices import open_device
+from nas.devices.base import Device
+from nas.latency.correction import NetworkEvidence, PrecisionFit, corrected, fit_precision
+from nas.latency.estimate import VectorEstimator, describe_errors, fit_correction
+from nas.latency.lines import network_key
+from nas.latency.table import LatencyTable
+from nas.measure.fill import FillProgress, FillReport, fill
+from nas.measure.networks import NetworkProgress, measure_networks, network_bytes, network_job
+from nas.space.space import SearchSpace, load_space
+
+PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+TARGETS = {  # ratios; estimates per second
+    "fp32": {"raw": 0.06, "after_10": 0.045, "spearman": 0.99},
+    "int8": {"raw": 0.04, "after_10": 0.02, "spearman": 0.99},
+    "per_second": 100_000,
+}
+DRAWS = 60
+FIT_SIZES = (5, 10, 20)
+NOISE_NETWORKS = 12
+CLASSES = 10
+CHECKED_GENOTYPES = 100_000
+
+
+def draw(space: SearchSpace, count: int, seed: int) -> list[Candidate]:
+    """Different random architectures of a space."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Candidate] = {}
+    while len(found) < count:
+        candidate = space.decode(space.sample(rng)).architecture
+        found.setdefault(candidate.arch_id, candidate)
+    return list(found.values())
+
+
+def say(text: str, end: str = "\n") -> None:
+    """A line for people who wait."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def told_rows(p: FillProgress) -> None:
+    """Shows how far filling is."""
+    if p.done % 40 == 0 or p.done == p.total or not p.message:
+        rest = "" if p.remaining_s is None else f", about {p.remaining_s:.0f} s left"
+        say(f"\r  rows: {p.done} of {p.total}, {p.unstable} disturbed{rest}   ", end="")
+
+
+def told_networks(p: NetworkProgress) -> None:
+    """Shows how far measuring networks is."""
+    say(f"\r  networks: {p.done} of {p.total}   ", end="")
+
+
+def label_noise(device: Device, table: LatencyTable, candidates: Sequence[Candidate]) -> float:
+    """Standard deviation (ratio) of one measurement of a network, from measuring networks a second time."""
+    jobs = [network_job(c, "logits", network_bytes(c)) for c in candidates]
+    differences = []
+    for second in device.measure(jobs):
+        first = table.networks[second.key].measurement
+        if first.latency_ms is not None and second.latency_ms is not None:
+            differences.append(np.log(second.latency_ms / first.latency_ms))
+    return float(np.sqrt(np.mean(np.square(differences)) / 2))
+
+
+def judged(fit: PrecisionFit | None, label: str, networks: Sequence[NetworkEvidence]) -> dict[str, float]:
+    """Errors of an estimate on networks, and the share of them within 1.645 standard deviations (nominal: 0.9)."""
+    sums = np.array([n.sum_ms for n in networks])
+    weights = np.array([n.weight_mb for n in networks])
+    truth = np.array([n.measured_ms for n in networks])
+    mean, std = corrected(fit, label, sums, weights, np.zeros_like(sums))
+    return {**describe_errors(mean, truth), "within_90": float((np.abs(mean - truth) <= 1.645 * std).mean())}
+
+
+def after(label: str, networks: Sequence[NetworkEvidence], size: int, seed: int) -> dict[str, float] | None:
+    """Mean errors over random draws of `size` networks to fit on, judged on all others."""
+    if len(networks) < size + 5:
+        return None
+    rng = np.random.default_rng(seed)
+    results = []
+    for _ in range(DRAWS):
+        order = rng.permutation(len(networks))
+        fit = fit_precision(label, [networks[i] for i in order[:size]])
+        results.append(judged(fit, label, [networks[i] for i in order[size:]]))
+    worst = max(r["mape"] for r in results)
+    return {k: float(np.mean([r[k] for r in results])) for k in results[0]} | {"worst_mape": worst}
+
+
+def speed(space: SearchSpace, table: LatencyTable, seed: int, repeats: int = 7) -> dict[str, Any]:
+    """Estimates per second of CPU time through the vectorised path, and what preparing it costs."""
+    started = time.process_time()
+    estimator = VectorEstimator(space, table, fit_correction(table))
+    prepare_s = time.process_time() - started
+    genotypes = space.sample_many(np.random.default_rng(seed), CHECKED_GENOTYPES)
+    rates = []
+    for _ in range(repeats + 1):
+        started = time.process_time()
+        estimator.estimate(genotypes, allow_missing=True)
+        rates.append(len(genotypes) / (time.process_time() - started))
+    return {"per_second": spread(rates[1:]), "prepare_s": prepare_s}
+
+
+def run(space: SearchSpace, table: LatencyTable, device: Device, count: int, seed: int) -> dict[str, Any]:
+    """Measures what is missing, then compares."""
+    architectures = draw(space, count, seed)
+    result: dict[str, Any] = {"space": space.name, "device": device.profile.name, "precisions": {}}
+    calm = device.calm()
+    result["calm"] = {"rejected_share": calm.rejected_share, "drift": calm.drift}
+    for label in PRECISIONS:
+        candidates = [a.with_precision(label) for a in architectures]
+        layers = dict.fromkeys(x for c in candidates for x in expand(c))
+        say(f"{label}: {len(candidates)} networks, {len(layers)} different rows")
+        report = fill(table, device, layers, progress=told_rows)
+        started = time.monotonic()
+        measurements = measure_networks(table, device, candidates, progress=told_networks)
+        networks_s = time.monotonic() - started
+        say("")
+        noise = label_noise(device, table, candidates[:NOISE_NETWORKS])
+        chosen = [table.networks[network_key(c, "logits")] for c in candidates]
+        correction = fit_correction(table, chosen)
+        fit = correction.fit_for(label)
+        evidence = () if fit is None else fit.networks
+        result["precisions"][label] = {
+            "networks": len(evidence),
+            "skipped": list(correction.skipped),
+            "rows": len(layers),
+            "rows_disturbed": sum(not table.rows[x.key].is_stable for x in layers),
+            "networks_disturbed": sum(not m.is_stable for m in measurements),
+            "row_ms_to_measure": 1e3 * report.seconds / report.measured if report.measured else None,
+            "network_s_to_measure": networks_s / len(candidates),
+            "latency_ms": spread([n.measured_ms for n in evidence]),
+            "label_noise": noise,
+            "noise_networks": len(candidates[:NOISE_NETWORKS]),
+            "raw": judged(None, label, evidence),
+            **{f"after_{size}": after(label, evidence, size, seed) for size in FIT_SIZES},
+            "fit": None if fit is None else fit_numbers(fit),
+        }
+        warn(report)
+    result["speed"] = speed(space, table, seed)
+    return result
+
+
+def fit_numbers(fit: PrecisionFit) -> dict[str, float]:
+    """The correction from all networks, in readable units."""
+    return {
+        "scale": fit.scale,
+        "constant_us": fit.constant_ms * 1e3,
+        "us_per_mb": fit.ms_per_mb * 1e3,
+        "error": fit.error,
+    }
+
+
+def warn(report: FillReport) -> None:
+    """Repeats what filling the table warned of."""
+    for line in report.warnings:
+        say(f"  note: {line}")
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table for people."""
+    print(
+        f"{result['space']} on {result['device']}; percent; after N: mean over {DRAWS} random draws, judged on the rest"
+    )
+    print("precision  fit        n   MAPE  target   bias   rank corr  within 5  within 10  in 90 % band")
+    for label, p in result["precisions"].items():
+        for name in ("raw", *(f"after_{size}" for size in FIT_SIZES)):
+            r = p[name]
+            if r is not None:
+                target = TARGETS[label].get(name)
+                goal = f"{target:6.1%}" if target else "      "
+                print(
+                    f"{label:<9}  {name:<8} {r['n']:>3.0f}  {r['mape']:5.1%}  {goal}  {r['bias']:+6.1%}"
+                    f"     {r['spearman']:.4f}     {r['within_5']:4.0%}"
+                    f"       {r['within_10']:4.0%}          {r['within_90']:4.0%}"
+                )
+    for label, p in result["precisions"].items():
+        f, ms = p["fit"], p["latency_ms"]
+        print(
+            f"{label}: latency {ms['min']:.2f}-{ms['max']:.2f} ms; label noise {p['label_noise']:.1%}"
+            f" ({p['noise_networks']} networks twice); disturbed: {p['rows_disturbed']} of {p['rows']} rows,"
+            f" {p['networks_disturbed']} of {p['networks']} networks; from all: scale {f['scale']:.3f},"
+            f" {f['constant_us']:+.0f} us, {f['us_per_mb']:+.1f} us per MB"
+        )
+    rate = result["speed"]["per_second"]
+    print(
+        f"vectorised: {rate['median']:,.0f} estimates per CPU second (n {rate['n']}, {rate['min']:,.0f} to"
+        f" {rate['max']:,.0f}; target {TARGETS['per_second']:,}); prepared in {result['speed']['prepare_s']:.2f} s"
+    )
+    print(f"conditions: {result['conditions']}; calm checks rejected: {result['calm']['rejected_share']:.0%}")
+
+
+def main() -> None:
+    """Measures, prints a table, or with --json one object last."""
+    options = parser(__doc__)
+    options.add_argument(
+        "--networks", type=int, default=40, help="random networks, each in both precisions (default 40)"
+    )
+    options.add_argument("--seed", type=int, default=0, help="of the networks and of the draws (default 0)")
+    options.add_argument("--space", type=Path, default=Path("search_spaces/mobilenetv3-64.yaml"), help="search space")
+    options.add_argument("--table", type=Path, help="folder that keeps the measurements (default: a temporary one)")
+    args = options.parse_args()
+    try:
+        with tempfile.TemporaryDirectory(prefix="nas-estimate-") as temporary:
+            device = open_device("cpu")
+            table = LatencyTable.open(args.table or Path(temporary) / device.profile.name, device.profile)
+            space = load_space(args.space, CLASSES, device.profile.precisions)
+            before = conditions()
+            result = run(space, table, device, args.networks, args.seed) | {"conditions": before, "seed": args.seed}
+    except NasError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    show(result)
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
