@@ -1,4 +1,4 @@
-"""Strict JSON for frozen records: an unknown field, a wrong type or a number that is not finite is an error with a place.
+"""Strict JSON for frozen records: an unknown field, a wrong type or a number that is not finite is an error.
 
 Whole files are replaced atomically; JSON-lines files are append-only and survive a torn last line.
 """
@@ -55,7 +55,7 @@ def from_plain(cls: type[T], data: Any, where: str) -> T:
     """A record of type `cls` from plain JSON types.
 
     Args:
-        cls: the record type; any annotation made of str, int, float, bool, None, Literal, tuple, dict, unions and records.
+        cls: the record type; any annotation made of plain types, Literal, tuple, dict, unions and records.
         data: what `json.loads` gave.
         where: file and key path, the beginning of every message.
 
@@ -73,7 +73,9 @@ def _convert(kind: Any, data: Any, where: str) -> Any:
         allowed = typing.get_args(kind)
         if data not in allowed or isinstance(data, bool) != any(isinstance(a, bool) for a in allowed):
             names = ", ".join(repr(a) for a in allowed)
-            raise RecordError(f"{where}: {data!r} is not allowed; allowed: {names}{did_you_mean(str(data), map(str, allowed))}")
+            raise RecordError(
+                f"{where}: {data!r} is not allowed; allowed: {names}{did_you_mean(str(data), map(str, allowed))}"
+            )
         return data
     if origin in (Union, types.UnionType):
         return _convert_union(kind, data, where)
@@ -238,8 +240,9 @@ def write_bytes(path: Path, data: bytes) -> None:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
+            temporary = Path(name)
+            temporary.chmod(0o644)
+            temporary.replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -336,4 +339,6 @@ def _write_error(path: Path, e: OSError) -> StorageError:
         free = f"; {stats.f_bavail * stats.f_frsize // 2**20} MiB free there"
     except OSError:
         free = ""
-    return StorageError(f"{path}: cannot be written: {e.strerror or e}{free}. Free space or choose another folder (--set run.dir=DIR)")
+    return StorageError(
+        f"{path}: cannot be written: {e.strerror or e}{free}. Free space or choose another folder (--set run.dir=DIR)"
+    )

@@ -71,7 +71,7 @@ class StemConfig:
 class BlockConfig:
     """One inverted residual (Sandler et al. 2018, Howard et al. 2019): expand 1x1, depthwise, SE, project 1x1.
 
-    There is no expand convolution where `expanded_channels == in_channels`, and a skip connection where the shape stays.
+    No expand convolution where `expanded_channels == in_channels`; a skip connection where the shape stays.
     """
 
     in_channels: int
@@ -133,7 +133,7 @@ class HeadConfig:
 class ExitConfig:
     """An early exit after stage `after_stage` (from 0): global mean, optional hidden layer, linear to K classes.
 
-    An image leaves here when its largest softmax probability is at least `threshold`; None until it is solved or sampled.
+    An image leaves here when its largest softmax probability is at least `threshold`; None until it is known.
     """
 
     after_stage: int
@@ -169,9 +169,7 @@ class Candidate:
         channels = self.stem.out_channels
         for i, stage in enumerate(self.stages):
             if stage.blocks[0].in_channels != channels:
-                raise RecordError(
-                    f"stage {i} takes {stage.blocks[0].in_channels} channels, {channels} are given to it"
-                )
+                raise RecordError(f"stage {i} takes {stage.blocks[0].in_channels} channels, {channels} are given to it")
             channels = stage.blocks[-1].out_channels
         places = [e.after_stage for e in self.exits]
         if places != sorted(set(places)):
@@ -227,9 +225,7 @@ class Candidate:
         values = tuple(thresholds)
         if len(values) != len(self.exits):
             raise RecordError(f"expected {len(self.exits)} thresholds, got {len(values)}")
-        return replace(
-            self, exits=tuple(replace(e, threshold=t) for e, t in zip(self.exits, values, strict=True))
-        )
+        return replace(self, exits=tuple(replace(e, threshold=t) for e, t in zip(self.exits, values, strict=True)))
 
     def truncated(self, exit_index: int) -> Candidate:
         """The network cut behind an exit, whose head becomes the head: what remains when no image goes further."""
@@ -243,7 +239,7 @@ class Candidate:
 class LayerSpec:
     """One measurable unit of a network. `key` says what it costs; `name` and `segment` say where it stands.
 
-    Sizes are the side of the square maps in pixels. Segment k ends with exit head k (from 0); the last one with the head.
+    Sizes are the side of the square maps in pixels. Segment k ends with exit head k (from 0), the last with the head.
     """
 
     kind: LayerKind
@@ -263,9 +259,7 @@ class LayerSpec:
 
     @property
     def has_residual(self) -> bool:
-        return (
-            self.kind == "inverted_residual" and self.stride == 1 and self.in_channels == self.out_channels
-        )
+        return self.kind == "inverted_residual" and self.stride == 1 and self.in_channels == self.out_channels
 
     @property
     def has_expand(self) -> bool:
@@ -325,9 +319,7 @@ class LayerSpec:
             result = []
             if self.has_expand:
                 result.append(ConvSpec("expand", c_in, wide, 1, 1, 1, size_in, act, True))
-            result.append(
-                ConvSpec("depthwise", wide, wide, self.kernel_size, self.stride, wide, size_out, act, True)
-            )
+            result.append(ConvSpec("depthwise", wide, wide, self.kernel_size, self.stride, wide, size_out, act, True))
             if self.use_se:
                 squeeze = self.squeeze_channels
                 result.append(ConvSpec("se_reduce", wide, squeeze, 1, 1, 1, 1, "relu", False))

@@ -1,4 +1,4 @@
-"""The one walk over a network. MACs, parameters, rows to measure, latency sums, ONNX graphs and reports fold over it."""
+"""The one walk over a network: MACs, parameters, rows, latency sums, ONNX graphs and reports fold over it."""
 
 from __future__ import annotations
 

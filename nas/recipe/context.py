@@ -1,7 +1,7 @@
 """What a worker process needs of data and teacher: files that are mapped, not sent, described by one small JSON record.
 
-A resolution below the data set's own is a search choice: its images are decoded at that side (as a deployed student will
-see them), augmented with the same random numbers, and share the teacher's logits of the full-size variants.
+A resolution below the data set's own is a search choice: its images are decoded at that side (as a deployed student
+will see them), augmented with the same random numbers, and share the teacher's logits of the full-size variants.
 """
 
 from __future__ import annotations

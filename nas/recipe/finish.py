@@ -1,7 +1,7 @@
 """A finalist becomes a finished student: full distillation, int8 ranges, logits in every precision that is asked for.
 
-One recipe and the same number of epochs for all finalists, so that their figures compare. Everything goes to files under
-the student's folder, the record last; a job that was killed goes on from its last epoch.
+One recipe and the same number of epochs for all finalists, so that their figures compare. Everything goes to files
+under the student's folder, the record last; a job that was killed goes on from its last epoch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Worker processes for training on one machine: one thread each, jobs as small records, results as files and records.
 
-A worker that dies (killed, out of memory) costs its job one retry; a job that fails twice is a result with a reason.
-Workers die with their parent, so a killed search leaves nothing behind.
+A worker that dies (killed, out of memory) costs its job one retry, alone, so that no other job is blamed; a job that
+dies twice is a result with a reason. Workers die with their parent, so a killed search leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ import ctypes
 import os
 import signal
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Generic, TypeVar
+from multiprocessing.process import BaseProcess
+from multiprocessing.resource_tracker import ensure_running
+from typing import Generic, Literal, TypeVar
 
-from nas.core.errors import InterruptedRunError, NasError
+from nas.core.errors import InterruptedRunError, NasError, StorageError
 
 J = TypeVar("J")
 R = TypeVar("R")
+StartMethod = Literal["spawn", "fork"]
 
-MAX_ATTEMPTS = 2
+POLL_S = 0.2  # between two looks at the stop flag
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal a process gets when its parent ends (Linux only)
+_PARENTS = (signal.SIGINT, signal.SIGHUP)  # a terminal sends them to workers too, but the parent decides
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +52,15 @@ class WorkerPool:
 
     Args:
         workers: number of processes; each uses one thread.
+        start: `spawn` makes fresh interpreters; `fork` copies this process, which must have no other threads and must
+            have imported everything: for tests, which start hundreds.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, start: StartMethod = "spawn") -> None:
         self.workers = workers
+        self._start: StartMethod = start
         self._executor: ProcessPoolExecutor | None = None
+        self._processes: list[BaseProcess] = []
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -62,16 +72,29 @@ class WorkerPool:
         """Ends the workers at once; what they had not written is done again by the next run."""
         if self._executor is not None:
             for process in list((self._executor._processes or {}).values()):
-                process.terminate()
+                process.kill()
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
-    def _open(self) -> ProcessPoolExecutor:
-        if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self.workers, mp_context=get_context("spawn"), initializer=_start_worker, initargs=(os.getpid(),)
-            )
-        return self._executor
+    def _submit(self, function: Callable[[J], R], job: J) -> Future[R]:
+        for _ in range(self.workers):
+            try:
+                return self._try_submit(function, job)
+            except BrokenProcessPool:  # a worker died while it had nothing to do: no job is to blame
+                self.close()
+        return self._try_submit(function, job)
+
+    def _try_submit(self, function: Callable[[J], R], job: J) -> Future[R]:
+        if self._start == "spawn":
+            ensure_running()  # it would unblock signals in the middle of the next step
+        with _blocked(_PARENTS):  # inherited: a worker that is still importing must not see Ctrl-C
+            if self._executor is None:
+                self._executor = ProcessPoolExecutor(
+                    self.workers, mp_context=get_context(self._start), initializer=_start_worker, initargs=(os.getpid(),)
+                )
+            future = self._executor.submit(function, job)
+            self._processes = list((self._executor._processes or {}).values())
+            return future
 
     def map(
         self,
@@ -88,47 +111,80 @@ class WorkerPool:
 
         Raises:
             InterruptedRunError: `should_stop` said so, or a job was told to stop and kept its checkpoint.
+            StorageError: a job could not read or write its files; the next one could not either.
         """
-        todo = [(job, 1) for job in reversed(jobs)]
-        running: dict[Future[R], tuple[J, int]] = {}
+        todo, suspects = deque(jobs), deque[J]()
+        running: dict[Future[R], J] = {}
+        alone = False  # a suspect is running, and nothing beside it
         stopped = False
-        while todo or running:
+        while todo or suspects or running:
             stopped = stopped or should_stop()
-            while todo and len(running) < self.workers and not stopped:
-                job, attempt = todo.pop()
-                running[self._open().submit(function, job)] = (job, attempt)
+            if not stopped and not running and suspects:
+                job = suspects.popleft()
+                running[self._submit(function, job)] = job
+                alone = True
+            while todo and not suspects and not alone and len(running) < self.workers and not stopped:
+                job = todo.popleft()
+                running[self._submit(function, job)] = job
             if not running:
                 break
-            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            broken = False
+            done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+            broken: list[J] = []
             for future in done:
-                job, attempt = running.pop(future)
+                job = running.pop(future)
                 try:
-                    yield JobResult(job, future.result())
+                    value: R | JobFailure = future.result()
                 except BrokenProcessPool:
-                    broken = True
-                    if attempt < MAX_ATTEMPTS:
-                        todo.append((job, attempt + 1))
-                    else:
-                        yield JobResult(job, JobFailure("worker process died twice (killed or out of memory)"))
+                    broken.append(job)
+                    continue
                 except InterruptedRunError:
                     stopped = True
+                    continue
+                except StorageError:
+                    raise
                 except NasError as e:
-                    yield JobResult(job, JobFailure(str(e)))
+                    value = JobFailure(str(e))
                 except Exception as e:  # a failed candidate is a row with a reason; the search goes on
-                    yield JobResult(job, JobFailure(f"{type(e).__name__}: {e}"))
+                    value = JobFailure(f"{type(e).__name__}: {e}")
+                yield JobResult(job, value)
             if broken:
-                # Every future of a broken pool is lost: those that were running beside the dead one count as untried.
-                todo.extend((job, attempt) for job, attempt in running.values())
+                # All futures of a broken pool are lost. Whose worker died is not known: each of them is tried alone.
+                broken.extend(running.values())
                 running.clear()
                 self.close()
+                stopped = stopped or should_stop()  # whoever stops the run may have ended the workers too
+                if alone and not stopped:
+                    yield JobResult(broken[0], JobFailure(f"worker process died twice ({self._deaths()})"))
+                else:
+                    suspects.extend(broken)
+            alone = alone and bool(running)
         if stopped:
             raise InterruptedRunError("stopped; finished work is kept")
+
+    def _deaths(self) -> str:
+        """How the workers ended that were not ended by the pool itself."""
+        codes = {p.exitcode for p in self._processes} - {None, 0, -signal.SIGTERM}
+        names = [signal.Signals(-c).name if c < 0 else f"exit code {c}" for c in sorted(c for c in codes if c)]
+        text = ", ".join(names) or "no exit code"
+        return f"{text}: killed, perhaps for want of memory; fewer workers need less" if "SIGKILL" in names else text
+
+
+@contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Signals that arrive inside wait until the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(parent: int) -> None:
     """One thread, flushed denormals, no reaction to Ctrl-C (the parent decides), an end together with the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _PARENTS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has the parent's handler
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PARENTS)
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # the parent died before prctl took effect

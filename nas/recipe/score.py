@@ -1,4 +1,4 @@
-"""Scores one candidate in a worker process: a student from the scorer, its logits in the precision it would be deployed in.
+"""Scores one candidate in a worker process: a student from the scorer, its logits in its deployed precision.
 
 The same job function serves both scorers: `supernet` copies a student out of shared weights, `standalone` trains it for
 some epochs (going on from its checkpoint). Results are files named by architecture, so nothing is scored twice.

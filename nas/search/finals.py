@@ -1,4 +1,4 @@
-"""Finalists: chosen from the scores, distilled in full, measured in the form they would be deployed in, solved thresholds.
+"""Finalists: chosen from the scores, distilled in full, measured as they would be deployed, thresholds solved.
 
 Choices are made on the search validation split; the test split is read once, for the figures of the finished students.
 """
@@ -68,7 +68,7 @@ class Variant:
 
 
 def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
-    """Architectures whose scores, with every threshold setting, cover the front best; the fastest and the best among them."""
+    """Architectures whose scores, with their solved thresholds, cover the front best."""
     top1: list[float] = []
     latency: list[float] = []
     groups: list[str] = []
@@ -160,7 +160,10 @@ def variants(
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
         lost = full - _right(val[-1], labels)
         if lost > int8_loss:
-            reason = f"{precision} loses {100 * lost:.1f} points on {len(labels)} validation images (limit {100 * int8_loss:.1f})"
+            reason = (
+                f"{precision} loses {100 * lost:.1f} points on {len(labels)} validation images "
+                f"(limit {100 * int8_loss:.1f})"
+            )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
             continue
         result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
@@ -261,7 +264,7 @@ def _worth_measuring(
 def _measure(
     parts: SearchParts, chosen: Sequence[Variant]
 ) -> tuple[list[tuple[float, ...] | None], list[FailedCandidate]]:
-    """Cumulative latency per exit of each variant, measured on the file that would be deployed; None where it failed."""
+    """Cumulative latency per exit of each variant, measured on the file to be deployed; None where it failed."""
     jobs: list[MeasureJob] = []
     place: list[tuple[int, int]] = []
     for i, variant in enumerate(chosen):
@@ -368,7 +371,7 @@ def _curve(variant: Variant, labels: np.ndarray, exit_ms: Sequence[float]) -> tu
 
 
 def mark_front(points: Sequence[Point]) -> list[Point]:
-    """The same points with `on_front` set: measured, and no other is faster (expected) and better on search validation."""
+    """The same points with `on_front` set: measured, and no other one is faster (expected) and better on validation."""
     usable = [i for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
     kept = front_indices(
         [points[i].val.top1 if points[i].val else 0.0 for i in usable], [points[i].latency.expected_ms for i in usable]

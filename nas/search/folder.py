@@ -1,4 +1,4 @@
-"""The run folder: fingerprint, lock, trial records and events. The same command on the same folder goes on where it was.
+"""The run folder: fingerprint, lock, trial records and events. The same command on the same folder goes on.
 
 ```
 <run.dir>/
@@ -174,8 +174,8 @@ SCORE_KEYS = ("schema", "data", "teacher", "distillation", "scorer", "seed")
 def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
     """Starts a new run folder from an old one: scores stay valid when data, teacher and training are the same.
 
-    Trained students are copied by architecture, so a candidate that the new space contains is not trained again; trials,
-    rounds and outcomes start anew under the new space and budget.
+    Trained students are copied by architecture, so a candidate that the new space contains is not trained again;
+    trials, rounds and outcomes start anew under the new space and budget.
 
     Returns:
         What was copied, in words.

@@ -1,4 +1,4 @@
-"""A point of the front becomes a package: the file is written, measured and judged; a runner-up is taken when it fails."""
+"""A point of the front becomes a package: the file is written, measured and judged."""
 
 from __future__ import annotations
 

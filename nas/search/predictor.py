@@ -167,8 +167,8 @@ def _label(candidate: Candidate) -> Precision | Literal["mixed"]:
 def in_budget_filter(predictor: Predictor, budget_ms: float, of: str, margin_std: float) -> Callable[[Genotype], bool]:
     """Whether a genotype may be trained: its prediction plus the margin keeps the budget.
 
-    Worst case: known before training. Expected and p99 depend on the exits taken, which are known after scoring: here only
-    candidates are refused that miss the budget even when every image leaves at the first exit.
+    Worst case: known before training. Expected and p99 depend on the exits taken, which are known after scoring: here
+    only candidates are refused that miss the budget even when every image leaves at the first exit.
     """
 
     def keeps(genotype: Genotype) -> bool:

@@ -18,7 +18,7 @@ from nas.train.settings import DistillSettings
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredCandidate:
-    """A candidate with its score: logits float32 [E, N, K] on search validation, `top1` of the head, CPU seconds spent."""
+    """A candidate with its score: logits float32 [E, N, K] on search validation, `top1` of the head, CPU seconds."""
 
     candidate: Candidate
     logits: np.ndarray

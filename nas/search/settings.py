@@ -16,9 +16,9 @@ ScorerName = Literal["supernet", "standalone"]
 class BudgetSettings:
     """The deadline.
 
-    `ms`: milliseconds of one inference at batch 1. `of`: which latency it limits: `worst` (no early exit is taken; what a
-    hard deadline means), `expected` (mean under the exit shares of the validation images) or `p99`. `margin_std`: a
-    candidate is only trained when its prediction plus this many standard deviations keeps the budget.
+    `ms`: milliseconds of one inference at batch 1. `of`: which latency it limits: `worst` (no early exit is taken;
+    what a hard deadline means), `expected` (mean under the exit shares of the validation images) or `p99`.
+    `margin_std`: a candidate is only trained when its prediction plus this many standard deviations keeps the budget.
     """
 
     ms: float = 1.0
@@ -37,8 +37,8 @@ class SearchSettings:
     """How candidates are proposed and scored.
 
     `trials`: candidates scored in all rounds together. `rounds`: the table is corrected from measured networks between
-    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes multivariate TPE up
-    to 300 trials and NSGA-II with a small population above. `scorer`: how accuracy is estimated before finalists are
+    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes multivariate TPE
+    up to 300 trials and NSGA-II with a small population above. `scorer`: how accuracy is estimated before finalists are
     distilled in full. `workers`: training processes, one thread each; 0 means one per core. `seed`: of everything.
     """
 
@@ -64,8 +64,8 @@ class SearchSettings:
 class FeedbackSettings:
     """Which whole networks are measured to correct the table.
 
-    `first_networks`: before the first round, spread over predicted latency. `networks_per_round`: after each round, from
-    the front and near the budget.
+    `first_networks`: before the first round, spread over predicted latency. `networks_per_round`: after each round,
+    from the front and near the budget.
     """
 
     first_networks: int = 8
@@ -102,7 +102,10 @@ class FinishSettings:
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """Where files go. `dir`: run folder, default `runs/<name>`. `tables`: latency tables. `cache`: teachers and data."""
+    """Where files go.
+
+    `dir`: run folder, default `runs/<name>`. `tables`: latency tables. `cache`: teachers and data.
+    """
 
     dir: str | None = None
     tables: str = "latency_tables"

@@ -1,7 +1,7 @@
 """All calls to Optuna: samplers that propose genotypes inside the budget, and the study that users can open.
 
-The working study lives in memory and is rebuilt from the run's own trial records, because one durable line per trial costs
-microseconds where 30 suggest calls on SQLite cost 84 ms, and because a killed process then leaves no RUNNING trial behind.
+The working study lives in memory and is rebuilt from the run's own trial records: one durable line per trial costs
+microseconds where 30 suggest calls on SQLite cost 84 ms, and a killed process leaves no RUNNING trial behind.
 Finished trials are mirrored into `study.db` for dashboards and Optuna's own plots.
 
 Over-budget proposals are told PRUNED and never trained: at equal trainings this beats constrained sampling for TPE and
@@ -14,6 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ optuna.logging.set_verbosity(logging.WARNING)
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What the sampler learns of one scored candidate: share of right answers (maximised) and milliseconds (minimised)."""
+    """What the sampler learns of a scored candidate: share of right answers (maximised), milliseconds (minimised)."""
 
     genotype: Genotype
     top1: float
@@ -69,7 +70,7 @@ def _distribution(gene: Gene) -> BaseDistribution:
     choices = gene.choices
     if all(isinstance(c, int) and not isinstance(c, bool) for c in choices):
         numbers = [int(c) for c in choices if c is not None]
-        steps = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(numbers)}
         if len(steps) == 1 and (step := steps.pop()) > 0:
             return IntDistribution(numbers[0], numbers[-1], step=step)
     return CategoricalDistribution(choices)
