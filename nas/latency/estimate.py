@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -288,19 +288,13 @@ class VectorEstimator:
         )
 
 
-def figures(
-    estimate: LatencyEstimate,
-    exit_shares: Sequence[float],
-    tail: float = 0.99,
-    provenance: Literal["predicted", "measured"] = "predicted",
-) -> LatencyFigures:
+def figures(estimate: LatencyEstimate, exit_shares: Sequence[float], tail: float = 0.99) -> LatencyFigures:
     """Expected, worst-case and tail latency under an exit distribution.
 
     Args:
         estimate: latency per exit.
         exit_shares: share of images that leave at each exit, the head last; they sum to 1.
         tail: the quantile of images that `p99_ms` gives, 0-1.
-        provenance: where `estimate` comes from.
 
     Raises:
         RecordError: shares of another number, negative, or with another sum.
@@ -320,7 +314,7 @@ def figures(
         p99_ms=estimate.exit_ms[index],
         # One error moves all exits of a network the same way, so deviations add up instead of cancelling.
         std_ms=float(shares @ np.asarray(estimate.exit_std_ms)),
-        provenance=provenance,
+        provenance="predicted",
     )
 
 

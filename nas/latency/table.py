@@ -75,6 +75,7 @@ class LatencyTable:
 
     def __init__(self, folder: Path, profile: DeviceProfile, *, foreign: bool, writable: bool) -> None:
         """Use `open` or `read`."""
+        self.looked_at_s: float | None = None  # monotonic time when this process last measured the reference network
         self._folder = folder
         self._profile = profile
         self._foreign = foreign

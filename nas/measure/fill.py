@@ -17,6 +17,7 @@ DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before;
 ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleaved, stored together
 SECONDS_PER_ROW = 0.03  # before anything is measured: 0.02 on a calm machine, 0.04-0.07 on a busy one
 TELL_EVERY_S = 0.5  # between results: often enough for people, too rarely to disturb
+REFERENCE_EVERY_S = 120.0
 WAIT_S = 600.0  # another process may be filling the same table: two at a time would disturb each other
 
 
@@ -124,13 +125,20 @@ def fill(
 def open_session(table: LatencyTable, device: Device) -> float | None:
     """Measures the reference network (and the overhead when it is new) before a session's rows; tells the device.
 
+    A search fills a few rows at a time: within `REFERENCE_EVERY_S` the last look at the reference is enough.
+
     Returns:
-        How much slower the reference is than in earlier sessions (0.1 = 10 %); None for the first session.
+        How much slower the reference is than in earlier sessions (0.1 = 10 %); None for the first session, or when the
+        reference was looked at a short while ago.
     """
+    now = time.monotonic()
+    if table.has_overhead and table.looked_at_s is not None and now - table.looked_at_s < REFERENCE_EVERY_S:
+        return None
     before = table.reference_ms
     device.expect_reference(before)
     jobs = [reference_job()] if table.has_overhead else [reference_job(), overhead_job()]
     reference, *_ = [store(table, m) for m in device.measure(jobs)]
+    table.looked_at_s = now
     if before is None:
         device.expect_reference(reference.latency_ms)
         return None

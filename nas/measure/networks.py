@@ -1,4 +1,4 @@
-"""Measures whole networks: as evidence that corrects the table, and exit by exit as they are deployed."""
+"""Measures whole networks: random ones as evidence that corrects the table, and any other model by its bytes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.errors import DeviceError, RecordError, UsageError
-from nas.core.records import Candidate, LatencyEstimate, Measurement
-from nas.core.walk import exit_macs, total_macs
+from nas.core.errors import RecordError
+from nas.core.records import Candidate, Measurement
+from nas.core.walk import total_macs
 from nas.devices.base import Device, JobPrecision, MeasureJob
 from nas.export.graph import forced_exit, network_model, nominal_quant, random_weights
 from nas.latency.lines import NetworkForm, network_key
@@ -20,9 +20,6 @@ from nas.measure.fill import WAIT_S, open_session
 # Latency does not depend on the values of weights and normalisation.
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.25, 0.25, 0.25)
-# A measured network repeats within 1 % (three fresh sessions, calm), and worse without one calm round.
-MEASURED_STD = 0.01
-UNSTABLE_STD = 0.05
 NETWORKS_AT_A_TIME = 24  # networks whose graphs are kept in memory; measured interleaved, stored together
 
 
@@ -117,66 +114,6 @@ def store_network(table: LatencyTable, m: Measurement, candidate: Candidate, for
 def network_job(candidate: Candidate, form: NetworkForm, model: bytes) -> MeasureJob:
     """The job that measures a candidate's model; its key is the one that the table uses."""
     return MeasureJob(network_key(candidate, form), "network", _precision(candidate), model, total_macs(candidate))
-
-
-def measure_exits(device: Device, candidate: Candidate, model: bytes) -> tuple[Measurement, ...]:
-    """Latency of an exported "if" model for an image that leaves at each exit, the head last (cumulative).
-
-    The very file is measured; only the defaults of its thresholds change. Exits that the file does not contain
-    (threshold above 1, or behind one that takes every image) are left out, see `live_exits`.
-
-    Args:
-        device: measures.
-        candidate: the network with its thresholds.
-        model: its bytes, form "if".
-
-    Returns:
-        One measurement per exit that the file has; keys end in `#<exit>`, the head's number is the number of exits.
-    """
-    macs = exit_macs(candidate)
-    key = network_key(candidate, "if")
-    jobs = [
-        MeasureJob(f"{key}#{k}", "network", _precision(candidate), forced_exit(model, k), macs[k])
-        for k in live_exits(candidate)
-    ]
-    return tuple(device.measure(jobs))
-
-
-def live_exits(candidate: Candidate) -> tuple[int, ...]:
-    """Exits at which an image can leave under the candidate's thresholds; the head is the number of exits."""
-    result = []
-    for k, place in enumerate(candidate.exits):
-        if place.threshold is None:
-            raise UsageError(f"exits[{k}] of {candidate.id} has no threshold; solve it first")
-        if place.threshold <= 1.0:
-            result.append(k)
-        if place.threshold <= 0.0:
-            return tuple(result)
-    return (*result, len(candidate.exits))
-
-
-def measured_exits(candidate: Candidate, measurements: Sequence[Measurement]) -> LatencyEstimate:
-    """What `measure_exits` found as cumulative latency per exit, like an estimate; `correction` says "measured".
-
-    An exit that no image takes gets the latency of the next one that images take.
-
-    Raises:
-        DeviceError: an exit could not be measured.
-    """
-    live = live_exits(candidate)
-    found: dict[int, tuple[float, float]] = {}
-    for k, m in zip(live, measurements, strict=True):
-        if m.latency_ms is None:
-            raise DeviceError(f"{m.key} could not be measured: {m.error}")
-        spread = float(np.std(m.session_ms)) if m.session_ms else 0.0
-        found[k] = m.latency_ms, max(spread, (MEASURED_STD if m.is_stable else UNSTABLE_STD) * m.latency_ms)
-    nearest = [next((k for k in live if k >= exit_), live[-1]) for exit_ in range(len(candidate.exits) + 1)]
-    return LatencyEstimate(
-        exit_ms=tuple(found[k][0] for k in nearest),
-        exit_std_ms=tuple(found[k][1] for k in nearest),
-        rows_used=0,
-        correction="measured",
-    )
 
 
 def measure_model(

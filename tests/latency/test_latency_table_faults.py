@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latency_examples import candidate, filled, network, profile, row
 
-from nas.core.errors import NasError, RecordError
+from nas.core.errors import NasError, RecordError, StorageError
 from nas.core.walk import expand
 from nas.latency.table import LatencyTable
 
@@ -107,6 +110,45 @@ def test_a_reader_that_saw_a_torn_line_reads_its_replacement(tmp_path: Path) -> 
     reader.refresh()
     assert list(reader.rows) == [LAYERS[0].key, LAYERS[2].key]
     assert (tmp_path / "rows.jsonl.torn").read_bytes().startswith(b'{"check":')
+
+
+def test_a_full_disk_costs_the_row_that_did_not_fit(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(row(LAYERS[0]))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "rows.jsonl").stat().st_size + 100, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"rows.jsonl: cannot be written: .*MiB free there"):
+            table.add(row(LAYERS[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    table.add(row(LAYERS[2]))
+    assert list(LatencyTable.open(tmp_path, profile()).rows) == [LAYERS[0].key, LAYERS[2].key]
+
+
+ADD = """
+import sys
+from pathlib import Path
+from latency_examples import candidate, profile, row
+from nas.core.walk import expand
+from nas.latency.table import LatencyTable
+layers = expand(candidate(width=int(sys.argv[2])))
+table = LatencyTable.open(Path(sys.argv[1]), profile())
+for layer in layers:
+    with table.writing(wait_s=60):
+        table.add(row(layer))
+"""
+
+
+def test_writers_of_several_processes_lose_nothing(tmp_path: Path) -> None:
+    widths = (24, 32, 40, 48)
+    command = [sys.executable, "-c", ADD, str(tmp_path)]
+    writers = [subprocess.Popen([*command, str(w)], cwd=Path(__file__).parent) for w in widths]
+    assert [w.wait(timeout=60) for w in writers] == [0] * len(widths)
+    table = LatencyTable.open(tmp_path, profile())
+    assert set(table.rows) == {x.key for w in widths for x in expand(candidate(width=w))}
+    numbers = [json.loads(line)["row"]["sequence"] for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert numbers == list(range(1, 6 * len(widths) + 1))
 
 
 def test_a_network_with_another_candidate_is_refused(tmp_path: Path) -> None:

@@ -96,6 +96,16 @@ def test_only_missing_rows_are_measured(tmp_path: Path) -> None:
     assert untouched.asked == []
 
 
+def test_the_reference_is_not_measured_for_every_few_rows(tmp_path: Path) -> None:
+    table, device = opened(tmp_path), Watched()
+    for layer in LAYERS:
+        fill(table, device, [layer])
+    assert device.asked == ["reference", "overhead", *(x.key for x in LAYERS)]
+    table.looked_at_s = -1e9
+    fill(table, device, expand(small(24)))
+    assert device.asked.count("reference") == 2
+
+
 def test_what_another_process_measured_meanwhile_is_not_repeated(tmp_path: Path) -> None:
     waiting, device = opened(tmp_path), Watched()
     fill(opened(tmp_path), SimulatedDevice(), LAYERS[:2])

@@ -1,31 +1,24 @@
-"""Whole networks as evidence, and exit by exit as they are deployed."""
+"""Whole networks as evidence, and any other model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nas.core.errors import DeviceError, UsageError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
 from nas.core.walk import expand, total_macs
-from nas.devices.base import MeasureJob
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, op_counts, run_model
 from nas.devices.protocol import ProtocolSettings
-from nas.export.graph import forced_exit
-from nas.latency.estimate import Estimator, figures, fit_correction
+from nas.latency.estimate import Estimator, fit_correction
 from nas.latency.lines import NetworkForm
 from nas.latency.table import LatencyTable
 from nas.measure.fill import fill
 from nas.measure.networks import (
     NetworkProgress,
-    live_exits,
-    measure_exits,
     measure_model,
     measure_networks,
-    measured_exits,
     network_bytes,
 )
 from nas.testing import SimulatedDevice, mean_model
@@ -105,58 +98,6 @@ def test_every_form_and_precision_runs_on_the_host(precision: str, form: Network
         layers = [x for x in expand(candidate) if form != "plain" or x.kind != "exit_head"]
         assert counts["QLinearConv"] == sum(len(x.convolutions) for x in layers)
         assert "Conv" not in counts and "FusedConv" not in counts
-
-
-def test_exits_are_timed_on_the_file_itself() -> None:
-    candidate = small()
-    model = network_bytes(candidate, "if")
-    early, late = measure_exits(OnnxRuntimeCpu(QUICK), candidate, model)
-    assert (early.key[-2:], late.key[-2:]) == ("#0", "#1")
-    assert early.error is None and late.error is None
-    images = np.zeros((1, 3, 32, 32), np.float32)
-    assert [run_model(forced_exit(model, k), images)[1].tolist() for k in (0, 1)] == [[0], [1]]
-
-
-@pytest.mark.parametrize(
-    ("thresholds", "expected"),
-    [((0.5, 0.5), (0, 1, 2)), ((1.1, 0.5), (1, 2)), ((0.5, 0.0), (0, 1)), ((0.0, 0.5), (0,)), ((2.0, 2.0), (2,))],
-)
-def test_exits_that_no_image_takes_are_not_timed(thresholds: tuple[float, float], expected: tuple[int, ...]) -> None:
-    stages = (*small().stages, StageConfig((BlockConfig(24, 24, 24),)))
-    exits = tuple(ExitConfig(i, threshold=t) for i, t in enumerate(thresholds))
-    assert live_exits(replace(small(), stages=stages, exits=exits)) == expected
-
-
-def test_measured_exits_read_like_an_estimate() -> None:
-    stages = (*small().stages, StageConfig((BlockConfig(24, 24, 24),)))
-
-    def candidate(*thresholds: float) -> Candidate:
-        exits = tuple(ExitConfig(i, threshold=t) for i, t in enumerate(thresholds))
-        return replace(small(), stages=stages, exits=exits)
-
-    device = SimulatedDevice(noise=0.0)
-    all_live = candidate(0.5, 0.5)
-    first = measured_exits(all_live, measure_exits(device, all_live, network_bytes(all_live, "if")))
-    assert first.exit_ms[0] < first.exit_ms[1] < first.exit_ms[2]
-    assert first.correction == "measured"
-    assert first.exit_std_ms == pytest.approx([0.01 * t for t in first.exit_ms])
-    for thresholds, shown in (((1.1, 0.5), (1, 1, 2)), ((0.5, 0.0), (0, 1, 1)), ((2.0, 2.0), (2, 2, 2))):
-        some = candidate(*thresholds)
-        got = measured_exits(some, measure_exits(device, some, network_bytes(some, "if")))
-        assert got.exit_ms == tuple(first.exit_ms[k] for k in shown)
-    got_figures = figures(first, (0.5, 0.3, 0.2), provenance="measured")
-    assert got_figures.provenance == "measured"
-
-
-def test_an_exit_that_cannot_be_measured_is_an_error() -> None:
-    failed = SimulatedDevice().measure([MeasureJob("x#1", "network", "fp32", b"\x00", 1)])
-    with pytest.raises(DeviceError, match="x#1 could not be measured: not an ONNX model"):
-        measured_exits(small(threshold=2.0), failed)
-
-
-def test_unsolved_thresholds_are_an_error() -> None:
-    with pytest.raises(UsageError, match=r"exits\[0\] of .* has no threshold; solve it first"):
-        live_exits(small(threshold=None))
 
 
 def test_any_model_can_be_measured_without_a_table() -> None:
