@@ -2,7 +2,7 @@
 
     python -m benchmarks.budgets --run RUN [--budgets 10] [--json]
 
-RUN is a finished search. The budgets are spread over the latencies of its finished students; a package is exported for
+RUN is a finished search. Budgets are spread over the latencies of its finished students; a package is exported for
 each as `nas export RUN --best-under` does, then measured in fresh sessions. Goal: the median is within the budget in all.
 """
 

@@ -1,4 +1,4 @@
-"""The search on a folder of real photographs, from nothing: wall time, memory, teacher, front, best student at a tenth of its latency.
+"""The search on a folder of real photographs, from nothing: time, memory, teacher, best student at a tenth of it.
 
     python -m benchmarks.photographs --data DIR [--runs 1] [--set KEY=VALUE] [--json]
 

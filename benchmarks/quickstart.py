@@ -2,7 +2,7 @@
 
     python -m benchmarks.quickstart [--runs 3] [--set KEY=VALUE] [--json]
 
-Goals: at most 300 s and 3 GB on 2 idle cores; teacher at least 95 % on test; 5 finished students or more on the front; one
+Goals: at most 300 s and 3 GB on 2 idle cores; teacher at least 95 % on test; 5 finished students on the front; one
 keeps 98 % of the teacher's accuracy at a tenth of its ONNX Runtime latency or less.
 """
 
