@@ -90,7 +90,10 @@ class WorkerPool:
         with _blocked(_PARENTS):  # inherited: a worker that is still importing must not see Ctrl-C
             if self._executor is None:
                 self._executor = ProcessPoolExecutor(
-                    self.workers, mp_context=get_context(self._start), initializer=_start_worker, initargs=(os.getpid(),)
+                    self.workers,
+                    mp_context=get_context(self._start),
+                    initializer=_start_worker,
+                    initargs=(os.getpid(),),
                 )
             future = self._executor.submit(function, job)
             self._processes = list((self._executor._processes or {}).values())
