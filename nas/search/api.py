@@ -33,9 +33,10 @@ from nas.core.run import (
     latency_of,
 )
 from nas.devices import open_device
+from nas.devices.base import Device
 from nas.export.package import Package
 from nas.recipe.context import open_context
-from nas.recipe.pool import WorkerPool
+from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, load_experiment, resolved_yaml
 from nas.search.finals import build_points, choose_finalists, finish
@@ -85,13 +86,22 @@ class Outcome:
     provenance: dict[str, str]
 
 
-def run_search(experiment: Experiment, reporter: Reporter, *, fork: bool = False) -> RunView:
+def run_search(
+    experiment: Experiment,
+    reporter: Reporter,
+    *,
+    fork: bool = False,
+    device: Device | None = None,
+    start_workers: StartMethod = "spawn",
+) -> RunView:
     """Searches, or resumes the search of the experiment's run folder, to its end.
 
     Args:
         experiment: from `load_experiment`.
         reporter: what is told to the user.
         fork: starts a new run folder from the experiment's one, keeping the scores that stay valid.
+        device: measures; by default the one that the experiment names.
+        start_workers: how worker processes come to life, see `WorkerPool`.
 
     Raises:
         NasError: with what to do next; a stopped run raises InterruptedRunError.
@@ -99,13 +109,13 @@ def run_search(experiment: Experiment, reporter: Reporter, *, fork: bool = False
     stop = StopFlag()
     told = StoppableReporter(reporter, stop)
     with stop_on_signals(stop, reporter):
-        inputs = load_inputs(experiment, told)
+        inputs = load_inputs(experiment, told, device)
         marks = fingerprint(inputs)
         if fork:
             inputs = _forked(inputs, marks, reporter)
         with open_run(inputs.experiment.run_dir, marks, resolved_yaml(inputs.experiment)) as folder:
             stop.file = folder.path / "stop"
-            return _run(inputs, folder, told, stop)
+            return _run(inputs, folder, told, stop, start_workers)
 
 
 def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs:
@@ -118,7 +128,7 @@ def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs
     return replace(inputs, experiment=replace(inputs.experiment, run=run))
 
 
-def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag) -> RunView:
+def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag, start_workers: StartMethod) -> RunView:
     e = inputs.experiment
     started, cpu_before = time.monotonic(), time.process_time()
     if not (folder.path / "outcome.json").exists():
@@ -128,7 +138,7 @@ def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag) 
         predictor = Predictor(inputs.space, table, inputs.device, reporter)
         predictor.prepare()
         teacher_ms = teacher_latency(teacher, inputs.device, folder)
-        with WorkerPool(worker_count(e)) as pool:
+        with WorkerPool(worker_count(e), start_workers) as pool:
             parts = SearchParts(
                 folder,
                 inputs.space,
@@ -155,18 +165,18 @@ def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag) 
         _mirror(parts)
     else:
         reporter.say(f"{folder.path}: this run is finished; showing its result")
-    _export_pick(folder, reporter)
+    _export_pick(folder, inputs.device, reporter)
     return load_view(folder.path)
 
 
-def _export_pick(folder: RunFolder, reporter: Reporter) -> None:
+def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
     """The package of the pick; where its own file misses budget or accuracy, the next student becomes the pick."""
     outcome = load_outcome(folder.path)
     if outcome.pick_id is None or (folder.path / "package.json").exists():
         return
     reporter.say(f"exporting the pick {outcome.pick_id}")
     try:
-        package = export_student(folder.path, reporter)
+        package = export_student(folder.path, reporter, device=device)
     except BudgetError as e:
         reporter.warn(str(e))
         return
@@ -421,6 +431,7 @@ def export_student(
     best_under_ms: float | None = None,
     out: Path | None = None,
     overwrite: bool = False,
+    device: Device | None = None,
 ) -> Package:
     """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
 
@@ -435,6 +446,7 @@ def export_student(
         best_under_ms: budget, ms, of the kind the run's budget has.
         out: folder of the package; default `<run>/packages/<student>`.
         overwrite: replaces an existing package.
+        device: measures; by default the one that the run's experiment names.
 
     Raises:
         BudgetError: no student keeps the latency; the message names the closest.
@@ -446,7 +458,7 @@ def export_student(
     if best_under_ms is not None:
         view = replace(view, budget_ms=best_under_ms)
     candidates = _selected(view, student, trial)
-    device = open_device(experiment.device)
+    device = device or open_device(experiment.device)
     if device.profile.fingerprint != outcome.device.fingerprint:
         reporter.warn(
             f"this device ({device.profile.name}) is in another state than the run's ({outcome.device.name}): "

@@ -1,4 +1,4 @@
-"""Everything that comes before the rounds: data, teacher, its cached answers, device, table; each kept and resumable."""
+"""What comes before the rounds: data, teacher, its cached answers, device, table; each kept and resumable."""
 
 from __future__ import annotations
 
@@ -42,13 +42,18 @@ class Inputs:
         return self.datasets[-1]
 
 
-def load_inputs(experiment: Experiment, reporter: Reporter) -> Inputs:
+def load_inputs(experiment: Experiment, reporter: Reporter, device: Device | None = None) -> Inputs:
     """Space, data and device; all that a user can have got wrong shows here, before any long work.
+
+    Args:
+        experiment: from `load_experiment`.
+        reporter: told how far it is.
+        device: measures; by default the one that the experiment names.
 
     Raises:
         ConfigError, DataError, UsageError, DeviceError: with what to mend.
     """
-    device = open_device(experiment.device)
+    device = device or open_device(experiment.device)
     draft = load_space(Path(experiment.space), 2)
     datasets = []
     for resolution in sorted(draft.resolution):
