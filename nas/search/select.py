@@ -5,11 +5,16 @@ Pure functions over numbers; latency in milliseconds, accuracy as a ratio.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from nas.core.run import LatencyKind, Point, latency_of
+from nas.latency import pareto
+
+AIMS = (True, False)  # accuracy upwards, latency downwards
+LEAST_GAIN = 1e-12  # of area; below it is rounding
 
 
 def stratified(latency_ms: Sequence[float], count: int) -> list[int]:
@@ -41,12 +46,8 @@ def hypervolume(top1: Sequence[float], latency_ms: Sequence[float], reference_to
 
     1 would be full accuracy at no time. Linear in both axes.
     """
-    area = 0.0
-    kept = [i for i in front_indices(top1, latency_ms) if latency_ms[i] < budget_ms and top1[i] > reference_top1]
-    for place, i in enumerate(kept):
-        until = latency_ms[kept[place + 1]] if place + 1 < len(kept) else budget_ms
-        area += (until - latency_ms[i]) * (top1[i] - reference_top1)
-    return area / (budget_ms * (1 - reference_top1))
+    points = np.column_stack([np.asarray(top1, np.float64), np.asarray(latency_ms, np.float64)])
+    return pareto.hypervolume(points, (reference_top1, budget_ms), AIMS) / (budget_ms * (1 - reference_top1))
 
 
 def spread_choice(
@@ -56,55 +57,59 @@ def spread_choice(
     count: int,
     reference_top1: float,
     budget_ms: float,
+    first: Sequence[str] = (),
 ) -> list[str]:
     """`count` groups (architectures) whose points together cover the most hypervolume, chosen greedily.
 
-    When nothing more is gained, the remaining places go to the next layers of the front, so that `count` different
+    Groups of `first` are taken whatever they add. When nothing more is gained, the remaining places go to the next layers of the front, so that `count` different
     architectures are found wherever there are that many. Latency enters as its logarithm: a front over a wide range is
     covered evenly instead of being ruled by its fastest end.
     """
-    remaining = list(range(len(top1)))
     low = min(latency_ms, default=budget_ms) / 2
-    scaled = [float(np.log(t / low)) for t in latency_ms]
     limit = float(np.log(max(budget_ms, max(latency_ms, default=budget_ms)) * 1.02 / low))
-    chosen: list[str] = []
-    while remaining and len(chosen) < count:
-        layer = _greedy_layer(top1, scaled, groups, remaining, count - len(chosen), reference_top1, limit)
+    members: dict[str, list[tuple[float, float]]] = {}
+    for accuracy, ms, group in zip(top1, latency_ms, groups, strict=True):
+        members.setdefault(group, []).append((accuracy, float(np.log(ms / low))))
+    chosen = list(dict.fromkeys(first))[:count]
+    kept = [point for group in chosen for point in members.pop(group)]
+    while members and len(chosen) < count:
+        layer = _greedy_layer(members, kept, count - len(chosen), (reference_top1, limit))
+        kept = []
+        if not layer:
+            layer = [max(members, key=lambda g: max(accuracy for accuracy, _ in members[g]))]
         chosen += layer
-        taken = set(chosen)
-        remaining = [i for i in remaining if groups[i] not in taken]
-        if not layer and remaining:
-            best = max(remaining, key=lambda i: top1[i])
-            chosen.append(groups[best])
-            remaining = [i for i in remaining if groups[i] != groups[best]]
+        for group in layer:
+            del members[group]
     return chosen
 
 
 def _greedy_layer(
-    top1: Sequence[float],
-    cost: Sequence[float],
-    groups: Sequence[str],
-    candidates: list[int],
+    members: Mapping[str, Sequence[tuple[float, float]]],
+    before: Sequence[tuple[float, float]],
     count: int,
-    reference_top1: float,
-    limit: float,
+    reference: tuple[float, float],
 ) -> list[str]:
-    kept: list[int] = []
+    """Up to `count` groups, each the one that adds most to the area of those before it, while anything is added.
+
+    Lazy: what a group adds can only shrink as others are chosen, so a gain that was computed earlier is an upper bound,
+    and only the group with the largest bound is computed anew.
+    """
+    names = list(members)
+    kept = list(before)
     chosen: list[str] = []
-    reached = 0.0
-    while len(chosen) < count:
-        best_gain, best_group, best_members = 1e-12, None, []
-        for group in dict.fromkeys(groups[i] for i in candidates if groups[i] not in chosen):
-            members = [i for i in candidates if groups[i] == group]
-            trial = kept + members
-            gain = hypervolume([top1[i] for i in trial], [cost[i] for i in trial], reference_top1, limit) - reached
-            if gain > best_gain:
-                best_gain, best_group, best_members = gain, group, members
-        if best_group is None:
-            break
-        chosen.append(best_group)
-        kept += best_members
-        reached += best_gain
+    reached = pareto.hypervolume(kept, reference, AIMS)
+    queue = [(-float("inf"), number, -1) for number in range(len(names))]  # -gain, order, size of `chosen` it holds for
+    while queue and len(chosen) < count:
+        negative, number, computed_at = heapq.heappop(queue)
+        if computed_at == len(chosen):
+            if -negative <= LEAST_GAIN:
+                break
+            chosen.append(names[number])
+            kept += members[names[number]]
+            reached -= negative
+        else:
+            gain = pareto.hypervolume([*kept, *members[names[number]]], reference, AIMS) - reached
+            heapq.heappush(queue, (-gain, number, len(chosen)))
     return chosen
 
 
@@ -122,11 +127,12 @@ def worth_measuring(
 
 
 def pick_for_budget(points: Sequence[Point], budget_ms: float, of: LatencyKind) -> list[Point]:
-    """Finished points that keep the budget, best validation accuracy first, then fastest: the pick and its runners-up.
+    """Finished points measured within the budget, best validation accuracy first, then fastest: pick and runners-up.
 
     The validation split decides; test figures are for the report only.
     """
-    within = [p for p in points if p.is_finished and p.val is not None and latency_of(p.latency, of) <= budget_ms]
+    finished = [p for p in points if p.is_finished and p.val is not None and p.latency.provenance == "measured"]
+    within = [p for p in finished if latency_of(p.latency, of) <= budget_ms]
     return sorted(within, key=lambda p: (-(p.val.top1 if p.val else 0.0), latency_of(p.latency, of), p.id))
 
 
