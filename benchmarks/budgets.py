@@ -3,7 +3,7 @@
     python -m benchmarks.budgets --run RUN [--budgets 10] [--json]
 
 RUN is a finished search. Budgets are spread over the latencies of its finished students; a package is exported for
-each as `nas export RUN --best-under` does, then measured in fresh sessions. Goal: the median is within the budget in all.
+each as `nas export RUN --best-under` does, then measured in fresh sessions. Goal: all medians within their budgets.
 """
 
 from __future__ import annotations

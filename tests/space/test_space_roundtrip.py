@@ -259,7 +259,7 @@ def test_other_parts_outside_the_space_are_named(tiny: SearchSpace) -> None:
 
 def test_a_wrong_genotype_is_refused(tiny: SearchSpace) -> None:
     good = list(tiny.smallest())
-    with pytest.raises(RecordError, match=r"genotype of 3 genes; space tiny-32 has 25"):
+    with pytest.raises(RecordError, match=r"genotype of 3 genes; space tiny-32 has 26"):
         tiny.decode((0, 0, 0))
     index = [gene.name for gene in tiny.genes].index("s3.depth")
     for value in (2, -1):
