@@ -42,6 +42,9 @@ def command(
     if sum(value is not None for value in (student, trial, best_under)) > 1:
         raise UsageError("give one of --student, --trial and --best-under")
     folder = find_run(run)
+    target = output or (folder / "packages" / student if student is not None else None)
+    if target is not None and target.exists() and not force:
+        raise UsageError(f"{target} exists already; choose another folder (--output DIR), or replace it: --force")
     with console.reporter() as reporter:
         package = export_student(
             folder, reporter, student=student, trial=trial, best_under_ms=best_under, out=output, overwrite=force

@@ -147,16 +147,17 @@ class Reporter:
     def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
         """`done` of `total` in a named stage; may be called often."""
         now = self._clock()
-        state = self._stages.get(stage)
-        is_new = state is None or done < state.done
-        if state is None or is_new:
-            state = self._stages[stage] = _Stage(now, done, done, now)
-        state.done = done
         is_done = done >= total
-        left_s = state.left_s(now, total)
+        state = self._stages.get(stage)
+        is_new = state is None or done < state.done or (state.is_over and not is_done)
+        if state is None or is_new:
+            state = self._stages[stage] = _Stage(now, done)
+        was_over = state.is_over
+        state.done, state.is_over = done, is_done
+        left_s = None if is_done else state.left_s(now, total)
         if self._live is not None:
             self._show_live(stage, done, total, _joined(note, left_s))
-        elif is_new or is_done or now - state.shown_s >= PLAIN_INTERVAL_S:
+        elif is_new or (is_done and not was_over) or now - state.shown_s >= PLAIN_INTERVAL_S:
             state.shown_s = now
             share = f"{100 * done / total:3.0f} %" if total > 0 else "100 %"
             ending = f"done in {format_duration(now - state.start_s)}" if is_done and not is_new else ""
@@ -175,18 +176,15 @@ class Reporter:
 class _Stage:
     """What is known of one stage: when it was first heard of, with how much done, and when it was last shown."""
 
-    def __init__(self, start_s: float, start_done: float, done: float, shown_s: float) -> None:
-        self.start_s = start_s
-        self.start_done = start_done
-        self.done = done
-        self.shown_s = shown_s
+    def __init__(self, start_s: float, start_done: float) -> None:
+        self.start_s = self.shown_s = start_s
+        self.start_done = self.done = start_done
+        self.is_over = False
 
     def left_s(self, now_s: float, total: float) -> float | None:
-        """Seconds left at the pace since the start; None before there is a pace, and at the end."""
+        """Seconds left at the pace since the start; None before there is a pace."""
         gained = self.done - self.start_done
-        if gained <= 0 or self.done >= total:
-            return None
-        return (now_s - self.start_s) * (total - self.done) / gained
+        return (now_s - self.start_s) * (total - self.done) / gained if gained > 0 else None
 
 
 def _joined(note: str, left_s: float | None) -> str:

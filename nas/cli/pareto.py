@@ -53,8 +53,11 @@ def command(
     if form == "csv":
         click.echo(front_csv(view, points), nl=False)
         return
-    show_front(console, view, front_table(view, points))
-    if chosen is not None:
+    columns, rows = front_table(view, points)
+    if chosen is None:
+        show_front(console, view, (columns, rows))
+    else:
+        console.table(columns, rows)
         console.say(f"take {chosen.id}: {reason}")
         console.say(f"next: {chosen.export_command}")
     console.result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 from nas.cli.options import Milliseconds, common_options, set_option
 from nas.cli.output import Console
 from nas.cli.pareto import show_front
-from nas.core.errors import BudgetError
+from nas.core.errors import BudgetError, InterruptedRunError
 from nas.core.units import format_duration, format_ms
 
 if TYPE_CHECKING:
@@ -45,8 +46,12 @@ def command(
     from nas.report.tables import front_records, front_table
     from nas.search.api import run_search
 
-    with console.reporter() as reporter:
-        view = run_search(loaded, reporter, fork=fork)
+    try:
+        with console.reporter() as reporter:
+            view = run_search(loaded, reporter, fork=fork)
+    except InterruptedRunError as e:
+        again = shlex.join(["nas", "search", str(experiment), *(part for text in given for part in ("--set", text))])
+        raise InterruptedRunError(f"{e}. Go on with: {again}") from e
     folder = loaded.run_dir.with_name(view.name)  # a fork lies beside the old run
     page = write_report(view, folder / "report")
     console.say()

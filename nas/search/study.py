@@ -200,7 +200,9 @@ def mirror(path: Path, name: str, space: SearchSpace, trials: Sequence[tuple[Sco
         )
         present = len(study.get_trials(deepcopy=False))
         if present == 0:
-            study.set_metric_names(list(METRICS))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study.set_metric_names(list(METRICS))
         for scored, attributes in trials[present:]:
             study.add_trial(_frozen(space, known, scored, attributes))
     except Exception as e:  # SQLAlchemy's and Optuna's errors have no common base

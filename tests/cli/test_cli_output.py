@@ -105,6 +105,16 @@ def test_a_stage_may_be_empty_or_start_again() -> None:
     assert stream.getvalue().splitlines() == ["measure:  100 %", "train:   50 %", "train:    0 %"]
 
 
+def test_the_end_of_a_stage_is_told_once() -> None:
+    stream, clock = io.StringIO(), Clock()
+    reporter = Reporter(Console(), stream, clock)
+    for done in (1, 2, 2, 2):
+        reporter.progress("networks", done, 2)
+        clock.now_s += 1
+    reporter.progress("networks", 0, 2)
+    assert stream.getvalue().splitlines() == ["networks:   50 %", "networks:  100 %  done in 1.0 s", "networks:    0 %"]
+
+
 def test_live_progress_shows_stage_note_and_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm-256color")
