@@ -14,7 +14,7 @@ import numpy as np
 from nas.core.errors import DeviceError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
-from nas.core.run import FailedCandidate, Point, SplitAccuracy
+from nas.core.run import FailedCandidate, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs
 from nas.devices.base import MeasureJob
 from nas.export.graph import forced_exit, network_model
@@ -38,7 +38,7 @@ from nas.recipe.pool import JobFailure
 from nas.recipe.records import read_logits, read_scored
 from nas.search.folder import TrialRecord
 from nas.search.packages import PointSource
-from nas.search.rounds import SearchParts, current_figures
+from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import FinishSettings
 from nas.train.settings import DistillSettings
@@ -68,7 +68,7 @@ class Variant:
 
 
 def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
-    """Architectures whose scores, with their solved thresholds, cover the front best."""
+    """Architectures whose scores, with every threshold setting, cover the front best; the most accurate among them."""
     top1: list[float] = []
     latency: list[float] = []
     groups: list[str] = []
@@ -76,33 +76,31 @@ def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: 
     for record in records:
         if record.state != "complete":
             continue
-        now = current_figures(parts.predictor, record)
         arch_id = record.candidate.arch_id
         architectures.setdefault(arch_id, record.candidate.architecture)
-        for accuracy, ms in _score_points(parts, record, now):
-            if _limit(parts, ms, now) <= parts.budget.ms:
+        for accuracy, now in _score_points(parts, record):
+            if latency_of(now, parts.budget.of) <= parts.budget.ms:
                 top1.append(accuracy)
-                latency.append(ms)
+                latency.append(now.expected_ms)
                 groups.append(arch_id)
-    chosen = spread_choice(top1, latency, groups, count, parts.chance, parts.budget.ms)
+    # The last step in accuracy adds little area, but it is the one that a user with time to spare asks for.
+    best = [groups[max(range(len(top1)), key=lambda i: (top1[i], -latency[i]))]] if top1 else []
+    chosen = spread_choice(top1, latency, groups, count, parts.chance, parts.budget.ms, best)
     return [architectures[a] for a in chosen]
 
 
-def _limit(parts: SearchParts, expected_ms: float, now: LatencyFigures) -> float:
-    return now.worst_ms if parts.budget.of == "worst" else expected_ms
-
-
-def _score_points(parts: SearchParts, record: TrialRecord, now: LatencyFigures) -> list[tuple[float, float]]:
-    """(top1, expected ms) of the sampled thresholds and of the solved ones."""
-    points = [(record.top1 or 0.0, now.expected_ms)]
+def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
+    """Accuracy and latency of the sampled thresholds and of the solved ones."""
+    estimate = parts.predictor.estimate(record.candidate)
+    points = [(record.top1 or 0.0, figures(estimate, record.exit_shares))]
     if record.candidate.exits:
         name = parts.plan.job(record.candidate, record.epochs).name
         folder = parts.folder.student(record.candidate.arch_id)
         scored = read_scored(folder, name)
         if scored is not None:
-            estimate = parts.predictor.estimate(record.candidate)
             swept = sweep(read_logits(folder, scored), parts.labels, estimate.exit_ms)
-            points += [(s.top1, s.expected_ms) for s in (solve_for_loss(swept, loss) for loss in EXIT_LOSSES)]
+            solved = (solve_for_loss(swept, loss) for loss in EXIT_LOSSES)
+            points += [(s.top1, figures(estimate, s.shares)) for s in solved]
     return points
 
 
