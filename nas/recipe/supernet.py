@@ -10,10 +10,13 @@ killed ends with the same weights as one that was not.
 
 from __future__ import annotations
 
+import statistics
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +86,10 @@ def train_supernet(
     settings: SupernetSettings,
     folder: Path,
     *,
+    workers: int = 1,
     progress: Callable[[SupernetStep], None] | None = None,
 ) -> TrainedSupernet:
-    """Trains the shared weights of a space, or gives the record of those that are there; one thread.
+    """Trains the shared weights of a space, or gives the record of those that are there.
 
     Args:
         space: sub-networks are drawn from it uniformly, gene by gene.
@@ -93,6 +97,7 @@ def train_supernet(
         distill: the loss: temperature, alpha, label smoothing and exit weights.
         settings: length and recipe.
         folder: run_dir/supernet; gets `weights.safetensors` and `supernet.json`, and a checkpoint on the way.
+        workers: threads that share the sub-networks of a step; the weights are the same for any number of them.
         progress: called after every step; when it raises, the steps so far are kept and the error goes on.
 
     Raises:
@@ -117,8 +122,8 @@ def train_supernet(
                 f"Delete the folder to train it anew, or undo the change"
             )
         return done
-    with threads(1):
-        training = _Training(space, targets, distill, settings)
+    with threads(1), ThreadPoolExecutor(workers, initializer=_start_thread) as pool:
+        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map)
         training.resume(folder / CHECKPOINT_FILE, key)
         training.run(folder / CHECKPOINT_FILE, key, progress)
     write_bytes(folder / WEIGHTS_FILE, save({n: p.contiguous() for n, p in training.net.state_dict().items()}))
@@ -136,6 +141,21 @@ def train_supernet(
     return record
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gradients:
+    """What one sub-network adds to a step: a gradient per parameter, None where it does not use it."""
+
+    loss: float
+    gradients: tuple[Tensor | None, ...]
+    cpu_s: float
+    thread: int
+
+
+def _start_thread() -> None:
+    torch.set_num_threads(1)  # both settings belong to the thread that makes them
+    torch.set_flush_denormal(True)
+
+
 class _Training:
     """State of one training: weights, optimizer, steps done, CPU seconds."""
 
@@ -145,7 +165,9 @@ class _Training:
         targets: Mapping[int, Targets],
         distill: DistillSettings,
         settings: SupernetSettings,
+        run: Callable[[Callable[[Candidate], _Gradients], list[Candidate]], Iterable[_Gradients]],
     ) -> None:
+        self._map = run
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
         self.exits = all_exits(space)
         self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
@@ -176,27 +198,19 @@ class _Training:
 
     def _planned(self) -> int:
         """Steps that fit into the CPU seconds, from a few that are timed and then forgotten."""
-        started = time.thread_time()
         self.steps = 1_000_000  # far away: the timed steps are at the very start of the schedule
-        seconds = []
-        for step in range(PLAN_STEPS + 1):
-            before = time.thread_time()
-            self._one_step(step)
-            seconds.append(time.thread_time() - before)
+        seconds = [self._one_step(step) for step in range(PLAN_STEPS + 1)]
         self.guard.first = None
         self._start()
-        spent = time.thread_time() - started
-        self.cpu_s += spent
-        return max(1, round((self.settings.cpu_seconds - spent) / float(np.median(seconds[1:]))))
+        self.cpu_s += sum(seconds)
+        return max(1, round((self.settings.cpu_seconds - sum(seconds)) / statistics.median(seconds[1:])))
 
     def run(self, path: Path, key: str, progress: Callable[[SupernetStep], None] | None) -> None:
         """The steps that are left."""
         saved = self.step
         for step in range(self.step, self.steps):
-            before = time.thread_time()
-            self.loss = self._one_step(step)
+            self.cpu_s += self._one_step(step)
             self.step = step + 1
-            self.cpu_s += time.thread_time() - before
             if self.step - saved >= self.settings.checkpoint_steps or self.step == self.steps:
                 self._save(path, key)
                 saved = self.step
@@ -221,23 +235,32 @@ class _Training:
         write_checkpoint(path, key, content)
 
     def _one_step(self, step: int) -> float:
-        """Gradients of all sub-networks on the same images, then one step; the mean loss."""
+        """One step with the summed gradients of its sub-networks on the same images; CPU seconds of all threads."""
+        started = time.thread_time()
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * lr_share(step, self.steps, settings.warmup)
         variant, index = self._batch(step)
-        self.optimizer.zero_grad()
-        losses = []
-        for candidate in self._subnets(step):
-            images, teacher_logits, labels = self._images(candidate.resolution, variant, index)
-            loss = student_loss(self.net(images, candidate), teacher_logits, labels, self.distill)
-            loss.backward()
-            losses.append(loss.item())
-        nn.utils.clip_grad_norm_(self.net.parameters(), settings.clip_norm)
+        work = partial(self._gradients, variant=variant, index=index)
+        parts = list(self._map(work, list(self._subnets(step))))
+        parameters = list(self.net.parameters())
+        for i, parameter in enumerate(parameters):  # always in the order of the sub-networks, so that sums are equal
+            given = [g for part in parts if (g := part.gradients[i]) is not None]
+            parameter.grad = torch.stack(given).sum(0) if given else None
+        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         self.optimizer.step()
-        mean = sum(losses) / len(losses)
-        self.guard.step(mean, step // self._per_epoch)
-        return mean
+        self.loss = statistics.fmean(part.loss for part in parts)
+        self.guard.step(self.loss, step // self._per_epoch)
+        here = threading.get_ident()
+        return time.thread_time() - started + sum(part.cpu_s for part in parts if part.thread != here)
+
+    def _gradients(self, candidate: Candidate, variant: int, index: np.ndarray) -> _Gradients:
+        started = time.thread_time()
+        images, teacher_logits, labels = self._images(candidate.resolution, variant, index)
+        loss = student_loss(self.net(images, candidate), teacher_logits, labels, self.distill)
+        # Not backward(): threads must not add to the same gradients, and sums in changing order would differ.
+        gradients = torch.autograd.grad(loss, list(self.net.parameters()), allow_unused=True)
+        return _Gradients(loss.item(), gradients, time.thread_time() - started, threading.get_ident())
 
     def _batch(self, step: int) -> tuple[int, np.ndarray]:
         """Variant and image numbers of a step."""

@@ -125,6 +125,13 @@ def test_training_that_was_killed_goes_on_from_its_last_checkpoint(
     assert _equal(_weights(straight), _weights(tmp_path / "killed"))
 
 
+def test_weights_do_not_depend_on_the_number_of_threads(
+    space: SearchSpace, targets: dict[int, Targets], straight: Path, tmp_path: Path
+) -> None:
+    train_supernet(space, targets, LOSS, SHORT, tmp_path, workers=2)
+    assert _equal(_weights(straight), _weights(tmp_path))
+
+
 def test_finished_training_is_not_repeated(space: SearchSpace, targets: dict[int, Targets], straight: Path) -> None:
     seen: list[SupernetStep] = []
     record = train_supernet(space, targets, LOSS, SHORT, straight, progress=seen.append)
