@@ -169,7 +169,7 @@ def judge(
     latency_ms = latency_of(figures, budget_of)
     if budget_ms is not None and latency_ms > budget_ms:
         verdict = "over_budget"
-        reasons.insert(0, f"{budget_of} latency {latency_ms:.4g} ms is above the budget of {budget_ms:.4g} ms")
+        reasons.insert(0, f"median {budget_of} latency {latency_ms:.4g} ms is above the budget of {budget_ms:.4g} ms")
     return verdict, tuple(reasons)
 
 

@@ -12,6 +12,7 @@ from nas.core.errors import UsageError
 from nas.core.records import Measurement
 from nas.core.run import PackageView, Point, RunView
 from nas.devices.base import Device, MeasureJob
+from nas.devices.onnxruntime_cpu import op_counts
 from nas.export.manifest import ArtefactAccuracy
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
 from nas.latency.lines import network_key
@@ -100,7 +101,7 @@ def _instruments(device: Device, context: Context, point: Point) -> Instruments:
         label = point.precision if point.precision in ("fp32", "fp16", "int8") else "mixed"
         return device.measure([MeasureJob(f"{key}#{i}", "network", label, m, point.macs) for i, m in enumerate(models)])
 
-    return Instruments(device.run, accuracy, latency, device.profile)
+    return Instruments(device.run, accuracy, latency, device.profile, op_counts)
 
 
 def package_view(package: Package) -> PackageView:
