@@ -61,6 +61,8 @@ class WorkerPool:
         self._start: StartMethod = start
         self._executor: ProcessPoolExecutor | None = None
         self._processes: list[BaseProcess] = []
+        if start == "fork":  # now: torch cannot differentiate in a copy of a process that has done so
+            self._submit(abs, 0)
 
     def __enter__(self) -> WorkerPool:
         return self

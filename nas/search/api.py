@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.core.errors import BudgetError, UsageError
+from nas.core.errors import BudgetError, InterruptedRunError, UsageError
 from nas.core.jsonio import from_plain, parse_json, read_record, read_text, write_record
 from nas.core.records import DeviceProfile
 from nas.core.run import (
@@ -40,7 +39,7 @@ from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, load_experiment, resolved_yaml
 from nas.search.finals import build_points, choose_finalists, finish
-from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, open_run
+from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, is_running, open_run
 from nas.search.packages import PointSource, export_point, package_view, source_of
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
@@ -53,14 +52,22 @@ from nas.search.prepare import (
     teacher_latency,
     worker_count,
 )
-from nas.search.progress import Reporter, StopFlag, StoppableReporter, stop_on_signals
-from nas.search.rounds import SearchParts, current_figures, run_rounds, to_scored
+from nas.search.progress import (
+    Reporter,
+    RunClock,
+    StopFlag,
+    StoppableReporter,
+    kept_clock,
+    stop_on_signals,
+    time_spent,
+)
+from nas.search.rounds import SearchParts, check_budget, current_figures, rounded_up, run_rounds, write_study
 from nas.search.select import closest_to_budget, pick_for_budget
-from nas.search.study import importances, mirror
 from nas.space.space import load_space
 from nas.train.teacher import Teacher
 
 OUTCOME_SCHEMA = 1
+CLOCK_FILE = "clock.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +115,22 @@ def run_search(
     """
     stop = StopFlag()
     told = StoppableReporter(reporter, stop)
-    with stop_on_signals(stop, reporter):
-        inputs = load_inputs(experiment, told, device)
-        marks = fingerprint(inputs)
-        if fork:
-            inputs = _forked(inputs, marks, reporter)
-        with open_run(inputs.experiment.run_dir, marks, resolved_yaml(inputs.experiment)) as folder:
-            stop.file = folder.path / "stop"
-            return _run(inputs, folder, told, stop, start_workers)
+    run_dir = experiment.run_dir
+    try:
+        with stop_on_signals(stop, reporter):
+            inputs = load_inputs(experiment, told, device)
+            marks = fingerprint(inputs)
+            if fork:
+                inputs = _forked(inputs, marks, reporter)
+                run_dir = inputs.experiment.run_dir
+            with open_run(run_dir, marks, resolved_yaml(inputs.experiment)) as folder:
+                stop.tell_workers(folder.path / "stop")
+                return _run(inputs, folder, told, stop, start_workers)
+    except (InterruptedRunError, KeyboardInterrupt) as e:
+        # The folder's own file holds every setting that was given, those of the command line too.
+        again = run_dir / "experiment.yaml"
+        command = f"nas search {again}" if again.exists() else "the same command"
+        raise InterruptedRunError(f"stopped; finished work is kept. Go on with: {command}") from e
 
 
 def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs:
@@ -128,45 +143,55 @@ def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs
     return replace(inputs, experiment=replace(inputs.experiment, run=run))
 
 
-def _run(inputs: Inputs, folder: RunFolder, reporter: Reporter, stop: StopFlag, start_workers: StartMethod) -> RunView:
+def _run(
+    inputs: Inputs, folder: RunFolder, told: StoppableReporter, stop: StopFlag, start_workers: StartMethod
+) -> RunView:
     e = inputs.experiment
-    started, cpu_before = time.monotonic(), time.process_time()
-    if not (folder.path / "outcome.json").exists():
-        teacher, _, context = prepare_training(inputs, folder, reporter)
-        reporter.say(f"device {inputs.device.profile.name}")
-        table = open_table(e, inputs.device.profile)
-        predictor = Predictor(inputs.space, table, inputs.device, reporter)
-        predictor.prepare()
-        teacher_ms = teacher_latency(teacher, inputs.device, folder)
-        with WorkerPool(worker_count(e), start_workers) as pool:
-            parts = SearchParts(
-                folder,
-                inputs.space,
-                predictor,
-                scoring_plan(inputs, folder, context),
-                pool,
-                inputs.dataset.val.labels,
-                e.budget,
-                e.search,
-                e.feedback,
-                reporter,
-                stop,
-            )
-            _prepare_scorer(inputs, parts)
-            run_rounds(parts)
-            outcome = _finish(inputs, parts, teacher, teacher_ms)
-        spent = time.monotonic() - started
-        outcome = replace(
-            outcome,
-            wall_s=_wall_before(folder) + spent,
-            cpu_s=sum(r.cost_s for r in folder.trials()) + time.process_time() - cpu_before,
-        )
-        write_record(folder.path / "outcome.json", outcome)
-        _mirror(parts)
-    else:
-        reporter.say(f"{folder.path}: this run is finished; showing its result")
-    _export_pick(folder, inputs.device, reporter)
+    with kept_clock(folder.path / CLOCK_FILE) as clock:
+        reporter = StoppableReporter(told.plain, stop, clock)
+        if (folder.path / "outcome.json").exists():
+            reporter.say(f"{folder.path}: this run is finished; showing its result")
+        else:
+            reporter.say(f"device {inputs.device.profile.name}")
+            with WorkerPool(worker_count(e), start_workers) as pool:
+                _search(inputs, folder, reporter, stop, pool, clock)
+        _export_pick(folder, inputs.device, reporter)
     return load_view(folder.path)
+
+
+def _search(
+    inputs: Inputs, folder: RunFolder, reporter: StoppableReporter, stop: StopFlag, pool: WorkerPool, clock: RunClock
+) -> None:
+    """Everything up to `outcome.json`."""
+    e = inputs.experiment
+    # The table comes first: a budget that nothing can keep shows before hours of training.
+    predictor = Predictor(inputs.space, open_table(e, inputs.device.profile), inputs.device, reporter)
+    predictor.prepare()
+    check_budget(predictor, e.budget)
+    teacher, _, context = prepare_training(inputs, folder, reporter)
+    teacher_ms = teacher_latency(teacher, inputs.device, folder)
+    parts = SearchParts(
+        folder,
+        inputs.space,
+        predictor,
+        scoring_plan(inputs, folder, context),
+        pool,
+        inputs.dataset.val.labels,
+        e.budget,
+        e.search,
+        e.feedback,
+        reporter,
+        stop,
+    )
+    _prepare_scorer(inputs, parts)
+    run_rounds(parts)
+    outcome, students_s = _finish(inputs, parts, teacher, teacher_ms)
+    write_study(parts)
+    spent = clock.spent
+    scores_s = sum(r.cost_s for r in folder.trials())
+    write_record(
+        folder.path / "outcome.json", replace(outcome, wall_s=spent.wall_s, cpu_s=spent.cpu_s + scores_s + students_s)
+    )
 
 
 def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
@@ -187,10 +212,6 @@ def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
         write_record(folder.path / "outcome.json", changed)
 
 
-def _wall_before(folder: RunFolder) -> float:
-    return 0.0
-
-
 def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
     e = inputs.experiment
     if e.search.scorer == "supernet":
@@ -204,7 +225,8 @@ def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
         )
 
 
-def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: float) -> Outcome:
+def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: float) -> tuple[Outcome, float]:
+    """The outcome, without its times, and the CPU seconds of the finished students."""
     e = inputs.experiment
     records = parts.folder.trials()
     finalists = choose_finalists(parts, records, e.finish.students)
@@ -219,16 +241,12 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
     points, refused, sources = build_points(parts, students, e.finish, labels, trial_of)
     picks = pick_for_budget(points, e.budget.ms, e.budget.of)
     closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], e.budget.of)
-    return Outcome(
+    outcome = Outcome(
         schema=OUTCOME_SCHEMA,
         status="finished",
         points=tuple(points),
         sources=sources,
-        failed=(
-            *(FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"),
-            *failed,
-            *refused,
-        ),
+        failed=(*_failed(records, parts.folder.events()), *failed, *refused),
         teacher=TeacherView(
             teacher.name, teacher.test_accuracy, "test", teacher_ms, teacher.params, teacher.macs, teacher.sha256
         ),
@@ -244,16 +262,29 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         cpu_s=0.0,
         provenance=_provenance(inputs, teacher),
     )
+    return outcome, sum(s.cost_s for s in students)
+
+
+def _failed(records: Sequence[TrialRecord], events: Sequence[Event]) -> tuple[FailedCandidate, ...]:
+    """Candidates that could not be scored, and networks that could not be measured."""
+    scoring = (FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed")
+    return (*scoring, *(failed for event in events for failed in event.failed))
 
 
 def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> BudgetError:
     complete = [r for r in records if r.state == "complete"]
-    fastest = min(
-        (latency_of(current_figures(parts.predictor, r), parts.budget.of) for r in complete), default=float("nan")
-    )
+    needed = [latency_of(now, parts.budget.of) for now in current_figures(parts, complete)]
+    if not complete:
+        return BudgetError(
+            f"not one candidate could be scored inside {parts.budget.ms:g} ms ({parts.budget.of}); {len(records)} were "
+            "stopped or failed. Raise the budget (--set budget.ms=MS --fork) or score more "
+            "(--set search.trials=N --fork)"
+        )
+    fastest = min(needed)
     return BudgetError(
-        f"none of {len(complete)} scored candidates keeps {parts.budget.ms:g} ms ({parts.budget.of}) after the table was "
-        f"corrected; the closest needs about {fastest:.4g} ms. Raise the budget: --set budget.ms={1.1 * fastest:.2g} --fork"
+        f"none of {len(complete)} scored candidates keeps {parts.budget.ms:g} ms ({parts.budget.of}) after the table "
+        f"was corrected; the closest, {complete[needed.index(fastest)].candidate.id}, needs about {fastest:.4g} ms. "
+        f"Raise the budget: --set budget.ms={rounded_up(1.1 * fastest)} --fork"
     )
 
 
@@ -293,20 +324,6 @@ def _provenance(inputs: Inputs, teacher: Teacher) -> dict[str, str]:
     }
 
 
-def _mirror(parts: SearchParts) -> None:
-    """The same trials as an Optuna study, for dashboards."""
-    complete = [r for r in parts.folder.trials() if r.state == "complete"]
-    rows = [
-        (
-            to_scored(parts, r),
-            {"round": r.round, "epochs": r.epochs, "exit_top1": list(r.exit_top1), "proposer": r.proposer},
-        )
-        for r in complete
-    ]
-    mirror(parts.folder.path / "study.db", parts.folder.path.name, parts.space, rows)
-    write_record(parts.folder.path / "importances.json", importances(parts.space, [scored for scored, _ in rows]))
-
-
 def load_view(run_dir: Path) -> RunView:
     """The run as its report shows it; also while it is running or after it was stopped.
 
@@ -322,11 +339,10 @@ def load_view(run_dir: Path) -> RunView:
     records, events = folder.trials(), folder.events()
     outcome_file = run_dir / "outcome.json"
     outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
-    running = (run_dir / "run.owner.json").exists()
     importance_file = run_dir / "importances.json"
     view = RunView(
         name=run_dir.name,
-        status="finished" if outcome else ("running" if running else "interrupted"),
+        status="finished" if outcome else ("running" if is_running(run_dir) else "interrupted"),
         created_at=_created(file),
         budget_ms=experiment.budget.ms,
         budget_of=experiment.budget.of,
@@ -334,11 +350,10 @@ def load_view(run_dir: Path) -> RunView:
         space_size=_space_size(experiment),
         scorer=experiment.search.scorer,
         trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
-        failed=tuple(
-            FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed"
-        ),
+        failed=_failed(records, events),
         predictions=tuple(pair for e in events for pair in e.pairs),
         rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
+        wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
         provenance={k: str(v) for k, v in marks.items()},
         commands=(f"nas search {run_dir}/experiment.yaml",),
     )
@@ -435,8 +450,8 @@ def export_student(
 ) -> Package:
     """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
 
-    With `best_under_ms` (or nothing: the run's own budget) a package that misses it when its own file is measured is not
-    kept: the next student is taken.
+    With `best_under_ms` (or nothing: the run's own budget) a package that misses it when its own file is measured is
+    not kept: the next student is taken.
 
     Args:
         run_dir: a finished run.

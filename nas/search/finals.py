@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nas.core.errors import DeviceError, TrainingError
+from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
 from nas.core.run import FailedCandidate, Point, SplitAccuracy, latency_of
@@ -25,6 +25,7 @@ from nas.latency.exits import (
     solve_for_loss,
     sweep,
 )
+from nas.latency.lines import network_key
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishedStudent,
@@ -36,7 +37,7 @@ from nas.recipe.finish import (
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import read_logits, read_scored
-from nas.search.folder import TrialRecord
+from nas.search.folder import MeasuredExit, TrialRecord
 from nas.search.packages import PointSource
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
@@ -213,7 +214,8 @@ def build_points(
         found, refused = variants(parts, student, settings.int8_loss)
         everything += found
         failed += refused
-    predicted = [parts.predictor.estimate(v.candidate) for v in everything]
+    everything, predicted, unknown = _predicted(parts, everything)
+    failed += unknown
     chosen = _worth_measuring(parts, everything, predicted, settings)
     measured, broken = _measure(parts, [everything[i] for i in chosen])
     failed += broken
@@ -225,6 +227,22 @@ def build_points(
             points[point.id] = point
             sources[point.id] = PointSource(variant.student, variant.cut)
     return mark_front(list(points.values())), failed, sources
+
+
+def _predicted(
+    parts: SearchParts, everything: Sequence[Variant]
+) -> tuple[list[Variant], list[LatencyEstimate], list[FailedCandidate]]:
+    """Variants with their estimates, and those that have none because a row could not be measured."""
+    kept: list[Variant] = []
+    predicted: list[LatencyEstimate] = []
+    failed: list[FailedCandidate] = []
+    for variant in everything:
+        try:
+            predicted.append(parts.predictor.estimate(variant.candidate))
+            kept.append(variant)
+        except MissingRowError as e:
+            failed.append(FailedCandidate(variant.candidate.id, "measuring", str(e)))
+    return kept, predicted, failed
 
 
 def _best_settings(
@@ -262,47 +280,53 @@ def _worth_measuring(
 def _measure(
     parts: SearchParts, chosen: Sequence[Variant]
 ) -> tuple[list[tuple[float, ...] | None], list[FailedCandidate]]:
-    """Cumulative latency per exit of each variant, measured on the file to be deployed; None where it failed."""
-    jobs: list[MeasureJob] = []
-    place: list[tuple[int, int]] = []
-    for i, variant in enumerate(chosen):
+    """Cumulative latency per exit of each variant, measured on the file to be deployed; None where it failed.
+
+    Results are kept in the run folder one by one. Students that were cut to the same network share them: latency does
+    not depend on the values of weights.
+    """
+    known = parts.folder.measured()
+    jobs: dict[str, MeasureJob] = {}
+    keys = [[_exit_key(variant, k) for k in range(len(variant.candidate.exits) + 1)] for variant in chosen]
+    for variant, own in zip(chosen, keys, strict=True):
+        if known.keys() >= set(own):
+            continue
         candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
         model = variant_model(parts, variant, candidate)
         macs = exit_macs(variant.candidate)
-        for k in range(len(candidate.exits) + 1):
-            forced = forced_exit(model, k) if candidate.exits else model
-            key = f"final-{variant.candidate.id}-{variant.cut}#{k}"
-            label = candidate.precisions[0] if len(set(candidate.precisions)) == 1 else "mixed"
-            jobs.append(MeasureJob(key, "network", label, forced, macs[k]))
-            place.append((i, k))
+        for k, key in enumerate(own):
+            if key not in known and key not in jobs:
+                forced = forced_exit(model, k) if candidate.exits else model
+                jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
     done = 0
 
-    def show(_: Measurement) -> None:
+    def keep(m: Measurement) -> None:
         nonlocal done
         done += 1
+        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "")
+        parts.folder.add_measured(known[m.key])
         parts.reporter.progress("finished students on the device", done, len(jobs))
 
-    results = parts.predictor.device.measure(jobs, on_result=show)
-    times: dict[int, dict[int, float]] = {}
-    failed: dict[int, FailedCandidate] = {}
-    for (i, k), m in zip(place, results, strict=True):
-        if m.latency_ms is None:
-            failed.setdefault(i, FailedCandidate(chosen[i].candidate.id, "measuring", m.error or "no latency"))
+    parts.predictor.device.measure(list(jobs.values()), on_result=keep)
+    times: list[tuple[float, ...] | None] = []
+    failed: list[FailedCandidate] = []
+    for variant, own in zip(chosen, keys, strict=True):
+        found = [known[key].latency_ms for key in own]
+        there = [ms for ms in found if ms is not None]
+        if len(there) == len(found):
+            # Leaving later never takes less time; a small disorder is noise of the measurement.
+            times.append(tuple(float(v) for v in np.maximum.accumulate(there)))
         else:
-            times.setdefault(i, {})[k] = m.latency_ms
-    complete: list[tuple[float, ...] | None] = []
-    for i, variant in enumerate(chosen):
-        count = len(variant.candidate.exits) + 1
-        known = times.get(i, {})
-        # Leaving later never takes less time; a small disorder is noise of the measurement.
-        complete.append(
-            tuple(float(v) for v in np.maximum.accumulate([known[k] for k in range(count)]))
-            if len(known) == count
-            else None
-        )
-    if chosen and not times:
-        raise DeviceError(f"not one finished student could be measured; the first: {failed[0].reason}")
-    return complete, list(failed.values())
+            times.append(None)
+            reason = next(known[key].error for key in own if known[key].latency_ms is None)
+            failed.append(FailedCandidate(variant.candidate.id, "measuring", reason or "no latency"))
+    if chosen and not any(times):
+        raise DeviceError(f"not one finished student could be measured; the first: {failed[0].reason}. Run: nas doctor")
+    return times, failed
+
+
+def _exit_key(variant: Variant, exit_index: int) -> str:
+    return f"{network_key(variant.candidate, 'if' if variant.candidate.exits else 'plain')}#{exit_index}"
 
 
 def _points(

@@ -3,9 +3,10 @@
 ```
 <run.dir>/
   experiment.yaml    resolved settings            fingerprint.json   what must not change between two calls
-  trials.jsonl       scored candidates            events.jsonl       rounds, measured networks, phases
-  students/<arch_id>/  scores, checkpoints, finished weights and logits
-  supernet/          shared weights               study.db           the same trials for Optuna's tools
+  batches.jsonl      proposed candidates          trials.jsonl       what became of each of them
+  events.jsonl       rounds, measured networks    measured.jsonl     finished students on the device, exit by exit
+  clock.json         time spent so far            study.db           the same trials for Optuna's tools
+  students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
   outcome.json       finished students            report/  packages/
 ```
 """
@@ -19,16 +20,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
 from nas.core.errors import RunMismatchError, StorageError
-from nas.core.jsonio import append_line, parse_json, read_lines, read_text, write_record, write_text
+from nas.core.jsonio import append_line, parse_json, read_lines, read_record, read_text, write_record, write_text
 from nas.core.records import Candidate
-from nas.core.run import PredictedMeasured
+from nas.core.run import FailedCandidate, PredictedMeasured
+from nas.space.yamlio import parse_yaml
 
 SCHEMA = 1
+OWNER_FILE = "run.owner.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that holds a run folder: number, machine, boot of the machine, and start, as numbers come again."""
+
+    pid: int
+    host: str
+    boot_id: str
+    started: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +69,45 @@ class TrialRecord:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A step of the run that is over: `kind` names it, `values` holds its figures, `pairs` networks measured in it."""
+    """A step of the run that is over: `kind` names it, `values` holds its figures.
+
+    `pairs` are the networks measured in it, `failed` those that could not be.
+    """
 
     kind: str
     at_s: float
     values: dict[str, float | int | str | None] = field(default_factory=dict)
     pairs: tuple[PredictedMeasured, ...] = ()
+    failed: tuple[FailedCandidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Candidates proposed together, written before they are scored: after a kill the same ones are scored to the end.
+
+    Trial numbers begin at `first` and follow the order of `genotypes`. `latency_ms` is the worst case predicted then;
+    `proposers` names what proposed each.
+    """
+
+    first: int
+    round: int
+    genotypes: tuple[tuple[int, ...], ...]
+    latency_ms: tuple[float, ...]
+    proposers: tuple[str, ...]
+
+    @property
+    def numbers(self) -> range:
+        """Trial numbers of its candidates."""
+        return range(self.first, self.first + len(self.genotypes))
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredExit:
+    """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none."""
+
+    key: str
+    latency_ms: float | None
+    error: str = ""
 
 
 class RunFolder:
@@ -79,12 +125,28 @@ class RunFolder:
         return self.students / arch_id
 
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All decided trials, in order."""
-        return tuple(read_lines(TrialRecord, self.path / "trials.jsonl"))
+        """All decided trials by number. Lines stand in the order in which they were decided, which is another one."""
+        return tuple(sorted(read_lines(TrialRecord, self.path / "trials.jsonl"), key=lambda r: r.number))
 
     def add_trial(self, record: TrialRecord) -> None:
         """Appends a trial durably."""
         append_line(self.path / "trials.jsonl", record)
+
+    def batches(self) -> tuple[Batch, ...]:
+        """All proposed candidates, in order."""
+        return tuple(read_lines(Batch, self.path / "batches.jsonl"))
+
+    def add_batch(self, batch: Batch) -> None:
+        """Appends a batch durably."""
+        append_line(self.path / "batches.jsonl", batch)
+
+    def measured(self) -> dict[str, MeasuredExit]:
+        """Measured exits of finished students by key."""
+        return {m.key: m for m in read_lines(MeasuredExit, self.path / "measured.jsonl")}
+
+    def add_measured(self, measured: MeasuredExit) -> None:
+        """Appends a measured exit durably."""
+        append_line(self.path / "measured.jsonl", measured)
 
     def events(self) -> tuple[Event, ...]:
         """All events, in order."""
@@ -113,21 +175,20 @@ def open_run(path: Path, fingerprint: dict[str, str], resolved_yaml: str) -> Ite
         # Asked for now, not after the teacher has been trained.
         write_text(path / ".writable", "")
         (path / ".writable").unlink()
-    except OSError as e:
-        raise StorageError(f"{path}: cannot be used as run folder: {e}. Choose another: --set run.dir=DIR") from e
-    owner = path / "run.owner.json"
-    lock = FileLock(path / "run.lock")
-    try:
+        lock = FileLock(path / "run.lock")
         lock.acquire(timeout=0)
     except Timeout as e:
         raise StorageError(
-            f"{path}: another search is using this run folder ({_owner_text(owner)}). "
+            f"{path}: another search is using this run folder ({_owner_text(path / OWNER_FILE)}). "
             "Wait for it, or choose another folder: --set run.dir=DIR"
         ) from e
+    except (OSError, NotImplementedError) as e:  # the latter: a file system without locks
+        raise StorageError(f"{path}: cannot be used as run folder: {e}. Choose another: --set run.dir=DIR") from e
+    owner = path / OWNER_FILE
     try:
-        write_record(owner, {"pid": os.getpid(), "host": socket.gethostname()})
-        _check_fingerprint(path, fingerprint)
-        write_text(path / "experiment.yaml", resolved_yaml)
+        write_record(owner, _this_process())
+        _sweep(path)
+        _check_fingerprint(path, fingerprint, resolved_yaml)
         (path / "stop").unlink(missing_ok=True)
         yield RunFolder(path)
     finally:
@@ -135,28 +196,85 @@ def open_run(path: Path, fingerprint: dict[str, str], resolved_yaml: str) -> Ite
         lock.release()
 
 
-def _owner_text(owner: Path) -> str:
-    if not owner.exists():
+def _sweep(path: Path) -> None:
+    """Removes half-written files that a killed process left; the lock is held, so nobody is writing them."""
+    for left in list(path.rglob(".*.tmp-*")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _this_process() -> Owner:
+    pid = os.getpid()
+    return Owner(pid, socket.gethostname(), _boot_id(), _process_start(pid))
+
+
+def _owner_text(file: Path) -> str:
+    if not file.exists():
         return "owner unknown"
-    data = parse_json(read_text(owner), str(owner))
-    return f"process {data.get('pid')} on {data.get('host')}"
+    owner = read_record(Owner, file)
+    return f"process {owner.pid} on {owner.host}"
 
 
-def _check_fingerprint(path: Path, fingerprint: dict[str, str]) -> None:
+def is_running(path: Path) -> bool:
+    """Whether a search works in a run folder now; of another machine's search only its note is seen."""
+    file = path / OWNER_FILE
+    if not file.exists():
+        return False
+    owner = read_record(Owner, file)
+    if owner.host != socket.gethostname():
+        return True
+    return owner.boot_id == _boot_id() and owner.started == _process_start(owner.pid) != ""
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def _process_start(pid: int) -> str:
+    """What tells a process from a later one with the same number; empty when there is no such process."""
+    try:
+        # Field 22 of proc_pid_stat(5): start time; counted behind the name, which may hold spaces.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except PermissionError:
+        return "unknown"
+    return "unknown"
+
+
+def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: str) -> None:
     file = path / "fingerprint.json"
     now = {"schema": str(SCHEMA), **fingerprint}
-    if not file.exists():
-        write_record(file, now)
-        return
-    stored = parse_json(read_text(file), str(file))
-    lines = fingerprint_diff(stored, now)
-    if lines:
+    settings = path / "experiment.yaml"
+    lines = fingerprint_diff(parse_json(read_text(file), str(file)), now) if file.exists() else []
+    if lines and is_young(path):  # nothing to protect: the user mended a setting that the first call refused
+        file.unlink()
+        (path / "events.jsonl").unlink(missing_ok=True)
+    elif lines:
+        before = read_text(settings) if settings.exists() else ""
         raise RunMismatchError(
             f"{path}: this folder holds a run with other settings:\n"
-            + "\n".join(lines)
+            + "\n".join([*lines, *settings_diff(before, resolved_yaml)])
             + "\nGo on with the old settings, start anew in another folder (--set run.dir=DIR), or copy what is still "
             "valid into a new run: --fork"
         )
+    write_text(settings, resolved_yaml)
+    if not file.exists():
+        write_record(file, now)  # last: with it, the folder is a run that can be looked at
+
+
+def is_young(path: Path) -> bool:
+    """Whether a run folder holds no work that belongs to its settings yet."""
+    return not any((path / name).exists() for name in ("batches.jsonl", "trials.jsonl", "students", "supernet"))
 
 
 def fingerprint_diff(stored: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -168,20 +286,38 @@ def fingerprint_diff(stored: dict[str, str], now: dict[str, str]) -> list[str]:
     ]
 
 
-SCORE_KEYS = ("schema", "data", "teacher", "distillation", "scorer", "seed")
+def settings_diff(before: str, after: str) -> list[str]:
+    """One line per setting of two resolved experiment files that differs; folders of results are passed over."""
+    old, new = _flat(parse_yaml(before, "experiment.yaml")), _flat(parse_yaml(after, "experiment"))
+    return [
+        f"  {key}: {old.get(key, '(absent)')} -> {new.get(key, '(absent)')}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and not key.startswith("run.")
+    ]
+
+
+def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(data, dict):
+        return {prefix.rstrip("."): data} if prefix else {}
+    return {key: value for name, part in data.items() for key, value in _flat(part, f"{prefix}{name}.").items()}
+
+
+# What a score means. Of these, a changed space spoils only scores from weights that the space shares.
+SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
+FINISHED_FILES = ("finished.json", "final-*", "quant.json", "weights.safetensors", "finish.ckpt")
 
 
 def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
     """Starts a new run folder from an old one: scores stay valid when data, teacher and training are the same.
 
-    Trained students are copied by architecture, so a candidate that the new space contains is not trained again;
-    trials, rounds and outcomes start anew under the new space and budget.
+    Trained students are copied by architecture, so a candidate that the new space contains is not trained again.
+    Trials, rounds and outcomes start anew under the new space and budget. The copy appears when it is whole.
 
     Returns:
         What was copied, in words.
 
     Raises:
-        StorageError: the new folder exists already, or the old one is not a run.
+        StorageError: the new folder exists already, the old one is not a run, or the copy cannot be written.
     """
     stored_file = old / "fingerprint.json"
     if not stored_file.exists():
@@ -192,12 +328,22 @@ def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
     now = {"schema": str(SCHEMA), **fingerprint}
     changed = [key for key in SCORE_KEYS if stored.get(key) != now.get(key)]
     if changed:
-        return [f"nothing copied: {', '.join(changed)} changed, so old scores mean something else"]
-    notes = []
-    # The supernet holds the weights of one space; finished and scored students stand for themselves.
-    parts = ["students"] + (["supernet"] if stored.get("space") == now.get("space") else [])
-    for part in parts:
-        if (old / part).is_dir():
-            shutil.copytree(old / part, new / part)
-            notes.append(f"{part}: {sum(1 for _ in (new / part).iterdir())} entries")
-    return notes
+        return [f"nothing: {', '.join(changed)} changed, so old scores mean something else"]
+    parts, left_out = ["students", "supernet"], [".*"]
+    if stored.get("space") != now.get("space"):
+        parts.remove("supernet")
+        left_out.append("supernet-*")
+    if stored.get("calibration") != now.get("calibration"):
+        left_out += FINISHED_FILES
+    staged = new.with_name(f".{new.name}.tmp-{os.getpid()}")
+    try:
+        present = [part for part in parts if (old / part).is_dir()]
+        for part in present:
+            shutil.copytree(old / part, staged / part, ignore=shutil.ignore_patterns(*left_out))
+        if present:
+            staged.replace(new)
+    except (OSError, shutil.Error) as e:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise StorageError(f"{new}: the copy of {old} cannot be written: {e}. Free space, then try again") from e
+    notes = [f"{part}: {sum(1 for _ in (new / part).iterdir())} entries" for part in present]
+    return notes or [f"nothing: {old} has no scores yet"]

@@ -20,7 +20,7 @@ from nas.latency.table import LatencyTable
 from nas.measure.fill import SECONDS_PER_ROW
 from nas.models.teachers import ResNet, count_macs
 from nas.search.experiment import Experiment
-from nas.search.folder import RunFolder, fingerprint_diff
+from nas.search.folder import RunFolder, fingerprint_diff, is_young
 from nas.search.predictor import WHOLE_TABLE_ROWS
 from nas.search.prepare import Inputs, fingerprint, load_inputs, worker_count
 from nas.search.progress import Reporter
@@ -121,7 +121,7 @@ def check_plan(plan: Plan) -> None:
 
 def _run_state(path: Path, marks: dict[str, str]) -> tuple[str, int, tuple[str, ...]]:
     file = path / "fingerprint.json"
-    if not file.exists():
+    if not file.exists() or is_young(path):
         return "new", 0, ()
     stored = parse_json(read_text(file), str(file))
     differences = tuple(line for line in fingerprint_diff(stored, {"schema": stored.get("schema", ""), **marks}))

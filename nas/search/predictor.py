@@ -5,27 +5,29 @@ Measuring and training never run at the same time: the caller asks only while no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from nas.core.errors import DeviceError
 from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Measurement, Precision
-from nas.core.run import PredictedMeasured
+from nas.core.run import FailedCandidate, LatencyKind, PredictedMeasured
 from nas.core.walk import expand
 from nas.devices.base import Device
 from nas.latency.correction import Correction
-from nas.latency.estimate import Estimator, VectorEstimator, fit_correction
-from nas.latency.lines import NetworkForm
+from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator, fit_correction
+from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import FillProgress, FillReport, fill
+from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill
 from nas.measure.networks import measure_networks
 from nas.search.progress import Reporter
+from nas.space.slots import extreme_genotype
 from nas.space.space import SearchSpace
 
 # A whole table of this many rows takes 20-60 s; larger spaces are filled row by row as candidates need them.
 WHOLE_TABLE_ROWS = 1200
+UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest network is looked for
 
 Genotype = tuple[int, ...]
 
@@ -77,22 +79,24 @@ class Predictor:
         return report
 
     def refit(self) -> None:
-        """Corrects the estimate from all networks that the table holds."""
+        """Corrects the estimate from all networks that the table holds.
+
+        Raises:
+            StorageError: the table cannot be written, or another process keeps it for very long.
+        """
         correction = fit_correction(self.table)
         self._correction = correction if correction.fits else None
         if self._correction is not None:
-            with self.table.writing():
+            with self.table.writing(WAIT_S, self._reporter.say):
                 self.table.save_correction(self._correction)
         self._vector = VectorEstimator(self.space, self.table, self._correction)
 
     def worst(self, genotypes: Sequence[Genotype]) -> tuple[np.ndarray, np.ndarray]:
-        """Worst-case latency of canonical genotypes and its standard deviation, ms [N]; missing rows are measured."""
-        estimate = self._vector_estimator().estimate(np.asarray(genotypes, np.int64), allow_missing=True)
-        unknown = np.isnan(estimate.worst_ms)
-        if unknown.any():
-            rows = [genotypes[i] for i in np.flatnonzero(unknown)]
-            self.fill(self._vector_estimator().layers(np.asarray(rows, np.int64)))
-            estimate = self._vector_estimator().estimate(np.asarray(genotypes, np.int64))
+        """Worst-case latency of canonical genotypes and its standard deviation, ms [N]; missing rows are measured.
+
+        NaN where a row of the genotype could not be measured.
+        """
+        estimate = self._filled(genotypes)
         return estimate.worst_ms, estimate.worst_std_ms
 
     def known_worst(self, genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -101,29 +105,88 @@ class Predictor:
         return estimate.worst_ms, estimate.worst_std_ms
 
     def first_exit(self, genotypes: Sequence[Genotype]) -> np.ndarray:
-        """Latency of an image that leaves as early as it can, ms [N]."""
-        self.worst(genotypes)
-        estimate = self._vector_estimator().estimate(np.asarray(genotypes, np.int64))
-        return np.nanmin(estimate.exit_ms, axis=1)
+        """Latency of an image that leaves as early as it can, ms [N]; NaN as in `worst`."""
+        return _least(self._filled(genotypes))
+
+    def known_first_exit(self, genotypes: np.ndarray) -> np.ndarray:
+        """As `first_exit`, with NaN where a row is missing: nothing is measured."""
+        return _least(self._vector_estimator().estimate(genotypes, allow_missing=True))
+
+    def estimates(self, genotypes: Sequence[Genotype]) -> list[LatencyEstimate]:
+        """Latency per exit of many canonical genotypes whose rows are there: as `estimate`, a hundred times faster.
+
+        Raises:
+            MissingRowError: a row is missing.
+        """
+        if not genotypes:
+            return []
+        found = self._vector_estimator().estimate(np.asarray(genotypes, np.int64))
+        result = []
+        for exit_ms, std_ms in zip(found.exit_ms, found.exit_std_ms, strict=True):
+            there = ~np.isnan(exit_ms)
+            result.append(LatencyEstimate(tuple(exit_ms[there].tolist()), tuple(std_ms[there].tolist()), 0, "vector"))
+        return result
+
+    def _filled(self, genotypes: Sequence[Genotype]) -> VectorEstimate:
+        rows = np.asarray(genotypes, np.int64)
+        estimate = self._vector_estimator().estimate(rows, allow_missing=True)
+        unknown = np.isnan(estimate.worst_ms)
+        if unknown.any():
+            missing = self._vector_estimator().layers(rows[unknown])
+            if self.fill(missing).measured:
+                estimate = self._vector_estimator().estimate(rows, allow_missing=True)
+        return estimate
 
     def estimate(self, candidate: Candidate) -> LatencyEstimate:
-        """Latency per exit of any candidate; missing rows are measured first."""
+        """Latency per exit of any candidate; missing rows are measured first.
+
+        Raises:
+            MissingRowError: a row could not be measured.
+        """
         layers = expand(candidate)
         if self.table.missing(layer.key for layer in layers):
             self.fill(layers)
         return Estimator(self.table, self._correction).estimate(layers)
 
-    def measure(self, candidates: Sequence[Candidate], round_number: int) -> tuple[PredictedMeasured, ...]:
-        """Builds and measures whole networks, then refits; what had been predicted stands beside what was measured.
+    def fastest(self) -> tuple[Genotype, float] | None:
+        """The genotype with the least sum of rows and its predicted worst case, ms; None while rows are missing.
+
+        Exact for the plain sum; a correction may prefer another one by the error of the sum.
+        """
+        if not self.is_whole:
+            return None
+
+        def cost(layer: LayerSpec) -> float:
+            row = self.table.rows.get(layer.key)
+            return UNKNOWN_MS if row is None or row.latency_ms is None else self.table.net_ms(layer.key)
+
+        _, found = extreme_genotype(self.space.slots(), self.space.gene_sizes, cost, {}, largest=False)
+        genotype = self.space.canonical(found)
+        worst = float(self.known_worst(np.array([genotype]))[0][0])
+        return None if np.isnan(worst) else (genotype, worst)
+
+    def measure(
+        self, candidates: Sequence[Candidate], round_number: int
+    ) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:
+        """Builds and measures whole networks, then refits.
+
+        A prediction that stands beside a measurement comes from the correction without these very networks, also where
+        the table had them already: from an earlier run, or from one that was killed here.
 
         Args:
-            candidates: networks; those measured before are not repeated.
+            candidates: networks; those measured before are not measured again.
             round_number: kept with the result.
 
-        Raises:
-            DeviceError: not one of them could be measured.
+        Returns:
+            What was measured, and what could not be.
         """
-        before = [self.estimate(c) for c in candidates]
+        keys = [network_key(c, deployed_form(c)) for c in candidates]
+        others = [n for key, n in self.table.networks.items() if key not in keys]
+        held_out = fit_correction(self.table, others) if others else None
+        for c in candidates:
+            self.fill(expand(c))
+        estimator = Estimator(self.table, held_out if held_out is not None and held_out.fits else None)
+        before = [estimator.estimate(c) for c in candidates]
         results: dict[int, Measurement] = {}
         for form in ("if", "plain"):
             chosen = [i for i, c in enumerate(candidates) if deployed_form(c) == form]
@@ -136,7 +199,7 @@ class Predictor:
                     progress=lambda p: self._reporter.progress("networks on the device", p.done, p.total, ""),
                 )
                 results.update(zip(chosen, measured, strict=True))
-        pairs = [
+        pairs = tuple(
             PredictedMeasured(
                 candidates[i].id,
                 _label(candidates[i]),
@@ -147,11 +210,15 @@ class Predictor:
             )
             for i, m in sorted(results.items())
             if m.latency_ms is not None
-        ]
-        if candidates and not pairs:
-            raise DeviceError(f"none of {len(candidates)} networks could be measured, the first: {results[0].error}")
-        self.refit()
-        return tuple(pairs)
+        )
+        failed = tuple(
+            FailedCandidate(candidates[i].id, "measuring", m.error or "no latency", round_number)
+            for i, m in sorted(results.items())
+            if m.latency_ms is None
+        )
+        if pairs:
+            self.refit()
+        return pairs, failed
 
     def _vector_estimator(self) -> VectorEstimator:
         if self._vector is None:
@@ -164,17 +231,34 @@ def _label(candidate: Candidate) -> Precision | Literal["mixed"]:
     return names.pop() if len(names) == 1 else "mixed"
 
 
-def in_budget_filter(predictor: Predictor, budget_ms: float, of: str, margin_std: float) -> Callable[[Genotype], bool]:
-    """Whether a genotype may be trained: its prediction plus the margin keeps the budget.
+def _least(estimate: VectorEstimate) -> np.ndarray:
+    """Smallest latency of each row; NaN where the worst case is not known."""
+    return np.where(np.isnan(estimate.worst_ms), np.nan, np.fmin.reduce(estimate.exit_ms, axis=1))
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetFilter:
+    """Which genotypes may be trained: those whose prediction plus the margin keeps the budget.
 
     Worst case: known before training. Expected and p99 depend on the exits taken, which are known after scoring: here
     only candidates are refused that miss the budget even when every image leaves at the first exit.
     """
 
-    def keeps(genotype: Genotype) -> bool:
-        worst, std = predictor.worst([genotype])
-        if of == "worst":
-            return bool(worst[0] + margin_std * std[0] <= budget_ms)
-        return bool(predictor.first_exit([genotype])[0] <= budget_ms)
+    predictor: Predictor
+    budget_ms: float
+    of: LatencyKind
+    margin_std: float
 
-    return keeps
+    def keeps(self, genotype: Genotype) -> bool:
+        """Whether a genotype may be trained; rows that it needs are measured."""
+        if self.of == "worst":
+            worst, std = self.predictor.worst([genotype])
+            return bool(worst[0] + self.margin_std * std[0] <= self.budget_ms)
+        return bool(self.predictor.first_exit([genotype])[0] <= self.budget_ms)
+
+    def known(self, genotypes: np.ndarray) -> np.ndarray:
+        """The same for genotypes [N, G] at once; False where a row is missing."""
+        if self.of == "worst":
+            worst, std = self.predictor.known_worst(genotypes)
+            return worst + self.margin_std * std <= self.budget_ms
+        return self.predictor.known_first_exit(genotypes) <= self.budget_ms

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nas.core.errors import DeviceError
-from nas.core.jsonio import content_hash
+from nas.core.jsonio import content_hash, file_sha256, to_plain
 from nas.core.records import DeviceProfile
 from nas.data import Dataset, load_dataset
 from nas.devices import open_device
@@ -69,19 +69,26 @@ def load_inputs(experiment: Experiment, reporter: Reporter, device: Device | Non
 
 
 def fingerprint(inputs: Inputs) -> dict[str, str]:
-    """Everything that decides what a score of this run means, as readable values."""
+    """Everything that decides what a run finds, as readable values."""
     e = inputs.experiment
+    given = Path(e.teacher.weights) if e.teacher.weights else None
+    weights = file_sha256(given) if given is not None and given.is_file() else str(given)
+    s, finish = e.search, e.finish
     scorer = {"supernet": e.supernet, "standalone": e.standalone}[e.search.scorer]
     return {
         "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
         "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}",
         "augmentation": content_hash(inputs.dataset.augment),
-        "teacher": f"{e.teacher.kind} {content_hash(e.teacher)}",
+        "teacher": f"{e.teacher.kind} {content_hash({**to_plain(e.teacher), 'weights': weights})}",
         "distillation": content_hash(e.distill),
         "scorer": f"{e.search.scorer} {content_hash(scorer)}",
-        "budget": f"{e.budget.ms:g} ms ({e.budget.of})",
+        "budget": f"{e.budget.ms:g} ms ({e.budget.of}), margin of {e.budget.margin_std:g} deviations",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
-        "seed": str(e.search.seed),
+        "seed": str(s.seed),
+        "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}",
+        "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round",
+        "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
+        "calibration": f"{finish.calibration_images} images",
     }
 
 
@@ -146,6 +153,7 @@ def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan
         str(root / "stop"),
         distill,
         rungs,
+        e.standalone.keep,
         e.search.seed,
         SCORE_IMAGES,
     )

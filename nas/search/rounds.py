@@ -7,31 +7,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nas.core.errors import BudgetError, TrainingError
+from nas.core.errors import BudgetError, DeviceError, TrainingError
+from nas.core.jsonio import write_record
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures
-from nas.core.run import LatencyKind, PredictedMeasured, latency_of
+from nas.core.run import FailedCandidate, PredictedMeasured, latency_of
 from nas.core.walk import total_macs
 from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
-from nas.recipe.pool import JobFailure, WorkerPool
-from nas.search.folder import Event, RunFolder, TrialRecord
-from nas.search.predictor import Predictor, deployed_form, in_budget_filter
-from nas.search.progress import Reporter, StopFlag
-from nas.search.scoring import ScoredCandidate, ScoringPlan, score_batch
+from nas.recipe.pool import WorkerPool
+from nas.search.folder import Batch, Event, RunFolder, TrialRecord
+from nas.search.predictor import BudgetFilter, Predictor, deployed_form
+from nas.search.progress import StopFlag, StoppableReporter
+from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.select import hypervolume, stratified, worth_measuring
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
-from nas.search.study import Proposer, Scored, choose_sampler
+from nas.search.study import Proposer, Scored, choose_sampler, importances, mirror
 from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
 POOL_SAMPLES = 2048  # random genotypes from which starts and networks to measure are chosen
 FIRST_ROWS_SAMPLES = 48  # where the table is filled lazily: random candidates whose rows come first
 FAILURES_IN_A_ROW = 6
+CLEAR_MISS = 1.25  # times the budget: further than any correction of the plain sum moves an estimate
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,7 +49,7 @@ class SearchParts:
     budget: BudgetSettings
     search: SearchSettings
     feedback: FeedbackSettings
-    reporter: Reporter
+    reporter: StoppableReporter
     stop: StopFlag
 
     @property
@@ -63,6 +65,7 @@ def run_rounds(parts: SearchParts) -> None:
         InterruptedRunError: the run was asked to stop.
         BudgetError: not one candidate of the space keeps the budget.
         TrainingError: several candidates in a row failed for the same reason.
+        DeviceError: not one network could be measured.
     """
     events = parts.folder.events()
     if not any(e.kind == "first networks" for e in events):
@@ -85,12 +88,18 @@ def _first_networks(parts: SearchParts) -> None:
     started = time.monotonic()
     count = parts.feedback.first_networks
     pairs: tuple[PredictedMeasured, ...] = ()
+    failed: tuple[FailedCandidate, ...] = ()
     if count:
         genotypes, latency = _pool_in_reach(parts, parts.search.seed)
         chosen = [genotypes[i] for i in stratified(latency, count)]
-        pairs = parts.predictor.measure([parts.space.decode(g) for g in chosen], 0)
-        _say_error(parts, pairs)
-    parts.folder.add_event(_round_event("first networks", 0, 0, 0, pairs, None, time.monotonic() - started))
+        pairs, failed = parts.predictor.measure([parts.space.decode(g) for g in chosen], 0)
+        if chosen and not pairs:
+            raise DeviceError(
+                f"not one of {len(chosen)} networks could be measured on {parts.predictor.device.profile.name}, "
+                f"the first: {failed[0].reason}. Run: nas doctor"
+            )
+        _tell_measured(parts, pairs, failed)
+    parts.folder.add_event(_round_event("first networks", 0, 0, 0, pairs, None, time.monotonic() - started, failed))
 
 
 def _pool_in_reach(parts: SearchParts, seed: int) -> tuple[list[Genotype], list[float]]:
@@ -112,45 +121,70 @@ def _pool_in_reach(parts: SearchParts, seed: int) -> tuple[list[Genotype], list[
 def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
     started = time.monotonic()
     records = list(parts.folder.trials())
-    known = [to_scored(parts, r) for r in records if r.state == "complete"]
-    in_budget = in_budget_filter(parts.predictor, parts.budget.ms, parts.budget.of, parts.budget.margin_std)
-    proposer = Proposer(parts.space, sampler, parts.search.seed + number, parts.search.trials, in_budget, known)
-    failures: list[str] = []
+    batches = parts.folder.batches()
+    proposer = _proposer(parts, number, sampler, records, batches)
     goal = quota(parts.search, number)
-    while sum(r.state != "failed" for r in records) < goal:
-        parts.stop.check()
-        wanted = min(parts.search.batch, goal - sum(r.state != "failed" for r in records))
-        proposals = _propose(parts, proposer, records, wanted)
-        if not proposals:
-            parts.reporter.say("no new candidate inside the budget can be found: the space is exhausted there")
-            break
-        for record, scored in _score(parts, number, proposals, len(records)):
-            records.append(record)
-            trial = proposals[record.genotype]
-            if trial is not None:
-                proposer.tell(trial, scored)
+    failures: list[str] = []
+    batch = _undecided(batches, records)
+    while True:
+        if batch is None:
+            # A candidate that failed is replaced, one that was stopped early is not.
+            wanted = min(parts.search.batch, goal - sum(r.state != "failed" for r in records))
+            if wanted <= 0:
+                break
+            parts.stop.check()
+            batch, asked = _proposed(parts, proposer, sampler, number, len(records), wanted)
+            if batch is None:
+                parts.reporter.say("no new candidate inside the budget can be found: the space is exhausted there")
+                break
+            parts.folder.add_batch(batch)
+        else:
+            asked = {}
+        decided = _scored(parts, batch, records)
+        # In the order of proposal, not in that of the workers: the next proposals depend on it.
+        for record in sorted(decided, key=lambda r: r.number):
+            scored = _outcomes(parts, [record])[0] if record.state == "complete" else None
+            if record.number in asked:
+                proposer.tell(asked[record.number], scored)
             elif scored is not None:
                 proposer.learn(scored)
             failures = [*failures, record.reason] if record.state == "failed" else []
-            _break_circuit(failures)
-    pairs = _measure_chosen(parts, records, number)
+        records = sorted([*records, *decided], key=lambda r: r.number)
+        batch = None
+        _break_circuit(failures)
+    pairs, failed = _measure_chosen(parts, records, number)
     value = search_hypervolume(parts, records)
-    parts.folder.add_event(
-        _round_event(
-            "round",
-            number,
-            len(records),
-            sum(r.state == "failed" for r in records),
-            pairs,
-            value,
-            time.monotonic() - started,
-        )
-    )
+    count = sum(r.state == "failed" for r in records)
+    spent = time.monotonic() - started
+    parts.folder.add_event(_round_event("round", number, len(records), count, pairs, value, spent, failed))
     parts.reporter.say(
         f"round {number} of {parts.search.rounds}: {len(records)} candidates, hypervolume {value:.3f} (scores of "
         "validation images, not final accuracy)"
     )
-    _say_error(parts, pairs)
+    _tell_measured(parts, pairs, failed)
+
+
+def _proposer(
+    parts: SearchParts, number: int, sampler: str, records: Sequence[TrialRecord], batches: Sequence[Batch]
+) -> Proposer:
+    complete = [r for r in records if r.state == "complete"]
+    budget = _budget_filter(parts)
+    return Proposer(
+        parts.space,
+        sampler,
+        (parts.search.seed, number, len(records)),
+        parts.search.trials,
+        budget.keeps,
+        budget.known,
+        _outcomes(parts, complete),
+        [*(r.genotype for r in records), *(g for batch in batches for g in batch.genotypes)],
+    )
+
+
+def _undecided(batches: Sequence[Batch], records: Sequence[TrialRecord]) -> Batch | None:
+    """The batch that an earlier call did not bring to its end."""
+    known = {r.number for r in records}
+    return next((batch for batch in batches if not known.issuperset(batch.numbers)), None)
 
 
 def _break_circuit(failures: Sequence[str]) -> None:
@@ -159,24 +193,61 @@ def _break_circuit(failures: Sequence[str]) -> None:
         raise TrainingError(f"{len(failures)} candidates in a row failed; the last one: {failures[-1]}")
 
 
-def _propose(
-    parts: SearchParts, proposer: Proposer, records: Sequence[TrialRecord], wanted: int
-) -> dict[Genotype, int | None]:
-    """New genotypes with their number in the sampler's study; the ends of the space come first, without one."""
-    proposals: dict[Genotype, int | None] = {}
-    if not records:
-        for genotype in _ends(parts):
-            if not proposer.seen(genotype) and len(proposals) < wanted:
-                proposals[genotype] = None
-    while len(proposals) < wanted:
-        asked = proposer.ask()
-        if asked is None:
+def _proposed(
+    parts: SearchParts, proposer: Proposer, sampler: str, round_number: int, first: int, wanted: int
+) -> tuple[Batch | None, dict[int, int]]:
+    """A batch of new candidates, and the sampler's number of each trial; the ends of the space come first, without one.
+
+    None when there is no new candidate inside the budget.
+    """
+    genotypes: list[Genotype] = []
+    proposers: list[str] = []
+    asked: dict[int, int] = {}
+    if first == 0:
+        genotypes = [g for g in _ends(parts) if not proposer.seen(g)][:wanted]
+        proposers = ["first"] * len(genotypes)
+        proposer.mark(genotypes)
+    while len(genotypes) < wanted:
+        found = proposer.ask()
+        if found is None:
             break
-        number, genotype = asked
-        if genotype not in proposals:
-            proposals[genotype] = number
-        parts.reporter.progress("proposing", len(proposals), wanted)
-    return proposals
+        asked[first + len(genotypes)] = found[0]
+        genotypes.append(found[1])
+        proposers.append(sampler)
+        parts.reporter.progress("proposing", len(genotypes), wanted)
+    if not genotypes:
+        return None, {}
+    worst, _ = parts.predictor.worst(genotypes)
+    return Batch(first, round_number, tuple(genotypes), tuple(worst.tolist()), tuple(proposers)), asked
+
+
+def check_budget(predictor: Predictor, budget: BudgetSettings) -> None:
+    """Ends a run that cannot succeed before anything is trained for it.
+
+    The plain sum may be wrong by some percent, so only a clear miss counts here.
+
+    Raises:
+        BudgetError: the fastest candidate of the space misses the budget; the message names it.
+    """
+    if budget.of != "worst":
+        return
+    found = predictor.fastest()
+    if found is not None and found[1] > CLEAR_MISS * budget.ms:
+        raise _budget_error(predictor, budget, *found)
+
+
+def _budget_error(predictor: Predictor, budget: BudgetSettings, genotype: Genotype, fastest_ms: float) -> BudgetError:
+    space = predictor.space
+    needed = rounded_up(fastest_ms * 1.1)
+    return BudgetError(
+        f"no candidate of space {space.name} keeps {budget.ms:g} ms ({budget.of}) on {predictor.device.profile.name}; "
+        f"the closest, {space.decode(genotype).id}, needs about {fastest_ms:.4g} ms. Raise the budget "
+        f"(--set budget.ms={needed}) or take a space with smaller networks (--set space=NAME)"
+    )
+
+
+def _budget_filter(parts: SearchParts) -> BudgetFilter:
+    return BudgetFilter(parts.predictor, parts.budget.ms, parts.budget.of, parts.budget.margin_std)
 
 
 def _ends(parts: SearchParts) -> list[Genotype]:
@@ -186,142 +257,139 @@ def _ends(parts: SearchParts) -> list[Genotype]:
         BudgetError: the fastest one that is known misses the budget.
     """
     space, predictor, budget = parts.space, parts.predictor, parts.budget
-    keeps = in_budget_filter(predictor, budget.ms, budget.of, budget.margin_std)
+    limit = _budget_filter(parts)
     smallest, largest = space.smallest(), space.largest()
     genotypes, latency = _pool_in_reach(parts, parts.search.seed + 1)
-    inside = [(g, t) for g, t in zip(genotypes, latency, strict=True) if keeps(g)]
-    if not inside and not keeps(smallest):
-        fastest = float(predictor.worst([smallest])[0][0])
-        if latency:
-            fastest = min(fastest, min(latency))
-        raise BudgetError(
-            f"no candidate of space {space.name} keeps {budget.ms:g} ms ({budget.of}) on "
-            f"{predictor.device.profile.name}: the fastest known one needs about {fastest:.4g} ms. "
-            f"Raise the budget (--set budget.ms={_rounded_up(fastest * 1.1)}) or take a smaller space"
-        )
-    ends = [smallest] if keeps(smallest) else []
-    if keeps(largest):
+    exact = predictor.fastest()
+    known = [*zip(genotypes, latency, strict=True), (smallest, float(predictor.worst([smallest])[0][0]))]
+    known += [] if exact is None else [exact]
+    kept = limit.known(np.array([g for g, _ in known], np.int64))
+    inside = [pair for pair, keeps in zip(known, kept, strict=True) if keeps]
+    if not inside:
+        raise _budget_error(predictor, budget, *min(known, key=lambda pair: float(np.nan_to_num(pair[1], nan=np.inf))))
+    ends = [smallest if limit.keeps(smallest) else min(inside, key=lambda pair: pair[1])[0]]
+    if limit.keeps(largest):
         ends.append(largest)
-    elif inside:
+    else:
         ends.append(max(inside, key=lambda pair: total_macs(space.decode(pair[0])))[0])
     return list(dict.fromkeys(ends))
 
 
-def _rounded_up(value: float) -> str:
+def rounded_up(value: float) -> str:
+    """A number as text with two digits, not below it."""
     return f"{value:.2g}" if float(f"{value:.2g}") >= value else f"{value * 1.06:.2g}"
 
 
-def _score(
-    parts: SearchParts, number: int, proposals: dict[Genotype, int | None], first: int
-) -> list[tuple[TrialRecord, Scored | None]]:
-    genotypes = list(proposals)
-    candidates = [parts.space.decode(g) for g in genotypes]
-    estimates = [parts.predictor.estimate(c) for c in candidates]
+def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Decides those candidates of a batch that are not decided yet; each is recorded as soon as it is."""
+    before = {r.number: r for r in records if r.number in batch.numbers}
+    candidates = [parts.space.decode(g) for g in batch.genotypes]
+    estimates = parts.predictor.estimates(batch.genotypes)
     decided = []
-    note = f"{first} of {parts.search.trials} candidates before"
     results = score_batch(
         parts.plan,
         parts.pool,
         candidates,
-        [e.worst_ms for e in estimates],
-        parts.reporter,
+        batch.latency_ms,
+        parts.reporter.plain,
         lambda: parts.stop.is_set,
-        note,
+        f"{batch.first} of {parts.search.trials} candidates before",
+        {n - batch.first: r.epochs for n, r in before.items() if r.state == "failed"},
     )
     for i, result in results:
-        record = _record(
-            parts,
-            first + len(decided),
-            number,
-            genotypes[i],
-            candidates[i],
-            proposals[genotypes[i]],
-            estimates[i],
-            result,
-        )
-        parts.folder.add_trial(record)
-        decided.append((record, to_scored(parts, record) if record.state == "complete" else None))
+        if batch.first + i not in before:
+            record = _record(parts, batch, i, candidates[i], estimates[i], result)
+            parts.folder.add_trial(record)
+            decided.append(record)
     return decided
 
 
 def _record(
-    parts: SearchParts,
-    trial: int,
-    round_number: int,
-    genotype: Genotype,
-    candidate: Candidate,
-    asked: int | None,
-    estimate: LatencyEstimate,
-    result: ScoredCandidate | JobFailure,
+    parts: SearchParts, batch: Batch, i: int, candidate: Candidate, estimate: LatencyEstimate, result: Result
 ) -> TrialRecord:
-    proposer = "first" if asked is None else choose_sampler(parts.search.sampler, parts.search.trials)[0]
-    if isinstance(result, JobFailure):
-        return TrialRecord(
-            trial,
-            round_number,
-            genotype,
-            candidate,
-            "failed",
-            proposer,
-            estimate.worst_ms,
-            reason=result.reason,
-        )
+    decided = TrialRecord(
+        batch.first + i,
+        batch.round,
+        batch.genotypes[i],
+        candidate,
+        "failed",
+        batch.proposers[i],
+        batch.latency_ms[i],
+        epochs=result.epochs,
+    )
+    if isinstance(result, ScoreFailure):
+        return replace(decided, reason=result.reason)
     thresholds = tuple(NEVER if e.threshold is None else e.threshold for e in candidate.exits)
     top1, shares, _ = evaluate_thresholds(result.logits, parts.labels, thresholds, estimate.exit_ms)
-    return TrialRecord(
-        trial,
-        round_number,
-        genotype,
-        candidate,
-        "complete" if result.is_complete else "stopped",
-        proposer,
-        estimate.worst_ms,
+    return replace(
+        decided,
+        state="complete" if result.is_complete else "stopped",
         top1=top1,
         exit_top1=tuple(float((row.argmax(1) == parts.labels).mean()) for row in result.logits),
         exit_shares=tuple(float(s) for s in shares),
-        epochs=result.epochs,
         cost_s=result.cost_s,
     )
 
 
-def current_figures(predictor: Predictor, record: TrialRecord) -> LatencyFigures:
-    """Latency of a scored candidate as it is estimated now."""
-    return figures(predictor.estimate(record.candidate), record.exit_shares)
+def current_figures(parts: SearchParts, records: Sequence[TrialRecord]) -> list[LatencyFigures]:
+    """Latencies of scored candidates as they are estimated now."""
+    estimates = parts.predictor.estimates([r.genotype for r in records])
+    return [figures(e, r.exit_shares) for e, r in zip(estimates, records, strict=True)]
 
 
-def to_scored(parts: SearchParts, record: TrialRecord) -> Scored:
-    """What the sampler learns of a scored candidate: accuracy and expected latency as estimated now."""
-    now = current_figures(parts.predictor, record)
-    limit: LatencyKind = parts.budget.of
-    return Scored(
-        record.genotype,
-        record.top1 or 0.0,
-        now.expected_ms,
-        latency_of(now, limit) - parts.budget.ms,
-        record.candidate.id,
-    )
+def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored]:
+    """What the sampler learns of scored candidates: accuracy and expected latency as estimated now."""
+    return [
+        Scored(
+            r.genotype,
+            r.top1 or 0.0,
+            now.expected_ms,
+            latency_of(now, parts.budget.of) - parts.budget.ms,
+            r.candidate.id,
+        )
+        for r, now in zip(records, current_figures(parts, records), strict=True)
+    ]
+
+
+def write_study(parts: SearchParts) -> None:
+    """The scored candidates as an Optuna study for dashboards, and the importance of each gene."""
+    complete = [r for r in parts.folder.trials() if r.state == "complete"]
+    scored = _outcomes(parts, complete)
+    notes = [
+        {
+            "trial": r.number,
+            "round": r.round,
+            "epochs": r.epochs,
+            "exit_top1": list(r.exit_top1),
+            "proposer": r.proposer,
+        }
+        for r in complete
+    ]
+    path = parts.folder.path
+    mirror(path / "study.db", path.name, parts.space, list(zip(scored, notes, strict=True)))
+    write_record(path / "importances.json", importances(parts.space, scored))
 
 
 def search_hypervolume(parts: SearchParts, records: Sequence[TrialRecord]) -> float:
     """Hypervolume of all scores under today's estimates; reference: accuracy of guessing, and the budget."""
     complete = [r for r in records if r.state == "complete"]
-    latency = [current_figures(parts.predictor, r).expected_ms for r in complete]
+    latency = [now.expected_ms for now in current_figures(parts, complete)]
     return hypervolume([r.top1 or 0.0 for r in complete], latency, parts.chance, parts.budget.ms)
 
 
-def _measure_chosen(parts: SearchParts, records: Sequence[TrialRecord], number: int) -> tuple[PredictedMeasured, ...]:
+def _measure_chosen(
+    parts: SearchParts, records: Sequence[TrialRecord], number: int
+) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:
     complete = {
         r.candidate.with_thresholds((None,) * len(r.candidate.exits)): r for r in records if r.state == "complete"
     }
-    if not complete or not parts.feedback.networks_per_round:
-        return ()
     fresh = {c: r for c, r in complete.items() if not _is_measured(parts.predictor, c)}
+    if not fresh or not parts.feedback.networks_per_round:
+        return (), ()
     candidates = list(fresh)
-    if not candidates:
-        return ()
-    now = [current_figures(parts.predictor, fresh[c]) for c in candidates]
+    now = current_figures(parts, list(fresh.values()))
     chosen = worth_measuring(
-        [fresh[c].top1 or 0.0 for c in candidates],
+        [r.top1 or 0.0 for r in fresh.values()],
         [f.expected_ms for f in now],
         [f.std_ms for f in now],
         parts.budget.ms,
@@ -338,29 +406,30 @@ def _round_event(
     kind: str,
     number: int,
     trials: int,
-    failed: int,
+    failures: int,
     pairs: Sequence[PredictedMeasured],
     value: float | None,
     wall_s: float,
+    failed: Sequence[FailedCandidate],
 ) -> Event:
     mape = float(np.mean([abs(p.error) for p in pairs])) if pairs else None
-    return Event(
-        kind,
-        time.time(),
-        {
-            "round": number,
-            "trials": trials,
-            "failed": failed,
-            "measured": len(pairs),
-            "hypervolume": value,
-            "mape": mape,
-            "wall_s": wall_s,
-        },
-        pairs=tuple(pairs),
-    )
+    values = {
+        "round": number,
+        "trials": trials,
+        "failed": failures,
+        "measured": len(pairs),
+        "hypervolume": value,
+        "mape": mape,
+        "wall_s": wall_s,
+    }
+    return Event(kind, time.time(), values, tuple(pairs), tuple(failed))
 
 
-def _say_error(parts: SearchParts, pairs: Sequence[PredictedMeasured]) -> None:
+def _tell_measured(parts: SearchParts, pairs: Sequence[PredictedMeasured], failed: Sequence[FailedCandidate]) -> None:
     if pairs:
         mape = 100 * float(np.mean([abs(p.error) for p in pairs]))
         parts.reporter.say(f"{len(pairs)} networks measured; they had been predicted with {mape:.1f} % mean error")
+    if failed:
+        parts.reporter.warn(
+            f"{len(failed)} networks could not be measured, the first: {failed[0].id}: {failed[0].reason}"
+        )

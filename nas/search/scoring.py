@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,10 @@ class ScoredCandidate:
 
 @dataclass(frozen=True, slots=True)
 class ScoringPlan:
-    """What all score jobs of a run share. `rungs`: epochs after which the worse half stops; (0,) with the supernet."""
+    """What all score jobs of a run share.
+
+    `rungs`: epochs after which students are compared, (0,) with the supernet; `keep`: share that goes on from each.
+    """
 
     source: Source
     context: str
@@ -39,6 +43,7 @@ class ScoringPlan:
     stop_file: str
     distill: DistillSettings
     rungs: tuple[int, ...]
+    keep: float
     seed: int
     images: int
 
@@ -58,7 +63,15 @@ class ScoringPlan:
         )
 
 
-Result = ScoredCandidate | JobFailure
+@dataclass(frozen=True, slots=True)
+class ScoreFailure:
+    """A candidate that could not be scored: why, and in the training up to how many epochs it happened."""
+
+    reason: str
+    epochs: int
+
+
+Result = ScoredCandidate | ScoreFailure
 
 
 def score_batch(
@@ -69,32 +82,45 @@ def score_batch(
     reporter: Reporter,
     should_stop: Callable[[], bool],
     note: str = "",
+    failed_before: Mapping[int, int] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Index and result of each candidate as it is decided; every candidate comes exactly once.
 
     Candidates that differ in thresholds or precision only share their training. With several rungs, those that are not
     promoted are decided early (`is_complete` False): multi-objective successive halving on accuracy and latency.
+    Scores that are there are read, so the same call after a kill decides the same.
+
+    Args:
+        plan: what all jobs share.
+        pool: runs them.
+        candidates: the batch.
+        latency_ms: predicted worst case of each.
+        reporter: told how far it is; its `progress` must not raise, the pool looks at `should_stop`.
+        should_stop: True ends the batch after the jobs that are running.
+        note: shown beside the progress.
+        failed_before: candidates that failed in an earlier call and after how many epochs; they do not come again.
 
     Raises:
         InterruptedRunError: the run was asked to stop; scores and checkpoints are kept.
     """
+    failed_at = dict(failed_before or {})
     alive = list(range(len(candidates)))
     cost = dict.fromkeys(alive, 0.0)
     for number, epochs in enumerate(plan.rungs):
-        jobs = list(dict.fromkeys(plan.job(candidates[i], epochs) for i in alive))
-        scored: dict[int, ScoredCandidate] = {}
+        alive = [i for i in alive if failed_at.get(i) != epochs]
         members: dict[ScoreJob, list[int]] = {}
         for i in alive:
             members.setdefault(plan.job(candidates[i], epochs), []).append(i)
+        scored: dict[int, ScoredCandidate] = {}
         done = 0
         last = number == len(plan.rungs) - 1
-        for result in pool.map(score, jobs, should_stop):
+        stage = "scoring" if len(plan.rungs) == 1 else f"scoring, rung of {epochs} epochs"
+        for result in (r for wave in _waves(plan, members) for r in pool.map(score, wave, should_stop)):
             done += 1
-            stage = "scoring" if len(plan.rungs) == 1 else f"scoring, rung of {epochs} epochs"
-            reporter.progress(stage, done, len(jobs), note)
+            reporter.progress(stage, done, len(members), note)
             for i in members[result.job]:
                 if isinstance(result.value, JobFailure):
-                    yield i, result.value
+                    yield i, ScoreFailure(result.value.reason, epochs)
                     continue
                 cost[i] += result.value.cost_s / len(members[result.job])
                 logits = _logits(plan, candidates[i], result.value)
@@ -106,16 +132,28 @@ def score_batch(
         if last:
             return
         order = sorted(scored)
-        keep = promoted(
-            [scored[i].top1 for i in order],
-            [latency_ms[i] for i in order],
-            (len(order) + 1) // 2,
-        )
+        count = max(1, round(plan.keep * len(order)))
+        keep = promoted([scored[i].top1 for i in order], [latency_ms[i] for i in order], count)
         kept = {order[k] for k in keep}
         for i in order:
             if i not in kept:
                 yield i, scored[i]
         alive = [i for i in order if i in kept]
+
+
+def _waves(plan: ScoringPlan, jobs: Iterable[ScoreJob]) -> list[list[ScoreJob]]:
+    """Jobs that may run side by side. An architecture is trained once: its other precisions wait for that."""
+    if plan.source == "supernet":
+        return [list(jobs)]
+    waves: list[list[ScoreJob]] = []
+    seen: Counter[str] = Counter()
+    for job in jobs:
+        arch_id = job.candidate.arch_id
+        if seen[arch_id] == len(waves):
+            waves.append([])
+        waves[seen[arch_id]].append(job)
+        seen[arch_id] += 1
+    return waves
 
 
 def _logits(plan: ScoringPlan, candidate: Candidate, scored: ScoredStudent) -> np.ndarray:

@@ -61,9 +61,9 @@ def spread_choice(
 ) -> list[str]:
     """`count` groups (architectures) whose points together cover the most hypervolume, chosen greedily.
 
-    Groups of `first` are taken whatever they add. When nothing more is gained, the remaining places go to the next layers of the front, so that `count` different
-    architectures are found wherever there are that many. Latency enters as its logarithm: a front over a wide range is
-    covered evenly instead of being ruled by its fastest end.
+    Groups of `first` are taken whatever they add. When nothing more is gained, the remaining places go to the next
+    layers of the front, so that `count` different architectures are found wherever there are that many. Latency enters
+    as its logarithm: a front over a wide range is covered evenly instead of being ruled by its fastest end.
     """
     low = min(latency_ms, default=budget_ms) / 2
     limit = float(np.log(max(budget_ms, max(latency_ms, default=budget_ms)) * 1.02 / low))

@@ -10,17 +10,22 @@ NSGA-II alike (Optuna's default univariate TPE loses to random search on such sp
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import sqlite3
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, distribution_to_json
 from optuna.trial import TrialState
 
 from nas.core.errors import StorageError
@@ -33,6 +38,11 @@ Genotype = tuple[int, ...]
 
 TPE_MAX_TRIALS = 300  # multivariate TPE costs 40 ms a trial at 1,000 trials and 160 at 5,000; NSGA-II 2-5 ms
 MAX_ASKS_PER_PROPOSAL = 60
+MAX_REFUSED_PER_SCORE = 2  # proposals over the budget that the sampler is told of, per scored candidate
+RANDOM_DRAWS = 2048  # looked at together where the sampler finds nothing: 10 ms
+CONSTRAINT = "over_budget_ms"
+GENERATION = "NSGAIISampler:generation"  # Optuna's key of a trial's generation
+RDB_SCHEMA = 12  # layout of Optuna's database that `mirror` writes
 METRICS = ("top1", "latency_ms")
 
 optuna.logging.set_verbosity(logging.WARNING)
@@ -93,30 +103,40 @@ def to_genotype(space: SearchSpace, params: dict[str, Any]) -> Genotype:
 class Proposer:
     """Proposes new genotypes inside the budget, from what was scored so far.
 
+    A proposal over the budget is told PRUNED: the sampler learns where the budget ends. A repeated one is told FAIL,
+    which samplers pass over: it would count against the best region, where repeats are most frequent.
+
     Args:
         space: the search space.
         sampler: `tpe`, `nsga2` or `random`.
-        seed: of this run; the number of known trials is mixed in, so a resumed run does not repeat its proposals.
+        seed: numbers that differ between any two calls of one run, so that a resumed run does not repeat its proposals.
         planned: number of trials of the whole search (sets NSGA-II's population).
-        in_budget: True for a genotype whose predicted latency keeps the budget.
+        in_budget: whether the predicted latency of a genotype keeps the budget.
+        known_in_budget: the same for many genotypes [N, G] at once, False where the latency is not known yet.
         known: candidates scored before, with re-estimated latencies.
+        seen: candidates that were proposed before, whatever became of them.
     """
 
     def __init__(
         self,
         space: SearchSpace,
         sampler: str,
-        seed: int,
+        seed: Sequence[int],
         planned: int,
         in_budget: Callable[[Genotype], bool],
+        known_in_budget: Callable[[np.ndarray], np.ndarray],
         known: Iterable[Scored],
+        seen: Iterable[Genotype] = (),
     ) -> None:
         self.space = space
         self._distributions = distributions(space)
         self._in_budget = in_budget
-        self._seen: set[Genotype] = set()
-        known = list(known)
-        self._rng = np.random.default_rng((seed, len(known)))
+        self._known_in_budget = known_in_budget
+        self._seen: set[Genotype] = set(seen)
+        self._asked: dict[int, optuna.trial.Trial] = {}
+        self._refused = 0
+        self._learnt = 0
+        self._rng = np.random.default_rng(list(seed))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
@@ -129,42 +149,78 @@ class Proposer:
     def learn(self, scored: Scored) -> None:
         """Adds a scored candidate that did not come from `ask` of this object."""
         self._seen.add(scored.genotype)
+        self._learnt += 1
         self._study.add_trial(_frozen(self.space, self._distributions, scored))
 
     def seen(self, genotype: Genotype) -> bool:
         """True when the genotype was proposed or scored already."""
         return genotype in self._seen
 
+    def mark(self, genotypes: Iterable[Genotype]) -> None:
+        """Genotypes that are not to be proposed."""
+        self._seen.update(genotypes)
+
     def ask(self) -> tuple[int, Genotype] | None:
         """Trial number of this study and a new canonical genotype in budget; None when no new one can be found.
 
-        The sampler gets `MAX_ASKS_PER_PROPOSAL` tries; then random candidates inside the budget are taken.
+        The sampler gets `MAX_ASKS_PER_PROPOSAL` tries; then random candidates inside the budget are taken, and at last
+        neighbours of those that were seen.
         """
         for _ in range(MAX_ASKS_PER_PROPOSAL):
             trial = self._study.ask(self._distributions)
             genotype = to_genotype(self.space, trial.params)
             if genotype not in self._seen and self._in_budget(genotype):
-                self._seen.add(genotype)
-                return trial.number, genotype
-            self._study.tell(trial, state=TrialState.PRUNED)
-        for _ in range(MAX_ASKS_PER_PROPOSAL * 20):
+                return self._take(trial, genotype)
+            # Far more refusals than scores slow TPE down and teach it nothing new.
+            over = genotype not in self._seen and self._refused < MAX_REFUSED_PER_SCORE * (self._learnt + 10)
+            self._refused += over
+            self._study.tell(trial, state=TrialState.PRUNED if over else TrialState.FAIL)
+        found = self._random_in_budget()
+        if found is None:
+            return None
+        self._study.enqueue_trial(to_params(self.space, found))
+        return self._take(self._study.ask(self._distributions), found)
+
+    def _take(self, trial: optuna.trial.Trial, genotype: Genotype) -> tuple[int, Genotype]:
+        self._seen.add(genotype)
+        self._asked[trial.number] = trial
+        return trial.number, genotype
+
+    def _random_in_budget(self) -> Genotype | None:
+        for draw in (self._drawn, self._neighbours):
+            genotypes = draw()
+            for row in genotypes[self._known_in_budget(genotypes)].tolist():
+                if tuple(row) not in self._seen:
+                    return tuple(row)
+        for _ in range(MAX_ASKS_PER_PROPOSAL):  # where rows are measured only when a candidate needs them
             genotype = self.space.sample(self._rng)
             if genotype not in self._seen and self._in_budget(genotype):
-                self._seen.add(genotype)
-                self._study.enqueue_trial(to_params(self.space, genotype))
-                return self._study.ask(self._distributions).number, genotype
+                return genotype
         return None
+
+    def _drawn(self) -> np.ndarray:
+        return self.space.sample_many(self._rng, RANDOM_DRAWS)
+
+    def _neighbours(self) -> np.ndarray:
+        """Seen genotypes with one to three genes drawn anew: more of them keep a tight budget than of random ones."""
+        drawn = self._drawn()
+        if not self._seen:
+            return drawn
+        parents = np.array(sorted(self._seen))[self._rng.integers(len(self._seen), size=len(drawn))]
+        genes = parents.shape[1]
+        count = self._rng.integers(1, 4, size=(len(drawn), 1))
+        order = self._rng.random(drawn.shape).argsort(axis=1)
+        return self.space.canonical_many(np.where(order < np.minimum(count, genes), drawn, parents))
 
     def tell(self, number: int, scored: Scored | None) -> None:
         """Result of an asked trial; None: it failed or was stopped early."""
+        trial = self._asked.pop(number)
         if scored is None:
-            self._study.tell(number, state=TrialState.PRUNED)
+            self._study.tell(trial, state=TrialState.PRUNED)
             return
-        trial = optuna.trial.Trial(
-            self._study, self._study._storage.get_trial_id_from_study_id_trial_number(self._study._study_id, number)
-        )
-        trial.set_constraint("over_budget_ms", scored.excess_ms)
-        self._study.tell(number, (scored.top1, scored.latency_ms))
+        self._learnt += 1
+        trial.set_constraint(CONSTRAINT, scored.excess_ms)
+        self._study.tell(trial, (scored.top1, scored.latency_ms))
 
 
 def _sampler(name: str, seed: int, planned: int) -> optuna.samplers.BaseSampler:
@@ -182,31 +238,79 @@ def _frozen(
         values=(scored.top1, scored.latency_ms),
         params=to_params(space, scored.genotype),
         distributions=known,
-        constraints={"over_budget_ms": scored.excess_ms},
+        constraints={CONSTRAINT: scored.excess_ms},
         user_attrs={"candidate": scored.label, **(attributes or {})},
+        # NSGA-II breeds from generations; a trial without one is invisible to it, so earlier rounds would be forgotten.
+        system_attrs={GENERATION: 0},
     )
 
 
 def mirror(path: Path, name: str, space: SearchSpace, trials: Sequence[tuple[Scored, dict[str, Any]]]) -> None:
-    """Adds to the study on disk (`study.db`, SQLite) the trials that it does not have yet, in order.
+    """Writes all trials as an Optuna study (SQLite), replacing the file when it is whole.
+
+    Rows are inserted directly where the database has the layout that this was written for: 30 trials a second are what
+    `Study.add_trial` manages with 26 parameters (2026-11, Optuna 5.0), and a search of 1,000 trials would wait half a
+    minute for a copy that it does not need itself. Any other layout is filled through `add_trial`.
 
     Raises:
         StorageError: the database cannot be written.
     """
     known = distributions(space)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{path}", study_name=name, directions=["maximize", "minimize"], load_if_exists=True
-        )
-        present = len(study.get_trials(deepcopy=False))
-        if present == 0:
+        temporary.unlink(missing_ok=True)
+        storage = optuna.storages.RDBStorage(f"sqlite:///{temporary}")
+        try:
+            study = optuna.create_study(storage=storage, study_name=name, directions=["maximize", "minimize"])
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(list(METRICS))
-        for scored, attributes in trials[present:]:
-            study.add_trial(_frozen(space, known, scored, attributes))
-    except Exception as e:  # SQLAlchemy's and Optuna's errors have no common base
-        raise StorageError(f"{path}: the study cannot be written: {e}") from e
+        finally:
+            storage.engine.dispose()
+        frozen = [_frozen(space, known, scored, attributes) for scored, attributes in trials]
+        if not _insert_rows(temporary, frozen):
+            study.add_trials(frozen)
+            storage.engine.dispose()
+        temporary.replace(path)
+    except Exception as e:  # SQLAlchemy's, sqlite3's and Optuna's errors have no common base
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"{path}: the study cannot be written: {e}. Free space, then run the same command") from e
+
+
+def _insert_rows(path: Path, trials: Sequence[optuna.trial.FrozenTrial]) -> bool:
+    """Inserts trials into a new database with one study; False, and nothing is done, where it has another layout."""
+    with closing(sqlite3.connect(path)) as database:
+        if database.execute("SELECT schema_version FROM version_info").fetchall() != [(RDB_SCHEMA,)]:
+            return False
+        [(study,)] = database.execute("SELECT study_id FROM studies").fetchall()
+        encoded = {n: distribution_to_json(d) for n, d in (trials[0].distributions if trials else {}).items()}
+        now = datetime.now().isoformat(sep=" ")
+        with database:
+            for number, trial in enumerate(trials):
+                key = number + 1
+                database.execute(
+                    "INSERT INTO trials (trial_id, number, study_id, state, datetime_start, datetime_complete) "
+                    "VALUES (?, ?, ?, 'COMPLETE', ?, ?)",
+                    (key, number, study, now, now),
+                )
+                database.executemany(
+                    "INSERT INTO trial_values (trial_id, objective, value, value_type) VALUES (?, ?, ?, 'FINITE')",
+                    [(key, objective, value) for objective, value in enumerate(trial.values)],
+                )
+                database.executemany(
+                    "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) "
+                    "VALUES (?, ?, ?, ?)",
+                    [(key, n, trial.distributions[n].to_internal_repr(v), encoded[n]) for n, v in trial.params.items()],
+                )
+                for table, attributes in (
+                    ("trial_user_attributes", trial.user_attrs),
+                    ("trial_system_attributes", trial.system_attrs),
+                ):
+                    database.executemany(
+                        f"INSERT INTO {table} (trial_id, key, value_json) VALUES (?, ?, ?)",
+                        [(key, n, json.dumps(v)) for n, v in attributes.items()],
+                    )
+    return True
 
 
 def importances(space: SearchSpace, trials: Sequence[Scored]) -> tuple[Importance, ...]:
