@@ -221,6 +221,7 @@ def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
             e.distill,
             e.supernet,
             Path(parts.plan.supernet),
+            workers=worker_count(e),
             progress=lambda s: parts.reporter.progress("supernet", s.step, s.steps, "steps"),
         )
 

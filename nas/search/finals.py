@@ -46,6 +46,7 @@ from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
 CURVE_POINTS = 40
+WORTHWHILE = 0.97  # a threshold setting that costs accuracy becomes a point only when it is this much faster
 NEAR_FRONT = 1.12  # a network whose prediction is this much behind the front may still be on it
 MAX_MEASURED = 40
 
@@ -253,8 +254,13 @@ def _best_settings(
         right = int((logits[-1].argmax(1) == labels).sum())
         return [ThresholdSetting((), right, len(labels), float(exit_ms[0]), (1.0,))]
     swept = sweep(logits, labels, exit_ms)
-    found = [solve_for_loss(swept, loss) for loss in sorted({*EXIT_LOSSES, settings.exit_loss})]
-    return list({s.thresholds: s for s in found if s.shares[-1] > 0}.values())
+    kept: list[ThresholdSetting] = []
+    for loss in sorted({*EXIT_LOSSES, settings.exit_loss}):
+        setting = solve_for_loss(swept, loss)
+        # The last exit unused: the network cut behind it is a variant of its own.
+        if setting.shares[-1] > 0 and (not kept or setting.expected_ms < WORTHWHILE * kept[-1].expected_ms):
+            kept.append(setting)
+    return kept
 
 
 def _worth_measuring(
@@ -279,8 +285,8 @@ def _worth_measuring(
 
 def _measure(
     parts: SearchParts, chosen: Sequence[Variant]
-) -> tuple[list[tuple[float, ...] | None], list[FailedCandidate]]:
-    """Cumulative latency per exit of each variant, measured on the file to be deployed; None where it failed.
+) -> tuple[list[LatencyEstimate | None], list[FailedCandidate]]:
+    """Latency per exit of each variant with its spread, measured on the file to be deployed; None where it failed.
 
     Results are kept in the run folder one by one. Students that were cut to the same network share them: latency does
     not depend on the values of weights.
@@ -303,19 +309,21 @@ def _measure(
     def keep(m: Measurement) -> None:
         nonlocal done
         done += 1
-        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "")
+        spread = float(np.std(m.session_ms, ddof=1)) if len(m.session_ms) > 1 else 0.0
+        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", spread)
         parts.folder.add_measured(known[m.key])
         parts.reporter.progress("finished students on the device", done, len(jobs))
 
     parts.predictor.device.measure(list(jobs.values()), on_result=keep)
-    times: list[tuple[float, ...] | None] = []
+    times: list[LatencyEstimate | None] = []
     failed: list[FailedCandidate] = []
     for variant, own in zip(chosen, keys, strict=True):
         found = [known[key].latency_ms for key in own]
         there = [ms for ms in found if ms is not None]
         if len(there) == len(found):
             # Leaving later never takes less time; a small disorder is noise of the measurement.
-            times.append(tuple(float(v) for v in np.maximum.accumulate(there)))
+            rising = tuple(float(v) for v in np.maximum.accumulate(there))
+            times.append(LatencyEstimate(rising, tuple(known[key].std_ms for key in own), 0, "measured"))
         else:
             times.append(None)
             reason = next(known[key].error for key in own if known[key].latency_ms is None)
@@ -332,14 +340,14 @@ def _exit_key(variant: Variant, exit_index: int) -> str:
 def _points(
     variant: Variant,
     predicted: LatencyEstimate,
-    measured: tuple[float, ...] | None,
+    measured: LatencyEstimate | None,
     settings: FinishSettings,
     labels: tuple[np.ndarray, np.ndarray],
     trial_of: dict[str, TrialRecord],
 ) -> list[Point]:
     val_labels, test_labels = labels
-    exit_ms = measured or predicted.exit_ms
-    estimate = predicted if measured is None else LatencyEstimate(measured, (0.0,) * len(measured), 0, "measured")
+    estimate = measured or predicted
+    exit_ms = estimate.exit_ms
     trial = trial_of.get(variant.student.candidate.arch_id)
     curve: tuple[tuple[float, float], ...] = ()
     if len(exit_ms) > 1:
@@ -362,7 +370,6 @@ def _points(
                 exit_ms=tuple(exit_ms),
                 exit_shares=setting.shares,
                 threshold_curve=curve,
-                label="" if variant.cut is None else f"cut behind exit {variant.cut + 1}",
                 trial=None if trial is None else trial.number,
                 round=None if trial is None else trial.round,
                 is_finished=True,

@@ -103,11 +103,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredExit:
-    """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none."""
+    """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none.
+
+    `std_ms` is the standard deviation between fresh sessions.
+    """
 
     key: str
     latency_ms: float | None
     error: str = ""
+    std_ms: float = 0.0
 
 
 class RunFolder:
