@@ -26,6 +26,7 @@ from nas.latency.exits import (
     sweep,
 )
 from nas.latency.lines import network_key
+from nas.latency.pareto import non_dominated
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishedStudent,
@@ -400,10 +401,13 @@ def _curve(variant: Variant, labels: np.ndarray, exit_ms: Sequence[float]) -> tu
 
 
 def mark_front(points: Sequence[Point]) -> list[Point]:
-    """The same points with `on_front` set: measured, and no other one is faster (expected) and better on validation."""
-    usable = [i for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
-    kept = front_indices(
-        [points[i].val.top1 if points[i].val else 0.0 for i in usable], [points[i].latency.expected_ms for i in usable]
-    )
-    on = {usable[k] for k in kept}
+    """The same points with `on_front` set: measured, and not dominated in validation accuracy, expected and worst case.
+
+    A student whose exits make it fast on the mean and one that is fast at worst can both be the one to take.
+    """
+    usable = [(i, p, p.val) for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
+    if not usable:
+        return list(points)
+    values = [(val.top1, p.latency.expected_ms, p.latency.worst_ms) for _, p, val in usable]
+    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, (True, False, False)))}
     return [dataclasses.replace(p, on_front=i in on) for i, p in enumerate(points)]
