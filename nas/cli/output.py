@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -49,15 +50,31 @@ class Console:
         """A warning, on stderr."""
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-        """A table for people; numbers (cells that start with a digit) are aligned to the right."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[str] = ()) -> None:
+        """A table for people; numbers (cells that start with a digit) are aligned to the right.
+
+        Args:
+            columns: their names.
+            rows: one text per column.
+            optional: columns that are left out, in this order, while the table is wider than the terminal.
+        """
         stream = sys.stderr if self.as_json else sys.stdout
-        if title:
-            self.say(title)
-        if is_fancy(stream):
-            _rich_table(columns, rows, stream)
-        else:
+        if not is_fancy(stream):
             self.say(plain_table(columns, rows))
+            return
+        width = shutil.get_terminal_size().columns
+        left_out: list[str] = []
+        for name in optional:
+            if _width(columns, rows) <= width:
+                break
+            if name in columns:
+                left_out.append(name)
+                place = list(columns).index(name)
+                columns = [*columns[:place], *columns[place + 1 :]]
+                rows = [[*row[:place], *row[place + 1 :]] for row in rows]
+        _rich_table(columns, rows, stream)
+        if left_out:
+            self.say(f"(left out, the terminal is too narrow: {', '.join(left_out)})")
 
     def result(self, document: Any) -> None:
         """The one JSON document of the command, printed with `--json` only.
@@ -94,6 +111,11 @@ def _is_numeric(cells: Sequence[str]) -> bool:
     return bool(filled) and all(cell.lstrip("+-")[:1].isdigit() for cell in filled)
 
 
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns of the terminal that the table takes: cells and three between each two of them."""
+    return sum(max(map(len, cells)) + 3 for cells in zip(columns, *rows, strict=True))
+
+
 def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], stream: TextIO) -> None:
     from rich import box
     from rich.console import Console as RichConsole
@@ -101,10 +123,12 @@ def _rich_table(columns: Sequence[str], rows: Sequence[Sequence[str]], stream: T
 
     table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
     for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if _is_numeric([row[i] for row in rows]) else "left")
+        is_number = _is_numeric([row[i] for row in rows])
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    RichConsole(file=stream, markup=False, highlight=False).print(table)
+    # As wide as it is: an id that is cut or folded cannot be copied.
+    RichConsole(file=stream, markup=False, highlight=False, width=_width(columns, rows)).print(table)
 
 
 class Reporter:

@@ -14,6 +14,7 @@ from nas.core.run import LatencyKind, RunView
 from nas.core.units import format_ms
 
 RUNNERS_UP = 3
+LESS_IMPORTANT = ("params", "MACs", "split", "size", "exits used %", "latency is", "+- ms", "precision")
 
 
 @click.command(short_help="Show the front of a run, and the student to take below a time.")
@@ -57,7 +58,7 @@ def command(
     if chosen is None:
         show_front(console, view, (columns, rows))
     else:
-        console.table(columns, rows)
+        console.table(columns, rows, LESS_IMPORTANT)
         console.say(f"take {chosen.id}: {reason}")
         console.say(f"next: {chosen.export_command}")
     console.result(
@@ -86,7 +87,7 @@ def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], li
         for line in view.commands:
             console.say(f"next: {line}")
         return
-    console.table(columns, rows)
+    console.table(columns, rows, LESS_IMPORTANT)
     if view.pick_id is not None:
         console.say(f"pick: {view.pick_id}: {view.pick_reason}")
     if view.next_id is not None:

@@ -72,6 +72,20 @@ def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "[red]x" in stream.getvalue()  # text is never read as markup
 
 
+def test_a_narrow_terminal_gets_fewer_columns_and_whole_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "50")
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    name = "r16-d3-x0-int8-1427add71fc8-308d"
+    Console().table(["student", "params", "ms", "note"], [[name, "12345", "1.0", "pick"]], ("params", "note", "ms"))
+    text = stream.getvalue()
+    assert name in text
+    assert "12345" not in text and "pick" in text
+    assert "(left out, the terminal is too narrow: params)" in text
+
+
 def test_plain_progress_prints_the_start_rare_lines_and_the_end() -> None:
     stream, clock = io.StringIO(), Clock()
     with Reporter(Console(), stream, clock) as reporter:
