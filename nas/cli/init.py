@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shlex
 import textwrap
 import typing
@@ -83,15 +84,16 @@ def commented(values: dict[str, Any], file: Path, spaces: tuple[str, ...]) -> st
     """
     from nas.search.experiment import Experiment
 
+    name = os.fsencode(file).decode("utf-8", errors="replace")  # whatever the locale made of it
     shown = {"budget.ms": None, "budget.of": None, "data.name": None, **values}
     head = f"""\
         # What to search, for which deadline, on which data. "# text" explains the key below it, "#key: value" is a
         # default: take the '#' away to change it. Files that are read are taken from the folder of this file,
         # those that are written from the working directory.
         #
-        #   nas search {file} --dry-run              what would be done, and how long it takes
-        #   nas search {file}                        search; the same command goes on after a stop
-        #   nas search {file} --set budget.ms=5      change one key for this run
+        #   nas search {name} --dry-run              what would be done, and how long it takes
+        #   nas search {name}                        search; the same command goes on after a stop
+        #   nas search {name} --set budget.ms=5      change one key for this run
         #
         # Search spaces that come with the tool: {", ".join(spaces)}
         """

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,22 @@ def test_schema_is_printed_for_editors(capsys: pytest.CaptureFixture[str]) -> No
     assert document["properties"]["budget"]["description"] == "the deadline"
     assert run(["init", "--schema", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == document
+
+
+def test_names_that_the_terminal_cannot_show_do_not_matter(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nas", "init", "ñ 目录.yaml"],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "LC_ALL": "C",
+            "PYTHONCOERCECLOCALE": "0",
+            "PYTHONUTF8": "0",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        },
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"wrote ")
+    assert load_experiment(tmp_path / "ñ 目录.yaml").name == "experiment"
