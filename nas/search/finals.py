@@ -48,7 +48,7 @@ from nas.train.settings import DistillSettings
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
 CURVE_POINTS = 40
 WORTHWHILE = 0.97  # a threshold setting that costs accuracy becomes a point only when it is this much faster
-NEAR_FRONT = 1.12  # a network whose prediction is this much behind the front may still be on it
+NEAR_FRONT = 1.25  # a network whose prediction is this much behind the front may still be on it
 MAX_MEASURED = 40
 
 
