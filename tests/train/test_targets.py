@@ -106,6 +106,6 @@ def test_damaged_targets_say_what_to_delete(dataset: Dataset, tmp_path: Path, na
 
 def test_targets_with_pickled_objects_are_refused(dataset: Dataset, tmp_path: Path) -> None:
     made = make_targets(linear_teacher(Counting()), dataset, 2, tmp_path)
-    np.save(made.folder / "labels.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(made.folder / "labels.npy", np.array([{}], dtype=object))  # pickled, the default of save
     with pytest.raises(StorageError, match="cannot be read"):
         Targets.open(made.folder)
