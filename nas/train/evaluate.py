@@ -16,17 +16,24 @@ EVAL_BATCH = 250  # maps of a small student stay in the second-level cache; meas
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Runs torch with `count` threads and flushed denormals, then restores the thread count.
+    """Runs torch with `count` threads and flushed denormals, then restores both.
 
-    Denormal numbers appear late in training and make single steps several times slower.
+    Denormal numbers appear late in training and make single steps several times slower. The flag belongs to the
+    processor's thread, so whatever else runs in it would compute differently if it stayed.
     """
-    before = torch.get_num_threads()
+    before, flushed = torch.get_num_threads(), _flushes_denormals()
     torch.set_num_threads(count)
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        torch.set_flush_denormal(flushed)
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread turns denormal numbers into zero; torch can set it but not tell."""
+    return bool(torch.full((1,), 1e-39).mul_(0.5).item() == 0.0)
 
 
 def normalised(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
