@@ -1,0 +1,29 @@
+"""Set-up that the tests of the search share: made once per session, because training and imports take seconds."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from search_examples import Zygote, write_experiment
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """Forks searches that have everything imported."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("forks and reads /proc")
+    made = Zygote()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def finished(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished mini run: `experiment.yaml`, `run`, `tables`, `cache`, `log`."""
+    folder = tmp_path_factory.mktemp("finished")
+    life = zygote.run(folder / "log", write_experiment(folder))
+    assert life.code == 0, (folder / "log").read_text()
+    return folder
