@@ -15,8 +15,10 @@ class SupernetSettings:
     Fields:
         cpu_seconds: processor seconds of training; turned into a number of steps by timing a few of them.
         steps: number of steps instead; None: from `cpu_seconds`.
-        batch_size: images per step; every sub-network of a step sees the same ones.
-        random_subnets: sub-networks of a step beside the largest and the smallest.
+        batch_size: images per step, divided among the sub-networks of the step.
+        random_subnets: random sub-networks per turn of the largest and the smallest: with 2 the order is largest,
+            random, smallest, random, and from the start.
+        networks_per_step: sub-networks whose gradients are added up in a step, the next ones of that order.
         lr: highest learning rate (AdamW).
         weight_decay: AdamW's decoupled decay, on kernels only.
         warmup: share of the steps with a rising learning rate; a cosine to 0 follows.
@@ -29,6 +31,7 @@ class SupernetSettings:
     steps: int | None = None
     batch_size: int = 64
     random_subnets: int = 2
+    networks_per_step: int = 2
     lr: float = 1e-2
     weight_decay: float = 0.02
     warmup: float = 0.06
@@ -38,10 +41,15 @@ class SupernetSettings:
 
     def __post_init__(self) -> None:
         where = "supernet"
-        least = {"batch_size": 2, "random_subnets": 0, "checkpoint_steps": 1, "seed": 0}
+        least = {"batch_size": 2, "random_subnets": 0, "networks_per_step": 1, "checkpoint_steps": 1, "seed": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ConfigError(f"{where}.{name}: must be at least {minimum}, got {getattr(self, name)}")
+        if self.batch_size < 2 * self.networks_per_step:
+            raise ConfigError(
+                f"{where}.batch_size: {self.networks_per_step} sub-networks per step need at least "
+                f"{2 * self.networks_per_step} images, got {self.batch_size}"
+            )
         if self.steps is not None and self.steps < 1:
             raise ConfigError(f"{where}.steps: must be at least 1, got {self.steps}")
         for name in ("cpu_seconds", "lr", "clip_norm"):

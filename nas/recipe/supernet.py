@@ -1,8 +1,10 @@
 """The `supernet` scorer: shared weights are trained once, any candidate of the space is scored with copies of them.
 
-Sandwich rule (Yu & Huang 2019, arXiv 1903.05134): each step adds up the gradients of the largest, the smallest and some
-random networks on the same images. Differs: all of them learn from the cached teacher instead of the largest one, and
-every exit the space allows is trained along in each of them, so a score does not depend on which exits were drawn.
+Sandwich rule (Yu & Huang 2019, arXiv 1903.05134): the largest and the smallest network are trained as often as random
+ones, for they bound the others. Differs: all of them learn from the cached teacher instead of the largest one; every
+exit the space allows is trained along in each of them, so a score does not depend on which exits were drawn; and the
+sandwich is spread over steps. A step has few networks, each on images of its own, instead of all four on the same
+images: in a training of a minute or two, more steps and more images are worth more than quieter gradients.
 
 Everything at step t follows from (seed, t), and a checkpoint holds weights, optimizer and t, so a training that was
 killed ends with the same weights as one that was not.
@@ -10,10 +12,11 @@ killed ends with the same weights as one that was not.
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -45,11 +48,11 @@ from nas.train.losses import student_loss
 from nas.train.settings import DistillSettings
 from nas.train.targets import Targets
 
-SUPERNET_SCHEMA = 1
+SUPERNET_SCHEMA = 2
 RECORD_FILE = "supernet.json"
 WEIGHTS_FILE = "weights.safetensors"
 CHECKPOINT_FILE = "supernet.ckpt"
-PLAN_STEPS = 4  # timed on a throw-away copy; their median gives the number of steps
+PLAN_PERIODS = 3  # turns of the sub-networks that are timed and forgotten; their median gives the number of steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +168,7 @@ class _Training:
         targets: Mapping[int, Targets],
         distill: DistillSettings,
         settings: SupernetSettings,
-        run: Callable[[Callable[[Candidate], _Gradients], list[Candidate]], Iterable[_Gradients]],
+        run: Callable[..., Iterable[_Gradients]],
     ) -> None:
         self._map = run
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
@@ -199,11 +202,15 @@ class _Training:
     def _planned(self) -> int:
         """Steps that fit into the CPU seconds, from a few that are timed and then forgotten."""
         self.steps = 1_000_000  # far away: the timed steps are at the very start of the schedule
-        seconds = [self._one_step(step) for step in range(PLAN_STEPS + 1)]
+        turn = 2 + self.settings.random_subnets
+        period = turn // math.gcd(turn, self.settings.networks_per_step)  # steps after which the order repeats
+        spent = self._one_step(0)  # the first step is slower than all others
+        timed = [sum(self._one_step(k * period + i) for i in range(period)) for k in range(PLAN_PERIODS)]
         self.guard.first = None
         self._start()
-        self.cpu_s += sum(seconds)
-        return max(1, round((self.settings.cpu_seconds - sum(seconds)) / statistics.median(seconds[1:])))
+        spent += sum(timed)
+        self.cpu_s += spent
+        return max(1, round((self.settings.cpu_seconds - spent) / (statistics.median(timed) / period)))
 
     def run(self, path: Path, key: str, progress: Callable[[SupernetStep], None] | None) -> None:
         """The steps that are left."""
@@ -235,14 +242,16 @@ class _Training:
         write_checkpoint(path, key, content)
 
     def _one_step(self, step: int) -> float:
-        """One step with the summed gradients of its sub-networks on the same images; CPU seconds of all threads."""
+        """One step with the summed gradients of its sub-networks; CPU seconds of all threads."""
         started = time.thread_time()
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * lr_share(step, self.steps, settings.warmup)
         variant, index = self._batch(step)
-        work = partial(self._gradients, variant=variant, index=index)
-        parts = list(self._map(work, list(self._subnets(step))))
+        networks = min(settings.networks_per_step, len(index) // 2)  # the last batch of an epoch may be a small one
+        work = partial(self._gradients, variant=variant)
+        shares = np.array_split(index, max(1, networks))
+        parts = list(self._map(work, self._subnets(step), shares))
         parameters = list(self.net.parameters())
         for i, parameter in enumerate(parameters):  # always in the order of the sub-networks, so that sums are equal
             given = [g for part in parts if (g := part.gradients[i]) is not None]
@@ -254,8 +263,9 @@ class _Training:
         here = threading.get_ident()
         return time.thread_time() - started + sum(part.cpu_s for part in parts if part.thread != here)
 
-    def _gradients(self, candidate: Candidate, variant: int, index: np.ndarray) -> _Gradients:
+    def _gradients(self, candidate: Candidate, index: np.ndarray, variant: int) -> _Gradients:
         started = time.thread_time()
+        index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
         images, teacher_logits, labels = self._images(candidate.resolution, variant, index)
         loss = student_loss(self.net(images, candidate), teacher_logits, labels, self.distill)
         # Not backward(): threads must not add to the same gradients, and sums in changing order would differ.
@@ -267,19 +277,26 @@ class _Training:
         epoch, i = divmod(step, self._per_epoch)
         rng = np.random.default_rng([self.settings.seed, epoch])
         order = list(batches(self._count, self.settings.batch_size, rng))
-        return (epoch + self.settings.seed) % self._variants, np.sort(order[i])
+        return (epoch + self.settings.seed) % self._variants, order[i]
 
     def _images(self, side: int, variant: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         t = self.targets[side]
         images = normalised(t.images[variant][index], t.mean, t.std)
         return images, torch.from_numpy(t.logits[variant][index]), torch.from_numpy(t.labels[index])
 
-    def _subnets(self, step: int) -> Iterator[Candidate]:
+    def _subnets(self, step: int) -> list[Candidate]:
+        """The networks of a step, with all exits: the next ones in the order largest, random, smallest, random."""
+        turn = 2 + self.settings.random_subnets
         rng = np.random.default_rng([self.settings.seed, step, 1])
-        for candidate in self.extremes:
-            yield replace(candidate, exits=self.exits)
-        for _ in range(self.settings.random_subnets):
-            yield replace(self.space.decode(self.space.sample(rng)), exits=self.exits)
+        result = []
+        for number in range(self.settings.networks_per_step):
+            place = (step * self.settings.networks_per_step + number) % turn
+            if place in (0, turn // 2):
+                candidate = self.extremes[0 if place == 0 else 1]
+            else:
+                candidate = self.space.decode(self.space.sample(rng))
+            result.append(replace(candidate, exits=self.exits))
+        return result
 
 
 def all_exits(space: SearchSpace) -> tuple[ExitConfig, ...]:

@@ -65,7 +65,7 @@ def targets() -> dict[int, Targets]:
     return {8: _targets(8)}
 
 
-SHORT = SupernetSettings(steps=7, batch_size=16, random_subnets=1, checkpoint_steps=2)
+SHORT = SupernetSettings(steps=7, batch_size=16, networks_per_step=2, checkpoint_steps=2)
 LOSS = DistillSettings()
 
 
@@ -130,6 +130,12 @@ def test_weights_do_not_depend_on_the_number_of_threads(
 ) -> None:
     train_supernet(space, targets, LOSS, SHORT, tmp_path, workers=2)
     assert _equal(_weights(straight), _weights(tmp_path))
+
+
+def test_last_small_batch_of_an_epoch_goes_to_fewer_networks(space: SearchSpace, tmp_path: Path) -> None:
+    targets = {8: _targets(8, count=19)}  # batches of 8, 8 and 3 images for 3 networks
+    settings = replace(SHORT, steps=4, batch_size=8, networks_per_step=3)
+    assert train_supernet(space, targets, LOSS, settings, tmp_path).steps == 4
 
 
 def test_finished_training_is_not_repeated(space: SearchSpace, targets: dict[int, Targets], straight: Path) -> None:
@@ -202,6 +208,8 @@ def test_record_is_readable(straight: Path) -> None:
     ("field", "value", "message"),
     [
         ("batch_size", 1, "supernet.batch_size: must be at least 2, got 1"),
+        ("networks_per_step", 0, "supernet.networks_per_step: must be at least 1, got 0"),
+        ("batch_size", 3, "supernet.batch_size: 2 sub-networks per step need at least 4 images, got 3"),
         ("steps", 0, "supernet.steps: must be at least 1, got 0"),
         ("cpu_seconds", float("nan"), "supernet.cpu_seconds: must be above 0, got nan"),
         ("lr", 0.0, "supernet.lr: must be above 0"),
