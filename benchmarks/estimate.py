@@ -90,7 +90,8 @@ def judged(fit: PrecisionFit | None, label: str, networks: Sequence[NetworkEvide
     sums = np.array([n.sum_ms for n in networks])
     weights = np.array([n.weight_mb for n in networks])
     truth = np.array([n.measured_ms for n in networks])
-    mean, std = corrected(fit, label, sums, weights, np.zeros_like(sums))
+    gates = np.array([float(n.gates) for n in networks])
+    mean, std = corrected(fit, label, sums, weights, gates, np.zeros_like(sums))
     return {**describe_errors(mean, truth), "within_90": float((np.abs(mean - truth) <= 1.645 * std).mean())}
 
 
@@ -168,6 +169,7 @@ def fit_numbers(fit: PrecisionFit) -> dict[str, float]:
         "scale": fit.scale,
         "constant_us": fit.constant_ms * 1e3,
         "us_per_mb": fit.ms_per_mb * 1e3,
+        "us_per_exit": fit.ms_per_gate * 1e3,
         "error": fit.error,
     }
 

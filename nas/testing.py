@@ -21,6 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nas.core.errors import DeviceError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.base import (
+    GATE_KEY,
     OVERHEAD_KEY,
     REFERENCE_KEY,
     CalmReport,
@@ -34,6 +35,7 @@ from nas.devices.graphs import IR_VERSION, OPSET, overhead_job, reference_job
 # Multiply-adds per millisecond; about those of one thread of a server CPU.
 _MACS_PER_MS = {"fp32": 2e7, "fp16": 3e7, "int8": 4e7, "mixed": 2.7e7, "none": 2e7}
 _OVERHEAD_MS = 0.003
+_GATE_MS = 0.002
 _REFERENCE_MS = 0.3
 
 
@@ -97,7 +99,8 @@ class SimulatedDevice:
     def latency_ms(self, job: MeasureJob) -> float:
         """The latency of a job, milliseconds."""
         if job.kind == "overhead":
-            return {OVERHEAD_KEY: _OVERHEAD_MS, REFERENCE_KEY: _REFERENCE_MS}[job.key]
+            fixed = {OVERHEAD_KEY: 0.0, GATE_KEY: _GATE_MS, REFERENCE_KEY: _REFERENCE_MS}
+            return _OVERHEAD_MS + fixed[job.key]
         digest = hashlib.sha256(f"{self._seed}/{job.key}".encode()).digest()
         deviation = float(np.random.default_rng(int.from_bytes(digest[:8], "big")).normal(0, self._noise))
         factor = 1.0 if job.kind == "row" else self._network_factor

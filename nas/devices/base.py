@@ -19,6 +19,7 @@ OnProgress = Callable[[float], None]
 
 OVERHEAD_KEY = "overhead"
 REFERENCE_KEY = "reference"
+GATE_KEY = "gate"
 
 
 @dataclass(frozen=True, slots=True)

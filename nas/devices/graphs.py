@@ -1,4 +1,4 @@
-"""Two fixed ONNX graphs that every device measures: the empty graph (overhead) and the reference network (gate).
+"""Three fixed ONNX graphs that every device measures: the empty graph, the decision at an early exit, the reference.
 
 The reference network must never change: its time is compared across sessions and kept in latency tables.
 """
@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from nas.devices.base import OVERHEAD_KEY, REFERENCE_KEY, MeasureJob
+from nas.devices.base import GATE_KEY, OVERHEAD_KEY, REFERENCE_KEY, MeasureJob
 
 OPSET = 17
 IR_VERSION = 9
@@ -27,6 +27,31 @@ def identity_model() -> bytes:
     output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 4])
     graph = helper.make_graph(
         [helper.make_node("Identity", ["input"], ["output"], name="identity")], "overhead", [value], [output]
+    )
+    return _bytes(graph)
+
+
+@cache
+def gate_model() -> bytes:
+    """The decision at an early exit alone: softmax of 10 logits, its maximum against a threshold, an `If`."""
+
+    def branch(name: str) -> GraphProto:
+        output = helper.make_tensor_value_info(f"{name}.out", TensorProto.FLOAT, [1, 10])
+        node = helper.make_node("Identity", ["logits"], [f"{name}.out"], name=f"{name}.identity")
+        return helper.make_graph([node], name, [], [output])
+
+    nodes = [
+        helper.make_node("Softmax", ["logits"], ["softmax"], name="softmax", axis=1),
+        helper.make_node("ReduceMax", ["softmax"], ["surest"], name="max", axes=[0, 1], keepdims=0),
+        helper.make_node("GreaterOrEqual", ["surest", "threshold"], ["leaves"], name="compare"),
+        helper.make_node("If", ["leaves"], ["output"], name="if", then_branch=branch("yes"), else_branch=branch("no")),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "gate",
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 10])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [1, 10])],
+        [numpy_helper.from_array(np.array(0.5, np.float32), "threshold")],
     )
     return _bytes(graph)
 
@@ -90,6 +115,11 @@ def reference_model() -> bytes:
 def overhead_job() -> MeasureJob:
     """The job whose result is subtracted from every row and added once for each network."""
     return MeasureJob(OVERHEAD_KEY, "overhead", "none", identity_model(), 0)
+
+
+def gate_job() -> MeasureJob:
+    """The job whose result, less the overhead, is what one early exit costs beside its head."""
+    return MeasureJob(GATE_KEY, "overhead", "none", gate_model(), 0)
 
 
 def reference_job() -> MeasureJob:

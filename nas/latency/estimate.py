@@ -1,8 +1,8 @@
 """Latency of a candidate from the table: overhead of one call plus its rows without theirs, corrected, per exit.
 
-An image that leaves at exit k has passed every layer up to and including exit head k, so estimates are cumulative over
-exits and the last one is the worst case. Two paths give the same numbers: `Estimator` for one candidate or list of
-layers, `VectorEstimator` for many genotypes of a space at once.
+An image that leaves at exit k has passed every layer up to and including exit head k and k + 1 decisions (gates), so
+estimates are cumulative over exits and the last one is the worst case. Two paths give the same numbers: `Estimator` for
+one candidate or list of layers, `VectorEstimator` for many genotypes of a space at once.
 """
 
 from __future__ import annotations
@@ -84,11 +84,13 @@ def fit_correction(table: LatencyTable, networks: Iterable[MeasuredNetwork] | No
                 f"{m.key}: no row for {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
             )
             continue
+        gates = len(network.candidate.exits) if network.form == "if" else 0
         evidence.setdefault(network.candidate.precision_label, []).append(
             NetworkEvidence(
                 m.key,
-                table.overhead_ms + sum(table.net_ms(x.key) for x in layers),
+                table.overhead_ms + sum(table.net_ms(x.key) for x in layers) + gates * table.gate_ms,
                 sum(x.weight_bytes for x in layers) / BYTES_PER_MB,
+                gates,
                 m.latency_ms,
                 m.is_stable,
             )
@@ -103,9 +105,16 @@ def fit_correction(table: LatencyTable, networks: Iterable[MeasuredNetwork] | No
 class Estimator:
     """Estimates single candidates."""
 
-    def __init__(self, table: LatencyTable, correction: Correction | None = None) -> None:
-        """Reads rows from `table`; `correction` None means the plain sum."""
+    def __init__(self, table: LatencyTable, correction: Correction | None = None, *, gated: bool = True) -> None:
+        """Reads rows when it estimates.
+
+        Args:
+            table: rows and overhead.
+            correction: None means the plain sum.
+            gated: early exits are deployed as decisions; False: every exit is computed and none decides.
+        """
         self._table = table
+        self._gated = gated
         self._correction = correction
 
     def missing(self, layers: Iterable[LayerSpec]) -> list[str]:
@@ -127,13 +136,22 @@ class Estimator:
         label = _precision_label({x.precision for x in layers})
         count = layers[-1].segment + 1
         sums, weights, variance = np.zeros(count), np.zeros(count), np.zeros(count)
+        gates = np.zeros(count)
         for x in layers:
             sums[x.segment] += self._table.net_ms(x.key)
+            if x.kind == "exit_head" and self._gated:
+                sums[x.segment] += self._table.gate_ms
+                gates[x.segment] += 1
             weights[x.segment] += x.weight_bytes / BYTES_PER_MB
             variance[x.segment] += self._table.row_std_ms(x.key) ** 2
         fit = _fit_for(self._correction, label)
         mean, std = corrected(
-            fit, label, self._table.overhead_ms + np.cumsum(sums), np.cumsum(weights), np.cumsum(variance)
+            fit,
+            label,
+            self._table.overhead_ms + np.cumsum(sums),
+            np.cumsum(weights),
+            np.cumsum(gates),
+            np.cumsum(variance),
         )
         return LatencyEstimate(
             exit_ms=tuple(float(v) for v in np.maximum.accumulate(mean)),
@@ -167,7 +185,8 @@ class VectorEstimate:
 class VectorEstimator:
     """Estimates many genotypes of one space at once: a few table look-ups for each slot.
 
-    The tables are read when it is made; after rows or corrections are added, make it anew.
+    Early exits are deployed as decisions. The tables are read when it is made; after rows or corrections are added,
+    make it anew.
     """
 
     def __init__(self, space: SpaceLike, table: LatencyTable, correction: Correction | None = None) -> None:
@@ -187,9 +206,9 @@ class VectorEstimator:
         self._slots = tuple(space.slots())
         self._numbers: list[FloatArray] = []
         self._codes: list[NDArray[np.uint8]] = []
-        known: dict[str, tuple[float, float, float]] = {}
+        known: dict[str, tuple[float, float, float, float]] = {}
         for slot in self._slots:
-            numbers = np.zeros((len(slot.layers), 3))
+            numbers = np.zeros((len(slot.layers), 4))
             codes = np.zeros(len(slot.layers), np.uint8)
             for i, layer in enumerate(slot.layers):
                 if layer is not None:
@@ -219,9 +238,9 @@ class VectorEstimator:
             RecordError: genotypes of another shape, or an index outside its gene.
         """
         g = _as_genotypes(genotypes)
-        total = np.zeros((len(g), 3))
+        total = np.zeros((len(g), 4))
         codes = np.zeros(len(g), np.uint8)
-        at_exit = np.full((self._exits, len(g), 3), np.nan)
+        at_exit = np.full((self._exits, len(g), 4), np.nan)
         exit_index = 0
         for slot, numbers, code in zip(self._slots, self._numbers, self._codes, strict=True):
             index = self._index(slot, g)
@@ -268,7 +287,7 @@ class VectorEstimator:
             part = at_exit[:, chosen]
             fit = _fit_for(self._correction, label)
             mean[:, chosen], std[:, chosen] = corrected(
-                fit, label, self._overhead_ms + part[..., 0], part[..., 1], part[..., 2]
+                fit, label, self._overhead_ms + part[..., 0], part[..., 1], part[..., 2], part[..., 3]
             )
         # fmax passes over exits that are absent; they stay NaN because only values that are there are replaced.
         rising = np.fmax.accumulate(mean, axis=0)
@@ -349,11 +368,15 @@ def _ranks(values: FloatArray) -> FloatArray:
     return ((2 * last - counts - 1) / 2)[place]
 
 
-def _row_numbers(table: LatencyTable, layer: LayerSpec) -> tuple[float, float, float]:
+def _row_numbers(table: LatencyTable, layer: LayerSpec) -> tuple[float, float, float, float]:
+    """Time (ms, with the decision behind an exit head), weights (MB), decisions and variance (ms^2) of a layer."""
     net_ms = _net_or_none(table, layer.key)
     if net_ms is None:
-        return float("nan"), float("nan"), float("nan")
-    return net_ms, layer.weight_bytes / BYTES_PER_MB, table.row_std_ms(layer.key) ** 2
+        return (float("nan"),) * 4
+    variance = table.row_std_ms(layer.key) ** 2
+    if layer.kind == "exit_head":
+        return net_ms + table.gate_ms, layer.weight_bytes / BYTES_PER_MB, 1.0, variance
+    return net_ms, layer.weight_bytes / BYTES_PER_MB, 0.0, variance
 
 
 def _net_or_none(table: LatencyTable, key: str) -> float | None:

@@ -21,6 +21,8 @@ NetworkForm = Literal["logits", "if", "plain"]
 
 OVERHEAD_KEY = "overhead"
 REFERENCE_KEY = "reference"
+GATE_KEY = "gate"
+FIXED_KEYS = (OVERHEAD_KEY, GATE_KEY, REFERENCE_KEY)
 
 _LINE = re.compile(r'\{"check":"([0-9a-f]{16})","row":(.*)\}', re.DOTALL)
 
@@ -138,8 +140,8 @@ def _with_samples(m: Measurement, samples: tuple[tuple[float, ...], ...], where:
 def check_row(m: Measurement) -> None:
     """Raises RecordError when a row or overhead is impossible."""
     if m.kind == "overhead":
-        if m.key not in (OVERHEAD_KEY, REFERENCE_KEY):
-            raise RecordError(f"overhead {m.key!r} is unknown; known: {OVERHEAD_KEY}, {REFERENCE_KEY}")
+        if m.key not in FIXED_KEYS:
+            raise RecordError(f"overhead {m.key!r} is unknown; known: {', '.join(FIXED_KEYS)}")
         _check_value(m, None)
         return
     if m.kind != "row":

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import socket
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,10 +28,12 @@ import filelock
 import numpy as np
 
 from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
-from nas.core.jsonio import append_line, read_record, write_record, write_text
+from nas.core.jsonio import append_line, from_plain, parse_json, read_record, read_text, write_record, write_text
 from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, Measurement
 from nas.latency.correction import CORRECTION_VERSION, Correction
 from nas.latency.lines import (
+    FIXED_KEYS,
+    GATE_KEY,
     OVERHEAD_KEY,
     REFERENCE_KEY,
     MeasuredNetwork,
@@ -49,6 +52,7 @@ TABLE_VERSION = 1
 ROW_STD = 0.015
 UNSTABLE_ROW_STD = 0.05
 LEAST_NET_SHARE = 0.05  # a row keeps at least this share of its time when the overhead is taken off
+SLOW_STATE = 1.05  # a reference network this much slower than at best shows a machine in another state
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,8 @@ class LatencyTable:
         self._writable = writable
         self._rows: dict[str, Measurement] = {}
         self._networks: dict[str, MeasuredNetwork] = {}
-        self._overheads: dict[str, list[Measurement]] = {OVERHEAD_KEY: [], REFERENCE_KEY: []}
+        self._fixed: dict[str, list[Measurement]] = {key: [] for key in FIXED_KEYS}
+        self._least: dict[str, float] = {}  # of the fixed rows: looked up for every row
         self._edited: list[str] = []
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
         self._sequence = 0
@@ -169,26 +174,38 @@ class LatencyTable:
 
     @property
     def has_overhead(self) -> bool:
-        """Whether the cost of an empty call has been measured."""
-        return self._newest_ms(OVERHEAD_KEY) is not None
+        """Whether the costs of an empty call and of an early exit's decision have been measured."""
+        return OVERHEAD_KEY in self._least and GATE_KEY in self._least
 
     @property
     def overhead_ms(self) -> float:
         """Time of a call that does nothing; contained in every row, counted once in an estimate.
 
+        The least of all sessions: disturbance only adds, and every row depends on this number.
+
         Raises:
             MissingRowError: it has not been measured.
         """
-        value = self._newest_ms(OVERHEAD_KEY)
-        if value is None:
+        if OVERHEAD_KEY not in self._least:
             raise MissingRowError(f"{self._folder}: the overhead of a call has not been measured. {self._command()}")
-        return value
+        return self._least[OVERHEAD_KEY]
+
+    @property
+    def gate_ms(self) -> float:
+        """Time of the decision at an early exit, its head not included; 0 where it has not been measured."""
+        return max(self._least[GATE_KEY] - self._least[OVERHEAD_KEY], 0.0) if self.has_overhead else 0.0
 
     @property
     def reference_ms(self) -> float | None:
-        """Typical time of the reference network over the sessions that filled this table, or None."""
-        values = [m.latency_ms for m in self._overheads[REFERENCE_KEY] if m.latency_ms is not None and m.is_stable]
-        return float(np.median(values)) if values else None
+        """Time of the reference network in good sessions (20 % of them were faster), or None."""
+        values = [m.latency_ms for m in self._fixed[REFERENCE_KEY] if m.latency_ms is not None and m.is_stable]
+        return float(np.quantile(values, 0.2)) if values else None
+
+    @property
+    def is_slow_now(self) -> bool:
+        """Whether the reference network, when it was last measured, was slower than in good sessions."""
+        looks, best = self._looks(), self.reference_ms
+        return bool(looks) and best is not None and looks[-1][1] > SLOW_STATE * best
 
     def row_ms(self, key: str) -> float:
         """Latency of a row as measured, overhead included.
@@ -241,6 +258,25 @@ class LatencyTable:
             row = self._rows.get(key)
             if row is None or (again and (row.latency_ms is None or not row.is_stable)):
                 result.append(key)
+        return result
+
+    def outdated(self, keys: Iterable[str]) -> list[str]:
+        """Keys of rows and networks that were measured while the machine was slower than it is known to be, each once.
+
+        A table that is begun on a busy machine cannot know; later sessions show it.
+        """
+        looks, best = self._looks(), self.reference_ms
+        if best is None:
+            return []
+        numbers = [sequence for sequence, _ in looks]
+        result = []
+        for key in dict.fromkeys(keys):
+            network = self._networks.get(key)
+            m = self._rows.get(key) if network is None else network.measurement
+            if m is not None and m.latency_ms is not None:
+                before = bisect_left(numbers, m.sequence)
+                if before and looks[before - 1][1] > SLOW_STATE * best:
+                    result.append(key)
         return result
 
     def add(
@@ -317,7 +353,7 @@ class LatencyTable:
             self._take_network(network_of(row, f"{self._folder / 'networks.jsonl'}:{number}"))
 
     def correction(self) -> Correction | None:
-        """The stored correction, or None.
+        """The stored correction, or None where there is none that this program wrote.
 
         Raises:
             RecordError: the file does not fit.
@@ -326,11 +362,10 @@ class LatencyTable:
         path = self._folder / "correction.json"
         if not path.exists():
             return None
-        stored = read_record(Correction, path)
-        if stored.version != CORRECTION_VERSION:
-            raise RecordError(
-                f"{path}: version {stored.version}, this program writes {CORRECTION_VERSION}. Delete the file"
-            )
+        data = parse_json(read_text(path), str(path))
+        if isinstance(data, dict) and data.get("version") != CORRECTION_VERSION:
+            return None  # of another program version: it is fitted anew from networks.jsonl
+        stored = from_plain(Correction, data, str(path))
         if stored.fingerprint != self._profile.fingerprint:
             raise DeviceError(
                 f"{path}: made for device state {stored.fingerprint}, this table is {self._profile.fingerprint}."
@@ -353,9 +388,9 @@ class LatencyTable:
         with self.writing():
             write_record(self._folder / "correction.json", correction)
 
-    def _newest_ms(self, key: str) -> float | None:
-        values = [m.latency_ms for m in self._overheads[key] if m.latency_ms is not None]
-        return values[-1] if values else None
+    def _looks(self) -> list[tuple[int, float]]:
+        """Sequence number and time of each measurement of the reference network."""
+        return [(m.sequence, m.latency_ms) for m in self._fixed[REFERENCE_KEY] if m.latency_ms is not None]
 
     def _command(self) -> str:
         return f"Run: nas measure --table {self._folder}"
@@ -409,8 +444,11 @@ class LatencyTable:
     def _take_row(self, row: Measurement) -> None:
         self._sequence = max(self._sequence, row.sequence)
         if row.kind == "overhead":
-            self._overheads[row.key].append(row)
-            self._overheads[row.key].sort(key=lambda m: m.sequence)
+            self._fixed[row.key].append(row)
+            self._fixed[row.key].sort(key=lambda m: m.sequence)
+            known = [m for m in self._fixed[row.key] if m.latency_ms is not None]
+            if known:
+                self._least[row.key] = min(m.latency_ms or 0.0 for m in [m for m in known if m.is_stable] or known)
             return
         if _replaces(row, self._rows.get(row.key)):
             self._rows[row.key] = row
@@ -487,8 +525,9 @@ Written by the program; the numbers hold for one device state only.
 {details}
 
 - `rows.jsonl`: one measured layer (a block with its activation, squeeze-and-excitation, projection and skip) per line,
-  with every sample. `latency_ms` contains the overhead of one call, which the row `overhead` gives. Lines are only
-  appended; the newest of a key counts. `check` is the start of the SHA-256 of the text of `row`.
+  with every sample. `latency_ms` contains the overhead of one call, which the row `overhead` gives; the row `gate` is
+  the decision at an early exit. Lines are only appended; the newest of a key counts. `check` is the start of the
+  SHA-256 of the text of `row`.
 - `networks.jsonl`: whole networks that were measured, with their architecture.
 - `correction.json`: what those networks taught about sums of rows, with the evidence. It is computed from the other two
   files and may be deleted.

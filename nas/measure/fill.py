@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nas.core.errors import RecordError
 from nas.core.records import LayerSpec, Measurement
 from nas.devices.base import Device, MeasureJob
-from nas.devices.graphs import overhead_job, reference_job
+from nas.devices.graphs import gate_job, overhead_job, reference_job
 from nas.export.graph import layer_model
 from nas.latency.table import LatencyTable
 
@@ -17,7 +17,8 @@ DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before;
 ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleaved, stored together
 SECONDS_PER_ROW = 0.03  # before anything is measured: 0.02 on a calm machine, 0.04-0.07 on a busy one
 TELL_EVERY_S = 0.5  # between results: often enough for people, too rarely to disturb
-REFERENCE_EVERY_S = 120.0
+LOOK_EVERY_S = 120.0  # at the reference network, overhead and gate
+LOOK_AGAIN_ROWS = 20  # after this many rows the look is repeated
 WAIT_S = 600.0  # another process may be filling the same table: two at a time would disturb each other
 
 
@@ -55,8 +56,9 @@ class FillReport:
         result = []
         if self.drift is not None and self.drift > DRIFT_LIMIT:
             result.append(
-                f"the machine is {self.drift:.0%} slower than when this table was begun; the new rows are kept but are"
-                " not comparable. Close other programs, then run: nas measure --again"
+                f"the machine is {self.drift:.0%} slower than in the good sessions of this table; the new rows are kept"
+                " but do not count as calm. Close other programs, then run: nas measure --again. If it stays so, the"
+                " machine has changed: begin a new table"
             )
         if self.unstable:
             result.append(
@@ -83,9 +85,10 @@ def fill(
     wait_s: float = WAIT_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> FillReport:
-    """Measures the rows that a set of layers needs and the table lacks, and the overhead of a call when it is new.
+    """Measures the rows that a set of layers needs and the table lacks, and what an empty call and a decision cost.
 
-    Every result is stored as soon as it is there: when the program is stopped, the same call goes on where it was.
+    Every result is stored as soon as it is there: when the program is stopped, the same call goes on where it was. Rows
+    that were measured while the machine was slower than it is now known to be are measured again.
 
     Args:
         table: opened for the device's state.
@@ -103,7 +106,14 @@ def fill(
     """
     started = clock()
     by_key = {layer.key: layer for layer in layers}
-    if not table.missing(by_key, again=again) and table.has_overhead:
+
+    def todo(more: bool, state_unknown: bool = False) -> list[LayerSpec]:
+        keys = table.missing(by_key, again=more)
+        if state_unknown or not table.is_slow_now:
+            keys = list(dict.fromkeys([*keys, *table.outdated(by_key)]))
+        return [by_key[key] for key in keys]
+
+    if not todo(again, state_unknown=True) and table.has_overhead:
         return FillReport(0, (), (), None, 0.0)
 
     def waiting(message: str) -> None:
@@ -111,38 +121,49 @@ def fill(
             progress(FillProgress(0, len(by_key), 0, 0, clock() - started, None, message))
 
     with table.writing(wait_s, waiting):
-        todo = [by_key[key] for key in table.missing(by_key, again=again)]  # the other process may have measured some
         drift = open_session(table, device)
-        tally = _Tally(len(todo), clock, progress)
-        for start in range(0, len(todo), ROWS_AT_A_TIME):
-            part = todo[start : start + ROWS_AT_A_TIME]
-            jobs = [MeasureJob(x.key, "row", x.precision, write(x), x.macs) for x in part]
-            tally.begin(len(part))
-            device.measure(jobs, on_result=lambda m: tally.take(store(table, m)), progress=tally.work)
+        tally = _Tally(clock, progress)
+        rows = todo(again)  # another process may have measured some
+        _measure(table, device, rows, write, tally)
+        if len(rows) >= LOOK_AGAIN_ROWS:  # a machine that has become faster since shows that it was busy before
+            open_session(table, device, now=True)
+            _measure(table, device, todo(more=False), write, tally)
     return FillReport(tally.done, tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
 
 
-def open_session(table: LatencyTable, device: Device) -> float | None:
-    """Measures the reference network (and the overhead when it is new) before a session's rows; tells the device.
+def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> float | None:
+    """Measures reference network, overhead and gate before a session's rows; tells the device about the reference.
 
-    A search fills a few rows at a time: within `REFERENCE_EVERY_S` the last look at the reference is enough.
+    A search fills a few rows at a time: within `LOOK_EVERY_S` the last look is enough, unless `now`.
 
     Returns:
-        How much slower the reference is than in earlier sessions (0.1 = 10 %); None for the first session, or when the
-        reference was looked at a short while ago.
+        How much slower the reference is than in good sessions (0.1 = 10 %); None for the first session, or when it was
+        looked at a short while ago.
     """
-    now = time.monotonic()
-    if table.has_overhead and table.looked_at_s is not None and now - table.looked_at_s < REFERENCE_EVERY_S:
+    time_s = time.monotonic()
+    if not now and table.has_overhead and table.looked_at_s is not None and time_s - table.looked_at_s < LOOK_EVERY_S:
         return None
     before = table.reference_ms
     device.expect_reference(before)
-    jobs = [reference_job()] if table.has_overhead else [reference_job(), overhead_job()]
-    reference, *_ = [store(table, m) for m in device.measure(jobs)]
-    table.looked_at_s = now
-    if before is None:
-        device.expect_reference(reference.latency_ms)
-        return None
-    return None if reference.latency_ms is None else reference.latency_ms / before - 1
+    reference, *_ = [store(table, m) for m in device.measure([reference_job(), overhead_job(), gate_job()])]
+    table.looked_at_s = time_s
+    device.expect_reference(table.reference_ms)
+    return None if before is None or reference.latency_ms is None else reference.latency_ms / before - 1
+
+
+def _measure(
+    table: LatencyTable,
+    device: Device,
+    rows: Sequence[LayerSpec],
+    write: Callable[[LayerSpec], bytes],
+    tally: _Tally,
+) -> None:
+    tally.total += len(rows)
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        part = rows[start : start + ROWS_AT_A_TIME]
+        jobs = [MeasureJob(x.key, "row", x.precision, write(x), x.macs) for x in part]
+        tally.begin(len(part))
+        device.measure(jobs, on_result=lambda m: tally.take(store(table, m)), progress=tally.work)
 
 
 def store(table: LatencyTable, measurement: Measurement) -> Measurement:
@@ -156,11 +177,11 @@ def store(table: LatencyTable, measurement: Measurement) -> Measurement:
 class _Tally:
     """Counts results and tells about them. Rows are measured interleaved: work is done before any has a result."""
 
-    def __init__(self, total: int, clock: Callable[[], float], progress: OnFill | None) -> None:
+    def __init__(self, clock: Callable[[], float], progress: OnFill | None) -> None:
+        self.total = 0
         self.done = 0
         self.failed: list[tuple[str, str]] = []
         self.unstable: list[str] = []
-        self._total = total
         self._clock = clock
         self._progress = progress
         self._started = self._told = clock()
@@ -194,7 +215,7 @@ class _Tally:
             return
         self._told = self._clock()
         elapsed = self._told - self._started
-        remaining = elapsed / self._worked * (self._total - self._worked) if self._worked > 0 else None
+        remaining = elapsed / self._worked * (self.total - self._worked) if self._worked > 0 else None
         self._progress(
-            FillProgress(self.done, self._total, len(self.failed), len(self.unstable), elapsed, remaining, message)
+            FillProgress(self.done, self.total, len(self.failed), len(self.unstable), elapsed, remaining, message)
         )

@@ -59,7 +59,8 @@ def measure_networks(
     progress: Callable[[NetworkProgress], None] | None = None,
     wait_s: float = WAIT_S,
 ) -> list[Measurement]:
-    """Measures candidates as whole networks and stores them in the table; those that it has already are not repeated.
+    """Measures candidates as whole networks and stores them in the table; those that it has already are not repeated,
+    unless the machine was slower then than it is now known to be.
 
     Args:
         table: opened for the device's state.
@@ -80,25 +81,27 @@ def measure_networks(
     unset = [c.with_thresholds((None,) * len(c.exits)) for c in candidates]
     keys = [network_key(c, form) for c in unset]
     by_key = dict(zip(keys, unset, strict=True))
-    todo = [key for key in by_key if again or key not in table.networks]
-    if todo:
+
+    def todo(state_unknown: bool = False) -> list[str]:
+        old = table.outdated(by_key) if state_unknown or not table.is_slow_now else []
+        return [key for key in by_key if again or key not in table.networks or key in old]
+
+    if todo(state_unknown=True):
         say = progress or (lambda _: None)
-        with table.writing(wait_s, lambda message: say(NetworkProgress(0, len(todo), message))):
-            todo = [key for key in by_key if again or key not in table.networks]
+        with table.writing(wait_s, lambda message: say(NetworkProgress(0, len(by_key), message))):
             open_session(table, device)
+            keys_left = todo()  # another process may have measured some
             done = 0
 
             def take(m: Measurement) -> None:
                 nonlocal done
                 done += 1
                 store_network(table, m, by_key[m.key], form)
-                say(NetworkProgress(done, len(todo), m.key))
+                say(NetworkProgress(done, len(keys_left), m.key))
 
-            for start in range(0, len(todo), NETWORKS_AT_A_TIME):
-                jobs = [
-                    network_job(by_key[k], form, write(by_key[k], form))
-                    for k in todo[start : start + NETWORKS_AT_A_TIME]
-                ]
+            for start in range(0, len(keys_left), NETWORKS_AT_A_TIME):
+                part = keys_left[start : start + NETWORKS_AT_A_TIME]
+                jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
                 device.measure(jobs, on_result=take)
     return [table.networks[key].measurement for key in keys]
 

@@ -22,6 +22,7 @@ from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 
 OVERHEAD_MS = 0.003
+GATE_MS = 0.002
 
 
 def profile(**changes: object) -> DeviceProfile:
@@ -93,13 +94,14 @@ def row(layer: LayerSpec, latency_ms: float | None = None, *, stable: bool = Tru
     )
 
 
-def network(c: Candidate, latency_ms: float, form: NetworkForm = "logits", *, stable: bool = True) -> Measurement:
+def network(c: Candidate, latency_ms: float, form: NetworkForm = "if", *, stable: bool = True) -> Measurement:
     return measured(network_key(c, form), "network", c.precision_label, latency_ms, stable=stable)
 
 
-def sum_ms(c: Candidate) -> float:
+def sum_ms(c: Candidate, *, gated: bool = True) -> float:
     """The plain estimate of a candidate from made-up rows."""
-    return OVERHEAD_MS + sum(row_time_ms(x) - OVERHEAD_MS for x in expand(c))
+    gates = len(c.exits) if gated else 0
+    return OVERHEAD_MS + sum(row_time_ms(x) - OVERHEAD_MS for x in expand(c)) + gates * GATE_MS
 
 
 def filled(folder: Path, candidates: Iterable[Candidate]) -> LatencyTable:
@@ -107,6 +109,7 @@ def filled(folder: Path, candidates: Iterable[Candidate]) -> LatencyTable:
     table = LatencyTable.open(folder, profile())
     with table.writing():
         table.add(measured("overhead", "overhead", "none", OVERHEAD_MS))
+        table.add(measured("gate", "overhead", "none", OVERHEAD_MS + GATE_MS))
         for layer in dict.fromkeys(x for c in candidates for x in expand(c)):
             table.add(row(layer))
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latency_examples import OVERHEAD_MS, candidate, filled, network, profile, row, row_time_ms, sum_ms
+from latency_examples import GATE_MS, OVERHEAD_MS, candidate, filled, network, profile, row, row_time_ms, sum_ms
 
 from nas.core.errors import MissingRowError, RecordError
 from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Precision
@@ -60,6 +60,8 @@ def test_an_estimate_is_overhead_plus_rows_without_theirs(tmp_path: Path) -> Non
     estimate = Estimator(filled(tmp_path, [candidate()])).estimate(candidate())
     assert estimate.worst_ms == pytest.approx(sum_ms(candidate()))
     assert estimate.rows_used == 6
+    every = Estimator(filled(tmp_path / "other", [candidate()]), gated=False).estimate(candidate())
+    assert every.worst_ms == pytest.approx(sum_ms(candidate(), gated=False))
     assert estimate.correction == "raw table"
 
 
@@ -68,7 +70,8 @@ def test_an_image_that_leaves_early_has_passed_its_exit_head(tmp_path: Path) -> 
     layers = expand(candidate())
     until = next(i for i, x in enumerate(layers) if x.kind == "exit_head") + 1
     assert len(estimate.exit_ms) == 2
-    assert estimate.exit_ms[0] == pytest.approx(OVERHEAD_MS + sum(row_time_ms(x) - OVERHEAD_MS for x in layers[:until]))
+    rows_ms = sum(row_time_ms(x) - OVERHEAD_MS for x in layers[:until])
+    assert estimate.exit_ms[0] == pytest.approx(OVERHEAD_MS + rows_ms + GATE_MS)
     assert estimate.exit_ms[0] < estimate.exit_ms[1]
     assert estimate.exit_std_ms[0] < estimate.exit_std_ms[1]
 
@@ -98,10 +101,10 @@ def test_a_corrected_estimate_follows_the_networks_and_says_so(tmp_path: Path) -
     candidates = [candidate(depth=d) for d in (1, 2, 3, 4)]
     table = filled(tmp_path, candidates)
     for c in candidates[:3]:
-        table.add(network(c, 1.2 * sum_ms(c)), c)
+        table.add(network(c, 1.2 * sum_ms(c)), c, "if")
     estimate = Estimator(table, fit_correction(table)).estimate(candidates[3])
     assert estimate.worst_ms == pytest.approx(1.2 * sum_ms(candidates[3]), rel=0.01)
-    assert estimate.correction == "scale, constant, weights from 3 networks"
+    assert estimate.correction == "scale, constant, weights, exits from 3 networks"
     assert 0 < estimate.worst_std_ms < 0.05 * estimate.worst_ms
 
 
@@ -118,7 +121,7 @@ def test_both_paths_agree_on_every_genotype_raw_and_corrected(tmp_path: Path) ->
         for layer in expand(c):
             if table.missing([layer.key]):
                 table.add(row(layer))
-        table.add(network(c, 1.1 * sum_ms(c) + 0.01), c)
+        table.add(network(c, 1.1 * sum_ms(c) + 0.01), c, "if")
     for correction in (None, fit_correction(table)):
         vector = VectorEstimator(space, table, correction).estimate(space.genotypes())
         single = Estimator(table, correction)

@@ -40,8 +40,8 @@ def test_rows_come_back_as_they_were_added(tmp_path: Path) -> None:
 
 def test_networks_come_back_with_their_candidate_and_without_thresholds(tmp_path: Path) -> None:
     table = LatencyTable.open(tmp_path, profile())
-    table.add(network(candidate(), 1.5), candidate())
-    stored = LatencyTable.open(tmp_path, profile()).networks[network_key(candidate(), "logits")]
+    table.add(network(candidate(), 1.5), candidate(), "if")
+    stored = LatencyTable.open(tmp_path, profile()).networks[network_key(candidate(), "if")]
     assert stored.candidate == candidate().with_thresholds((None,))
     assert stored.measurement.latency_ms == 1.5
 
@@ -122,12 +122,52 @@ def test_a_disturbed_row_is_less_certain(tmp_path: Path) -> None:
     assert table.row_std_ms(LAYERS[1].key) == pytest.approx(0.05 * 0.2)
 
 
-def test_reference_is_the_median_over_calm_sessions(tmp_path: Path) -> None:
+def test_overhead_and_gate_are_the_least_of_calm_sessions(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(measured("overhead", "overhead", "none", 0.0048))
+    assert not table.has_overhead
+    assert table.gate_ms == 0.0
+    for key, value, stable in (
+        ("gate", 0.007, True),
+        ("overhead", 0.003, True),
+        ("overhead", 0.002, False),
+        ("overhead", 0.0035, True),
+        ("gate", 0.0055, True),
+    ):
+        table.add(measured(key, "overhead", "none", value, stable=stable))
+    assert table.has_overhead
+    assert LatencyTable.open(tmp_path, profile()).overhead_ms == table.overhead_ms == 0.003
+    assert table.gate_ms == pytest.approx(0.0025)
+
+
+def test_reference_is_that_of_good_calm_sessions(tmp_path: Path) -> None:
     table = LatencyTable.open(tmp_path, profile())
     assert table.reference_ms is None
-    for value, stable in ((0.30, True), (0.29, True), (0.31, True), (0.6, False)):
+    for value, stable in ((0.38, True), (0.30, True), (0.301, True), (0.302, True), (0.35, True), (0.1, False)):
         table.add(measured("reference", "overhead", "fp32", value, stable=stable))
-    assert table.reference_ms == 0.30
+    assert table.reference_ms == pytest.approx(0.3008)
+
+
+def test_rows_and_networks_of_a_slower_machine_are_known_once_it_is_faster(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    keys = [LAYERS[0].key, network_key(candidate(), "if"), LAYERS[1].key, LAYERS[2].key]
+    table.add(measured("reference", "overhead", "fp32", 0.38))
+    table.add(row(LAYERS[0]))
+    table.add(network(candidate(), 1.0), candidate(), "if")
+    assert table.outdated(keys) == []
+    assert not table.is_slow_now
+    table.add(measured("reference", "overhead", "fp32", 0.30))
+    table.add(row(LAYERS[1]))
+    assert table.outdated(keys) == keys[:2]
+    assert not table.is_slow_now
+    table.add(measured("reference", "overhead", "fp32", 0.36))
+    assert table.is_slow_now
+    table.add(row(LAYERS[0]))
+    table.add(measured("reference", "overhead", "fp32", 0.31))
+    table.add(row(LAYERS[2]))
+    again = LatencyTable.open(tmp_path, profile())
+    assert again.outdated(keys) == keys[:2]  # measured again, but the machine was slow again
+    assert not again.is_slow_now
 
 
 OTHER_STATE = {
@@ -193,10 +233,10 @@ def test_only_rows_overheads_and_networks_with_their_candidate_are_taken(tmp_pat
     with pytest.raises(RecordError, match="its candidate must be stored with it"):
         table.add(network(candidate(), 1.0))
     with pytest.raises(RecordError, match="not that of its candidate"):
-        table.add(network(candidate(), 1.0), candidate("int8"))
+        table.add(network(candidate(), 1.0), candidate("int8"), "if")
     with pytest.raises(RecordError, match="not a segment"):
         table.add(measured("x#1", "segment", "fp32", 1.0))
-    with pytest.raises(RecordError, match="overhead 'other' is unknown; known: overhead, reference"):
+    with pytest.raises(RecordError, match="overhead 'other' is unknown; known: overhead, gate, reference"):
         table.add(measured("other", "overhead", "none", 1.0))
     with pytest.raises(RecordError, match="precision 'int8' is not that of the key, 'fp32'"):
         table.add(measured(LAYERS[0].key, "row", "int8", 0.1))
@@ -267,6 +307,8 @@ def test_the_correction_is_kept_and_belongs_to_its_state(tmp_path: Path) -> None
     assert LatencyTable.open(tmp_path, profile()).correction() == Correction(profile().fingerprint, ())
     with pytest.raises(DeviceError, match="does not belong to"):
         table.save_correction(Correction("0" * 16, ()))
-    (tmp_path / "correction.json").write_text('{"fingerprint": "other", "fits": []}')
+    (tmp_path / "correction.json").write_text('{"fingerprint": "x", "fits": [], "version": 1}')
+    assert table.correction() is None  # of an earlier program: fitted anew
+    (tmp_path / "correction.json").write_text('{"fingerprint": "other", "fits": [], "version": 2}')
     with pytest.raises(DeviceError, match="made for device state other"):
         table.correction()

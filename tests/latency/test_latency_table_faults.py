@@ -95,7 +95,7 @@ def test_a_number_changed_within_its_samples_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     value = f'"latency_ms":{table.row_ms(LAYERS[0].key)}'
     path.write_text(path.read_text().replace(value, value + "1"))
-    assert LatencyTable.open(tmp_path, profile()).edited == (f"{path}:2",)
+    assert LatencyTable.open(tmp_path, profile()).edited == (f"{path}:3",)
 
 
 def test_a_reader_that_saw_a_torn_line_reads_its_replacement(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_writers_of_several_processes_lose_nothing(tmp_path: Path) -> None:
 
 def test_a_network_with_another_candidate_is_refused(tmp_path: Path) -> None:
     table = filled(tmp_path, [candidate()])
-    table.add(network(candidate(), 1.0), candidate())
+    table.add(network(candidate(), 1.0), candidate(), "if")
     edit(tmp_path, 1, lambda d: d["candidate"].update(resolution=64), "networks.jsonl")
     with pytest.raises(RecordError, match=r"networks.jsonl:1: measured network: key .* is not that of its candidate"):
         LatencyTable.open(tmp_path, profile())

@@ -19,7 +19,7 @@ from nas.core.records import (
 )
 from nas.core.walk import expand
 from nas.devices.base import REFERENCE_KEY, MeasureJob, OnProgress, OnResult
-from nas.devices.graphs import overhead_job, reference_job
+from nas.devices.graphs import gate_job, overhead_job, reference_job
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import ProtocolSettings
 from nas.export.graph import layer_model
@@ -35,6 +35,7 @@ def small(width: int = 16) -> Candidate:
 
 
 LAYERS = expand(small())
+LOOK = ["reference", "overhead", "gate"]
 
 
 class Watched(SimulatedDevice):
@@ -72,13 +73,13 @@ def opened(folder: Path) -> LatencyTable:
 
 
 def test_keys_of_overhead_and_reference_are_those_of_the_table() -> None:
-    assert (overhead_job().key, reference_job().key) == (lines.OVERHEAD_KEY, lines.REFERENCE_KEY)
+    assert tuple(job().key for job in (overhead_job, gate_job, reference_job)) == lines.FIXED_KEYS
 
 
 def test_a_new_table_gets_reference_overhead_and_every_row_once(tmp_path: Path) -> None:
     device = Watched()
     report = fill(opened(tmp_path), device, [*LAYERS, *LAYERS])
-    assert device.asked == ["reference", "overhead", *(x.key for x in LAYERS)]
+    assert device.asked == [*LOOK, *(x.key for x in LAYERS)]
     assert (report.measured, report.failed, report.unstable, report.drift, report.warnings) == (3, (), (), None, ())
     table = opened(tmp_path)
     assert table.missing(x.key for x in LAYERS) == []
@@ -89,7 +90,7 @@ def test_only_missing_rows_are_measured(tmp_path: Path) -> None:
     fill(opened(tmp_path), SimulatedDevice(), LAYERS)
     device = Watched()
     report = fill(opened(tmp_path), device, [*LAYERS, *expand(small(24))])
-    assert device.asked == ["reference", *(x.key for x in expand(small(24))[1:])]  # the stem is there
+    assert device.asked == [*LOOK, *(x.key for x in expand(small(24))[1:])]  # the stem is there
     assert report.drift == pytest.approx(0.0)
     untouched = Watched()
     assert fill(opened(tmp_path), untouched, LAYERS).measured == 0
@@ -100,7 +101,7 @@ def test_the_reference_is_not_measured_for_every_few_rows(tmp_path: Path) -> Non
     table, device = opened(tmp_path), Watched()
     for layer in LAYERS:
         fill(table, device, [layer])
-    assert device.asked == ["reference", "overhead", *(x.key for x in LAYERS)]
+    assert device.asked == [*LOOK, *(x.key for x in LAYERS)]
     table.looked_at_s = -1e9
     fill(table, device, expand(small(24)))
     assert device.asked.count("reference") == 2
@@ -110,16 +111,16 @@ def test_what_another_process_measured_meanwhile_is_not_repeated(tmp_path: Path)
     waiting, device = opened(tmp_path), Watched()
     fill(opened(tmp_path), SimulatedDevice(), LAYERS[:2])
     assert fill(waiting, device, LAYERS).measured == 1
-    assert device.asked == ["reference", LAYERS[2].key]
+    assert device.asked == [*LOOK, LAYERS[2].key]
 
 
 def test_after_an_interruption_the_same_call_goes_on(tmp_path: Path) -> None:
-    stopped = Watched(stop_after=4)  # reference, overhead and two rows
+    stopped = Watched(stop_after=5)  # the look and two rows
     with pytest.raises(KeyboardInterrupt):
         fill(opened(tmp_path), stopped, LAYERS)
     again = Watched()
     assert fill(opened(tmp_path), again, LAYERS).measured == 1
-    assert again.asked == ["reference", LAYERS[2].key]
+    assert again.asked == [*LOOK, LAYERS[2].key]
     assert not (tmp_path / ".lock-holder.json").exists()
 
 
@@ -150,18 +151,56 @@ def test_disturbed_rows_are_named_and_measured_again_on_demand(tmp_path: Path) -
     assert "1 of 3 rows had no calm round" in report.warnings[0] and "nas measure --again" in report.warnings[0]
     again = Watched()
     fill(opened(tmp_path), again, LAYERS, again=True)
-    assert again.asked == ["reference", LAYERS[1].key]
+    assert again.asked == [*LOOK, LAYERS[1].key]
 
 
 def test_a_slower_machine_is_noticed_and_told_to_the_device(tmp_path: Path) -> None:
     first = Watched()
     fill(opened(tmp_path), first, LAYERS[:1])
-    assert first.expected == [None, 0.3]
-    slower = Watched({REFERENCE_KEY: {"latency_ms": 0.36, "rounds_ms": ((0.36,),) * 3}})
+    assert first.expected == [None, 0.303]
+    slower = Watched({REFERENCE_KEY: {"latency_ms": 0.3636, "rounds_ms": ((0.3636,),) * 3, "accepted": (False,) * 3}})
     report = fill(opened(tmp_path), slower, LAYERS)
-    assert slower.expected == [0.3]
+    assert slower.expected[0] == 0.303
     assert report.drift == pytest.approx(0.2)
-    assert "the machine is 20% slower than when this table was begun" in report.warnings[0]
+    assert "the machine is 20% slower than in the good sessions of this table" in report.warnings[0]
+
+
+def slow(times: float) -> dict[str, dict[str, object]]:
+    value = 0.303 * times
+    return {REFERENCE_KEY: {"latency_ms": value, "rounds_ms": ((value,),) * 3}}
+
+
+def test_rows_of_a_busy_machine_are_measured_again_when_it_is_quiet(tmp_path: Path) -> None:
+    fill(opened(tmp_path), Watched(slow(1.3)), LAYERS)
+    still_busy = Watched(slow(1.3))
+    fill(opened(tmp_path), still_busy, LAYERS)
+    assert still_busy.asked == []  # nothing is known yet of a faster state
+    quiet = Watched()
+    fill(opened(tmp_path), quiet, expand(small(24)))
+    assert quiet.asked == [*LOOK, *(x.key for x in expand(small(24))[1:]), LAYERS[0].key]
+    busy_again = Watched(slow(1.3))
+    fill(opened(tmp_path), busy_again, LAYERS)
+    assert busy_again.asked == LOOK  # not now
+    quiet = Watched()
+    report = fill(opened(tmp_path), quiet, LAYERS)
+    assert quiet.asked == [*LOOK, *(x.key for x in LAYERS[1:])]
+    assert report.measured == 2
+
+
+def test_a_machine_that_becomes_quiet_on_the_way_is_noticed(tmp_path: Path) -> None:
+    class Calming(Watched):
+        def measure(
+            self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+        ) -> list[Measurement]:
+            self._changes = slow(1.3) if "reference" not in self.asked else {}
+            return super().measure(jobs, on_result, progress)
+
+    layers = list(dict.fromkeys(x for w in range(8, 8 * 12, 8) for x in expand(small(w))))
+    device = Calming()
+    report = fill(opened(tmp_path), device, layers)
+    assert device.asked == [*LOOK, *(x.key for x in layers), *LOOK, *(x.key for x in layers)]
+    assert report.measured == 2 * len(layers)
+    assert opened(tmp_path).outdated(x.key for x in layers) == []
 
 
 def test_progress_counts_rows_and_estimates_the_rest(tmp_path: Path) -> None:
