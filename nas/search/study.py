@@ -37,7 +37,7 @@ from nas.space.space import SearchSpace
 Genotype = tuple[int, ...]
 
 TPE_MAX_TRIALS = 300  # multivariate TPE costs 40 ms a trial at 1,000 trials and 160 at 5,000; NSGA-II 2-5 ms
-MAX_ASKS_PER_PROPOSAL = 60
+MAX_ASKS_PER_PROPOSAL = 30
 MAX_REFUSED_PER_SCORE = 2  # proposals over the budget that the sampler is told of, per scored candidate
 RANDOM_DRAWS = 2048  # looked at together where the sampler finds nothing: 10 ms
 CONSTRAINT = "over_budget_ms"

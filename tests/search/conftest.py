@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from search_examples import Zygote, write_experiment
+from search_examples import Prepared, Zygote, prepare, write_experiment
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +27,9 @@ def finished(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     life = zygote.run(folder / "log", write_experiment(folder))
     assert life.code == 0, (folder / "log").read_text()
     return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Data, teacher's answers, latency table and supernet, in this process."""
+    return prepare(tmp_path_factory.mktemp("prepared"))

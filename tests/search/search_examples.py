@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nas.core.errors import InterruptedRunError, NasError, StorageError
+from nas.devices.base import Device
+from nas.latency.table import LatencyTable
+from nas.recipe.context import open_context
 from nas.recipe.pool import J, JobFailure, JobResult, R, WorkerPool
+from nas.recipe.supernet import train_supernet
+from nas.search.experiment import load_experiment
+from nas.search.folder import RunFolder
+from nas.search.predictor import Predictor
+from nas.search.prepare import Inputs, load_inputs, prepare_training, scoring_plan
+from nas.search.progress import StopFlag, StoppableReporter
+from nas.search.rounds import SearchParts
+from nas.testing import SimulatedDevice
 
 SPACE = """
 name: mini-16
@@ -208,3 +220,70 @@ def _session(leader: int) -> list[int]:
         if fields[3] == str(leader) and fields[0] not in "ZX":
             found.append(int(stat.parent.name))
     return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is made once: inputs, teacher's answers, table with all rows, trained supernet."""
+
+    inputs: Inputs
+    context: str
+    tables: Path
+    supernet: Path
+
+    def parts(self, folder: Path, reporter: Notes | None = None, **settings: Any) -> SearchParts:
+        """Parts of a search in a new run folder, with a copy of the table; scores are computed in this process.
+
+        Args:
+            folder: for run folder and table.
+            reporter: told everything.
+            settings: keys of `search`, `feedback` and `budget` by name, and `device`.
+        """
+        e = self.inputs.experiment
+        device = settings.pop("device", self.inputs.device)
+        search, feedback, budget = (
+            replace(part, **{k: settings.pop(k) for k in list(settings) if hasattr(part, k)})
+            for part in (e.search, e.feedback, e.budget)
+        )
+        assert not settings, f"unknown settings {settings}"
+        inputs = replace(self.inputs, experiment=replace(e, search=search, feedback=feedback, budget=budget))
+        run = RunFolder(folder / "run")
+        (folder / "run").mkdir(parents=True, exist_ok=True)
+        if not (folder / "tables").exists():
+            shutil.copytree(self.tables, folder / "tables")
+        stop = StopFlag()
+        told = StoppableReporter(reporter or Notes(), stop)
+        predictor = Predictor(self.inputs.space, open_folder(folder / "tables", device), device, told)
+        predictor.prepare()
+        plan = replace(scoring_plan(inputs, run, self.context), supernet=str(self.supernet))
+        return SearchParts(
+            run,
+            self.inputs.space,
+            predictor,
+            plan,
+            InProcessPool(),
+            self.inputs.dataset.val.labels,
+            budget,
+            search,
+            feedback,
+            told,
+            stop,
+        )
+
+
+def open_folder(tables: Path, device: Device) -> LatencyTable:
+    """The table of a device."""
+    return LatencyTable.open(tables / device.profile.name, device.profile)
+
+
+def prepare(folder: Path) -> Prepared:
+    """Makes what is made once, in a folder."""
+    inputs = load_inputs(load_experiment(write_experiment(folder)), Notes(), SimulatedDevice())
+    e = inputs.experiment
+    run = RunFolder(folder / "run")
+    (folder / "run").mkdir()
+    _, _, context = prepare_training(inputs, run, Notes())
+    Predictor(inputs.space, open_folder(folder / "tables", inputs.device), inputs.device, Notes()).prepare()
+    targets = {side: open_context(context, side).targets for side in inputs.space.resolution}
+    train_supernet(inputs.space, targets, e.distill, e.supernet, folder / "supernet")
+    return Prepared(inputs, context, folder / "tables", folder / "supernet")

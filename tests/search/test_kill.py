@@ -15,7 +15,7 @@ from search_examples import Zygote, write_experiment
 
 from nas.core.jsonio import file_sha256, parse_json, read_lines, read_record
 from nas.export.manifest import Manifest
-from nas.latency.lines import OVERHEAD_KEY, REFERENCE_KEY
+from nas.latency.lines import GATE_KEY, OVERHEAD_KEY, REFERENCE_KEY
 from nas.latency.table import LatencyTable
 from nas.recipe.records import ScoredStudent, read_logits
 from nas.search.api import load_outcome, load_view
@@ -89,7 +89,7 @@ class Watch:
                 text = path.read_text() if path.exists() else ""
                 keys = [parse_json(line, name)["row"] for line in text.split("\n")[:-1]]
                 keys = [k.get("measurement", k)["key"] for k in keys]
-                once = [k for k in keys if k not in (OVERHEAD_KEY, REFERENCE_KEY)]
+                once = [k for k in keys if k not in (OVERHEAD_KEY, REFERENCE_KEY, GATE_KEY)]
                 assert len(once) == len(set(once)), f"{name}: measured twice"
 
     def _packages_are_whole(self) -> None:
