@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def run_search(
     except (InterruptedRunError, KeyboardInterrupt) as e:
         # The folder's own file holds every setting that was given, those of the command line too.
         again = run_dir / "experiment.yaml"
-        command = f"nas search {again}" if again.exists() else "the same command"
+        command = f"nas search {quote(str(again))}" if again.exists() else "the same command"
         raise InterruptedRunError(f"stopped; finished work is kept. Go on with: {command}") from e
 
 
@@ -138,7 +139,7 @@ def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs
     new = next(p for i in range(2, 1000) if not (p := old.with_name(f"{old.name}-{i}")).exists())
     for note in fork_run(old, new, marks):
         reporter.say(f"copied from {old}: {note}")
-    reporter.say(f"new run folder: {new}; go on with it later: --set run.dir={new}")
+    reporter.say(f"new run folder: {new}; go on with it later: --set run.dir={quote(str(new))}")
     run = replace(inputs.experiment.run, dir=str(new))
     return replace(inputs, experiment=replace(inputs.experiment, run=run))
 
@@ -356,17 +357,18 @@ def load_view(run_dir: Path) -> RunView:
         rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
         wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
         provenance={k: str(v) for k, v in marks.items()},
-        commands=(f"nas search {run_dir}/experiment.yaml",),
+        commands=(f"nas search {quote(str(run_dir / 'experiment.yaml'))}",),
     )
     if outcome is None:
         return view
     package = run_dir / "package.json"
+    named = quote(str(run_dir))
     return replace(
         view,
         device=outcome.device,
         teacher=outcome.teacher,
         dataset=outcome.dataset,
-        points=tuple(replace(p, export_command=f"nas export {run_dir} --student {p.id}") for p in outcome.points),
+        points=tuple(replace(p, export_command=f"nas export {named} --student {p.id}") for p in outcome.points),
         failed=outcome.failed,
         importances=_importances(importance_file) if importance_file.exists() else (),
         pick_id=outcome.pick_id,
@@ -379,7 +381,7 @@ def load_view(run_dir: Path) -> RunView:
         wall_s=outcome.wall_s,
         cpu_s=outcome.cpu_s,
         provenance=outcome.provenance,
-        commands=(f"nas pareto {run_dir}", f"nas export {run_dir} --best-under {experiment.budget.ms:g}ms"),
+        commands=(f"nas pareto {named}", f"nas export {named} --best-under {experiment.budget.ms:g}ms"),
     )
 
 
@@ -433,8 +435,8 @@ def load_outcome(run_dir: Path) -> Outcome:
     """
     file = run_dir / "outcome.json"
     if not file.exists():
-        load_view(run_dir)
-        raise UsageError(f"{run_dir}: this run is not finished. Go on with it: nas search {run_dir}/experiment.yaml")
+        view = load_view(run_dir)
+        raise UsageError(f"{run_dir}: this run is not finished. Go on with it: {view.commands[0]}")
     return read_record(Outcome, file)
 
 

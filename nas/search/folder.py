@@ -325,7 +325,9 @@ def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
     """
     stored_file = old / "fingerprint.json"
     if not stored_file.exists():
-        raise StorageError(f"{old}: not a run folder (no fingerprint.json)")
+        raise StorageError(
+            f"{old}: not a run folder (no fingerprint.json), so there is nothing to fork. Run without --fork"
+        )
     if new.exists() and any(new.iterdir()):
         raise StorageError(f"{new}: exists already; choose another folder: --set run.dir=DIR")
     stored = parse_json(read_text(stored_file), str(stored_file))

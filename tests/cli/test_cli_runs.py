@@ -191,6 +191,9 @@ def test_ctrl_c_keeps_the_work_and_names_the_command_that_goes_on(tiny_experimen
         process.send_signal(signal.SIGINT)
         rest = process.stderr.read()
     assert process.wait(60) == 130
-    command = "Go on with: nas search tiny.yaml --set supernet.steps=1000000 --set budget.ms=4.0"
-    assert rest.splitlines()[-1].startswith("interrupted: ") and rest.endswith(f"{command}\n")
+    # The file in the run folder holds what was given on the command line, and is right for a fork too.
+    command = "nas search runs/tiny/experiment.yaml"
+    assert rest.endswith(f"interrupted: stopped; finished work is kept. Go on with: {command}\n")
+    resolved = (tiny_experiment.parent / "runs" / "tiny" / "experiment.yaml").read_text(encoding="utf-8")
+    assert "ms: 4.0" in resolved and "steps: 1000000" in resolved
     assert "Traceback" not in rest
