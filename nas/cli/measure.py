@@ -61,6 +61,8 @@ def command(
     if not (dry_run and is_new):  # opening begins a new table
         opened = LatencyTable.open(folder, target.profile)
         missing = opened.missing(keys, again=again)
+        for line in opened.warnings:
+            console.warn(line)
     document = {"table": str(folder), "device": target.profile, "rows": len(keys), "missing": missing}
     console.say(f"table {folder}: {len(keys) - len(missing)} of {len(keys)} rows are there")
     if dry_run:

@@ -124,8 +124,8 @@ class LatencyTable:
             raise DeviceError(
                 f"{folder} was measured in another device state:\n  "
                 + "\n  ".join(differences)
-                + "\nIts numbers do not hold here. Run: nas measure (fills a table of this device), or allow a foreign"
-                " table, which marks every result"
+                + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
+                " or nas measure --table DIR"
             )
         return cls(folder, stored.profile, foreign=bool(differences), writable=not differences)
 
@@ -171,6 +171,16 @@ class LatencyTable:
     def edited(self) -> tuple[str, ...]:
         """`file:line` of entries that are valid but were changed after they were measured."""
         return tuple(self._edited)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before trusting the numbers, a line each."""
+        if not self._edited:
+            return ()
+        return (
+            f"{len(self._edited)} entries of the table are not as measured, the first: {self._edited[0]}. They are"
+            " used; take the lines out to have them measured again",
+        )
 
     @property
     def has_overhead(self) -> bool:

@@ -166,7 +166,10 @@ def _search(
     """Everything up to `outcome.json`."""
     e = inputs.experiment
     # The table comes first: a budget that nothing can keep shows before hours of training.
-    predictor = Predictor(inputs.space, open_table(e, inputs.device.profile), inputs.device, reporter)
+    table = open_table(e, inputs.device.profile)
+    for warning in table.warnings:
+        reporter.warn(warning)
+    predictor = Predictor(inputs.space, table, inputs.device, reporter)
     predictor.prepare()
     check_budget(predictor, e.budget)
     teacher, _, context = prepare_training(inputs, folder, reporter)

@@ -87,6 +87,7 @@ def test_a_valid_change_is_used_but_known_as_not_measured(tmp_path: Path) -> Non
     edit(tmp_path, 2, lambda d: d.update(measured_at="2030-01-01T00:00:00+00:00"))
     table = LatencyTable.open(tmp_path, profile())
     assert table.edited == (f"{tmp_path / 'rows.jsonl'}:2",)
+    assert f"not as measured, the first: {table.edited[0]}" in table.warnings[0]
     assert len(table.rows) == 6
 
 
