@@ -16,7 +16,7 @@ from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSp
 from nas.core.run import LatencyKind, latency_of
 from nas.core.walk import expand
 from nas.export.graph import forced_exit, network_model
-from nas.export.manifest import PackageForm
+from nas.export.manifest import PackageForm, PathLatency
 from nas.export.writer import Weights
 from nas.latency.estimate import figures
 
@@ -82,6 +82,15 @@ def measured_figures(measurements: Sequence[Measurement], shares: Sequence[float
         deviations.append(float(np.std(m.session_ms, ddof=1)) if len(m.session_ms) > 1 else 0.0)
     estimate = LatencyEstimate(tuple(values), tuple(deviations), rows_used=0, correction="measured")
     return replace(figures(estimate, shares), worst_ms=max(values), provenance="measured")
+
+
+def median_figures(measurements: Sequence[Measurement], paths: Sequence[PathLatency]) -> LatencyFigures:
+    """The same from the median of all runs of each path: what a deadline is judged by.
+
+    The protocol's value is the latency of an undisturbed run.
+    """
+    medians = [replace(m, latency_ms=path.p50_ms) for m, path in zip(measurements, paths, strict=True)]
+    return measured_figures(medians, tuple(path.share for path in paths))
 
 
 def path_shares(candidate: Candidate, form: PackageForm, exit_shares: Sequence[float]) -> dict[int, float]:

@@ -36,7 +36,7 @@ from nas.core.records import Candidate, DeviceProfile, QuantSpec
 from nas.core.run import LatencyKind
 from nas.export.card import model_card
 from nas.export.check import PackageError, checked_model, checked_names
-from nas.export.forms import MeasureLatency, deployed_layers, measured_figures, path_models, path_shares
+from nas.export.forms import MeasureLatency, deployed_layers, measured_figures, median_figures, path_models, path_shares
 from nas.export.graph import OPSET, network_model
 from nas.export.manifest import (
     ArtefactAccuracy,
@@ -325,11 +325,9 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         raise DeviceError(f"{len(paths)} models were to be measured, {len(measurements)} results came back")
     figures = measured_figures(measurements, tuple(shares.values()))
     paths_latency = tuple(path_latency(m, k, share) for m, (k, share) in zip(measurements, shares.items(), strict=True))
-    # The protocol's value is the latency of an undisturbed run; a deadline is judged by the median of all runs.
-    medians = [replace(m, latency_ms=path.p50_ms) for m, path in zip(measurements, paths_latency, strict=True)]
     verdict, reasons = judge(
         accuracy,
-        measured_figures(medians, tuple(shares.values())),
+        median_figures(measurements, paths_latency),
         budget_ms=plan.budget_ms,
         budget_of=plan.budget_of,
         reference_top1=plan.reference_top1,
