@@ -1,35 +1,24 @@
-"""In which form exits are deployed: as `If`, where that is faster than always running the whole network.
+"""What an exported network consists of: the paths that an image can take, their latencies, the layers it holds.
 
-An `If` costs the exit heads, and its branches are optimised one by one, so a network whose images rarely leave early is
-faster without exits. Only measuring tells.
+Form `if` leaves at an exit; form `plain` has none. An `If` costs the exit heads, and its branches are optimised one by
+one, so only measuring tells which is faster: a search measures both for finished students near the front.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from nas.core.errors import DeviceError, UsageError
-from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec, Measurement, QuantSpec
-from nas.core.run import LatencyKind, latency_of
+from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec, Measurement
 from nas.core.walk import expand
-from nas.export.graph import forced_exit, network_model
+from nas.export.graph import forced_exit
 from nas.export.manifest import PackageForm, PathLatency
-from nas.export.writer import Weights
 from nas.latency.estimate import figures
 
 MeasureLatency = Callable[[Sequence[bytes]], Sequence[Measurement]]
-
-
-@dataclass(frozen=True, slots=True)
-class FormChoice:
-    """The faster form and the measured figures of both."""
-
-    form: PackageForm
-    plain: LatencyFigures
-    gated: LatencyFigures | None
 
 
 def reachable_exits(candidate: Candidate) -> tuple[int, ...]:
@@ -114,41 +103,3 @@ def path_shares(candidate: Candidate, form: PackageForm, exit_shares: Sequence[f
         if share > 0 and k not in reachable:
             raise UsageError(f"{100 * share:.1f} % of the images leave at exit {k}, which its threshold forbids")
     return {k: exit_shares[k] for k in reachable}
-
-
-def choose_form(
-    candidate: Candidate,
-    weights: Weights,
-    mean: Sequence[float],
-    std: Sequence[float],
-    quant: QuantSpec | None,
-    exit_shares: Sequence[float],
-    measure_latency: MeasureLatency,
-    *,
-    by: LatencyKind = "expected",
-) -> FormChoice:
-    """Measures the network as `If` and without exits, all paths together, and keeps the faster form.
-
-    Args:
-        candidate: with thresholds.
-        weights: see `network_model`, like `mean`, `std` and `quant`.
-        mean: same.
-        std: same.
-        quant: same.
-        exit_shares: share of images that leave at each exit, the head last.
-        measure_latency: measures models, in order.
-        by: which latency decides.
-
-    Raises:
-        DeviceError: a measurement failed.
-        UsageError: shares that do not fit the thresholds.
-    """
-    plain = network_model(candidate, weights, mean, std, quant=quant, form="plain")
-    if not candidate.exits:
-        return FormChoice("plain", measured_figures(measure_latency([plain]), (1.0,)), None)
-    shares = path_shares(candidate, "if", exit_shares)
-    paths = path_models(candidate, "if", network_model(candidate, weights, mean, std, quant=quant, form="if"))
-    first, *rest = measure_latency([plain, *paths.values()])
-    whole, gated = measured_figures([first], (1.0,)), measured_figures(rest, tuple(shares.values()))
-    is_faster = latency_of(gated, by) < latency_of(whole, by)
-    return FormChoice("if" if is_faster else "plain", whole, gated)

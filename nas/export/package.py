@@ -74,7 +74,7 @@ class PackagePlan:
     Attributes:
         name: title of the package.
         candidate: the network, with precision and, for form "if", thresholds.
-        form: "plain" (no exits) or "if"; `choose_form` finds the faster one.
+        form: "plain" (no exits) or "if".
         class_names: in the order of the logits.
         mean: of the training pixels / 255, one per channel.
         std: same.

@@ -3,14 +3,13 @@ from dataclasses import replace
 
 import onnx
 import pytest
-from export_networks import MEAN, STD, network_input, run, small_candidate, smooth_images, time_models
+from export_networks import MEAN, STD, network_input, run, small_candidate, smooth_images
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Measurement
 from nas.core.walk import expand
 from nas.export.check import all_graphs
 from nas.export.forms import (
-    choose_form,
     deployed_layers,
     measured_figures,
     path_models,
@@ -30,43 +29,10 @@ def measured(values_ms: Sequence[float]) -> list[Measurement]:
     ]
 
 
-class TestChooseForm:
-    """The device is stood in for by fixed latencies: first the network without exits, then each path of the `If`."""
-
-    def choose(self, values_ms: Sequence[float], shares: Sequence[float], **options: object) -> str:
-        heard: list[int] = []
-
-        def device(models: Sequence[bytes]) -> list[Measurement]:
-            heard.append(len(models))
-            return measured(values_ms)
-
-        choice = choose_form(CANDIDATE, WEIGHTS, MEAN, STD, None, shares, device, **options)
-        assert heard == [4]  # all paths in one interleaved measurement
-        return choice.form
-
-    def test_keeps_exits_where_enough_images_leave_early(self) -> None:
-        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.3, 0.2)) == "if"
-        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.0, 0.1, 0.9)) == "plain"
-
-    def test_worst_case_and_tail_decide_when_the_budget_is_about_them(self) -> None:
-        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.3, 0.2), by="worst") == "plain"
-        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.495, 0.005), by="p99") == "if"
-        assert self.choose((1.0, 0.3, 0.6, 1.1), (0.5, 0.4, 0.1), by="p99") == "plain"
-
-    def test_network_without_exits_is_plain(self) -> None:
-        bare = replace(CANDIDATE, exits=())
-        choice = choose_form(bare, random_weights(bare, 0), MEAN, STD, None, (1.0,), lambda _: measured((0.7,)))
-        assert choice.form == "plain" and choice.gated is None and choice.plain.expected_ms == 0.7
-
-    def test_works_on_a_real_runtime(self) -> None:
-        choice = choose_form(CANDIDATE, WEIGHTS, MEAN, STD, None, (0.6, 0.3, 0.1), time_models)
-        assert choice.gated is not None and choice.gated.provenance == "measured"
-        assert 0 < choice.gated.expected_ms <= choice.gated.worst_ms
-
-    def test_failed_measurement_is_an_error(self) -> None:
-        broken = [replace(m, latency_ms=None, error="out of memory") for m in measured((1, 1, 1, 1))]
-        with pytest.raises(DeviceError, match="m0: the exported network could not be measured: out of memory"):
-            choose_form(CANDIDATE, WEIGHTS, MEAN, STD, None, (0.6, 0.3, 0.1), lambda _: broken)
+def test_failed_measurement_is_an_error() -> None:
+    broken = [replace(m, latency_ms=None, error="out of memory") for m in measured((1, 1))]
+    with pytest.raises(DeviceError, match="m0: the exported network could not be measured: out of memory"):
+        measured_figures(broken, (0.5, 0.5))
 
 
 def test_figures_are_those_of_the_paths() -> None:
