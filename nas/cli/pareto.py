@@ -14,7 +14,7 @@ from nas.core.run import LatencyKind, RunView
 from nas.core.units import format_ms
 
 RUNNERS_UP = 3
-LESS_IMPORTANT = ("params", "MACs", "split", "size", "exits used %", "latency is", "+- ms", "precision")
+LESS_IMPORTANT = ("trial", "params", "MACs", "split", "size", "exits used %", "latency is", "+- ms", "precision")
 
 
 @click.command(short_help="Show the front of a run, and the student to take below a time.")

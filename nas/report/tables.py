@@ -34,6 +34,7 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
         "params",
         "MACs",
         "size",
+        "trial",
         "note",
     )
     rows: list[tuple[str, ...]] = [
@@ -50,6 +51,7 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
             format_count(p.params),
             format_count(p.macs),
             format_bytes(p.weight_bytes if p.model_bytes is None else p.model_bytes),
+            "-" if p.trial is None else str(p.trial),
             ", ".join(notes(view, p)),
         )
         for p in (view.front if points is None else points)
