@@ -145,7 +145,11 @@ def test_search_that_is_killed_again_and_again_ends_like_one_that_was_not(
                 watch.check()
                 break
             life.send(signal.SIGKILL)
-            assert life.wait() == -signal.SIGKILL
+            code = life.wait()
+            if code == 0:  # it ended by itself in the moment before the signal
+                watch.check()
+                break
+            assert code == -signal.SIGKILL
             kills += 1
             assert not life.orphans(), "workers outlived their parent"
             watch.check()
