@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -46,7 +47,16 @@ def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], do
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if as_json:
-        print(json.dumps({**conditions(), **document}, allow_nan=False))
+        print(json.dumps(_plain({**conditions(), **document}), allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    """The same without numbers that JSON does not have: a figure that is not defined is null."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _shown(cell: Any) -> str:

@@ -71,7 +71,7 @@ def told_rows(p: FillProgress) -> None:
 
 def told_networks(p: NetworkProgress) -> None:
     """Shows how far measuring networks is."""
-    say(f"\r  networks: {p.done} of {p.total}   ", end="")
+    say(f"\r  networks: {p.done:.0f} of {p.total}   ", end="")
 
 
 def label_noise(device: Device, table: LatencyTable, candidates: Sequence[Candidate]) -> float:

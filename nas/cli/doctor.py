@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import os
 import re
 import shutil
 import sys
@@ -155,7 +154,9 @@ def check_extras() -> Check:
 
 def check_processors() -> Check:
     """Processors that this process may use."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from nas.recipe.pool import usable_cores
+
+    count = usable_cores()
     return Check("processors", "OK", f"{count} usable; students are trained on one each (search.workers)")
 
 

@@ -10,6 +10,7 @@ from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
 from nas.cli.runs import find_run, run_argument
 from nas.core.errors import BudgetError, UsageError
+from nas.core.run import LatencyKind
 from nas.core.units import format_bytes, format_ms
 
 
@@ -18,6 +19,7 @@ from nas.core.units import format_bytes, format_ms
 @click.option("--student", metavar="ID", help="The student with this id.")
 @click.option("--trial", type=int, help="The student that came from this trial.")
 @click.option("--best-under", type=Milliseconds(), help="The most accurate below this time, such as 5ms.")
+@click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that --best-under limits.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [RUN/packages/ID].")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
 @common_options
@@ -28,6 +30,7 @@ def command(
     student: str | None,
     trial: int | None,
     best_under: float | None,
+    of: LatencyKind | None,
     output: Path | None,
     force: bool,
 ) -> None:
@@ -35,19 +38,28 @@ def command(
 
     Without an option it is the run's pick for its budget. Speed and accuracy are measured on the exported file itself.
     Below a time the next best student is taken when a package misses it. A student that was asked for by name is
-    exported as it is; where it misses the budget or loses too much accuracy the exit code is 3.
+    exported as it is. The exit code is 3 where a package misses the budget or loses too much accuracy.
     """
     from nas.search.api import export_student
 
     if sum(value is not None for value in (student, trial, best_under)) > 1:
         raise UsageError("give one of --student, --trial and --best-under")
+    if of is not None and best_under is None:
+        raise UsageError("--of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99")
     folder = find_run(run)
     target = output or (folder / "packages" / student if student is not None else None)
     if target is not None and target.exists() and not force:
         raise UsageError(f"{target} exists already; choose another folder (--output DIR), or replace it: --force")
     with console.reporter() as reporter:
         package = export_student(
-            folder, reporter, student=student, trial=trial, best_under_ms=best_under, out=output, overwrite=force
+            folder,
+            reporter,
+            student=student,
+            trial=trial,
+            best_under_ms=best_under,
+            of=of,
+            out=output,
+            overwrite=force,
         )
     manifest = package.manifest
     figures, accuracy = manifest.latency.figures, manifest.accuracy

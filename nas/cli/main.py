@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from nas.cli.output import Console
+from nas.cli.output import Console, typed
 from nas.core.errors import InterruptedRunError, NasError, StorageError, did_you_mean
 
 # Order of the help page: as a user meets them.
@@ -111,7 +111,7 @@ def run(args: Sequence[str] | None = None) -> int:
         code, message = explain(e)
         if console.debug:
             traceback.print_exception(e)
-        print(f"{'interrupted' if code == 130 else 'error'}: {message}", file=sys.stderr, flush=True)
+        print(f"{'interrupted' if code == 130 else 'error'}: {typed(message)}", file=sys.stderr, flush=True)
         console.result({"error": {"type": type(e).__name__, "message": message, "exit_code": code}})
         return code
 

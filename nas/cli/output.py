@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,12 +24,39 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+# A command of this program inside a sentence or on a line of its own.
+COMMAND = re.compile(r"(?<![\w./-])nas (?=(?:init|doctor|measure|search|pareto|report|export|bench)\b)")
 PLAIN_INTERVAL_S = 10.0  # at most one line in this time and stage where nobody watches a terminal
 
 
 def is_fancy(stream: TextIO) -> bool:
     """True where colours and live lines may go: a terminal that can do them, and no NO_COLOR (no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def typed(text: str) -> str:
+    """The same text with commands of this program as the user can type them, also where `nas` is not on the PATH.
+
+    After `make setup` it lies in `.venv/bin`, and a shell that did not activate that environment does not find it.
+    """
+    if shutil.which("nas") is not None:
+        return text
+    called = Path(sys.argv[0])
+    if called.name == "nas":
+        program = quote(_short(called))
+    elif called.name == "__main__.py" and called.parent.name == "nas":
+        program = f"{quote(_short(Path(sys.executable)))} -m nas"
+    else:
+        return text
+    return COMMAND.sub(lambda _: f"{program} ", text)
+
+
+def _short(path: Path) -> str:
+    """A path as it is typed from here: relative where that does not climb."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path.absolute())
 
 
 class Console:
@@ -44,11 +74,11 @@ class Console:
 
     def say(self, text: str = "") -> None:
         """One line (or more) for people."""
-        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+        print(typed(text), file=sys.stderr if self.as_json else sys.stdout, flush=True)
 
     def warn(self, text: str) -> None:
         """A warning, on stderr."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"warning: {typed(text)}", file=sys.stderr, flush=True)
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[str] = ()) -> None:
         """A table for people; numbers (cells that start with a digit) are aligned to the right.

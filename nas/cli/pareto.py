@@ -10,6 +10,7 @@ import click
 from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
 from nas.cli.runs import best_under, find_run, run_argument
+from nas.core.errors import UsageError
 from nas.core.run import LatencyKind, RunView
 from nas.core.units import format_ms
 
@@ -42,6 +43,8 @@ def command(
     from nas.report.tables import front_csv, front_records, front_table
     from nas.search.api import load_view
 
+    if console.as_json and form == "csv":
+        raise UsageError("--json and --format csv exclude each other; give one of them")
     if form == "json":
         console.as_json = True
     view = load_view(find_run(run))

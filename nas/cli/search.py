@@ -11,7 +11,7 @@ from nas.cli.options import Milliseconds, common_options, set_option
 from nas.cli.output import Console
 from nas.cli.pareto import show_front
 from nas.core.errors import BudgetError
-from nas.core.units import format_duration, format_ms
+from nas.core.units import format_duration, format_ms, rounded_up
 
 if TYPE_CHECKING:
     from nas.search.experiment import Experiment
@@ -57,11 +57,6 @@ def command(
         console.say(f"package: {view.package.path} ({verdict})")
     for line in view.commands:
         console.say(f"next:    {line}")
-    if view.pick_id is None:
-        raise BudgetError(
-            f"no finished student keeps {format_ms(view.budget_ms or 0)} ({view.budget_of}). "
-            f"{view.closest_id}: {view.closest_reason}. Allow more time: --set budget.ms=MS --fork"
-        )
     console.result(
         {
             "run": view.name,
@@ -71,6 +66,7 @@ def command(
             "budget_of": view.budget_of,
             "pick": view.pick_id,
             "pick_reason": view.pick_reason,
+            "closest": view.closest_id,
             "points": front_records(view),
             "report": str(page),
             "package": view.package,
@@ -78,6 +74,11 @@ def command(
             "cpu_s": view.cpu_s,
         }
     )
+    if view.pick_id is None:
+        raise BudgetError(
+            f"no finished student keeps {format_ms(view.budget_ms or 0)} ({view.budget_of}). "
+            f"{view.closest_id}: {view.closest_reason}. Allow more time: --set budget.ms=MS --fork"
+        )
 
 
 def _dry_run(console: Console, experiment: Experiment) -> None:
@@ -93,7 +94,8 @@ def _dry_run(console: Console, experiment: Experiment) -> None:
     if experiment.budget.of == "worst" and plan.smallest_ms is not None and plan.smallest_ms > plan.budget_ms:
         raise BudgetError(
             f"the smallest network of this space is predicted to need {format_ms(plan.smallest_ms)}, the budget is "
-            f"{format_ms(plan.budget_ms)}. Allow more time, or use a space with smaller networks"
+            f"{format_ms(plan.budget_ms)}. Allow more time (--set budget.ms={rounded_up(1.1 * plan.smallest_ms)}), or "
+            "use a space with smaller networks (--set space=NAME)"
         )
     console.result({"experiment": experiment, "plan": plan, "about_s": plan.about_s})
 

@@ -72,3 +72,9 @@ def format_count(value: int) -> str:
     if value < 1_000_000_000:
         return f"{value / 1e6:.2f} M" if value >= 1_000_000 else f"{value / 1e3:.1f} k"
     return f"{value:.2e}"
+
+
+def rounded_up(value: float) -> str:
+    """A number as text with two digits, not below it."""
+    text = f"{value:.2g}"
+    return text if float(text) >= value else f"{value * 1.06:.2g}"

@@ -90,6 +90,21 @@ def probe_host(root: Path = Path("/")) -> HostFacts:
     )
 
 
+def clock_and_temperature(root: Path = Path("/")) -> tuple[float | None, float | None]:
+    """Clock of the fastest core, MHz, and highest temperature of the machine, degrees C; None where it tells neither.
+
+    A machine without frequency control of its own (a virtual one) gives what its processor reports of itself.
+    """
+    khz = [_number(p) for p in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    clocks = [v / 1000 for v in khz if v]
+    if not clocks:
+        told = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), flags=re.MULTILINE)
+        clocks = [float(v) for v in told]
+    zones = [_number(p) for p in (root / "sys/class/thermal").glob("thermal_zone[0-9]*/temp")]
+    degrees = [v / 1000 for v in zones if v and v > 0]  # millidegrees; a zone without a sensor gives 0 or less
+    return max(clocks, default=None), max(degrees, default=None)
+
+
 def host_profile(
     facts: HostFacts, *, runtime: str, runtime_version: str, threads: int, precisions: tuple[Precision, ...]
 ) -> DeviceProfile:
@@ -174,6 +189,13 @@ def _load(root: Path) -> float:
 def _memory_mib(path: Path) -> dict[str, int]:
     found = re.findall(r"^(\w+):\s+(\d+) kB", _text(path), flags=re.MULTILINE)
     return {name: int(kib) // 1024 for name, kib in found}
+
+
+def _number(path: Path) -> float | None:
+    try:
+        return float(_line(path))
+    except ValueError:
+        return None
 
 
 def _line(path: Path) -> str:

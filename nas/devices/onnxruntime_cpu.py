@@ -20,7 +20,7 @@ from nas.core.errors import DeviceError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.base import CalmReport, MeasureJob, OnProgress, OnResult
 from nas.devices.graphs import reference_model
-from nas.devices.host import host_profile, probe_host
+from nas.devices.host import clock_and_temperature, host_profile, probe_host
 from nas.devices.protocol import (
     Attempt,
     Clock,
@@ -74,6 +74,7 @@ class OnnxRuntimeCpu:
             threads=THREADS,
             precisions=("fp32", "int8"),
         )
+        self._root = root
         self._gate: Gate | None = None
         self._expected_ms: float | None = None
         self._sequence = 0
@@ -155,9 +156,17 @@ class OnnxRuntimeCpu:
                 if subject.error is not None:
                     errors[i] = subject.error
                 sessions[i].append(subject.attempts)
-        return [(i, self._result(job, sessions[i], errors.get(i), gate)) for i, job in batch]
+        state = clock_and_temperature(self._root)
+        return [(i, self._result(job, sessions[i], errors.get(i), gate, state)) for i, job in batch]
 
-    def _result(self, job: MeasureJob, sessions: list[list[Attempt]], error: str | None, gate: Gate) -> Measurement:
+    def _result(
+        self,
+        job: MeasureJob,
+        sessions: list[list[Attempt]],
+        error: str | None,
+        gate: Gate,
+        state: tuple[float | None, float | None],
+    ) -> Measurement:
         self._sequence += 1
         attempts = [attempt for session in sessions for attempt in session]
         values = () if error else tuple(session_value(s, gate, self._settings) for s in sessions)
@@ -176,6 +185,8 @@ class OnnxRuntimeCpu:
             clock="thread_cpu",
             measured_at=self._clock.utc(),
             sequence=self._sequence,
+            temperature_c=state[1],
+            clock_mhz=state[0],
             error=error,
             session_ms=values,
         )

@@ -157,7 +157,7 @@ class Estimator:
             exit_ms=tuple(float(v) for v in np.maximum.accumulate(mean)),
             exit_std_ms=tuple(float(v) for v in std),
             rows_used=len(layers),
-            correction=_described(fit, self._table),
+            correction="raw table" if fit is None else fit.label,
         )
 
 
@@ -390,11 +390,6 @@ def _fit_for(correction: Correction | None, label: str) -> PrecisionFit | None:
 
 def _precision_label(precisions: set[str]) -> str:
     return next(iter(precisions)) if len(precisions) == 1 else "mixed"
-
-
-def _described(fit: PrecisionFit | None, table: LatencyTable) -> str:
-    text = "raw table" if fit is None else fit.label
-    return f"{text}; table of another device state" if table.foreign else text
 
 
 def _as_genotypes(genotypes: ArrayLike) -> NDArray[np.int64]:

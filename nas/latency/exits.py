@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.core.errors import RecordError
+from nas.core.run import LatencyKind
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -30,6 +31,8 @@ CountArray = NDArray[np.int32]
 
 ALWAYS = 0.0  # threshold of an exit where every image leaves that reaches it
 NEVER = 2.0  # threshold of an exit where none leaves; above every probability
+TAIL = 0.99  # the quantile of `p99`
+DEADLINE_STEPS = 20  # of an iteration that mostly ends after two
 
 # Threshold values per exit by the number of thresholds: about 10^5 to 10^6 settings, some 10-100 ms. Finer grids gain
 # little: 30 values reach the expected cost of 60 within one percent.
@@ -253,7 +256,7 @@ def solve_for_expected(swept: ThresholdSweep, expected_ms: float) -> ThresholdSe
     return _most_accurate(swept, (swept.expected_ms <= expected_ms).reshape(-1))
 
 
-def solve_for_tail(swept: ThresholdSweep, tail_ms: float, quantile: float = 0.99) -> ThresholdSetting | None:
+def solve_for_tail(swept: ThresholdSweep, tail_ms: float, quantile: float = TAIL) -> ThresholdSetting | None:
     """The most accurate setting where at least `quantile` of the images take at most `tail_ms`; None: none does.
 
     Raises:
@@ -268,6 +271,56 @@ def solve_for_tail(swept: ThresholdSweep, tail_ms: float, quantile: float = 0.99
         if not ok:
             late += _padded(reach[k], late.ndim) - _padded(reach[k + 1], late.ndim)
     return _most_accurate(swept, (late <= (1.0 - quantile) * swept.images + 1e-9).reshape(-1))
+
+
+def solve_for_deadline(
+    swept: ThresholdSweep,
+    deadline_ms: float,
+    of: LatencyKind,
+    exit_std_ms: Sequence[float] | None = None,
+    margin_std: float = 0.0,
+) -> ThresholdSetting | None:
+    """The most accurate setting that keeps a deadline, with room for what the swept images cannot know.
+
+    Two things differ where the network is used: other images take other exits, and a latency is known to within its
+    deviation. `margin_std` deviations of both together are kept free.
+
+    Args:
+        swept: from `sweep`.
+        deadline_ms: the limit.
+        of: `expected` or `p99`; `worst` does not depend on thresholds.
+        exit_std_ms: standard deviation of each entry of `swept.exit_ms`; None: exact.
+        margin_std: how many standard deviations are kept free.
+
+    Returns:
+        The setting, or None where no setting keeps the deadline (for `worst`: where the head is too late).
+    """
+    std = np.zeros(len(swept.exit_ms)) if exit_std_ms is None else np.asarray(exit_std_ms, dtype=np.float64)
+    if of == "worst":
+        kept = swept.exit_ms[-1] + margin_std * std[-1] <= deadline_ms
+        return solve_for_loss(swept, 0.0) if kept else None
+    if of == "p99":
+        # Share of late images in one sample of images against another one of the same size: twice the variance.
+        spread = math.sqrt(2 * TAIL * (1 - TAIL) / swept.images)
+        quantile = min(1.0, TAIL + margin_std * spread)
+        return solve_for_tail(swept, deadline_ms - margin_std * float(std.max()), quantile)
+    limit = deadline_ms
+    for _ in range(DEADLINE_STEPS):
+        setting = solve_for_expected(swept, limit)
+        if setting is None:
+            return None
+        needed = setting.expected_ms + margin_std * _expected_std(swept, setting, std)
+        if needed <= deadline_ms:
+            return setting
+        limit = min(limit, setting.expected_ms) - (needed - deadline_ms)
+    return None
+
+
+def _expected_std(swept: ThresholdSweep, setting: ThresholdSetting, exit_std_ms: FloatArray) -> float:
+    """Deviation between the expected latency on the swept images and that on as many others, ms."""
+    shares, cost = np.asarray(setting.shares), np.asarray(swept.exit_ms)
+    variance = float(shares @ (cost - setting.expected_ms) ** 2)
+    return math.hypot(math.sqrt(2 * variance / swept.images), float(shares @ exit_std_ms))
 
 
 def _padded(counts: CountArray | int, ndim: int) -> CountArray:

@@ -77,12 +77,11 @@ class LockHolder:
 class LatencyTable:
     """Rows and networks of one device state. Open with `open` (to measure) or `read` (to estimate only)."""
 
-    def __init__(self, folder: Path, profile: DeviceProfile, *, foreign: bool, writable: bool) -> None:
+    def __init__(self, folder: Path, profile: DeviceProfile, *, writable: bool) -> None:
         """Use `open` or `read`."""
         self.looked_at_s: float | None = None  # monotonic time when this process last measured the reference network
         self._folder = folder
         self._profile = profile
-        self._foreign = foreign
         self._writable = writable
         self._rows: dict[str, Measurement] = {}
         self._networks: dict[str, MeasuredNetwork] = {}
@@ -95,13 +94,12 @@ class LatencyTable:
         self.refresh()
 
     @classmethod
-    def open(cls, folder: Path, profile: DeviceProfile, *, allow_foreign: bool = False) -> LatencyTable:
+    def open(cls, folder: Path, profile: DeviceProfile) -> LatencyTable:
         """The table in a folder, begun when the folder is new.
 
         Args:
             folder: usually latency_tables/<profile.name>.
             profile: state of the device that will be measured or estimated for.
-            allow_foreign: reads a table of another state; nothing can be added to it, and estimates say so.
 
         Raises:
             DeviceError: the table belongs to another device state; the message shows each field that differs.
@@ -120,14 +118,14 @@ class LatencyTable:
             write_text(folder / "README.md", _readme(profile))
         stored = _device_file(path)
         differences = profile_differences(stored.profile, profile)
-        if differences and not allow_foreign:
+        if differences:
             raise DeviceError(
                 f"{folder} was measured in another device state:\n  "
                 + "\n  ".join(differences)
                 + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
                 " or nas measure --table DIR"
             )
-        return cls(folder, stored.profile, foreign=bool(differences), writable=not differences)
+        return cls(folder, stored.profile, writable=True)
 
     @classmethod
     def read(cls, folder: Path) -> LatencyTable:
@@ -140,7 +138,7 @@ class LatencyTable:
         path = folder / "device.json"
         if not path.exists():
             raise StorageError(f"{folder}: no latency table here (device.json is missing). Run: nas measure")
-        return cls(folder, _device_file(path).profile, foreign=False, writable=False)
+        return cls(folder, _device_file(path).profile, writable=False)
 
     @property
     def folder(self) -> Path:
@@ -151,11 +149,6 @@ class LatencyTable:
     def profile(self) -> DeviceProfile:
         """The device state that the rows hold for."""
         return self._profile
-
-    @property
-    def foreign(self) -> bool:
-        """True when the table was opened for another device state than its own."""
-        return self._foreign
 
     @property
     def rows(self) -> Mapping[str, Measurement]:

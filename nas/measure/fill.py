@@ -30,7 +30,6 @@ class FillProgress:
     total: int
     failed: int
     unstable: int
-    elapsed_s: float
     remaining_s: float | None
     message: str = ""
 
@@ -216,6 +215,4 @@ class _Tally:
         self._told = self._clock()
         elapsed = self._told - self._started
         remaining = elapsed / self._worked * (self.total - self._worked) if self._worked > 0 else None
-        self._progress(
-            FillProgress(self.done, self.total, len(self.failed), len(self.unstable), elapsed, remaining, message)
-        )
+        self._progress(FillProgress(self.done, self.total, len(self.failed), len(self.unstable), remaining, message))

@@ -25,9 +25,9 @@ NETWORKS_AT_A_TIME = 24  # networks whose graphs are kept in memory; measured in
 
 @dataclass(frozen=True, slots=True)
 class NetworkProgress:
-    """Networks measured so far, of how many; `message` is for people."""
+    """Networks measured so far, of how many; several are measured in turns, so parts of one count. `message`: words."""
 
-    done: int
+    done: float
     total: int
     message: str = ""
 
@@ -91,18 +91,18 @@ def measure_networks(
         with table.writing(wait_s, lambda message: say(NetworkProgress(0, len(by_key), message))):
             open_session(table, device)
             keys_left = todo()  # another process may have measured some
-            done = 0
+            start = 0
 
             def take(m: Measurement) -> None:
-                nonlocal done
-                done += 1
                 store_network(table, m, by_key[m.key], form)
-                say(NetworkProgress(done, len(keys_left), m.key))
+
+            def tell(share: float) -> None:
+                say(NetworkProgress(start + share * len(part), len(keys_left)))
 
             for start in range(0, len(keys_left), NETWORKS_AT_A_TIME):
                 part = keys_left[start : start + NETWORKS_AT_A_TIME]
                 jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
-                device.measure(jobs, on_result=take)
+                device.measure(jobs, on_result=take, progress=tell)
     return [table.networks[key].measurement for key in keys]
 
 

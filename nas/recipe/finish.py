@@ -55,15 +55,13 @@ class FinishJob:
 class FinishedStudent:
     """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
 
-    `epochs` and `cost_s` (CPU seconds) are those of the distillation; `train_top1` is of the last epoch's (augmented)
-    images.
+    `epochs` and `cost_s` (CPU seconds) are those of the distillation.
     """
 
     schema: int
     candidate: Candidate
     epochs: int
     cost_s: float
-    train_top1: float
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:
@@ -122,7 +120,6 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         architecture,
         len(history.epochs),
         history.cpu_s + time.thread_time() - started,
-        history.epochs[-1].top1,
     )
     write_record(folder / RECORD_FILE, finished)
     checkpoint.unlink(missing_ok=True)

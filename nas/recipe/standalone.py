@@ -8,18 +8,11 @@ checkpoint instead of starting anew.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nas.core.errors import RecordError
 from nas.latency.pareto import hypervolume_contributions, non_dominated
-from nas.recipe.pool import JobFailure, JobResult
-from nas.recipe.records import ScoredStudent
-from nas.recipe.score import ScoreJob
-from nas.recipe.settings import StandaloneSettings
 
 
 def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[np.int64]:
@@ -74,49 +67,3 @@ def _by_contribution(points: NDArray[np.float64], front: NDArray[np.int64]) -> l
         worst = max(range(len(left)), key=lambda i: (-contribution[i], left[i]))
         removed.append(int(left.pop(worst)))
     return [int(i) for i in left] + removed[::-1]
-
-
-def successive_halving(
-    jobs: Sequence[ScoreJob],
-    latency_ms: Sequence[float],
-    settings: StandaloneSettings,
-    run: Callable[[Sequence[ScoreJob]], Iterable[JobResult[ScoreJob, ScoredStudent]]],
-) -> list[ScoredStudent | JobFailure]:
-    """Scores a batch of candidates: all for the first rung, the promoted ones for the next, and so on.
-
-    A student that goes on continues from its checkpoint; scores that are there already are not computed again, so the
-    same call after a kill ends with the same result.
-
-    Args:
-        jobs: one per candidate, source `standalone`; epochs and schedule are set here.
-        latency_ms: predicted latency of each, in the same order.
-        settings: rungs and share.
-        run: runs jobs and gives their results in any order, such as `WorkerPool.map` with `nas.recipe.score.score`.
-
-    Returns:
-        The last score of each candidate in the order of `jobs`, or why it has none.
-
-    Raises:
-        RecordError: not one latency per job.
-        InterruptedRunError: from `run`.
-    """
-    if len(jobs) != len(latency_ms):
-        raise RecordError(f"successive halving needs one latency per job, got {len(latency_ms)} for {len(jobs)}")
-    results: dict[int, ScoredStudent | JobFailure] = {}
-    alive = list(range(len(jobs)))
-    for number, epochs in enumerate(settings.rungs):
-        rung = {i: rung_job(jobs[i], settings, epochs) for i in alive}
-        done = {result.job: result.value for result in run(list(dict.fromkeys(rung.values())))}
-        results.update({i: done[job] for i, job in rung.items()})
-        scored = [(i, value) for i in alive if isinstance(value := results[i], ScoredStudent)]
-        alive = [i for i, _ in scored]
-        if number + 1 < len(settings.rungs) and scored:
-            count = max(1, round(settings.keep * len(scored)))
-            kept = promoted([value.top1[-1] for _, value in scored], [latency_ms[i] for i in alive], count)
-            alive = sorted(alive[k] for k in kept)
-    return [results[i] for i in range(len(jobs))]
-
-
-def rung_job(job: ScoreJob, settings: StandaloneSettings, epochs: int) -> ScoreJob:
-    """The same student trained up to one rung; the schedule has the length of the last rung."""
-    return replace(job, epochs=epochs, distill=replace(job.distill, epochs=settings.rungs[-1]))

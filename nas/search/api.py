@@ -32,6 +32,7 @@ from nas.core.run import (
     TrialPoint,
     latency_of,
 )
+from nas.core.units import format_duration, rounded_up
 from nas.devices import open_device
 from nas.devices.base import Device
 from nas.export.package import Package
@@ -40,8 +41,9 @@ from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, load_experiment, resolved_yaml
 from nas.search.finals import build_points, choose_finalists, finish
-from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, is_running, open_run
+from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, is_running, kept_fingerprint, open_run
 from nas.search.packages import PointSource, export_point, package_view, source_of
+from nas.search.plan import phases_of
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
@@ -62,7 +64,7 @@ from nas.search.progress import (
     stop_on_signals,
     time_spent,
 )
-from nas.search.rounds import SearchParts, check_budget, current_figures, rounded_up, run_rounds, write_study
+from nas.search.rounds import SearchParts, check_budget, current_figures, run_rounds, write_study
 from nas.search.select import closest_to_budget, pick_for_budget
 from nas.space.space import load_space
 from nas.train.teacher import Teacher
@@ -136,10 +138,18 @@ def run_search(
 
 def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs:
     old = inputs.experiment.run_dir
-    new = next(p for i in range(2, 1000) if not (p := old.with_name(f"{old.name}-{i}")).exists())
-    for note in fork_run(old, new, marks):
-        reporter.say(f"copied from {old}: {note}")
-    reporter.say(f"new run folder: {new}; go on with it later: --set run.dir={quote(str(new))}")
+    for number in range(2, 1000):
+        new = old.with_name(f"{old.name}-{number}")
+        if not new.exists():
+            for note in fork_run(old, new, marks):
+                reporter.say(f"copied from {old}: {note}")
+            reporter.say(f"new run folder: {new}; go on with it later: --set run.dir={quote(str(new))}")
+            break
+        if kept_fingerprint(new) == marks:
+            reporter.say(f"going on with {new}: an earlier --fork with the same settings")
+            break
+    else:
+        raise UsageError(f"{old}: has 999 forks already; name a folder: --set run.dir=DIR")
     run = replace(inputs.experiment.run, dir=str(new))
     return replace(inputs, experiment=replace(inputs.experiment, run=run))
 
@@ -170,6 +180,7 @@ def _search(
     for warning in table.warnings:
         reporter.warn(warning)
     predictor = Predictor(inputs.space, table, inputs.device, reporter)
+    _tell_duration(inputs, predictor, folder, reporter)
     predictor.prepare()
     check_budget(predictor, e.budget)
     teacher, _, context = prepare_training(inputs, folder, reporter)
@@ -198,8 +209,15 @@ def _search(
     )
 
 
+def _tell_duration(inputs: Inputs, predictor: Predictor, folder: RunFolder, reporter: Reporter) -> None:
+    missing = len(predictor.table.missing(x.key for x in inputs.space.layers())) if predictor.is_whole else 0
+    scored = sum(record.state != "failed" for record in folder.trials())
+    about_s = sum(phase.about_s for phase in phases_of(inputs, missing, scored))
+    reporter.say(f"roughly {format_duration(about_s)} in all, less where results are cached; parts: --dry-run")
+
+
 def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
-    """The package of the pick; where its own file misses budget or accuracy, the next student becomes the pick."""
+    """The package of the pick; where its own file misses the budget, the next student becomes the pick."""
     outcome = load_outcome(folder.path)
     if outcome.pick_id is None or (folder.path / "package.json").exists():
         return
@@ -211,7 +229,7 @@ def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
         return
     exported = package.manifest.provenance["student"]
     if exported != outcome.pick_id:
-        reason = f"the best student whose exported file was measured to be good; {outcome.pick_id} was not"
+        reason = f"the best student whose exported file keeps the budget; that of {outcome.pick_id} did not"
         changed = replace(outcome, pick_id=exported, pick_reason=reason, next_id=None, next_reason="")
         write_record(folder.path / "outcome.json", changed)
 
@@ -450,6 +468,7 @@ def export_student(
     student: str | None = None,
     trial: int | None = None,
     best_under_ms: float | None = None,
+    of: LatencyKind | None = None,
     out: Path | None = None,
     overwrite: bool = False,
     device: Device | None = None,
@@ -457,14 +476,16 @@ def export_student(
     """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
 
     With `best_under_ms` (or nothing: the run's own budget) a package that misses it when its own file is measured is
-    not kept: the next student is taken.
+    not kept: the next student is taken. Only latency decides that: the accuracy of a package is of the test split,
+    which must not choose. A package that loses too much accuracy is kept, and is not called good.
 
     Args:
         run_dir: a finished run.
         reporter: what is told.
         student: id of a point.
         trial: number of a trial whose architecture was finished.
-        best_under_ms: budget, ms, of the kind the run's budget has.
+        best_under_ms: budget, ms.
+        of: which latency it limits; None: that of the run's budget.
         out: folder of the package; default `<run>/packages/<student>`.
         overwrite: replaces an existing package.
         device: measures; by default the one that the run's experiment names.
@@ -477,8 +498,8 @@ def export_student(
     view = load_view(run_dir)
     experiment = load_experiment(run_dir / "experiment.yaml")
     if best_under_ms is not None:
-        view = replace(view, budget_ms=best_under_ms)
-    candidates = _selected(view, student, trial)
+        view = replace(view, budget_ms=best_under_ms, budget_of=of or view.budget_of)
+    candidates = _selected(view, run_dir, student, trial)
     device = device or open_device(experiment.device)
     if device.profile.fingerprint != outcome.device.fingerprint:
         reporter.warn(
@@ -499,24 +520,33 @@ def export_student(
             max_loss=experiment.finish.int8_loss,
             overwrite=overwrite or not is_named,
         )
-        if package.manifest.is_good or is_named:
+        if is_named or package.manifest.verdict != "over_budget":
             write_record(run_dir / "package.json", package_view(package))
             return package
-        missed.append(f"{point.id}: {'; '.join(package.manifest.reasons)}")
-        reporter.say(f"not good enough, taking the next one: {missed[-1]}")
+        missed.append(f"{point.id}: {package.manifest.reasons[0]}")
+        reporter.say(f"taking the next one: {missed[-1]}")
         shutil.rmtree(folder)
     raise BudgetError(f"no exported package keeps {view.budget_ms:g} ms; tried:\n  " + "\n  ".join(missed))
 
 
-def _selected(view: RunView, student: str | None, trial: int | None) -> list[Point]:
+def _selected(view: RunView, run_dir: Path, student: str | None, trial: int | None) -> list[Point]:
     if student is not None:
         return [view.point(student)]
     if trial is not None:
-        of_trial = [p for p in view.points if p.trial == trial and p.latency.provenance == "measured"]
+        # Points name the first trial of their architecture; later ones of it differ in thresholds or precision.
+        built = {t.number: t.arch_id for t in view.trials}
+        of_trial = [
+            p
+            for p in view.points
+            if p.trial is not None
+            and p.latency.provenance == "measured"
+            and (p.trial == trial or (trial in built and built.get(p.trial) == built[trial]))
+        ]
         if not of_trial:
             finished = sorted({p.trial for p in view.points if p.trial is not None})
             raise UsageError(
-                f"trial {trial} was not finished; finished trials: {', '.join(map(str, finished))}. See: nas pareto"
+                f"trial {trial} was not finished; finished trials: {', '.join(map(str, finished))}. "
+                f"See: nas pareto {quote(str(run_dir))}"
             )
         return [max(of_trial, key=lambda p: (p.val.top1 if p.val else 0.0, -p.latency.expected_ms))]
     if view.budget_ms is None:

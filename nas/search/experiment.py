@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from nas.core.errors import ConfigError, did_you_mean
@@ -89,7 +90,12 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: the file cannot be read, or anything in it or in `sets` is wrong; all problems are listed.
     """
-    data = load_yaml(path)
+    try:
+        data = load_yaml(path)
+    except ConfigError as e:
+        if path.exists():
+            raise
+        raise ConfigError(f"{e}. Write one: nas init {quote(str(path))}") from e
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected keys such as space, budget, data; an example is written by: nas init")
     _drop_bare_headings(Experiment, data)

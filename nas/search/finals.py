@@ -14,14 +14,16 @@ import numpy as np
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
-from nas.core.run import FailedCandidate, Point, SplitAccuracy, latency_of
+from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs
 from nas.devices.base import MeasureJob
 from nas.export.graph import forced_exit, network_model
 from nas.latency.estimate import figures
 from nas.latency.exits import (
     ThresholdSetting,
+    ThresholdSweep,
     evaluate_thresholds,
+    solve_for_deadline,
     solve_for_loss,
     sweep,
 )
@@ -42,7 +44,7 @@ from nas.search.folder import MeasuredExit, TrialRecord
 from nas.search.packages import PointSource
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
-from nas.search.settings import FinishSettings
+from nas.search.settings import BudgetSettings, FinishSettings
 from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
@@ -102,7 +104,8 @@ def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, 
         scored = read_scored(folder, name)
         if scored is not None:
             swept = sweep(read_logits(folder, scored), parts.labels, estimate.exit_ms)
-            solved = (solve_for_loss(swept, loss) for loss in EXIT_LOSSES)
+            solved = [solve_for_loss(swept, loss) for loss in EXIT_LOSSES]
+            solved += _for_deadline(swept, estimate, parts.budget)
             points += [(s.top1, figures(estimate, s.shares)) for s in solved]
     return points
 
@@ -173,6 +176,8 @@ def variants(
             for k in range(len(candidate.exits)):
                 cut = candidate.truncated(k)
                 result.append(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1]))
+                if cut.exits:
+                    result.append(Variant(student, cut, k, val[: k + 1], test[: k + 1]))
     return result, refused
 
 
@@ -225,10 +230,10 @@ def build_points(
     points: dict[str, Point] = {}
     sources: dict[str, PointSource] = {}
     for i, variant in enumerate(everything):
-        for point in _points(variant, predicted[i], exits.get(i), settings, split_labels, trial_of):
+        for point in _points(parts.budget, variant, predicted[i], exits.get(i), settings, split_labels, trial_of):
             points[point.id] = point
             sources[point.id] = PointSource(variant.student, variant.cut)
-    return mark_front(list(points.values())), failed, sources
+    return mark_front(list(points.values()), parts.budget.of), failed, sources
 
 
 def _predicted(
@@ -247,21 +252,38 @@ def _predicted(
     return kept, predicted, failed
 
 
+def _for_deadline(
+    swept: ThresholdSweep, estimate: LatencyEstimate, budget: BudgetSettings
+) -> tuple[ThresholdSetting, ...]:
+    """The most accurate setting for a deadline on the mean or on the tail; none where thresholds cannot change it."""
+    if budget.of == "worst":
+        return ()
+    found = solve_for_deadline(swept, budget.ms, budget.of, estimate.exit_std_ms, budget.margin_std)
+    return () if found is None else (found,)
+
+
 def _best_settings(
-    logits: np.ndarray, labels: np.ndarray, exit_ms: Sequence[float], settings: FinishSettings
+    logits: np.ndarray,
+    labels: np.ndarray,
+    estimate: LatencyEstimate,
+    settings: FinishSettings,
+    budget: BudgetSettings,
 ) -> list[ThresholdSetting]:
-    """Threshold settings that become points: no loss, the allowed loss, and small steps beside them; distinct ones."""
-    if len(exit_ms) == 1:
+    """Threshold settings that become points, distinct ones: no loss, the allowed loss and small steps beside them, and
+    the one that is most accurate within a deadline on the mean or the tail.
+    """
+    if len(estimate.exit_ms) == 1:
         right = int((logits[-1].argmax(1) == labels).sum())
-        return [ThresholdSetting((), right, len(labels), float(exit_ms[0]), (1.0,))]
-    swept = sweep(logits, labels, exit_ms)
+        return [ThresholdSetting((), right, len(labels), float(estimate.exit_ms[0]), (1.0,))]
+    swept = sweep(logits, labels, estimate.exit_ms)
     kept: list[ThresholdSetting] = []
     for loss in sorted({*EXIT_LOSSES, settings.exit_loss}):
         setting = solve_for_loss(swept, loss)
-        # The last exit unused: the network cut behind it is a variant of its own.
-        if setting.shares[-1] > 0 and (not kept or setting.expected_ms < WORTHWHILE * kept[-1].expected_ms):
+        if not kept or setting.expected_ms < WORTHWHILE * kept[-1].expected_ms:
             kept.append(setting)
-    return kept
+    kept += [s for s in _for_deadline(swept, estimate, budget) if s not in kept]
+    # Where no image reaches the head, the network cut behind the last exit that is used is a variant of its own.
+    return [s for s in kept if s.truncation is None]
 
 
 def _worth_measuring(
@@ -270,7 +292,7 @@ def _worth_measuring(
     """Variants whose prediction is on the front or close behind it; those nearest to it first."""
     top1, latency, owner = [], [], []
     for i, (variant, estimate) in enumerate(zip(everything, predicted, strict=True)):
-        for setting in _best_settings(variant.val_logits, parts.labels, estimate.exit_ms, settings):
+        for setting in _best_settings(variant.val_logits, parts.labels, estimate, settings, parts.budget):
             top1.append(setting.top1)
             latency.append(setting.expected_ms)
             owner.append(i)
@@ -305,17 +327,16 @@ def _measure(
             if key not in known and key not in jobs:
                 forced = forced_exit(model, k) if candidate.exits else model
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
-    done = 0
 
     def keep(m: Measurement) -> None:
-        nonlocal done
-        done += 1
         spread = float(np.std(m.session_ms, ddof=1)) if len(m.session_ms) > 1 else 0.0
         known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", spread)
         parts.folder.add_measured(known[m.key])
-        parts.reporter.progress("finished students on the device", done, len(jobs))
 
-    parts.predictor.device.measure(list(jobs.values()), on_result=keep)
+    def show(share: float) -> None:
+        parts.reporter.progress("finished students on the device", round(share * len(jobs), 1), len(jobs))
+
+    parts.predictor.device.measure(list(jobs.values()), on_result=keep, progress=show)
     times: list[LatencyEstimate | None] = []
     failed: list[FailedCandidate] = []
     for variant, own in zip(chosen, keys, strict=True):
@@ -339,6 +360,7 @@ def _exit_key(variant: Variant, exit_index: int) -> str:
 
 
 def _points(
+    budget: BudgetSettings,
     variant: Variant,
     predicted: LatencyEstimate,
     measured: LatencyEstimate | None,
@@ -354,7 +376,7 @@ def _points(
     if len(exit_ms) > 1:
         curve = _curve(variant, val_labels, exit_ms)
     points = []
-    for setting in _best_settings(variant.val_logits, val_labels, exit_ms, settings):
+    for setting in _best_settings(variant.val_logits, val_labels, estimate, settings, budget):
         candidate = variant.candidate.with_thresholds(setting.thresholds)
         latency = figures(estimate, setting.shares)
         if measured is not None:
@@ -400,14 +422,15 @@ def _curve(variant: Variant, labels: np.ndarray, exit_ms: Sequence[float]) -> tu
     return tuple(dict.fromkeys((s.expected_ms, s.top1) for s in kept))
 
 
-def mark_front(points: Sequence[Point]) -> list[Point]:
+def mark_front(points: Sequence[Point], of: LatencyKind) -> list[Point]:
     """The same points with `on_front` set: measured, and not dominated in validation accuracy, expected and worst case.
 
-    A student whose exits make it fast on the mean and one that is fast at worst can both be the one to take.
+    A student whose exits make it fast on the mean and one that is fast at worst can both be the one to take. Where the
+    budget limits p99, that is a fourth axis: else the pick could be missing from its own front.
     """
     usable = [(i, p, p.val) for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
     if not usable:
         return list(points)
-    values = [(val.top1, p.latency.expected_ms, p.latency.worst_ms) for _, p, val in usable]
-    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, (True, False, False)))}
+    values = [(v.top1, p.latency.expected_ms, p.latency.worst_ms, latency_of(p.latency, of)) for _, p, v in usable]
+    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, (True, False, False, False)))}
     return [dataclasses.replace(p, on_front=i in on) for i, p in enumerate(points)]

@@ -276,6 +276,15 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: s
         write_record(file, now)  # last: with it, the folder is a run that can be looked at
 
 
+def kept_fingerprint(path: Path) -> dict[str, str] | None:
+    """What a run folder was started with, as `open_run` was given it; None where it holds no run of this version."""
+    file = path / "fingerprint.json"
+    if not file.exists():
+        return None
+    stored: dict[str, str] = parse_json(read_text(file), str(file))
+    return stored if stored.pop("schema", None) == str(SCHEMA) else None
+
+
 def is_young(path: Path) -> bool:
     """Whether a run folder holds no work that belongs to its settings yet."""
     return not any((path / name).exists() for name in ("batches.jsonl", "trials.jsonl", "students", "supernet"))

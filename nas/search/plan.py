@@ -100,7 +100,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         is_whole_table=is_whole,
         smallest_ms=None if table is None else _smallest_ms(space, table),
         budget_ms=experiment.budget.ms,
-        phases=() if status == "finished" else _phases(inputs, len(missing) if is_whole else 0, scored),
+        phases=() if status == "finished" else phases_of(inputs, len(missing) if is_whole else 0, scored),
         differences=differences,
     )
 
@@ -137,7 +137,14 @@ def _smallest_ms(space: SearchSpace, table: LatencyTable) -> float | None:
     return estimator.estimate(candidate).worst_ms
 
 
-def _phases(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
+def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
+    """What is to be done, in order, if nothing is cached.
+
+    Args:
+        inputs: of the search.
+        missing: rows to measure before the first candidate.
+        scored: candidates that were scored by an earlier call.
+    """
     e, dataset = inputs.experiment, inputs.dataset
     images, side, workers = len(dataset.train), dataset.resolution, worker_count(e)
     rng = np.random.default_rng(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.recipe.context import write_context
+from nas.recipe.pool import usable_cores
 from nas.search.experiment import Experiment
 from nas.search.folder import Event, RunFolder
 from nas.search.progress import Reporter
@@ -161,4 +161,4 @@ def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan
 
 def worker_count(experiment: Experiment) -> int:
     """Training processes: as asked for, or one per core this process may use."""
-    return experiment.search.workers or len(os.sched_getaffinity(0))
+    return experiment.search.workers or usable_cores()

@@ -15,6 +15,7 @@ from nas.core.errors import BudgetError, DeviceError, TrainingError
 from nas.core.jsonio import write_record
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures
 from nas.core.run import FailedCandidate, PredictedMeasured, latency_of
+from nas.core.units import rounded_up
 from nas.core.walk import total_macs
 from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
@@ -275,11 +276,6 @@ def _ends(parts: SearchParts) -> list[Genotype]:
     return list(dict.fromkeys(ends))
 
 
-def rounded_up(value: float) -> str:
-    """A number as text with two digits, not below it."""
-    return f"{value:.2g}" if float(f"{value:.2g}") >= value else f"{value * 1.06:.2g}"
-
-
 def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Decides those candidates of a batch that are not decided yet; each is recorded as soon as it is."""
     before = {r.number: r for r in records if r.number in batch.numbers}
@@ -391,6 +387,7 @@ def _measure_chosen(
     chosen = worth_measuring(
         [r.top1 or 0.0 for r in fresh.values()],
         [f.expected_ms for f in now],
+        [latency_of(f, parts.budget.of) for f in now],
         [f.std_ms for f in now],
         parts.budget.ms,
         parts.feedback.networks_per_round,

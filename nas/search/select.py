@@ -114,12 +114,26 @@ def _greedy_layer(
 
 
 def worth_measuring(
-    top1: Sequence[float], latency_ms: Sequence[float], std_ms: Sequence[float], budget_ms: float, count: int
+    top1: Sequence[float],
+    latency_ms: Sequence[float],
+    limited_ms: Sequence[float],
+    std_ms: Sequence[float],
+    budget_ms: float,
+    count: int,
 ) -> list[int]:
-    """Indices of the networks whose measurement decides the most: on the front and near the budget, in turn."""
+    """Indices of the networks whose measurement decides the most: on the front and near the budget, in turn.
+
+    Args:
+        top1: accuracy, ratio.
+        latency_ms: the axis of the front.
+        limited_ms: the latency that the budget limits.
+        std_ms: deviation of the estimates.
+        budget_ms: the deadline.
+        count: how many at most.
+    """
     front = front_indices(top1, latency_ms)
     front.sort(key=lambda i: -std_ms[i] / latency_ms[i])
-    near = sorted(range(len(top1)), key=lambda i: abs(latency_ms[i] - budget_ms) / max(std_ms[i], 1e-9) - top1[i])
+    near = sorted(range(len(top1)), key=lambda i: abs(limited_ms[i] - budget_ms) / max(std_ms[i], 1e-9) - top1[i])
     result: list[int] = []
     for pair in zip(front + near, near + front, strict=True):
         result += [i for i in pair if i not in result]

@@ -19,8 +19,9 @@ class BudgetSettings:
     `ms`: milliseconds of one inference at batch 1. `of`: which latency it limits: `worst` (no early exit is taken;
     what a hard deadline means), `expected` (mean under the exit shares of the validation images) or `p99`.
     `margin_std`: a candidate is only trained when its prediction plus this many standard deviations keeps the budget.
-    It counts for `worst`; the others depend on the exits that images take, so before training only those candidates are
-    refused that miss the budget even when every image leaves as early as it can.
+    Before training it counts for `worst`; the others depend on the exits that images take, so only those candidates are
+    refused that miss the budget even when every image leaves as early as it can. Afterwards thresholds are solved for
+    `expected` and `p99` with this margin, which then covers other images too.
     """
 
     ms: float = 1.0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 
-from nas.cli.output import PLAIN_INTERVAL_S, Console, Reporter, is_fancy, plain_table
+from nas.cli.output import PLAIN_INTERVAL_S, Console, Reporter, is_fancy, plain_table, typed
 
 
 class Terminal(io.StringIO):
@@ -37,6 +38,23 @@ def test_plain_without_terminal_with_no_color_and_on_dumb_terminals(monkeypatch:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
     assert not is_fancy(Terminal())
+
+
+def test_commands_are_named_as_they_can_be_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = "no run. Run: nas search FILE, see runs/nas search or nas-tools; then: nas report"
+    monkeypatch.chdir(tmp_path)
+    program = tmp_path / ".venv" / "bin" / "nas"
+    program.parent.mkdir(parents=True)
+    program.touch(mode=0o755)
+    monkeypatch.setattr("sys.argv", [str(program)])
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert typed(text) == text
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert typed(text) == (
+        "no run. Run: .venv/bin/nas search FILE, see runs/nas search or nas-tools; then: .venv/bin/nas report"
+    )
+    monkeypatch.setattr("sys.argv", ["pytest"])  # not started as this program: nothing is known
+    assert typed(text) == text
 
 
 def test_table_aligns_numbers_to_the_right_and_has_no_frame() -> None:

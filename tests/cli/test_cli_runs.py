@@ -180,7 +180,8 @@ def test_ctrl_c_keeps_the_work_and_names_the_command_that_goes_on(tiny_experimen
     process = subprocess.Popen(
         [sys.executable, "-m", "nas", *args],
         cwd=tiny_experiment.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # No `nas` on the PATH: the command that goes on is named as this one was started.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": os.defpath},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -192,7 +193,7 @@ def test_ctrl_c_keeps_the_work_and_names_the_command_that_goes_on(tiny_experimen
         rest = process.stderr.read()
     assert process.wait(60) == 130
     # The file in the run folder holds what was given on the command line, and is right for a fork too.
-    command = "nas search runs/tiny/experiment.yaml"
+    command = f"{sys.executable} -m nas search runs/tiny/experiment.yaml"
     assert rest.endswith(f"interrupted: stopped; finished work is kept. Go on with: {command}\n")
     resolved = (tiny_experiment.parent / "runs" / "tiny" / "experiment.yaml").read_text(encoding="utf-8")
     assert "ms: 4.0" in resolved and "steps: 1000000" in resolved

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latency_examples import GATE_MS, OVERHEAD_MS, candidate, filled, network, profile, row, row_time_ms, sum_ms
+from latency_examples import GATE_MS, OVERHEAD_MS, candidate, filled, network, row, row_time_ms, sum_ms
 
 from nas.core.errors import MissingRowError, RecordError
 from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Precision
 from nas.core.walk import expand
 from nas.latency.estimate import Estimator, VectorEstimator, describe_errors, figures, fit_correction
-from nas.latency.table import LatencyTable
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 WIDTHS = (16, 24)
@@ -106,12 +105,6 @@ def test_a_corrected_estimate_follows_the_networks_and_says_so(tmp_path: Path) -
     assert estimate.worst_ms == pytest.approx(1.2 * sum_ms(candidates[3]), rel=0.01)
     assert estimate.correction == "scale, constant, weights, exits from 3 networks"
     assert 0 < estimate.worst_std_ms < 0.05 * estimate.worst_ms
-
-
-def test_an_estimate_from_a_foreign_table_says_so(tmp_path: Path) -> None:
-    filled(tmp_path, [candidate()])
-    table = LatencyTable.open(tmp_path, profile(threads=4), allow_foreign=True)
-    assert Estimator(table).estimate(candidate()).correction == "raw table; table of another device state"
 
 
 def test_both_paths_agree_on_every_genotype_raw_and_corrected(tmp_path: Path) -> None:

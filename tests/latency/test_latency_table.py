@@ -198,13 +198,12 @@ def test_what_does_not_change_the_state_is_not_compared(tmp_path: Path) -> None:
     LatencyTable.open(tmp_path, profile(details={"load_1min": "5.0"}, name="renamed"))
 
 
-def test_a_foreign_table_can_be_read_and_says_so_but_takes_nothing(tmp_path: Path) -> None:
+def test_a_table_opened_to_read_takes_nothing(tmp_path: Path) -> None:
     filled(tmp_path, [candidate()])
-    foreign = LatencyTable.open(tmp_path, profile(threads=2), allow_foreign=True)
-    assert foreign.foreign
-    assert foreign.profile.threads == 1
+    table = LatencyTable.read(tmp_path)
+    assert table.profile == profile()
     with pytest.raises(StorageError, match="open to read only"):
-        foreign.add(row(LAYERS[0]))
+        table.add(row(LAYERS[0]))
 
 
 def test_reading_needs_a_table(tmp_path: Path) -> None:

@@ -122,9 +122,12 @@ def test_stratified_includes_both_ends_and_equal_steps_of_rank() -> None:
 def test_networks_worth_measuring_are_those_of_the_front_and_near_the_budget() -> None:
     top1 = [0.9, 0.5, 0.4, 0.3]
     latency = [9.0, 2.0, 4.9, 7.0]
-    assert worth_measuring(top1, latency, [0.1, 0.2, 0.1, 0.1], 5.0, 2) == [1, 2]
-    assert sorted(worth_measuring(top1, latency, [0.1] * 4, 5.0, 10)) == [0, 1, 2, 3]
-    assert worth_measuring([], [], [], 5.0, 3) == []
+    std = [0.1, 0.2, 0.1, 0.1]
+    assert worth_measuring(top1, latency, latency, std, 5.0, 2) == [1, 2]
+    assert sorted(worth_measuring(top1, latency, latency, [0.1] * 4, 5.0, 10)) == [0, 1, 2, 3]
+    assert worth_measuring([], [], [], [], 5.0, 3) == []
+    worst = [9.0, 8.0, 7.0, 5.0]  # what is near the budget is decided by the latency that it limits
+    assert worth_measuring(top1, latency, worst, std, 5.0, 2) == [1, 3]
 
 
 def _point(
