@@ -5,6 +5,10 @@ of run times varies by 2-17 %, the minimum over separated rounds of their 20th p
 not help. Thread CPU time does not see preemption; the reference network in the gate sees what it cannot: a neighbour in
 the cache or on the memory bus, and a lower clock. Thread CPU time is the latency only while all work is on one thread.
 
+On a busy host calm moments are short but they hold together: with 14 % of the gate's looks calm, the next look after a
+calm one was calm in 73 % and the one after ten looks (20 ms) in 53 %. So a round does not start before the gate is
+calm: looking again costs a fraction of a round, and the total of such waiting is limited.
+
 Nothing here knows a runtime: a subject is a function without arguments, the clock is an argument.
 """
 
@@ -70,9 +74,13 @@ class ProtocolSettings:
     network_sessions, row_sessions: fresh sessions of the runtime.
     networks_alive, rows_alive: how many are measured interleaved.
     min_runs, max_runs: runs in one round.
-    retries: how often a disturbed round is repeated.
-    wait_ms: pause before it is repeated, in milliseconds.
+    retries: how often a disturbed round is repeated; 0: nothing is repeated or waited for.
+    wait_ms: pause after another program had the processor, in milliseconds.
+    wait_round_ms: longest wait for a calm moment before one round, in milliseconds.
+    wait_share: all such waits of an interleaved batch together, in lengths of its rounds; on a host that is never calm
+        measuring takes so many times longer and ends with marked results.
     gate_runs: runs of the reference network before a round.
+    gate_first_runs: of these, the runs after which a look at a host that is clearly not calm ends.
     gate_cpu_share: least share of a core in the gate, 0-1.
     gate_drift: largest median of the gate relative to the best ever seen.
     round_cpu_share: least share of a core in a round, 0-1.
@@ -84,7 +92,7 @@ class ProtocolSettings:
 
     warmup_runs: int = 3
     network_round_ms: float = 7.0
-    row_round_ms: float = 3.0
+    row_round_ms: float = 2.0
     network_rounds: int = 5
     row_rounds: int = 3
     network_sessions: int = 3
@@ -95,7 +103,10 @@ class ProtocolSettings:
     max_runs: int = 60
     retries: int = 6
     wait_ms: float = 10.0
+    wait_round_ms: float = 1000.0
+    wait_share: float = 15.0
     gate_runs: int = 6
+    gate_first_runs: int = 2
     gate_cpu_share: float = 0.97
     gate_drift: float = 1.05
     round_cpu_share: float = 0.95
@@ -114,6 +125,7 @@ class ProtocolSettings:
             "rows_alive",
             "min_runs",
             "gate_runs",
+            "gate_first_runs",
             "max_inner",
             "calibration_checks",
         ):
@@ -178,9 +190,12 @@ class Gate:
         self._expected_ms = float("inf") if reference_ms is None else reference_ms
 
     def check(self) -> GateReading:
-        """Runs the reference network and remembers the best time."""
+        """Runs the reference network and remembers the best time; stops early where the host is clearly not calm."""
         if self._best_ms == float("inf"):
             self._calibrate()
+        first, share = timed_runs(self._reference, self._settings.gate_first_runs, 1, self._clock)
+        if min(first) >= self._settings.gate_drift * self.best_ms:
+            return GateReading(float(np.median(first)), share)
         return self._read()
 
     def is_calm(self, reading: GateReading) -> bool:
@@ -289,29 +304,59 @@ def measure_interleaved(
 ) -> None:
     """Fills `attempts` of all subjects in round-robin rounds. A subject that raises gets an `error` and is left out.
 
-    A disturbed round is kept and repeated after a pause, at most `settings.retries` times.
+    A disturbed round is kept and repeated, at most `settings.retries` times and while the waiting time lasts.
     """
+    patience = Patience(subjects, settings, clock)
     for subject in subjects:
         if subject.error is None:
             _guarded(subject, lambda s=subject: prepare(s, settings, clock))  # type: ignore[misc]
     for number in range(max((settings.rounds(s.kind) for s in subjects), default=0)):
         for subject in subjects:
             if subject.error is None and number < settings.rounds(subject.kind):
-                _guarded(subject, lambda s=subject: _round(s, gate, settings, clock))  # type: ignore[misc]
+                _guarded(subject, lambda s=subject: _round(s, gate, settings, clock, patience))  # type: ignore[misc]
             if after_round is not None:
                 after_round()
 
 
-def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Clock) -> None:
-    for retry in range(settings.retries + 1):
-        if retry:
-            clock.sleep(settings.wait_ms / 1e3)
+class Patience:
+    """Wall time that a batch may spend on waiting for calm moments and on repeating disturbed rounds."""
+
+    def __init__(self, subjects: Sequence[Subject], settings: ProtocolSettings, clock: Clock) -> None:
+        nominal_ms = sum(settings.rounds(s.kind) * settings.round_ms(s.kind) for s in subjects)
+        self._left_ns = settings.wait_share * nominal_ms * 1e6 if settings.retries else 0.0
+        self._clock = clock
+
+    @property
+    def lasts(self) -> bool:
+        return self._left_ns > 0
+
+    def spend(self, since_ns: int) -> None:
+        """Takes off the time since then."""
+        self._left_ns -= max(0, self._clock.wall_ns() - since_ns)
+
+
+def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Clock, patience: Patience) -> None:
+    for _ in range(settings.retries + 1):
+        began = clock.wall_ns()
         reading = gate.check()
+        while (
+            not gate.is_calm(reading)
+            and patience.lasts
+            and 0 <= clock.wall_ns() - began < settings.wait_round_ms * 1e6
+        ):
+            looked = clock.wall_ns()
+            if reading.cpu_share <= settings.gate_cpu_share:
+                clock.sleep(settings.wait_ms / 1e3)  # another program wants this processor
+            reading = gate.check()
+            patience.spend(looked)
         samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock)
         attempt = Attempt(samples, share, reading)
         subject.attempts.append(attempt)
-        if is_accepted(attempt, gate, settings):
+        if is_accepted(attempt, gate, settings) or not patience.lasts:
             return
+        patience.spend(began)
+        if share <= settings.round_cpu_share:
+            clock.sleep(settings.wait_ms / 1e3)
 
 
 def is_accepted(attempt: Attempt, gate: Gate, settings: ProtocolSettings) -> bool:

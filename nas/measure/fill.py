@@ -87,7 +87,8 @@ def fill(
     """Measures the rows that a set of layers needs and the table lacks, and what an empty call and a decision cost.
 
     Every result is stored as soon as it is there: when the program is stopped, the same call goes on where it was. Rows
-    that were measured while the machine was slower than it is now known to be are measured again.
+    without a calm round get a second chance at the end; rows that were measured while the machine was slower than it is
+    now known to be are measured again.
 
     Args:
         table: opened for the device's state.
@@ -124,10 +125,12 @@ def fill(
         tally = _Tally(clock, progress)
         rows = todo(again)  # another process may have measured some
         _measure(table, device, rows, write, tally)
+        disturbed, tally.unstable = tally.unstable, []
+        _measure(table, device, [by_key[key] for key in disturbed], write, tally)  # once more: noise comes in bursts
         if len(rows) >= LOOK_AGAIN_ROWS:  # a machine that has become faster since shows that it was busy before
             open_session(table, device, now=True)
             _measure(table, device, todo(more=False), write, tally)
-    return FillReport(tally.done, tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
+    return FillReport(len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
 
 
 def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> float | None:
@@ -179,6 +182,7 @@ class _Tally:
     def __init__(self, clock: Callable[[], float], progress: OnFill | None) -> None:
         self.total = 0
         self.done = 0
+        self.keys: set[str] = set()
         self.failed: list[tuple[str, str]] = []
         self.unstable: list[str] = []
         self._clock = clock
@@ -202,6 +206,7 @@ class _Tally:
     def take(self, m: Measurement) -> None:
         """A row is stored."""
         self.done += 1
+        self.keys.add(m.key)
         self._worked = max(self._worked, self.done)
         if m.error is not None:
             self.failed.append((m.key, m.error))

@@ -15,7 +15,7 @@ from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
 from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
-from nas.core.walk import exit_macs
+from nas.core.walk import exit_macs, expand
 from nas.devices.base import MeasureJob
 from nas.export.graph import forced_exit, network_model
 from nas.latency.estimate import figures
@@ -243,6 +243,7 @@ def _predicted(
     kept: list[Variant] = []
     predicted: list[LatencyEstimate] = []
     failed: list[FailedCandidate] = []
+    parts.predictor.fill([layer for variant in everything for layer in expand(variant.candidate)])  # all at once
     for variant in everything:
         try:
             predicted.append(parts.predictor.estimate(variant.candidate))

@@ -99,7 +99,7 @@ def test_a_fast_round_that_was_disturbed_does_not_count() -> None:
 
 def test_number_of_runs_fills_the_round_within_its_limits() -> None:
     clock = FakeClock()
-    for run_us, expected in ((1000.0, 4), (100.0, 30), (10.0, 60)):
+    for run_us, expected in ((1000.0, 4), (100.0, 20), (10.0, 60)):
         subject = Subject("x", "row", taking(clock, [run_us]))
         prepare(subject, SETTINGS, clock)
         assert subject.runs == expected
@@ -135,11 +135,36 @@ def test_a_preempted_round_is_kept_and_repeated_after_a_pause() -> None:
 def test_a_machine_that_is_never_calm_ends_flagged_with_the_minimum_of_everything() -> None:
     clock = FakeClock()
     gate = Gate(taking(clock, [REFERENCE_US], stolen_us=100.0), SETTINGS, clock)
-    subject = Subject("x", "row", taking(clock, [3000.0] * 40 + [2000.0]))
+    subject = Subject("x", "row", taking(clock, [3000.0] * 8 + [2000.0]))
     measure_interleaved([subject], gate, SETTINGS, clock)
-    assert len(subject.attempts) == SETTINGS.row_rounds * (SETTINGS.retries + 1)
+    assert len(subject.attempts) == SETTINGS.row_rounds  # all waiting was in vain, so nothing is repeated
     assert not any(is_accepted(a, gate, SETTINGS) for a in subject.attempts)
     assert session_value(subject.attempts, gate, SETTINGS) == pytest.approx(2.0)
+    nominal_s = SETTINGS.row_rounds * SETTINGS.row_round_ms / 1e3
+    assert SETTINGS.wait_share * nominal_s <= clock.wall / 1e9 < (SETTINGS.wait_share + 12) * nominal_s
+
+
+def test_a_round_waits_for_a_calm_moment_and_is_then_taken_once() -> None:
+    clock = FakeClock()
+    calm_from = 20  # runs of the reference network after its calibration
+    times = [REFERENCE_US] * (SETTINGS.warmup_runs + SETTINGS.calibration_checks * SETTINGS.gate_runs)
+    times += [1.3 * REFERENCE_US] * calm_from + [REFERENCE_US]
+    gate = Gate(taking(clock, times), SETTINGS, clock)
+    subject = Subject("x", "row", taking(clock, [1000.0]))
+    measure_interleaved([subject], gate, SETTINGS, clock)
+    assert len(subject.attempts) == SETTINGS.row_rounds
+    assert all(is_accepted(a, gate, SETTINGS) for a in subject.attempts)
+    assert clock.slept_s == 0.0  # a slower processor is no other program: giving it away would not help
+
+
+def test_without_retries_nothing_is_waited_for() -> None:
+    clock = FakeClock()
+    settings = ProtocolSettings(calibration_checks=2, warmup_runs=1, retries=0)
+    gate = Gate(taking(clock, [REFERENCE_US] * 13 + [1.3 * REFERENCE_US]), settings, clock)
+    subject = Subject("x", "row", taking(clock, [1000.0]))
+    measure_interleaved([subject], gate, settings, clock)
+    assert len(subject.attempts) == settings.row_rounds
+    assert not any(is_accepted(a, gate, settings) for a in subject.attempts)
 
 
 def test_gate_notices_a_slower_reference_network() -> None:

@@ -146,8 +146,12 @@ def test_an_impossible_value_is_a_failed_row(tmp_path: Path) -> None:
 
 
 def test_disturbed_rows_are_named_and_measured_again_on_demand(tmp_path: Path) -> None:
-    report = fill(opened(tmp_path), Watched({LAYERS[1].key: {"accepted": (False,) * 3}}), LAYERS)
+    disturbed = Watched({LAYERS[1].key: {"accepted": (False,) * 3}})
+    report = fill(opened(tmp_path), disturbed, LAYERS)
+    assert disturbed.asked.count(LAYERS[1].key) == 2  # a second chance at the end: noise comes in bursts
+    assert disturbed.asked.count(LAYERS[0].key) == 1
     assert report.unstable == (LAYERS[1].key,)
+    assert report.measured == 3
     assert "1 of 3 rows had no calm round" in report.warnings[0] and "nas measure --again" in report.warnings[0]
     again = Watched()
     fill(opened(tmp_path), again, LAYERS, again=True)
@@ -199,7 +203,7 @@ def test_a_machine_that_becomes_quiet_on_the_way_is_noticed(tmp_path: Path) -> N
     device = Calming()
     report = fill(opened(tmp_path), device, layers)
     assert device.asked == [*LOOK, *(x.key for x in layers), *LOOK, *(x.key for x in layers)]
-    assert report.measured == 2 * len(layers)
+    assert report.measured == len(layers)
     assert opened(tmp_path).outdated(x.key for x in layers) == []
 
 
@@ -229,7 +233,8 @@ def test_progress_counts_rows_and_estimates_the_rest(tmp_path: Path) -> None:
     assert [p.done for _, p in told if p.message] == list(range(1, total + 1))
     assert all(p.total == total for _, p in told)
     # One second a row: when it will be over is known from the first second on, and does not change.
-    assert {at + (p.remaining_s or 0.0) for at, p in told} == {now[0]}
+    assert len({at + (p.remaining_s or 0.0) for at, p in told}) == 1
+    assert told[-1][1].remaining_s == 0.0
 
 
 def test_real_rows_in_both_precisions(tmp_path: Path) -> None:

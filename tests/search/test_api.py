@@ -1,0 +1,448 @@
+"""The verbs of a run: which student becomes a package, what a run looks like from outside, forks."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+
+import numpy as np
+import pytest
+from search_examples import Notes, write_experiment
+
+from nas.core.errors import BudgetError, InterruptedRunError, UsageError
+from nas.core.jsonio import read_record, write_record
+from nas.core.records import LatencyFigures
+from nas.core.run import PackageView, Point, SplitAccuracy
+from nas.devices.base import MeasureJob
+from nas.latency.lines import network_key
+from nas.recipe.context import open_context
+from nas.recipe.finish import finished_logits
+from nas.recipe.records import write_scored
+from nas.search.api import Outcome, export_student, load_outcome, load_view, run_search
+from nas.search.experiment import load_experiment
+from nas.search.folder import RunFolder, kept_fingerprint, open_run
+from nas.search.packages import export_point, source_of
+from nas.testing import SimulatedDevice
+
+# Name of a student -> architecture, precision, accuracy on validation and on test, expected and worst latency in ms.
+# The test split would choose the other way round. `tail` is slow at worst; `guess` was never measured.
+STUDENTS = {
+    "best": (0, "fp32", 0.9, 0.1, 0.005, 0.005),
+    "tail": (0, "int8", 0.8, 0.2, 0.003, 0.006),
+    "second": (1, "fp32", 0.7, 0.3, 0.004, 0.004),
+    "third": (2, "fp32", 0.6, 0.4, 0.002, 0.002),
+    "guess": (1, "int8", 0.95, 0.9, 0.001, 0.001),
+}
+UNDER_MS = 0.0055  # `tail` keeps it in the mean only
+
+
+class Timed(SimulatedDevice):
+    """Measures each network as it is told."""
+
+    def __init__(self, times_ms: Mapping[str, float]) -> None:
+        super().__init__()
+        self._times_ms = times_ms
+
+    def latency_ms(self, job: MeasureJob) -> float:
+        return self._times_ms.get(job.key) or self._times_ms[job.key.split("#")[0]]
+
+
+@dataclass(frozen=True)
+class MadeRun:
+    """A copy of a finished run whose students have the figures of `STUDENTS`; weights and images are real."""
+
+    path: Path
+    points: Mapping[str, Point]
+    experiment: Path
+
+    def device(self, **exported_ms: float) -> Timed:
+        """A device on which exported files take so long; without a word as long as the student when it was finished."""
+        return Timed(
+            {
+                network_key(p.candidate, "plain"): exported_ms.get(name, p.latency.worst_ms)
+                for name, p in self.points.items()
+            }
+        )
+
+    def unfinished_trial(self) -> int:
+        """Number of a trial whose architecture was scored, not finished."""
+        finished = {p.arch_id for p in self.points.values()}
+        return next(r.number for r in RunFolder(self.path).trials() if r.candidate.arch_id not in finished)
+
+
+@pytest.fixture
+def made(finished: Path, tmp_path: Path) -> MadeRun:
+    """The run lies in a folder with a blank in its name, and has no package yet."""
+    path = tmp_path / "a run"
+    shutil.copytree(finished / "run", path, ignore=shutil.ignore_patterns("packages", "package.json"))
+    outcome = load_outcome(path)
+    plain = [p for p in outcome.points if not p.candidate.exits and outcome.sources[p.id].cut is None]
+    architectures = list(dict.fromkeys(outcome.sources[p.id].student.candidate.arch_id for p in plain))
+    points, sources = {}, {}
+    for name, (number, precision, val, test, expected_ms, worst_ms) in STUDENTS.items():
+        real = next(
+            p
+            for p in plain
+            if p.precision == precision
+            and outcome.sources[p.id].student.candidate.arch_id == architectures[number]
+        )
+        provenance = "predicted" if name == "guess" else "measured"
+        points[name] = replace(
+            real,
+            id=name,
+            val=SplitAccuracy(val, 40),
+            test=SplitAccuracy(test, 30),
+            latency=LatencyFigures(expected_ms, worst_ms, worst_ms, 0.0, provenance),
+        )
+        sources[name] = outcome.sources[real.id]
+    changed = replace(
+        outcome,
+        points=tuple(reversed(points.values())),
+        sources=sources,
+        pick_id="best",
+        next_id="tail",
+        closest_id=None,
+    )
+    write_record(path / "outcome.json", changed)
+    return MadeRun(path, points, write_experiment(tmp_path, finished / "cache", finished / "tables"))
+
+
+def _exported(made: MadeRun) -> set[str]:
+    return {p.name for p in (made.path / "packages").iterdir()}
+
+
+def test_the_most_accurate_on_validation_is_exported_and_only_measured_students_count(made: MadeRun) -> None:
+    package = export_student(made.path, Notes(), best_under_ms=UNDER_MS, device=made.device())
+    assert (package.manifest.name, package.manifest.verdict) == ("best", "good")
+    assert package.folder == made.path / "packages" / "best"
+    assert package.manifest.provenance["student"] == "best"
+    assert package.manifest.provenance["run"] == "a run"
+    assert (package.manifest.budget_ms, package.manifest.budget_of) == (UNDER_MS, "worst")
+
+
+def test_a_file_that_misses_the_budget_gives_its_place_to_the_next_student(made: MadeRun) -> None:
+    notes = Notes()
+    package = export_student(made.path, notes, best_under_ms=UNDER_MS, device=made.device(best=0.02))
+    assert (package.manifest.name, package.manifest.verdict) == ("second", "good")
+    assert notes.said == [
+        "taking the next one: best: median worst latency 0.02 ms is above the budget of 0.0055 ms",
+    ]
+    assert _exported(made) == {"second"}
+    assert read_record(PackageView, made.path / "package.json").path == str(package.folder)
+
+
+def test_a_file_that_loses_accuracy_keeps_its_place_and_is_not_called_good(made: MadeRun) -> None:
+    """A runner-up that does better on the test split would be chosen by that split."""
+    _let_float_network_be_right_on_test(made, "best")
+    notes = Notes()
+    package = export_student(made.path, notes, best_under_ms=UNDER_MS, device=made.device())
+    assert (package.manifest.name, package.manifest.verdict) == ("best", "accuracy_loss")
+    assert notes.said == []
+    assert _exported(made) == {"best"}
+    shown = load_view(made.path).package
+    assert shown is not None
+    assert not shown.is_good
+    assert "points below 100.00 %; allowed: 50.00" in shown.reason
+
+
+def _let_float_network_be_right_on_test(made: MadeRun, name: str) -> None:
+    """So that its file, which guesses, loses more than is allowed."""
+    home = made.path / "students" / made.points[name].arch_id
+    source = source_of(load_outcome(made.path).sources, made.points[name])
+    labels = np.asarray(open_context(str(made.path / "context.json"), 16).test_labels)
+    logits = np.zeros_like(finished_logits(home, "test", ("fp32",)))
+    logits[:, np.arange(len(labels)), labels] = 1.0
+    architecture = source.student.candidate
+    write_scored(home, architecture, epochs=2, cost_s=0, logits=logits, labels=labels, name="final-test-fp32")
+
+
+def test_when_every_file_misses_the_budget_all_that_was_tried_is_listed(made: MadeRun) -> None:
+    slow = made.device(best=0.02, second=0.03, third=0.04)
+    with pytest.raises(BudgetError) as error:
+        export_student(made.path, Notes(), best_under_ms=UNDER_MS, device=slow)
+    assert str(error.value) == (
+        "no exported package keeps 0.0055 ms; tried:\n"
+        "  best: median worst latency 0.02 ms is above the budget of 0.0055 ms\n"
+        "  second: median worst latency 0.03 ms is above the budget of 0.0055 ms\n"
+        "  third: median worst latency 0.04 ms is above the budget of 0.0055 ms"
+    )
+    assert _exported(made) == set()
+    assert not (made.path / "package.json").exists()
+
+
+def test_of_says_which_latency_is_limited(made: MadeRun) -> None:
+    """Below this time at worst `tail` is no candidate at all; in the mean it is the next one behind `best`."""
+    device = made.device(best=0.02, tail=0.003)
+    at_worst = export_student(made.path, Notes(), best_under_ms=UNDER_MS, of="worst", device=device)
+    assert (at_worst.manifest.name, at_worst.manifest.budget_of) == ("second", "worst")
+    in_the_mean = export_student(made.path, Notes(), best_under_ms=UNDER_MS, of="expected", device=device)
+    assert (in_the_mean.manifest.name, in_the_mean.manifest.budget_of) == ("tail", "expected")
+
+
+def test_without_a_choice_the_budget_of_the_run_holds(made: MadeRun) -> None:
+    package = export_student(made.path, Notes(), device=made.device(best=0.0069))
+    assert (package.manifest.name, package.manifest.budget_ms) == ("tail", 0.0068)
+
+
+def test_a_named_student_is_exported_as_it_is_and_replaced_only_when_asked(made: MadeRun) -> None:
+    slow = made.device(third=0.02)
+    package = export_student(made.path, Notes(), student="third", device=slow)
+    assert (package.manifest.name, package.manifest.verdict) == ("third", "over_budget")
+    assert _exported(made) == {"third"}
+    with pytest.raises(UsageError, match="third exists already"):
+        export_student(made.path, Notes(), student="third", device=made.device())
+    assert read_record(PackageView, made.path / "package.json").sha256 == package.sha256
+    again = export_student(made.path, Notes(), student="third", device=made.device(), overwrite=True)
+    assert again.manifest.verdict == "good"
+
+
+def test_a_student_that_was_not_finished_cannot_be_exported(made: MadeRun) -> None:
+    point = replace(made.points["best"], id="another")
+    with pytest.raises(UsageError, match=r"student another was not distilled in full; choose a point of: nas pareto"):
+        source_of(load_outcome(made.path).sources, point)
+
+
+def test_a_trial_gives_the_best_measured_student_of_its_architecture(made: MadeRun, tmp_path: Path) -> None:
+    """Points name the first trial of an architecture. A later one differs in precision or thresholds only."""
+    folder = RunFolder(made.path)
+    for later, name, expected in ((90, "best", "best"), (91, "guess", "second")):
+        first = next(r for r in folder.trials() if r.number == made.points[name].trial)
+        precision = "fp32" if first.candidate.precision_label == "int8" else "int8"
+        folder.add_trial(replace(first, number=later, candidate=first.candidate.with_precision(precision)))
+        for trial in (first.number, later):
+            out = tmp_path / f"package-{trial}"
+            package = export_student(made.path, Notes(), trial=trial, out=out, device=made.device())
+            assert package.manifest.name == expected
+            assert package.folder == out
+
+
+def test_a_trial_that_was_not_finished_is_refused_with_those_that_were(made: MadeRun) -> None:
+    finished = sorted({p.trial for p in made.points.values() if p.trial is not None})
+    for trial in (made.unfinished_trial(), 4711):
+        with pytest.raises(UsageError) as error:
+            export_student(made.path, Notes(), trial=trial, device=made.device())
+        assert str(error.value) == (
+            f"trial {trial} was not finished; finished trials: {', '.join(map(str, finished))}. "
+            f"See: nas pareto {quote(str(made.path))}"
+        )
+
+
+def test_when_no_student_keeps_the_time_the_closest_measured_one_is_named(made: MadeRun) -> None:
+    with pytest.raises(BudgetError) as error:
+        export_student(made.path, Notes(), best_under_ms=0.0016, device=made.device())
+    assert str(error.value) == (
+        "no finished student keeps 0.0016 ms (worst); "
+        "fastest measured student: 0.0020 ms (worst), 25 % over the budget (third)"
+    )
+    assert not (made.path / "packages").exists()
+
+
+def test_a_device_in_another_state_is_told(made: MadeRun) -> None:
+    notes = Notes()
+    export_student(made.path, notes, student="third", device=SimulatedDevice(seed=1))
+    assert notes.warned == [
+        "this device (simulated-1) is in another state than the run's (simulated-0): "
+        "the package is measured here and now"
+    ]
+    same = Notes()
+    export_student(made.path, same, student="third", device=made.device(), overwrite=True)
+    assert same.warned == []
+
+
+@pytest.mark.parametrize("of", ["expected", "worst", "p99"])
+def test_the_report_shows_the_package_with_the_latency_that_the_budget_limits(made: MadeRun, of: str) -> None:
+    package = export_student(made.path, Notes(), best_under_ms=1.0, of=of, device=made.device())  # type: ignore[arg-type]
+    figures = package.manifest.latency.figures
+    assert load_view(made.path).package == PackageView(
+        path=str(package.folder),
+        candidate_id=made.points["best"].candidate.id,
+        is_good=True,
+        reason="",
+        top1=package.manifest.accuracy.top1,
+        latency_ms=getattr(figures, f"{of}_ms"),
+        sha256=package.sha256,
+    )
+
+
+def test_each_way_through_a_file_with_exits_counts_with_its_share_of_images(
+    finished: Path, made: MadeRun, tmp_path: Path
+) -> None:
+    outcome = load_outcome(finished / "run")
+    point = next(p for p in outcome.points if len(p.candidate.exits) == 1)
+    candidate = point.candidate.with_thresholds((0.15,))  # of ten classes: some images are surer than that
+    key = network_key(candidate, "if")
+    package = export_point(
+        load_view(made.path),
+        made.path,
+        replace(point, candidate=candidate),
+        source_of(outcome.sources, point),
+        Timed({f"{key}#0": 0.002, f"{key}#1": 0.004}),
+        tmp_path / "package",
+        max_loss=1.0,
+    )
+    manifest = package.manifest
+    assert (manifest.form, manifest.accuracy.images, len(manifest.accuracy.exit_shares)) == ("if", 30, 2)
+    early, late = manifest.accuracy.exit_shares
+    assert [(path.share, path.latency_ms) for path in manifest.latency.paths] == [(early, 0.002), (late, 0.004)]
+    assert manifest.latency.figures.expected_ms == pytest.approx(0.002 * early + 0.004 * late)
+    assert manifest.latency.figures.worst_ms == 0.004
+
+
+def _go_on(made: MadeRun, device: Timed, notes: Notes) -> None:
+    run_search(load_experiment(made.experiment, [f"run.dir={made.path}"]), notes, device=device)
+
+
+def test_a_pick_whose_file_misses_the_budget_is_replaced_in_the_result(made: MadeRun) -> None:
+    notes = Notes()
+    _go_on(made, made.device(best=0.02), notes)
+    assert notes.said[:2] == [f"{made.path}: this run is finished; showing its result", "exporting the pick best"]
+    view = load_view(made.path)
+    assert view.pick_id == "tail"
+    assert view.pick_reason == "the best student whose exported file keeps the budget; that of best did not"
+    assert (view.next_id, view.next_reason) == (None, "")
+    assert view.package is not None
+    assert Path(view.package.path) == made.path / "packages" / "tail"
+
+
+def test_a_pick_that_loses_accuracy_stays_the_pick(made: MadeRun) -> None:
+    _let_float_network_be_right_on_test(made, "best")
+    before = load_outcome(made.path)
+    _go_on(made, made.device(), Notes())
+    assert load_outcome(made.path) == before
+    package = load_view(made.path).package
+    assert package is not None
+    assert (Path(package.path).name, package.is_good) == ("best", False)
+
+
+def test_a_package_is_made_once(made: MadeRun) -> None:
+    _go_on(made, made.device(), Notes())
+    file = made.path / "packages" / "best" / "manifest.json"
+    made_at = file.stat().st_mtime_ns
+    notes = Notes()
+    _go_on(made, made.device(), notes)
+    assert notes.said == [f"{made.path}: this run is finished; showing its result"]
+    assert file.stat().st_mtime_ns == made_at
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    for read in (load_view, load_outcome):
+        with pytest.raises(UsageError) as error:
+            read(tmp_path / "nothing")
+        assert str(error.value) == (
+            f"{tmp_path / 'nothing'}: not a run folder (no fingerprint.json). Run: nas search EXPERIMENT.yaml"
+        )
+
+
+def test_an_unfinished_run_shows_its_trials_and_how_to_go_on(made: MadeRun) -> None:
+    (made.path / "outcome.json").unlink()
+    command = f"nas search {quote(str(made.path / 'experiment.yaml'))}"
+    view = load_view(made.path)
+    assert (view.status, view.points, view.pick_id, view.package) == ("interrupted", (), None, None)
+    assert len(view.trials) == 10
+    assert [r.number for r in view.rounds] == [1, 2]
+    assert len(view.predictions) > 3
+    assert view.commands == (command,)
+    assert (view.budget_ms, view.budget_of, view.space_name) == (0.0068, "worst", "mini")
+    with pytest.raises(UsageError) as error:
+        load_outcome(made.path)
+    assert str(error.value) == f"{made.path}: this run is not finished. Go on with it: {command}"
+    marks = kept_fingerprint(made.path)
+    assert marks is not None
+    with open_run(made.path, marks, (made.path / "experiment.yaml").read_text()):
+        assert load_view(made.path).status == "running"
+
+
+def test_a_failed_trial_is_shown_with_its_reason_and_not_as_a_score(made: MadeRun) -> None:
+    (made.path / "outcome.json").unlink()
+    folder = RunFolder(made.path)
+    first = folder.trials()[0]
+    folder.add_trial(replace(first, number=10, round=2, state="failed", top1=None, reason="loss is not finite"))
+    view = load_view(made.path)
+    assert [t.number for t in view.trials] == list(range(10))
+    assert [(f.id, f.stage, f.reason, f.round) for f in view.failed] == [
+        (first.candidate.id, "scoring", "loss is not finite", 2)
+    ]
+
+
+def test_a_finished_run_shows_its_students_each_with_the_command_that_exports_it(made: MadeRun) -> None:
+    view = load_view(made.path)
+    named = quote(str(made.path))
+    assert (view.name, view.status, view.pick_id, view.next_id) == ("a run", "finished", "best", "tail")
+    assert {p.id: p.export_command for p in view.points} == {
+        name: f"nas export {named} --student {name}" for name in STUDENTS
+    }
+    assert view.commands == (f"nas pareto {named}", f"nas export {named} --best-under 0.0068ms")
+    assert view.device is not None
+    assert view.device.name == "simulated-0"
+    assert view.teacher is not None
+    assert (view.teacher.latency_ms or 0) > 0
+    assert view.dataset is not None
+    assert (view.dataset.train_images, view.dataset.val_images, view.dataset.test_images) == (40, 40, 30)
+    assert {"seed", "space", "version of nas"} <= view.provenance.keys()
+    assert min(view.wall_s, view.cpu_s) > 0
+    assert sum(i.accuracy for i in view.importances) == pytest.approx(1.0)
+
+
+def test_the_result_of_a_real_search_keeps_its_rules(finished: Path) -> None:
+    """Whatever this machine made of the students: the pick is measured, within the budget, and best on validation."""
+    outcome = read_record(Outcome, finished / "run" / "outcome.json")
+    within = [p for p in outcome.points if p.latency.provenance == "measured" and p.latency.worst_ms <= 0.0068]
+    pick = next(p for p in within if p.id == outcome.pick_id)
+    assert pick.val is not None
+    assert pick.val.top1 == max(p.val.top1 for p in within if p.val is not None)
+    assert pick.on_front
+    assert outcome.sources.keys() == {p.id for p in outcome.points}
+    assert f"of {len(within)} measured settings whose worst latency keeps 0.0068 ms" in outcome.pick_reason
+
+
+@dataclass
+class LeavingBeforeTraining(Notes):
+    """Ends the search with a second Ctrl-C once its folder is there and before anything long is done."""
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if text.startswith("device "):
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def fork(made: MadeRun) -> Callable[..., list[str]]:
+    """Calls `nas search --fork` with some settings, stops it early; gives what it said."""
+
+    def call(*sets: str) -> list[str]:
+        notes = LeavingBeforeTraining()
+        experiment = load_experiment(made.experiment, [f"run.dir={made.path}", *sets])
+        with pytest.raises(InterruptedRunError, match="stopped; finished work is kept"):
+            run_search(experiment, notes, fork=True, device=SimulatedDevice())
+        return notes.said
+
+    return call
+
+
+def test_the_same_fork_again_goes_on_with_its_folder_and_another_makes_another(
+    made: MadeRun, fork: Callable[..., list[str]]
+) -> None:
+    second, third = made.path.with_name("a run-2"), made.path.with_name("a run-3")
+    first_words = fork("budget.ms=0.007")
+    assert f"new run folder: {second}; go on with it later: --set run.dir={quote(str(second))}" in first_words
+    assert any(line.startswith(f"copied from {made.path}: students: ") for line in first_words)
+    again = f"going on with {second}: an earlier --fork with the same settings"
+    assert fork("budget.ms=0.007")[0] == again
+    assert not third.exists()
+    assert f"new run folder: {third}; go on with it later: --set run.dir={quote(str(third))}" in fork("budget.ms=0.008")
+    assert fork("budget.ms=0.007")[0] == again
+    assert fork("budget.ms=0.008")[0] == f"going on with {third}: an earlier --fork with the same settings"
+    assert sorted(p.name for p in made.path.parent.glob("a run*")) == ["a run", "a run-2", "a run-3"]
+    assert [load_view(p).budget_ms for p in (made.path, second, third)] == [0.0068, 0.007, 0.008]
+
+
+def test_a_stopped_fork_names_the_command_that_goes_on_with_it(made: MadeRun) -> None:
+    experiment = load_experiment(made.experiment, [f"run.dir={made.path}", "budget.ms=0.007"])
+    with pytest.raises(InterruptedRunError) as error:
+        run_search(experiment, LeavingBeforeTraining(), fork=True, device=SimulatedDevice())
+    file = made.path.with_name("a run-2") / "experiment.yaml"
+    assert str(error.value) == f"stopped; finished work is kept. Go on with: nas search {quote(str(file))}"
+    assert load_experiment(file).budget.ms == 0.007

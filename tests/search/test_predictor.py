@@ -1,0 +1,287 @@
+"""Predicted latencies: lazily measured rows, honest predictions beside measurements, budgets, the fastest network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from search_examples import SPACE, Notes, open_folder
+
+from nas.core.records import Candidate, Measurement
+from nas.core.run import LatencyKind
+from nas.core.walk import expand
+from nas.devices.base import MeasureJob, OnProgress, OnResult
+from nas.search.predictor import BudgetFilter, Predictor, deployed_form
+from nas.space.space import SearchSpace, space_from_plain
+from nas.space.yamlio import parse_yaml
+from nas.testing import SimulatedDevice
+
+Genotype = tuple[int, ...]
+
+
+class Asked(SimulatedDevice):
+    """Remembers the keys of rows and networks that it was asked for; those with a text in their key fail."""
+
+    def __init__(self, broken: str = "nothing") -> None:
+        super().__init__()
+        self.broken = broken
+        self.asked: list[str] = []
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        self.asked += [j.key for j in jobs if j.kind != "overhead"]
+        jobs = [replace(j, model=b"\x00") if self.broken in j.key else j for j in jobs]
+        return super().measure(jobs, on_result, progress)
+
+
+class SlowNetworks(Asked):
+    """Whole networks take 1.3 times the work of their rows, exactly; work counts a hundred times as much as else."""
+
+    def latency_ms(self, job: MeasureJob) -> float:
+        work = job.macs / 2e5 * (1.0 if job.kind == "row" else 1.3)
+        return super().latency_ms(job) if job.kind == "overhead" else 0.003 + work
+
+
+@pytest.fixture(scope="module")
+def space() -> SearchSpace:
+    return space_from_plain(parse_yaml(SPACE, "space"), "space", 4)
+
+
+@pytest.fixture(scope="module")
+def tables(space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All rows of the simulated device."""
+    folder = tmp_path_factory.mktemp("tables")
+    device = SimulatedDevice()
+    Predictor(space, open_folder(folder, device), device, Notes()).prepare()
+    return folder
+
+
+@pytest.fixture
+def predictor(space: SearchSpace, tables: Path, tmp_path: Path) -> Predictor:
+    """Knows all rows and no network."""
+    shutil.copytree(tables, tmp_path / "tables")
+    device = Asked()
+    return Predictor(space, open_folder(tmp_path / "tables", device), device, Notes())
+
+
+def some(space: SearchSpace, count: int, seed: int = 0) -> list[Genotype]:
+    """Different random genotypes."""
+    rng = np.random.default_rng(seed)
+    found = dict.fromkeys(space.sample(rng) for _ in range(10 * count))
+    return list(found)[:count]
+
+
+def asked(predictor: Predictor) -> list[str]:
+    """Keys that the device was asked for since the last look."""
+    device = predictor.device
+    assert isinstance(device, Asked)
+    keys, device.asked = device.asked, []
+    return keys
+
+
+def test_small_space_has_its_whole_table_filled_once(space: SearchSpace, tmp_path: Path) -> None:
+    device = Asked()
+    predictor = Predictor(space, open_folder(tmp_path, device), device, notes := Notes())
+    assert predictor.is_whole
+    predictor.prepare()
+    keys = asked(predictor)
+    assert sorted(keys) == sorted({layer.key for layer in space.layers()})
+    assert set(notes.stages) == {"latency table"}
+    predictor.prepare()
+    predictor.worst(some(space, 50))
+    Predictor(space, open_folder(tmp_path, device), device, Notes()).prepare()  # a later run with the same table
+    assert asked(predictor) == []
+
+
+def test_rows_of_a_large_space_are_measured_when_a_candidate_needs_them(
+    space: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.search.predictor.WHOLE_TABLE_ROWS", len(space.layers()) - 1)
+    device = Asked()
+    predictor = Predictor(space, open_folder(tmp_path, device), device, Notes())
+    assert not predictor.is_whole
+    predictor.prepare()
+    assert asked(predictor) == []
+    assert predictor.fastest() is None  # nobody knows
+    genotype = space.smallest()
+    assert np.isnan(predictor.known_worst(np.array([genotype]))[0]).all()
+    worst, std = predictor.worst([genotype])
+    assert worst[0] > 0 < std[0]
+    assert set(asked(predictor)) == {layer.key for layer in expand(space.decode(genotype))}
+    assert predictor.worst([genotype])[0] == worst == predictor.known_worst(np.array([genotype]))[0]
+    assert asked(predictor) == []
+    other = space.decode(space.largest()).with_precision("int8")
+    predictor.estimate(other)
+    assert set(asked(predictor)) <= {layer.key for layer in expand(other)}
+
+
+def test_many_estimates_equal_those_of_single_candidates(space: SearchSpace, predictor: Predictor) -> None:
+    genotypes = some(space, 40)
+    predictor.measure([space.decode(g) for g in genotypes[:5]], 0)  # corrected ones too
+    assert predictor.correction is not None
+    found = predictor.estimates(genotypes)
+    worst, worst_std = predictor.worst(genotypes)
+    first = predictor.first_exit(genotypes)
+    for i, genotype in enumerate(genotypes):
+        one = predictor.estimate(space.decode(genotype))
+        assert found[i].exit_ms == pytest.approx(one.exit_ms)
+        assert found[i].exit_std_ms == pytest.approx(one.exit_std_ms)
+        assert (worst[i], worst_std[i]) == pytest.approx((one.worst_ms, one.worst_std_ms))
+        assert first[i] == pytest.approx(one.exit_ms[0])
+    assert {len(e.exit_ms) for e in found} == {1, 2}
+    assert predictor.estimates([]) == []
+
+
+def test_fastest_is_the_least_of_the_whole_space(space: SearchSpace, predictor: Predictor) -> None:
+    everything = space.canonical_many(np.array(list(np.ndindex(*space.gene_sizes))))
+    worst, _ = predictor.known_worst(everything)
+    found = predictor.fastest()
+    assert found is not None
+    assert found[1] == pytest.approx(worst.min())
+    assert found[1] == pytest.approx(predictor.estimate(space.decode(found[0])).worst_ms)
+    assert space.canonical(found[0]) == found[0]
+
+
+def test_candidates_with_a_row_that_cannot_be_measured_are_refused_not_fatal(
+    space: SearchSpace, tmp_path: Path
+) -> None:
+    notes, device = Notes(), Asked("k=5")
+    predictor = Predictor(space, open_folder(tmp_path, device), device, notes)
+    predictor.prepare()
+    assert any("rows could not be measured, the first: ir|in=4x8x8" in text for text in notes.warned)
+    genotypes = some(space, 120)
+    fives = [any(b.kernel_size == 5 for s in space.decode(g).stages for b in s.blocks) for g in genotypes]
+    assert 0 < sum(fives) < len(fives)
+    for of in ("worst", "expected", "p99"):
+        limit = BudgetFilter(predictor, 1e9, of, 1.0)
+        assert limit.known(np.array(genotypes)).tolist() == [not five for five in fives]
+        assert [limit.keeps(g) for g in genotypes[:20]] == [not five for five in fives[:20]]
+    found = predictor.fastest()
+    assert found is not None
+    assert all(b.kernel_size == 3 for s in space.decode(found[0]).stages for b in s.blocks)
+
+
+def slow(space: SearchSpace, folder: Path) -> Predictor:
+    """A device whose networks are 1.3 times as slow as the sum of their rows."""
+    device = SlowNetworks()
+    predictor = Predictor(space, open_folder(folder, device), device, Notes())
+    predictor.fill(())
+    return predictor
+
+
+def test_prediction_beside_a_measurement_did_not_know_it(space: SearchSpace, tmp_path: Path) -> None:
+    """Only networks that were measured before may teach how much slower whole networks are."""
+    predictor = slow(space, tmp_path)
+    candidates = [space.decode(g).with_precision("fp32") for g in some(space, 8)]
+    first, failed = predictor.measure(candidates[:4], 0)
+    assert failed == ()
+    assert [(p.candidate_id, p.precision, p.round) for p in first] == [(c.id, "fp32", 0) for c in candidates[:4]]
+    assert all(p.error < -0.15 for p in first)
+    second, _ = predictor.measure(candidates[4:], 1)
+    assert all(abs(p.error) < 0.06 for p in second)
+    again, _ = predictor.measure(candidates[:4], 2)  # in the table already, as after a kill
+    assert [p.measured_ms for p in again] == [p.measured_ms for p in first]
+    assert all(abs(p.error) < 0.06 for p in again)  # learnt from the other four
+    resumed = Predictor(space, predictor.table, predictor.device, Notes())
+    repeated, _ = resumed.measure(candidates, 3)
+    assert all(p.error < -0.15 for p in repeated)  # nothing else is known then
+    networks = [key for key in asked(predictor) if key.startswith("r16-")]
+    assert len(networks) == len(set(networks)) == 8
+
+
+def test_measuring_networks_corrects_all_later_estimates(space: SearchSpace, tmp_path: Path) -> None:
+    predictor = slow(space, tmp_path)
+    genotypes = some(space, 12)
+    predictor.worst(genotypes)
+    before = np.array([e.worst_ms for e in predictor.estimates(genotypes)])
+    predictor.measure([space.decode(g) for g in genotypes[:6]], 0)
+    after = np.array([e.worst_ms for e in predictor.estimates(genotypes)])
+    assert np.median(after / before) == pytest.approx(1.3, abs=0.05)
+    resumed = Predictor(space, open_folder(tmp_path, predictor.device), predictor.device, Notes())
+    assert [e.worst_ms for e in resumed.estimates(genotypes)] == pytest.approx(after.tolist())
+
+
+def test_networks_are_measured_as_they_are_deployed(space: SearchSpace, predictor: Predictor) -> None:
+    """With exits as decisions, else only the head: the worst case of each."""
+    candidates = [space.decode(g) for g in some(space, 6)]
+    assert {deployed_form(c) for c in candidates} == {"if", "plain"}
+    pairs, _ = predictor.measure(candidates, 0)
+    by_candidate = {n.candidate: n for n in predictor.table.networks.values()}
+    for candidate, pair in zip(candidates, pairs, strict=True):
+        network = by_candidate[candidate.with_thresholds((None,) * len(candidate.exits))]
+        assert network.form == deployed_form(candidate)
+        assert network.measurement.latency_ms == pair.measured_ms
+
+
+def test_network_that_cannot_be_measured_is_a_result_with_its_reason(
+    space: SearchSpace, tables: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tables, tmp_path / "tables")
+    device = Asked("-fp32-")
+    predictor = Predictor(space, open_folder(tmp_path / "tables", device), device, Notes())
+    small = space.decode(space.smallest())
+    candidates: list[Candidate] = [small.with_precision("fp32"), small.with_precision("int8")]
+    pairs, failed = predictor.measure(candidates, 2)
+    assert [p.candidate_id for p in pairs] == [candidates[1].id]
+    assert [(f.id, f.stage, f.round) for f in failed] == [(candidates[0].id, "measuring", 2)]
+    assert failed[0].reason.startswith("not an ONNX model")
+    before = predictor.correction
+    pairs, failed = predictor.measure(candidates[:1], 3)
+    assert (pairs, len(failed), predictor.correction) == ((), 1, before)
+
+
+KINDS: tuple[LatencyKind, ...] = ("worst", "expected", "p99")
+
+
+@pytest.mark.parametrize("of", KINDS)
+def test_filter_for_one_and_for_many_agree(space: SearchSpace, predictor: Predictor, of: LatencyKind) -> None:
+    genotypes = some(space, 60)
+    limit = BudgetFilter(predictor, float(np.median(predictor.worst(genotypes)[0])), of, 1.0)
+    known = limit.known(np.array(genotypes)).tolist()
+    assert 0 < sum(known) < len(known)
+    assert [limit.keeps(g) for g in genotypes] == known
+
+
+def test_margin_keeps_candidates_out_that_may_miss_the_budget(space: SearchSpace, predictor: Predictor) -> None:
+    genotype = space.largest()
+    worst, std = (float(v[0]) for v in predictor.worst([genotype]))
+    for margin in (0.0, 0.5, 1.0, 2.5):
+        for more, keeps in ((1e-3, True), (-1e-3, False)):
+            limit = BudgetFilter(predictor, worst + (margin + more) * std, "worst", margin)
+            assert limit.keeps(genotype) is keeps
+            assert limit.known(np.array([genotype])).tolist() == [keeps]
+
+
+@pytest.mark.parametrize("of", ["expected", "p99"])
+def test_budget_on_the_mean_or_tail_refuses_only_what_misses_it_at_the_first_exit(
+    space: SearchSpace, predictor: Predictor, of: LatencyKind
+) -> None:
+    genotype = next(g for g in some(space, 20) if len(space.decode(g).exits) == 1)
+    first, head = predictor.estimates([genotype])[0].exit_ms
+    assert BudgetFilter(predictor, (first + head) / 2, of, 1.0).keeps(genotype)
+    assert not BudgetFilter(predictor, (first + head) / 2, "worst", 0.0).keeps(genotype)
+    assert BudgetFilter(predictor, first * 1.001, of, 9.0).keeps(genotype)
+    assert not BudgetFilter(predictor, first * 0.999, of, 0.0).keeps(genotype)
+    plain = next(g for g in some(space, 20) if not space.decode(g).exits)
+    head = predictor.estimates([plain])[0].worst_ms
+    assert not BudgetFilter(predictor, head * 0.999, of, 0.0).keeps(plain)
+
+
+def test_candidates_whose_rows_are_missing_are_not_known_to_keep_the_budget(
+    space: SearchSpace, tmp_path: Path
+) -> None:
+    device = Asked()
+    predictor = Predictor(space, open_folder(tmp_path, device), device, Notes())
+    predictor.fill(expand(space.decode(space.smallest())))
+    asked(predictor)
+    rows = np.array([space.smallest(), space.largest()])
+    for of in KINDS:
+        assert BudgetFilter(predictor, 1e9, of, 0.0).known(rows).tolist() == [True, False]
+    assert asked(predictor) == []  # looking measures nothing
+    assert BudgetFilter(predictor, 1e9, "expected", 0.0).keeps(space.largest())
+    assert asked(predictor)
