@@ -19,7 +19,8 @@ from nas.devices import open_device
 from nas.devices.base import MeasureJob
 from nas.export.forms import path_models
 from nas.export.manifest import path_latency
-from nas.search.api import export_student, load_view
+from nas.search.api import export_student
+from nas.search.view import load_view
 
 
 class _Quiet:

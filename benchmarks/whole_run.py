@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.run import RunView
-from nas.search.api import load_view
+from nas.search.view import load_view
 
 SAMPLE_S = 0.5
 

@@ -41,7 +41,7 @@ def command(
     With --best-under the student to take below that time is shown, with its runners-up.
     """
     from nas.report.tables import front_csv, front_records, front_table
-    from nas.search.api import load_view
+    from nas.search.view import load_view
 
     if console.as_json and form == "csv":
         raise UsageError("--json and --format csv exclude each other; give one of them")
@@ -82,6 +82,8 @@ def command(
 
 def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], list[tuple[str, ...]]]) -> None:
     """The front with the pick and the reason; where nothing is finished yet, how far the run is."""
+    from nas.report.tables import precision_notes
+
     columns, rows = table
     budget = "no budget" if view.budget_ms is None else f"budget {view.budget_ms:g} ms ({view.budget_of})"
     console.say(f"run {view.name}: {view.status}, {len(view.trials)} trials scored, {budget}")
@@ -91,6 +93,8 @@ def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], li
             console.say(f"next: {line}")
         return
     console.table(columns, rows, LESS_IMPORTANT)
+    for line in precision_notes(view):
+        console.say(line)
     if view.pick_id is not None:
         console.say(f"pick: {view.pick_id}: {view.pick_reason}")
     if view.next_id is not None:

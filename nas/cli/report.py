@@ -22,7 +22,7 @@ def command(console: Console, run: Path | None, output: Path | None) -> None:
     The page works offline; it needs the script file that is written beside it. A running search can be reported too.
     """
     from nas.report.html import write_report
-    from nas.search.api import load_view
+    from nas.search.view import load_view
 
     folder = find_run(run)
     view = load_view(folder)

@@ -340,9 +340,7 @@ def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Cloc
         began = clock.wall_ns()
         reading = gate.check()
         while (
-            not gate.is_calm(reading)
-            and patience.lasts
-            and 0 <= clock.wall_ns() - began < settings.wait_round_ms * 1e6
+            not gate.is_calm(reading) and patience.lasts and 0 <= clock.wall_ns() - began < settings.wait_round_ms * 1e6
         ):
             looked = clock.wall_ns()
             if reading.cpu_share <= settings.gate_cpu_share:

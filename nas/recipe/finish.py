@@ -22,7 +22,7 @@ from nas.devices.onnxruntime_cpu import run_model
 from nas.models.student import folded_weights
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
-from nas.recipe.records import read_logits, read_scored, write_scored
+from nas.recipe.records import FinishedStudent, read_logits, read_scored, write_scored
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
 from nas.train.settings import DistillSettings
@@ -49,19 +49,6 @@ class FinishJob:
     seed: int
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedStudent:
-    """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
-
-    `epochs` and `cost_s` (CPU seconds) are those of the distillation.
-    """
-
-    schema: int
-    candidate: Candidate
-    epochs: int
-    cost_s: float
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:

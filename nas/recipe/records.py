@@ -17,6 +17,19 @@ from nas.core.records import Candidate
 
 
 @dataclass(frozen=True, slots=True)
+class FinishedStudent:
+    """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
+
+    `epochs` and `cost_s` (CPU seconds) are those of the distillation.
+    """
+
+    schema: int
+    candidate: Candidate
+    epochs: int
+    cost_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredStudent:
     """One candidate after some training.
 

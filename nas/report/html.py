@@ -15,7 +15,15 @@ from nas.report.cards import card, compared_with_teacher
 from nas.report.estimate import error_figures
 from nas.report.figures import figures
 from nas.report.redact import redacted_deep
-from nas.report.tables import LATENCY_NAMES, budget_latency_ms, format_number, format_spread, name_of, notes
+from nas.report.tables import (
+    LATENCY_NAMES,
+    budget_latency_ms,
+    format_number,
+    format_spread,
+    name_of,
+    notes,
+    precision_notes,
+)
 
 PAGE_NAME = "index.html"
 SCRIPT_NAME = "plotly.min.js"  # the name that plotly's own include_plotlyjs="directory" uses, so both share one copy
@@ -83,6 +91,7 @@ def render_page(view: RunView) -> str:
         name_of=name_of,
         format_spread=format_spread,
         notes=notes,
+        precision_notes=precision_notes(view),
         budget_latency_ms=budget_latency_ms,
         compared_with_teacher=compared_with_teacher,
     )

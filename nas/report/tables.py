@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from nas.core.run import Point, RunView, latency_of
 from nas.core.units import format_bytes, format_count
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+EQUAL = 0.02  # ratio below which two latencies are called equal
 LATENCY_NAMES = {"expected": "expected", "worst": "worst case", "p99": "99th percentile"}
 
 
@@ -139,6 +141,34 @@ def notes(view: RunView, point: Point) -> list[str]:
     if not point.is_finished:
         result.append("not finished")
     return result
+
+
+def precision_notes(view: RunView) -> tuple[str, ...]:
+    """What each precision does to the latency of the students on this device, a sentence each.
+
+    A user who expects int8 to be faster must see that the device decides that: on many CPUs it is slower than fp32.
+    """
+    worst: dict[str, dict[tuple[int | None, str], Point]] = {}
+    for point in view.points:
+        if point.precision != "mixed":
+            known = worst.setdefault(point.precision, {})
+            key = (point.trial, point.candidate.architecture.arch_id)
+            if key not in known or point.latency.provenance == "measured":
+                known[key] = point
+    full = worst.pop("fp32", {})
+    result = []
+    for precision, students in sorted(worst.items()):
+        pairs = [(full[key], students[key]) for key in students if key in full]
+        if not pairs:
+            continue
+        ratio = statistics.median(b.latency.worst_ms / a.latency.worst_ms for a, b in pairs)
+        measured = sum({a.latency.provenance, b.latency.provenance} == {"measured"} for a, b in pairs)
+        verdict = "no gain here" if abs(ratio - 1) <= EQUAL else ("slower here" if ratio > 1 else "faster here")
+        result.append(
+            f"{precision} takes {ratio:.2f} times the worst-case latency of fp32 ({verdict}; median of {len(pairs)} "
+            f"deployments, {measured} of them measured in both, the others by the corrected table)"
+        )
+    return tuple(result)
 
 
 def budget_latency_ms(view: RunView, point: Point) -> float:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -17,19 +16,13 @@ from shlex import quote
 import numpy as np
 
 from nas.core.errors import BudgetError, InterruptedRunError, UsageError
-from nas.core.jsonio import from_plain, parse_json, read_record, read_text, write_record
-from nas.core.records import DeviceProfile
+from nas.core.jsonio import write_record
 from nas.core.run import (
     DatasetView,
-    FailedCandidate,
-    Importance,
     LatencyKind,
-    PackageView,
     Point,
-    RoundSummary,
     RunView,
     TeacherView,
-    TrialPoint,
     latency_of,
 )
 from nas.core.units import format_duration, rounded_up
@@ -41,8 +34,8 @@ from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, load_experiment, resolved_yaml
 from nas.search.finals import build_points, choose_finalists, finish
-from nas.search.folder import Event, RunFolder, TrialRecord, fork_run, is_running, kept_fingerprint, open_run
-from nas.search.packages import PointSource, export_point, package_view, source_of
+from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
+from nas.search.packages import export_point, package_view, source_of
 from nas.search.plan import phases_of
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
@@ -62,38 +55,11 @@ from nas.search.progress import (
     StoppableReporter,
     kept_clock,
     stop_on_signals,
-    time_spent,
 )
 from nas.search.rounds import SearchParts, check_budget, current_figures, run_rounds, write_study
 from nas.search.select import closest_to_budget, pick_for_budget
-from nas.space.space import load_space
+from nas.search.view import CLOCK_FILE, OUTCOME_SCHEMA, Outcome, failed_candidates, load_outcome, load_view
 from nas.train.teacher import Teacher
-
-OUTCOME_SCHEMA = 1
-CLOCK_FILE = "clock.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """`outcome.json`: the finished students and everything that a view shows beside them."""
-
-    schema: int
-    status: str
-    points: tuple[Point, ...]
-    sources: dict[str, PointSource]
-    failed: tuple[FailedCandidate, ...]
-    teacher: TeacherView
-    dataset: DatasetView
-    device: DeviceProfile
-    pick_id: str | None
-    pick_reason: str
-    next_id: str | None
-    next_reason: str
-    closest_id: str | None
-    closest_reason: str
-    wall_s: float
-    cpu_s: float
-    provenance: dict[str, str]
 
 
 def run_search(
@@ -269,7 +235,7 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         status="finished",
         points=tuple(points),
         sources=sources,
-        failed=(*_failed(records, parts.folder.events()), *failed, *refused),
+        failed=(*failed_candidates(records, parts.folder.events()), *failed, *refused),
         teacher=TeacherView(
             teacher.name, teacher.test_accuracy, "test", teacher_ms, teacher.params, teacher.macs, teacher.sha256
         ),
@@ -286,12 +252,6 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         provenance=_provenance(inputs, teacher),
     )
     return outcome, sum(s.cost_s for s in students)
-
-
-def _failed(records: Sequence[TrialRecord], events: Sequence[Event]) -> tuple[FailedCandidate, ...]:
-    """Candidates that could not be scored, and networks that could not be measured."""
-    scoring = (FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed")
-    return (*scoring, *(failed for event in events for failed in event.failed))
 
 
 def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> BudgetError:
@@ -345,120 +305,6 @@ def _provenance(inputs: Inputs, teacher: Teacher) -> dict[str, str]:
         "teacher's training": f"{teacher.cpu_s:.0f} CPU s",
         **fingerprint(inputs),
     }
-
-
-def load_view(run_dir: Path) -> RunView:
-    """The run as its report shows it; also while it is running or after it was stopped.
-
-    Raises:
-        UsageError: the folder holds no run.
-    """
-    file = run_dir / "fingerprint.json"
-    if not file.exists():
-        raise UsageError(f"{run_dir}: not a run folder (no fingerprint.json). Run: nas search EXPERIMENT.yaml")
-    folder = RunFolder(run_dir)
-    experiment = load_experiment(run_dir / "experiment.yaml")
-    marks = parse_json(read_text(file), str(file))
-    records, events = folder.trials(), folder.events()
-    outcome_file = run_dir / "outcome.json"
-    outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
-    importance_file = run_dir / "importances.json"
-    view = RunView(
-        name=run_dir.name,
-        status="finished" if outcome else ("running" if is_running(run_dir) else "interrupted"),
-        created_at=_created(file),
-        budget_ms=experiment.budget.ms,
-        budget_of=experiment.budget.of,
-        space_name=Path(experiment.space).stem,
-        space_size=_space_size(experiment),
-        scorer=experiment.search.scorer,
-        trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
-        failed=_failed(records, events),
-        predictions=tuple(pair for e in events for pair in e.pairs),
-        rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
-        wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
-        provenance={k: str(v) for k, v in marks.items()},
-        commands=(f"nas search {quote(str(run_dir / 'experiment.yaml'))}",),
-    )
-    if outcome is None:
-        return view
-    package = run_dir / "package.json"
-    named = quote(str(run_dir))
-    return replace(
-        view,
-        device=outcome.device,
-        teacher=outcome.teacher,
-        dataset=outcome.dataset,
-        points=tuple(replace(p, export_command=f"nas export {named} --student {p.id}") for p in outcome.points),
-        failed=outcome.failed,
-        importances=_importances(importance_file) if importance_file.exists() else (),
-        pick_id=outcome.pick_id,
-        pick_reason=outcome.pick_reason,
-        next_id=outcome.next_id,
-        next_reason=outcome.next_reason,
-        closest_id=outcome.closest_id,
-        closest_reason=outcome.closest_reason,
-        package=read_record(PackageView, package) if package.exists() else None,
-        wall_s=outcome.wall_s,
-        cpu_s=outcome.cpu_s,
-        provenance=outcome.provenance,
-        commands=(f"nas pareto {named}", f"nas export {named} --best-under {experiment.budget.ms:g}ms"),
-    )
-
-
-def _created(file: Path) -> str:
-    return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
-
-
-def _space_size(experiment: Experiment) -> int:
-    return load_space(Path(experiment.space), 2).size
-
-
-def _trial_point(record: TrialRecord) -> TrialPoint:
-    return TrialPoint(
-        record.number,
-        record.candidate.arch_id,
-        record.top1 or 0.0,
-        record.latency_ms,
-        record.candidate.precision_label,
-        record.epochs,
-        record.round,
-    )
-
-
-def _round_summary(event: Event) -> RoundSummary:
-    v = event.values
-
-    def number(name: str) -> float | None:
-        value = v.get(name)
-        return None if value is None else float(value)
-
-    return RoundSummary(
-        int(number("round") or 0),
-        int(number("trials") or 0),
-        int(number("failed") or 0),
-        int(number("measured") or 0),
-        number("hypervolume"),
-        number("mape"),
-        number("wall_s") or 0.0,
-    )
-
-
-def _importances(file: Path) -> tuple[Importance, ...]:
-    return from_plain(tuple[Importance, ...], parse_json(read_text(file), str(file)), str(file))
-
-
-def load_outcome(run_dir: Path) -> Outcome:
-    """The finished students of a run.
-
-    Raises:
-        UsageError: the run is not finished.
-    """
-    file = run_dir / "outcome.json"
-    if not file.exists():
-        view = load_view(run_dir)
-        raise UsageError(f"{run_dir}: this run is not finished. Go on with it: {view.commands[0]}")
-    return read_record(Outcome, file)
 
 
 def export_student(

@@ -31,7 +31,6 @@ from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
-    FinishedStudent,
     FinishJob,
     deployed_parts,
     finish_student,
@@ -39,12 +38,12 @@ from nas.recipe.finish import (
     load_finished,
 )
 from nas.recipe.pool import JobFailure
-from nas.recipe.records import read_logits, read_scored
+from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.folder import MeasuredExit, TrialRecord
-from nas.search.packages import PointSource
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
+from nas.search.view import PointSource
 from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
@@ -290,7 +289,9 @@ def _best_settings(
 def _worth_measuring(
     parts: SearchParts, everything: Sequence[Variant], predicted: Sequence[LatencyEstimate], settings: FinishSettings
 ) -> list[int]:
-    """Variants whose prediction is on the front or close behind it; those nearest to it first."""
+    """Variants whose prediction is on the front or close behind it, those nearest to it first; then the most accurate
+    student in every precision, so that what a precision gains or costs on this device is measured and not assumed.
+    """
     top1, latency, owner = [], [], []
     for i, (variant, estimate) in enumerate(zip(everything, predicted, strict=True)):
         for setting in _best_settings(variant.val_logits, parts.labels, estimate, settings, parts.budget):
@@ -304,7 +305,10 @@ def _worth_measuring(
         ratio = ms / min(better) if better else 1.0
         behind[i] = min(ratio, behind.get(i, ratio))
     order = sorted(behind, key=lambda i: behind[i])
-    return [i for i in order if behind[i] <= NEAR_FRONT][:MAX_MEASURED]
+    near = [i for i in order if behind[i] <= NEAR_FRONT][:MAX_MEASURED]
+    best = everything[owner[max(front, key=lambda j: top1[j])]].student
+    whole = [i for i, v in enumerate(everything) if v.student is best and v.cut is None and not v.candidate.exits]
+    return list(dict.fromkeys([*near, *whole]))
 
 
 def _measure(

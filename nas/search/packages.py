@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,10 @@ from nas.export.manifest import ArtefactAccuracy
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
 from nas.latency.lines import network_key
 from nas.recipe.context import Context, open_context
-from nas.recipe.finish import FinishedStudent, deployed_parts, finished_logits, load_finished
+from nas.recipe.finish import deployed_parts, finished_logits, load_finished
+from nas.search.view import PointSource
 
 PARITY_IMAGES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class PointSource:
-    """Which trained student a point comes from, and behind which of its exits it was cut (None: not cut)."""
-
-    student: FinishedStudent
-    cut: int | None
 
 
 def export_point(

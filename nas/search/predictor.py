@@ -20,7 +20,7 @@ from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator, fit
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill
-from nas.measure.networks import measure_networks
+from nas.measure.networks import NetworkProgress, measure_networks
 from nas.search.progress import Reporter
 from nas.space.slots import extreme_genotype
 from nas.space.space import SearchSpace
@@ -188,16 +188,16 @@ class Predictor:
         estimator = Estimator(self.table, held_out if held_out is not None and held_out.fits else None)
         before = [estimator.estimate(c) for c in candidates]
         results: dict[int, Measurement] = {}
+
+        def show(p: NetworkProgress) -> None:
+            done = len(results) + len(chosen) * p.done / max(1, p.total)
+            self._reporter.progress("networks on the device", done, len(candidates), p.message)
+
         for form in ("if", "plain"):
             chosen = [i for i, c in enumerate(candidates) if deployed_form(c) == form]
             if chosen:
-                measured = measure_networks(
-                    self.table,
-                    self.device,
-                    [candidates[i] for i in chosen],
-                    form=form,
-                    progress=lambda p: self._reporter.progress("networks on the device", p.done, p.total, ""),
-                )
+                networks = [candidates[i] for i in chosen]
+                measured = measure_networks(self.table, self.device, networks, form=form, progress=show)
                 results.update(zip(chosen, measured, strict=True))
         pairs = tuple(
             PredictedMeasured(

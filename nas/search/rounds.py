@@ -215,7 +215,6 @@ def _proposed(
         asked[first + len(genotypes)] = found[0]
         genotypes.append(found[1])
         proposers.append(sampler)
-        parts.reporter.progress("proposing", len(genotypes), wanted)
     if not genotypes:
         return None, {}
     worst, _ = parts.predictor.worst(genotypes)

@@ -11,7 +11,16 @@ from made_run import made_view
 
 from nas.core.jsonio import canonical_json
 from nas.core.run import RunView
-from nas.report.tables import csv_cell, format_number, format_spread, front_csv, front_records, front_table, notes
+from nas.report.tables import (
+    csv_cell,
+    format_number,
+    format_spread,
+    front_csv,
+    front_records,
+    front_table,
+    notes,
+    precision_notes,
+)
 
 
 def test_rows_are_the_front_with_the_pick_marked() -> None:
@@ -33,6 +42,18 @@ def test_notes_say_what_is_wrong_with_a_student() -> None:
     view = made_view()
     slow = max(view.points, key=lambda p: p.latency.expected_ms)
     assert notes(view, replace(slow, is_finished=False)) == ["over budget", "not finished"]
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.4, "slower"), (0.7, "faster"), (1.01, "no gain")])
+def test_what_a_precision_does_to_latency_is_said_in_words(factor: float, verdict: str) -> None:
+    view = replace(made_view(), pick_id=None, next_id=None, closest_id=None)
+    full = next(p for p in view.points if p.precision == "fp32" and p.latency.provenance == "measured")
+    latency = replace(full.latency, worst_ms=factor * full.latency.worst_ms)
+    quantized = replace(full, id="quantized", candidate=full.candidate.with_precision("int8"), latency=latency)
+    (line,) = precision_notes(replace(view, points=(full, quantized)))
+    assert line.startswith(f"int8 takes {factor:.2f} times the worst-case latency of fp32 ({verdict} here; median of 1")
+    assert "1 of them measured in both" in line
+    assert precision_notes(replace(view, points=(full,))) == ()
 
 
 def test_records_are_plain_json_in_the_units_of_their_names() -> None:

@@ -1,0 +1,186 @@
+"""What a run folder shows: its view for tables and the report, and the outcome record of a finished run.
+
+Nothing here imports torch or a runtime, so `nas pareto` and `nas report` answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from shlex import quote
+
+from nas.core.errors import UsageError
+from nas.core.jsonio import from_plain, parse_json, read_record, read_text
+from nas.core.records import DeviceProfile
+from nas.core.run import (
+    DatasetView,
+    FailedCandidate,
+    Importance,
+    PackageView,
+    Point,
+    RoundSummary,
+    RunView,
+    TeacherView,
+    TrialPoint,
+)
+from nas.recipe.records import FinishedStudent
+from nas.search.experiment import Experiment, load_experiment
+from nas.search.folder import Event, RunFolder, TrialRecord, is_running
+from nas.search.progress import time_spent
+from nas.space.space import load_space
+
+OUTCOME_SCHEMA = 1
+CLOCK_FILE = "clock.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PointSource:
+    """Which trained student a point comes from, and behind which of its exits it was cut (None: not cut)."""
+
+    student: FinishedStudent
+    cut: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """`outcome.json`: the finished students and everything that a view shows beside them."""
+
+    schema: int
+    status: str
+    points: tuple[Point, ...]
+    sources: dict[str, PointSource]
+    failed: tuple[FailedCandidate, ...]
+    teacher: TeacherView
+    dataset: DatasetView
+    device: DeviceProfile
+    pick_id: str | None
+    pick_reason: str
+    next_id: str | None
+    next_reason: str
+    closest_id: str | None
+    closest_reason: str
+    wall_s: float
+    cpu_s: float
+    provenance: dict[str, str]
+
+
+def load_view(run_dir: Path) -> RunView:
+    """The run as its report shows it; also while it is running or after it was stopped.
+
+    Raises:
+        UsageError: the folder holds no run.
+    """
+    file = run_dir / "fingerprint.json"
+    if not file.exists():
+        raise UsageError(f"{run_dir}: not a run folder (no fingerprint.json). Run: nas search EXPERIMENT.yaml")
+    folder = RunFolder(run_dir)
+    experiment = load_experiment(run_dir / "experiment.yaml")
+    marks = parse_json(read_text(file), str(file))
+    records, events = folder.trials(), folder.events()
+    outcome_file = run_dir / "outcome.json"
+    outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
+    importance_file = run_dir / "importances.json"
+    view = RunView(
+        name=run_dir.name,
+        status="finished" if outcome else ("running" if is_running(run_dir) else "interrupted"),
+        created_at=_created(file),
+        budget_ms=experiment.budget.ms,
+        budget_of=experiment.budget.of,
+        space_name=Path(experiment.space).stem,
+        space_size=_space_size(experiment),
+        scorer=experiment.search.scorer,
+        trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
+        failed=failed_candidates(records, events),
+        predictions=tuple(pair for e in events for pair in e.pairs),
+        rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
+        wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
+        provenance={k: str(v) for k, v in marks.items()},
+        commands=(f"nas search {quote(str(run_dir / 'experiment.yaml'))}",),
+    )
+    if outcome is None:
+        return view
+    package = run_dir / "package.json"
+    named = quote(str(run_dir))
+    return replace(
+        view,
+        device=outcome.device,
+        teacher=outcome.teacher,
+        dataset=outcome.dataset,
+        points=tuple(replace(p, export_command=f"nas export {named} --student {p.id}") for p in outcome.points),
+        failed=outcome.failed,
+        importances=_importances(importance_file) if importance_file.exists() else (),
+        pick_id=outcome.pick_id,
+        pick_reason=outcome.pick_reason,
+        next_id=outcome.next_id,
+        next_reason=outcome.next_reason,
+        closest_id=outcome.closest_id,
+        closest_reason=outcome.closest_reason,
+        package=read_record(PackageView, package) if package.exists() else None,
+        wall_s=outcome.wall_s,
+        cpu_s=outcome.cpu_s,
+        provenance=outcome.provenance,
+        commands=(f"nas pareto {named}", f"nas export {named} --best-under {experiment.budget.ms:g}ms"),
+    )
+
+
+def _created(file: Path) -> str:
+    return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
+
+
+def _space_size(experiment: Experiment) -> int:
+    return load_space(Path(experiment.space), 2).size
+
+
+def _trial_point(record: TrialRecord) -> TrialPoint:
+    return TrialPoint(
+        record.number,
+        record.candidate.arch_id,
+        record.top1 or 0.0,
+        record.latency_ms,
+        record.candidate.precision_label,
+        record.epochs,
+        record.round,
+    )
+
+
+def _round_summary(event: Event) -> RoundSummary:
+    v = event.values
+
+    def number(name: str) -> float | None:
+        value = v.get(name)
+        return None if value is None else float(value)
+
+    return RoundSummary(
+        int(number("round") or 0),
+        int(number("trials") or 0),
+        int(number("failed") or 0),
+        int(number("measured") or 0),
+        number("hypervolume"),
+        number("mape"),
+        number("wall_s") or 0.0,
+    )
+
+
+def _importances(file: Path) -> tuple[Importance, ...]:
+    return from_plain(tuple[Importance, ...], parse_json(read_text(file), str(file)), str(file))
+
+
+def load_outcome(run_dir: Path) -> Outcome:
+    """The finished students of a run.
+
+    Raises:
+        UsageError: the run is not finished.
+    """
+    file = run_dir / "outcome.json"
+    if not file.exists():
+        view = load_view(run_dir)
+        raise UsageError(f"{run_dir}: this run is not finished. Go on with it: {view.commands[0]}")
+    return read_record(Outcome, file)
+
+
+def failed_candidates(records: Sequence[TrialRecord], events: Sequence[Event]) -> tuple[FailedCandidate, ...]:
+    """Candidates that could not be scored, and networks that could not be measured."""
+    scoring = (FailedCandidate(r.candidate.id, "scoring", r.reason, r.round) for r in records if r.state == "failed")
+    return (*scoring, *(failed for event in events for failed in event.failed))
