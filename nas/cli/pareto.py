@@ -45,6 +45,8 @@ def command(
 
     if console.as_json and form == "csv":
         raise UsageError("--json and --format csv exclude each other; give one of them")
+    if of is not None and limit is None:
+        raise UsageError("--of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99")
     if form == "json":
         console.as_json = True
     view = load_view(find_run(run))

@@ -59,7 +59,8 @@ def best_under(view: RunView, limit_ms: float, kind: LatencyKind) -> list[Point]
     from nas.search.select import closest_to_budget, pick_for_budget
 
     finished = [p for p in view.points if p.is_finished]
-    closest = closest_to_budget(finished, kind)
+    measured = [p for p in finished if p.latency.provenance == "measured"]
+    closest = closest_to_budget(measured or finished, kind)
     if closest is None:
         command = view.commands[0] if view.commands else "nas search EXPERIMENT.yaml"
         raise UsageError(f"run {view.name} has no finished student yet ({view.status}). Run: {command}")

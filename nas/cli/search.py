@@ -74,6 +74,8 @@ def command(
             "cpu_s": view.cpu_s,
         }
     )
+    if view.package is not None and not view.package.is_good:
+        raise BudgetError(f"{view.package.path} is not good: {view.package.reason}")
     if view.pick_id is None:
         raise BudgetError(
             f"no finished student keeps {format_ms(view.budget_ms or 0)} ({view.budget_of}). "
@@ -84,6 +86,7 @@ def command(
 def _dry_run(console: Console, experiment: Experiment) -> None:
     from nas.search.experiment import resolved_yaml
     from nas.search.plan import check_plan, plan_search
+    from nas.search.rounds import is_clear_miss
 
     with console.reporter() as reporter:
         plan = plan_search(experiment, reporter)
@@ -91,10 +94,11 @@ def _dry_run(console: Console, experiment: Experiment) -> None:
     _show_plan(console, plan)
     check_plan(plan)
     # Expected and p99 depend on the exits that images take, which is known after scoring only.
-    if experiment.budget.of == "worst" and plan.smallest_ms is not None and plan.smallest_ms > plan.budget_ms:
+    fastest_ms = plan.fastest_ms if experiment.budget.of == "worst" else None
+    if fastest_ms is not None and is_clear_miss(fastest_ms, plan.budget_ms):
         raise BudgetError(
-            f"the smallest network of this space is predicted to need {format_ms(plan.smallest_ms)}, the budget is "
-            f"{format_ms(plan.budget_ms)}. Allow more time (--set budget.ms={rounded_up(1.1 * plan.smallest_ms)}), or "
+            f"the fastest network of this space is predicted to need {format_ms(fastest_ms)}, the budget is "
+            f"{format_ms(plan.budget_ms)}. Allow more time (--set budget.ms={rounded_up(1.1 * fastest_ms)}), or "
             "use a space with smaller networks (--set space=NAME)"
         )
     console.result({"experiment": experiment, "plan": plan, "about_s": plan.about_s})
@@ -111,8 +115,8 @@ def _show_plan(console: Console, plan: Plan) -> None:
             console.say("            ... all of them with --json, measured now with: nas measure")
     else:
         console.say(f"table:      {plan.table}: {plan.rows} rows in this space, measured as candidates need them")
-    if plan.smallest_ms is not None:
-        console.say(f"smallest:   {format_ms(plan.smallest_ms)} predicted, budget {format_ms(plan.budget_ms)}")
+    if plan.fastest_ms is not None:
+        console.say(f"fastest:    {format_ms(plan.fastest_ms)} predicted, budget {format_ms(plan.budget_ms)}")
     if not plan.phases:
         console.say("nothing to do: this run is finished")
         return

@@ -161,6 +161,7 @@ def export_package(
     instruments: Instruments,
     *,
     overwrite: bool = False,
+    accept: Callable[[Manifest], bool] = lambda _: True,
 ) -> Package:
     """Writes the model, measures it, judges it, and leaves a whole package in `folder`, or nothing.
 
@@ -172,6 +173,7 @@ def export_package(
         parity_images: uint8 [N, H, W, 3] at the network's resolution, not from the training split; 16 are kept.
         instruments: measure the file.
         overwrite: replaces an existing package instead of refusing.
+        accept: looks at what was measured; False leaves the folder as it was, and only the manifest is of use.
 
     Raises:
         UsageError: the folder exists, or plan, images and network do not fit.
@@ -191,6 +193,8 @@ def export_package(
         parity=_parity_info(plan, weights, images, logits, exits, instruments.run),
         calibration_images=quant.images if quant is not None and "int8" in plan.candidate.precisions else None,
     )
+    if not accept(manifest):
+        return Package(folder, manifest, "")
     files: dict[str, bytes] = {
         "model.onnx": model,
         "labels.txt": "".join(f"{name}\n" for name in plan.class_names).encode(),

@@ -32,7 +32,6 @@ CountArray = NDArray[np.int32]
 ALWAYS = 0.0  # threshold of an exit where every image leaves that reaches it
 NEVER = 2.0  # threshold of an exit where none leaves; above every probability
 TAIL = 0.99  # the quantile of `p99`
-DEADLINE_STEPS = 20  # of an iteration that mostly ends after two
 
 # Threshold values per exit by the number of thresholds: about 10^5 to 10^6 settings, some 10-100 ms. Finer grids gain
 # little: 30 values reach the expected cost of 60 within one percent.
@@ -304,23 +303,19 @@ def solve_for_deadline(
         spread = math.sqrt(2 * TAIL * (1 - TAIL) / swept.images)
         quantile = min(1.0, TAIL + margin_std * spread)
         return solve_for_tail(swept, deadline_ms - margin_std * float(std.max()), quantile)
-    limit = deadline_ms
-    for _ in range(DEADLINE_STEPS):
-        setting = solve_for_expected(swept, limit)
-        if setting is None:
-            return None
-        needed = setting.expected_ms + margin_std * _expected_std(swept, setting, std)
-        if needed <= deadline_ms:
-            return setting
-        limit = min(limit, setting.expected_ms) - (needed - deadline_ms)
-    return None
+    # The mean on these images against that on as many others: twice the variance of a mean.
+    variance = _mean_of(swept, np.asarray(swept.exit_ms) ** 2) - swept.expected_ms**2
+    between = np.sqrt(np.maximum(variance, 0.0) * (2 / swept.images))
+    needed = swept.expected_ms + margin_std * np.hypot(between, _mean_of(swept, std))
+    return _most_accurate(swept, (needed <= deadline_ms).reshape(-1))
 
 
-def _expected_std(swept: ThresholdSweep, setting: ThresholdSetting, exit_std_ms: FloatArray) -> float:
-    """Deviation between the expected latency on the swept images and that on as many others, ms."""
-    shares, cost = np.asarray(setting.shares), np.asarray(swept.exit_ms)
-    variance = float(shares @ (cost - setting.expected_ms) ** 2)
-    return math.hypot(math.sqrt(2 * variance / swept.images), float(shares @ exit_std_ms))
+def _mean_of(swept: ThresholdSweep, per_exit: FloatArray) -> FloatArray:
+    """Mean over the images of a value of the exit where they leave, for every setting."""
+    total = np.full((1,) * len(swept.grids), float(per_exit[0]))
+    for k, stay in enumerate(swept.stays):
+        total = total + _padded(stay, len(swept.grids)) * ((per_exit[k + 1] - per_exit[k]) / swept.images)
+    return total
 
 
 def _padded(counts: CountArray | int, ndim: int) -> CountArray:

@@ -86,7 +86,10 @@ def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, c
     sets = []
     for dataset in sorted(datasets, key=lambda d: d.resolution):
         folder = cache / "arrays" / content_hash([dataset.sha256, targets.key, seed])
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise StorageError(f"{folder}: cannot be made: {e.strerror}. Choose another cache: run.cache") from e
         stride = max(1, len(dataset.train) // CALIBRATION_IMAGES)
         with FileLock(folder.with_suffix(".lock")):
             variants = targets.folder / "images.npy"
@@ -138,6 +141,7 @@ def open_context(path: str, resolution: int) -> Context:
 
     Raises:
         StorageError: a file is missing or damaged; run the same command again to make it anew.
+        RecordError: the context record itself is damaged.
     """
     record = read_record(ContextFile, Path(path))
     files = {f.resolution: f for f in record.resolutions}.get(resolution)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from nas.core.errors import InterruptedRunError
+from nas.core.jsonio import write_bytes
 from nas.core.records import Candidate
 from nas.devices.onnxruntime_cpu import run_model
 from nas.models.student import Student, folded_weights
@@ -101,13 +102,20 @@ def _trained(job: ScoreJob, context: Context, folder: Path) -> Student:
             raise InterruptedRunError("stopped at the end of an epoch")
 
     student = new_student(job.candidate.architecture, job.seed)
+    checkpoint = folder / f"score-{job.epochs}.ckpt"
+    if not checkpoint.exists():
+        # From the longest shorter training; a longer one (of this architecture in another precision) is no start.
+        shorter = {int(p.stem.partition("-")[2]): p for p in folder.glob("score-*.ckpt")}
+        below = [epochs for epochs in shorter if epochs < job.epochs]
+        if below:
+            write_bytes(checkpoint, shorter[max(below)].read_bytes())
     train_student(
         student,
         context.targets,
         job.distill,
         seed=job.seed,
         stop_epoch=job.epochs,
-        checkpoint=folder / "score.ckpt",
+        checkpoint=checkpoint,
         progress=stop_when_told,
     )
     return student

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from nas.core.run import (
 from nas.core.units import format_duration, rounded_up
 from nas.devices import open_device
 from nas.devices.base import Device
+from nas.export.manifest import Manifest
 from nas.export.package import Package
 from nas.recipe.context import open_context
 from nas.recipe.pool import StartMethod, WorkerPool
@@ -192,6 +192,9 @@ def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
         package = export_student(folder.path, reporter, device=device)
     except BudgetError as e:
         reporter.warn(str(e))
+        reason = "its exported file, and those of all others, were measured above the budget"
+        changed = replace(outcome, pick_id=None, pick_reason="", next_id=None, next_reason="")
+        write_record(folder.path / "outcome.json", replace(changed, closest_id=outcome.pick_id, closest_reason=reason))
         return
     exported = package.manifest.provenance["student"]
     if exported != outcome.pick_id:
@@ -353,6 +356,10 @@ def export_student(
             "the package is measured here and now"
         )
     is_named = student is not None or trial is not None
+
+    def accept(manifest: Manifest) -> bool:
+        return is_named or manifest.verdict != "over_budget"
+
     missed: list[str] = []
     for point in candidates:
         folder = out or run_dir / "packages" / point.id
@@ -364,14 +371,14 @@ def export_student(
             device,
             folder,
             max_loss=experiment.finish.int8_loss,
-            overwrite=overwrite or not is_named,
+            overwrite=overwrite or (out is None and not is_named),
+            accept=accept,
         )
-        if is_named or package.manifest.verdict != "over_budget":
+        if accept(package.manifest):
             write_record(run_dir / "package.json", package_view(package))
             return package
         missed.append(f"{point.id}: {package.manifest.reasons[0]}")
         reporter.say(f"taking the next one: {missed[-1]}")
-        shutil.rmtree(folder)
     raise BudgetError(f"no exported package keeps {view.budget_ms:g} ms; tried:\n  " + "\n  ".join(missed))
 
 

@@ -222,6 +222,8 @@ def build_points(
         failed += refused
     everything, predicted, unknown = _predicted(parts, everything)
     failed += unknown
+    if not everything:
+        raise DeviceError(f"not one finished student has a latency; the first: {failed[0].reason}. Run: nas doctor")
     chosen = _worth_measuring(parts, everything, predicted, settings)
     measured, broken = _measure(parts, [everything[i] for i in chosen])
     failed += broken
@@ -292,21 +294,26 @@ def _worth_measuring(
     """Variants whose prediction is on the front or close behind it, those nearest to it first; then the most accurate
     student in every precision, so that what a precision gains or costs on this device is measured and not assumed.
     """
-    top1, latency, owner = [], [], []
+    top1: list[float] = []
+    latency: list[LatencyFigures] = []
+    owner: list[int] = []
     for i, (variant, estimate) in enumerate(zip(everything, predicted, strict=True)):
         for setting in _best_settings(variant.val_logits, parts.labels, estimate, settings, parts.budget):
             top1.append(setting.top1)
-            latency.append(setting.expected_ms)
+            latency.append(figures(estimate, setting.shares))
             owner.append(i)
-    front = front_indices(top1, latency)
     behind: dict[int, float] = {}
-    for i, accuracy, ms in zip(owner, top1, latency, strict=True):
-        better = [latency[j] for j in front if top1[j] >= accuracy]
-        ratio = ms / min(better) if better else 1.0
-        behind[i] = min(ratio, behind.get(i, ratio))
+    kinds: tuple[LatencyKind, ...] = ("expected", parts.budget.of)
+    for kind in kinds:
+        ms = [latency_of(f, kind) for f in latency]
+        front = front_indices(top1, ms)
+        for i, accuracy, own in zip(owner, top1, ms, strict=True):
+            better = [ms[j] for j in front if top1[j] >= accuracy]
+            ratio = own / min(better) if better else 1.0
+            behind[i] = min(ratio, behind.get(i, ratio))
     order = sorted(behind, key=lambda i: behind[i])
     near = [i for i in order if behind[i] <= NEAR_FRONT][:MAX_MEASURED]
-    best = everything[owner[max(front, key=lambda j: top1[j])]].student
+    best = everything[owner[max(range(len(top1)), key=lambda j: (top1[j], -latency[j].expected_ms))]].student
     whole = [i for i, v in enumerate(everything) if v.student is best and v.cut is None and not v.candidate.exits]
     return list(dict.fromkeys([*near, *whole]))
 
@@ -319,7 +326,8 @@ def _measure(
     Results are kept in the run folder one by one. Students that were cut to the same network share them: latency does
     not depend on the values of weights.
     """
-    known = parts.folder.measured()
+    # What failed is tried again: the cause may have been the device, and the user may have mended it.
+    known = {key: m for key, m in parts.folder.measured().items() if m.latency_ms is not None}
     jobs: dict[str, MeasureJob] = {}
     keys = [[_exit_key(variant, k) for k in range(len(variant.candidate.exits) + 1)] for variant in chosen]
     for variant, own in zip(chosen, keys, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from nas.core.records import Measurement
 from nas.core.run import PackageView, Point, RunView
 from nas.devices.base import Device, MeasureJob
 from nas.devices.onnxruntime_cpu import op_counts
-from nas.export.manifest import ArtefactAccuracy
+from nas.export.manifest import ArtefactAccuracy, Manifest
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
 from nas.latency.lines import network_key
 from nas.recipe.context import Context, open_context
@@ -32,6 +32,7 @@ def export_point(
     *,
     max_loss: float,
     overwrite: bool = False,
+    accept: Callable[[Manifest], bool] = lambda _: True,
 ) -> Package:
     """Writes and measures the package of one finished point.
 
@@ -44,6 +45,7 @@ def export_point(
         folder: the package.
         max_loss: accuracy (ratio, test split) that the file may lose against the fp32 student without early exits.
         overwrite: replaces an existing package.
+        accept: looks at what was measured; False leaves the folder as it was.
 
     Raises:
         UsageError, DeviceError, StorageError: from `export_package`.
@@ -75,6 +77,7 @@ def export_point(
         np.asarray(context.test[:PARITY_IMAGES]),
         _instruments(device, context, point),
         overwrite=overwrite,
+        accept=accept,
     )
 
 

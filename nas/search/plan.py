@@ -14,14 +14,14 @@ import numpy as np
 
 from nas.core.errors import RunMismatchError
 from nas.core.jsonio import parse_json, read_text
-from nas.core.walk import expand, total_macs
-from nas.latency.estimate import Estimator
+from nas.core.walk import total_macs
+from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.measure.fill import SECONDS_PER_ROW
 from nas.models.teachers import ResNet, count_macs
 from nas.search.experiment import Experiment
-from nas.search.folder import RunFolder, fingerprint_diff, is_young
-from nas.search.predictor import WHOLE_TABLE_ROWS
+from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
+from nas.search.predictor import WHOLE_TABLE_ROWS, Predictor
 from nas.search.prepare import Inputs, fingerprint, load_inputs, worker_count
 from nas.search.progress import Reporter
 from nas.space.space import SearchSpace
@@ -51,8 +51,8 @@ class Plan:
     """What a search would do.
 
     `rows` are all rows of the space and `missing` those that the table lacks; where the space has too many, only what
-    candidates need is measured, and `missing` is empty. `scored` trials of an earlier call are kept. `smallest_ms` is
-    the predicted worst case of the smallest network, None while its rows are missing. `differences` are the lines of
+    candidates need is measured, and `missing` is empty. `scored` trials of an earlier call are kept. `fastest_ms` is
+    the predicted worst case of the fastest network, None while rows are missing. `differences` are the lines of
     the fingerprint that would make the run folder refuse this experiment.
     """
 
@@ -64,7 +64,7 @@ class Plan:
     rows: int
     missing: tuple[str, ...]
     is_whole_table: bool
-    smallest_ms: float | None
+    fastest_ms: float | None
     budget_ms: float
     phases: tuple[Phase, ...]
     differences: tuple[str, ...]
@@ -98,7 +98,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         rows=len(keys),
         missing=tuple(missing) if is_whole else (),
         is_whole_table=is_whole,
-        smallest_ms=None if table is None else _smallest_ms(space, table),
+        fastest_ms=None if table is None else _fastest_ms(space, table, inputs.device, reporter),
         budget_ms=experiment.budget.ms,
         phases=() if status == "finished" else phases_of(inputs, len(missing) if is_whole else 0, scored),
         differences=differences,
@@ -124,17 +124,16 @@ def _run_state(path: Path, marks: dict[str, str]) -> tuple[str, int, tuple[str, 
     if not file.exists() or is_young(path):
         return "new", 0, ()
     stored = parse_json(read_text(file), str(file))
-    differences = tuple(line for line in fingerprint_diff(stored, {"schema": stored.get("schema", ""), **marks}))
+    differences = tuple(line for line in fingerprint_diff(stored, {"schema": str(SCHEMA), **marks}))
     scored = sum(record.state != "failed" for record in RunFolder(path).trials())
     return ("finished" if (path / "outcome.json").exists() else "begun"), scored, differences
 
 
-def _smallest_ms(space: SearchSpace, table: LatencyTable) -> float | None:
-    candidate = space.decode(space.smallest())
-    estimator = Estimator(table, table.correction())
-    if not table.has_overhead or estimator.missing(expand(candidate)):
+def _fastest_ms(space: SearchSpace, table: LatencyTable, device: Device, reporter: Reporter) -> float | None:
+    if not table.has_overhead:
         return None
-    return estimator.estimate(candidate).worst_ms
+    found = Predictor(space, table, device, reporter).fastest()
+    return None if found is None else found[1]
 
 
 def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
@@ -161,7 +160,11 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
         phases.append(Phase("latency table", f"{missing} rows", missing * SECONDS_PER_ROW))
     todo = max(0, e.search.trials - scored)
     if e.search.scorer == "supernet":
-        phases.append(Phase("supernet", "shared weights, unless trained", e.supernet.cpu_seconds))
+        cpu_s = e.supernet.cpu_seconds
+        if e.supernet.steps is not None:
+            cpu_s = e.supernet.steps * e.supernet.batch_size * macs / STUDENT_TRAINING
+        share = min(workers, e.supernet.networks_per_step)
+        phases.append(Phase("supernet", "shared weights, unless trained", cpu_s / share))
         score_s = SCORE_OVERHEAD_S
     else:
         kept = sum(

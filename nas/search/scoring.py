@@ -48,9 +48,9 @@ class ScoringPlan:
     images: int
 
     def job(self, candidate: Candidate, epochs: int) -> ScoreJob:
-        """The job that scores a candidate after so many epochs."""
+        """The job that scores a candidate after so many epochs; one for all its threshold settings."""
         return ScoreJob(
-            candidate,
+            candidate.with_thresholds((None,) * len(candidate.exits)),
             self.source,
             self.context,
             self.students,
@@ -81,7 +81,8 @@ def score_batch(
     latency_ms: Sequence[float],
     reporter: Reporter,
     should_stop: Callable[[], bool],
-    note: str = "",
+    before: int = 0,
+    planned: int = 0,
     failed_before: Mapping[int, int] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """Index and result of each candidate as it is decided; every candidate comes exactly once.
@@ -97,7 +98,8 @@ def score_batch(
         latency_ms: predicted worst case of each.
         reporter: told how far it is; its `progress` must not raise, the pool looks at `should_stop`.
         should_stop: True ends the batch after the jobs that are running.
-        note: shown beside the progress.
+        before: candidates of earlier batches, of `planned` in all: with the supernet progress counts them too.
+        planned: number of candidates of the whole search.
         failed_before: candidates that failed in an earlier call and after how many epochs; they do not come again.
 
     Raises:
@@ -114,10 +116,13 @@ def score_batch(
         scored: dict[int, ScoredCandidate] = {}
         done = 0
         last = number == len(plan.rungs) - 1
-        stage = "scoring" if len(plan.rungs) == 1 else f"scoring, rung of {epochs} epochs"
+        is_single = len(plan.rungs) == 1
+        stage = "scoring" if is_single else f"scoring, rung of {epochs} epochs"
+        note = "" if is_single else f"candidates {before + 1} to {before + len(candidates)} of {planned}"
+        shown_before, shown_all = (before, max(planned, before + len(members))) if is_single else (0, len(members))
         for result in (r for wave in _waves(plan, members) for r in pool.map(score, wave, should_stop)):
             done += 1
-            reporter.progress(stage, done, len(members), note)
+            reporter.progress(stage, shown_before + done, shown_all, note)
             for i in members[result.job]:
                 if isinstance(result.value, JobFailure):
                     yield i, ScoreFailure(result.value.reason, epochs)

@@ -136,7 +136,9 @@ def worth_measuring(
     near = sorted(range(len(top1)), key=lambda i: abs(limited_ms[i] - budget_ms) / max(std_ms[i], 1e-9) - top1[i])
     result: list[int] = []
     for pair in zip(front + near, near + front, strict=True):
-        result += [i for i in pair if i not in result]
+        for i in pair:
+            if i not in result:
+                result.append(i)
     return result[:count]
 
 

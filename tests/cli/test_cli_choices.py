@@ -1,4 +1,4 @@
-"""What commands say when a choice cannot be met: options that exclude each other, files and budgets that are missing."""
+"""What commands say when a choice cannot be met: options that exclude each other, missing files, missed budgets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from nas.cli.main import run
 from nas.core.jsonio import write_record
-from nas.search.api import load_outcome
+from nas.search.view import load_outcome
 
 
 @pytest.fixture
@@ -68,6 +68,21 @@ def test_a_search_whose_budget_nothing_keeps_gives_one_document_with_the_closest
     )
 
 
+def test_the_closest_student_was_measured(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(here / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "tiny"
+    outcome = load_outcome(path)
+    measured = min((p for p in outcome.points if p.latency.provenance == "measured"), key=lambda p: p.latency.worst_ms)
+    latency = replace(measured.latency, worst_ms=1e-4, expected_ms=1e-4, p99_ms=1e-4, provenance="predicted")
+    guess = replace(measured, id="guess", latency=latency, on_front=False)
+    write_record(path / "outcome.json", replace(outcome, points=(*outcome.points, guess)))
+    assert run(["pareto", "--best-under", "1us"]) == 3
+    assert f"the closest is {measured.id} with" in capsys.readouterr().err
+
+
 def test_a_front_without_a_pick_says_what_came_closest(hopeless: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pareto"]) == 0
     out = capsys.readouterr().out
@@ -86,7 +101,7 @@ def test_a_dry_run_over_budget_names_a_budget_that_would_work(capsys: pytest.Cap
     found = re.search(r"the budget is 0\.00100 ms\. Allow more time \(--set (budget\.ms=\S+)\), or use a space", err)
     assert found is not None, err
     assert run([*args, "--set", found[1]]) == 0
-    assert "smallest:   " in capsys.readouterr().out
+    assert "fastest:    " in capsys.readouterr().out
     assert not Path("runs/other").exists()
 
 
@@ -96,7 +111,7 @@ def test_a_dry_run_over_budget_gives_one_error_document(capsys: pytest.CaptureFi
     assert run(args) == 3
     error = json.loads(capsys.readouterr().out)["error"]
     assert (error["type"], error["exit_code"]) == ("BudgetError", 3)
-    assert "the smallest network of this space is predicted to need" in error["message"]
+    assert "the fastest network of this space is predicted to need" in error["message"]
 
 
 @pytest.mark.usefixtures("here")
@@ -124,6 +139,8 @@ def test_a_kind_of_latency_without_a_limit_is_refused(capsys: pytest.CaptureFixt
     assert capsys.readouterr().err == (
         "error: --of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99\n"
     )
+    assert run(["pareto", "--of", "p99"]) == 2
+    assert "--best-under 5ms --of p99" in capsys.readouterr().err
     assert run(["export", "--of", "p99", "--student", "any"]) == 2
     assert "--of says which latency --best-under limits" in capsys.readouterr().err
 
@@ -144,7 +161,9 @@ def test_a_missing_experiment_file_names_the_command_that_writes_it(
     monkeypatch.chdir(tmp_path)
     for args in (["search", "nosuch.yaml"], ["search", "nosuch.yaml", "--dry-run"]):
         assert run(args) == 2
-        assert capsys.readouterr().err == "error: nosuch.yaml: no such file. Write one: nas init nosuch.yaml\n"
+        err = capsys.readouterr().err
+        assert err.startswith("error: nosuch.yaml: no such file; ")
+        assert err.endswith(". Write one: nas init nosuch.yaml\n")
     assert run(["search", "no such.yaml", "--json"]) == 2
     error = json.loads(capsys.readouterr().out)["error"]
     assert error["message"].endswith("Write one: nas init 'no such.yaml'")

@@ -158,14 +158,14 @@ def test_a_dry_run_of_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "run folder: runs/tiny (finished, 3 trials scored)" in out
     assert "nothing to do: this run is finished" in out
-    assert "smallest:   " in out
+    assert "fastest:    " in out
 
 
 @pytest.mark.usefixtures("here")
 def test_a_budget_below_the_smallest_network_is_known_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["search", "tiny.yaml", "--dry-run", "--budget", "1us", "--set", "run.dir=runs/other"]
     assert run(args) == 3
-    assert "the smallest network of this space is predicted to need" in capsys.readouterr().err
+    assert "the fastest network of this space is predicted to need" in capsys.readouterr().err
     assert not Path("runs/other").exists()
 
 

@@ -1,4 +1,4 @@
-"""Scores of one candidate: of the network in its precision, read where they are there, trained on where they are not."""
+"""The score of one candidate: of the network in its precision, and read where it is there already."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_fp32_score_is_of_the_trained_student(job: ScoreJob, trained: Student, c
     assert found.shape == (2, 40, 10)
     assert np.array_equal(found, predict_logits(trained, context.val, context.mean, context.std))
     assert scored.top1 == top1_per_exit(found, context.val_labels)
-    assert sorted(states(job)) == ["score.ckpt", "standalone-2-fp32-e0002.npy", "standalone-2-fp32.json"]
+    assert sorted(states(job)) == ["score-2.ckpt", "standalone-2-fp32-e0002.npy", "standalone-2-fp32.json"]
 
 
 @pytest.mark.parametrize("precisions", [("int8",) * 4, ("fp32", "int8", "fp32", "fp32")])
@@ -243,14 +243,20 @@ def test_longer_training_gives_another_score_beside_the_first(job: ScoreJob, tmp
     assert not np.array_equal(logits(longer), short)
     assert score(longer).epochs == 4
     assert np.array_equal(logits(job), short)
-    kept = {name: state for name, state in before.items() if name != "score.ckpt"}
-    assert kept.items() <= states(job).items()
+    assert before.items() <= states(job).items()
     assert np.array_equal(logits(longer), logits(replace(longer, students=str(tmp_path / "straight"))))
+
+
+def test_a_rung_is_not_scored_from_a_longer_training(job: ScoreJob, tmp_path: Path) -> None:
+    score(replace(job, epochs=1))
+    score(replace(job, epochs=4))
+    sibling = replace(job, candidate=candidate("int8"), epochs=1)
+    assert np.array_equal(logits(sibling), logits(replace(sibling, students=str(tmp_path / "fresh"))))
 
 
 def test_checkpoint_of_another_training_is_refused(job: ScoreJob) -> None:
     score(replace(job, epochs=1))
-    with pytest.raises(RunMismatchError, match=r"score\.ckpt: this checkpoint belongs to another .* Delete it"):
+    with pytest.raises(RunMismatchError, match=r"score-2\.ckpt: this checkpoint belongs to another .* Delete it"):
         score(replace(job, seed=SEED + 1))
 
 

@@ -21,10 +21,11 @@ from nas.latency.lines import network_key
 from nas.recipe.context import open_context
 from nas.recipe.finish import finished_logits
 from nas.recipe.records import write_scored
-from nas.search.api import Outcome, export_student, load_outcome, load_view, run_search
+from nas.search.api import export_student, run_search
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder, kept_fingerprint, open_run
-from nas.search.packages import export_point, source_of
+from nas.search.packages import export_point, package_view, source_of
+from nas.search.view import Outcome, PointSource, load_outcome, load_view
 from nas.testing import SimulatedDevice
 
 # Name of a student -> architecture, precision, accuracy on validation and on test, expected and worst latency in ms.
@@ -69,7 +70,7 @@ class MadeRun:
 
     def unfinished_trial(self) -> int:
         """Number of a trial whose architecture was scored, not finished."""
-        finished = {p.arch_id for p in self.points.values()}
+        finished = {source.student.candidate.arch_id for source in load_outcome(self.path).sources.values()}
         return next(r.number for r in RunFolder(self.path).trials() if r.candidate.arch_id not in finished)
 
 
@@ -79,15 +80,13 @@ def made(finished: Path, tmp_path: Path) -> MadeRun:
     path = tmp_path / "a run"
     shutil.copytree(finished / "run", path, ignore=shutil.ignore_patterns("packages", "package.json"))
     outcome = load_outcome(path)
-    plain = [p for p in outcome.points if not p.candidate.exits and outcome.sources[p.id].cut is None]
-    architectures = list(dict.fromkeys(outcome.sources[p.id].student.candidate.arch_id for p in plain))
+    bodies = _different_bodies(outcome)
     points, sources = {}, {}
     for name, (number, precision, val, test, expected_ms, worst_ms) in STUDENTS.items():
         real = next(
             p
-            for p in plain
-            if p.precision == precision
-            and outcome.sources[p.id].student.candidate.arch_id == architectures[number]
+            for p in outcome.points
+            if p.precision == precision and not p.candidate.exits and outcome.sources[p.id] == bodies[number]
         )
         provenance = "predicted" if name == "guess" else "measured"
         points[name] = replace(
@@ -108,6 +107,20 @@ def made(finished: Path, tmp_path: Path) -> MadeRun:
     )
     write_record(path / "outcome.json", changed)
     return MadeRun(path, points, write_experiment(tmp_path, finished / "cache", finished / "tables"))
+
+
+def _different_bodies(outcome: Outcome) -> list[PointSource]:
+    """Three students without exits that are different networks; the first two are of different architectures."""
+    first, *others = [p for p in outcome.points if p.precision == "fp32" and not p.candidate.exits]
+    keys = {network_key(first.candidate, "plain")}
+    found = [outcome.sources[first.id]]
+    for point in others:
+        source, key = outcome.sources[point.id], network_key(point.candidate, "plain")
+        if key not in keys and (len(found) > 1 or source.student != found[0].student):
+            keys.add(key)
+            found.append(source)
+    assert len(found) > 2
+    return found
 
 
 def _exported(made: MadeRun) -> set[str]:
@@ -150,12 +163,11 @@ def test_a_file_that_loses_accuracy_keeps_its_place_and_is_not_called_good(made:
 
 def _let_float_network_be_right_on_test(made: MadeRun, name: str) -> None:
     """So that its file, which guesses, loses more than is allowed."""
-    home = made.path / "students" / made.points[name].arch_id
-    source = source_of(load_outcome(made.path).sources, made.points[name])
+    architecture = source_of(load_outcome(made.path).sources, made.points[name]).student.candidate
+    home = made.path / "students" / architecture.arch_id
     labels = np.asarray(open_context(str(made.path / "context.json"), 16).test_labels)
     logits = np.zeros_like(finished_logits(home, "test", ("fp32",)))
     logits[:, np.arange(len(labels)), labels] = 1.0
-    architecture = source.student.candidate
     write_scored(home, architecture, epochs=2, cost_s=0, logits=logits, labels=labels, name="final-test-fp32")
 
 
@@ -169,8 +181,23 @@ def test_when_every_file_misses_the_budget_all_that_was_tried_is_listed(made: Ma
         "  second: median worst latency 0.03 ms is above the budget of 0.0055 ms\n"
         "  third: median worst latency 0.04 ms is above the budget of 0.0055 ms"
     )
-    assert _exported(made) == set()
+    assert not (made.path / "packages").exists()
     assert not (made.path / "package.json").exists()
+
+
+def test_a_package_that_misses_leaves_what_was_there(made: MadeRun, tmp_path: Path) -> None:
+    before = export_student(made.path, Notes(), student="third")
+    slow = made.device(best=0.02, second=0.03, third=0.04)
+    with pytest.raises(BudgetError):
+        export_student(made.path, Notes(), best_under_ms=UNDER_MS, device=slow)
+    assert _exported(made) == {"third"}
+    assert load_view(made.path).package == package_view(before)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("keep")
+    with pytest.raises(UsageError, match="exists already"):
+        export_student(made.path, Notes(), best_under_ms=UNDER_MS, out=mine)
+    assert (mine / "notes.txt").read_text() == "keep"
 
 
 def test_of_says_which_latency_is_limited(made: MadeRun) -> None:
@@ -252,17 +279,16 @@ def test_a_device_in_another_state_is_told(made: MadeRun) -> None:
     assert same.warned == []
 
 
-@pytest.mark.parametrize("of", ["expected", "worst", "p99"])
-def test_the_report_shows_the_package_with_the_latency_that_the_budget_limits(made: MadeRun, of: str) -> None:
-    package = export_student(made.path, Notes(), best_under_ms=1.0, of=of, device=made.device())  # type: ignore[arg-type]
-    figures = package.manifest.latency.figures
+def test_the_view_of_a_run_shows_the_package_that_was_exported_last(made: MadeRun) -> None:
+    export_student(made.path, Notes(), student="third", device=made.device())
+    package = export_student(made.path, Notes(), best_under_ms=1.0, device=made.device())
     assert load_view(made.path).package == PackageView(
         path=str(package.folder),
         candidate_id=made.points["best"].candidate.id,
         is_good=True,
         reason="",
         top1=package.manifest.accuracy.top1,
-        latency_ms=getattr(figures, f"{of}_ms"),
+        latency_ms=0.005,
         sha256=package.sha256,
     )
 
@@ -272,13 +298,17 @@ def test_each_way_through_a_file_with_exits_counts_with_its_share_of_images(
 ) -> None:
     outcome = load_outcome(finished / "run")
     point = next(p for p in outcome.points if len(p.candidate.exits) == 1)
-    candidate = point.candidate.with_thresholds((0.15,))  # of ten classes: some images are surer than that
+    source = source_of(outcome.sources, point)
+    home = made.path / "students" / source.student.candidate.arch_id
+    sureness = np.exp(finished_logits(home, "test", point.candidate.precisions)[0].astype(float))
+    sureness = (sureness / sureness.sum(1, keepdims=True)).max(1)
+    candidate = point.candidate.with_thresholds((float(np.median(sureness)),))  # about half of the images leave
     key = network_key(candidate, "if")
     package = export_point(
         load_view(made.path),
         made.path,
         replace(point, candidate=candidate),
-        source_of(outcome.sources, point),
+        source,
         Timed({f"{key}#0": 0.002, f"{key}#1": 0.004}),
         tmp_path / "package",
         max_loss=1.0,
@@ -289,6 +319,12 @@ def test_each_way_through_a_file_with_exits_counts_with_its_share_of_images(
     assert [(path.share, path.latency_ms) for path in manifest.latency.paths] == [(early, 0.002), (late, 0.004)]
     assert manifest.latency.figures.expected_ms == pytest.approx(0.002 * early + 0.004 * late)
     assert manifest.latency.figures.worst_ms == 0.004
+    assert 0.3 < early < 0.7
+    shown = {
+        of: package_view(replace(package, manifest=replace(manifest, budget_of=of))).latency_ms
+        for of in ("expected", "worst", "p99")
+    }
+    assert shown == {"expected": manifest.latency.figures.expected_ms, "worst": 0.004, "p99": 0.004}
 
 
 def _go_on(made: MadeRun, device: Timed, notes: Notes) -> None:

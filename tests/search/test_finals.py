@@ -177,7 +177,9 @@ def test_finalists_are_different_architectures_inside_the_budget(make: Make) -> 
     parts = make()
     *inside, over, far = plain_records(parts, 8)
     parts = replace(parts, budget=BudgetSettings(ms=(inside[-1].latency_ms + over.latency_ms) / 2))
-    twins = [replace(r, number=20 + r.number, candidate=r.candidate.architecture.with_precision("int8")) for r in inside]
+    twins = [
+        replace(r, number=20 + r.number, candidate=r.candidate.architecture.with_precision("int8")) for r in inside
+    ]
     undecided = [replace(over, state="stopped", latency_ms=0.1), replace(far, state="failed", top1=None)]
     chosen = choose_finalists(parts, [*inside, *twins, *undecided], 5)
     assert len(chosen) == len(set(chosen)) == 5
@@ -287,7 +289,11 @@ def test_setting_that_never_reaches_the_head_is_left_out() -> None:
     assert settings_for("worst", 9.0, right=(0.5, 0.9, 0.9)) == []
     labels = np.arange(50) % 5
     plain = _best_settings(
-        made_logits(labels, (0.8,), 5), labels, LatencyEstimate((3.0,), (0.1,), 0, ""), FinishSettings(), BudgetSettings()
+        made_logits(labels, (0.8,), 5),
+        labels,
+        LatencyEstimate((3.0,), (0.1,), 0, ""),
+        FinishSettings(),
+        BudgetSettings(),
     )
     assert [(s.thresholds, s.top1, s.expected_ms, s.shares) for s in plain] == [((), 0.8, 3.0, (1.0,))]
 
@@ -486,3 +492,24 @@ def test_front_has_what_nothing_beats_on_mean_worst_case_and_accuracy(of: Latenc
 def test_front_of_points_that_were_not_measured_is_empty() -> None:
     assert mark_front(FRONT[-1:], "worst") == FRONT[-1:]
     assert mark_front([], "worst") == []
+
+
+def test_failed_measurement_is_repeated_when_the_run_goes_on(make: Make) -> None:
+    device = Working()
+    parts = make(device)
+    student = finished(parts, network(parts), (0.5, 0.7, 0.9))
+    device.broken = {v.candidate.id for v in variants(parts, student, 0.1)[0]}
+    with pytest.raises(DeviceError, match="Run: nas doctor"):
+        built(parts, [student])
+    points, failed, _ = built(make(), [student])  # the device is well again
+    assert failed == []
+    assert any(p.on_front for p in points)
+
+
+def test_rows_that_cannot_be_measured_for_any_student_end_the_run_with_their_reason(make: Make) -> None:
+    device = Working()
+    parts = make(device)
+    student = finished(parts, network(parts, kernel_size=7, exits=0), (0.9,))
+    device.broken = {f"ir|in=8x4x4|out=24x2x2|k=7|s=2|e=48|se=0|act=relu|{p}" for p in ("fp32", "int8")}
+    with pytest.raises(DeviceError, match=r"k=7.*could not be measured"):
+        built(parts, [student])

@@ -61,6 +61,23 @@ def tables(space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def slow_tables(space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All rows of a device whose networks are 1.3 times as slow as the sum of their rows."""
+    folder = tmp_path_factory.mktemp("slow")
+    device = SlowNetworks()
+    Predictor(space, open_folder(folder, device), device, Notes()).prepare()
+    return folder
+
+
+@pytest.fixture
+def slow(space: SearchSpace, slow_tables: Path, tmp_path: Path) -> Predictor:
+    """As `predictor`, of the device with slow networks."""
+    shutil.copytree(slow_tables, tmp_path / "tables")
+    device = SlowNetworks()
+    return Predictor(space, open_folder(tmp_path / "tables", device), device, Notes())
+
+
 @pytest.fixture
 def predictor(space: SearchSpace, tables: Path, tmp_path: Path) -> Predictor:
     """Knows all rows and no network."""
@@ -166,43 +183,32 @@ def test_candidates_with_a_row_that_cannot_be_measured_are_refused_not_fatal(
     assert all(b.kernel_size == 3 for s in space.decode(found[0]).stages for b in s.blocks)
 
 
-def slow(space: SearchSpace, folder: Path) -> Predictor:
-    """A device whose networks are 1.3 times as slow as the sum of their rows."""
-    device = SlowNetworks()
-    predictor = Predictor(space, open_folder(folder, device), device, Notes())
-    predictor.fill(())
-    return predictor
-
-
-def test_prediction_beside_a_measurement_did_not_know_it(space: SearchSpace, tmp_path: Path) -> None:
+def test_prediction_beside_a_measurement_did_not_know_it(space: SearchSpace, slow: Predictor) -> None:
     """Only networks that were measured before may teach how much slower whole networks are."""
-    predictor = slow(space, tmp_path)
     candidates = [space.decode(g).with_precision("fp32") for g in some(space, 8)]
-    first, failed = predictor.measure(candidates[:4], 0)
+    first, failed = slow.measure(candidates[:4], 0)
     assert failed == ()
     assert [(p.candidate_id, p.precision, p.round) for p in first] == [(c.id, "fp32", 0) for c in candidates[:4]]
     assert all(p.error < -0.15 for p in first)
-    second, _ = predictor.measure(candidates[4:], 1)
+    second, _ = slow.measure(candidates[4:], 1)
     assert all(abs(p.error) < 0.06 for p in second)
-    again, _ = predictor.measure(candidates[:4], 2)  # in the table already, as after a kill
+    again, _ = slow.measure(candidates[:4], 2)  # in the table already, as after a kill
     assert [p.measured_ms for p in again] == [p.measured_ms for p in first]
     assert all(abs(p.error) < 0.06 for p in again)  # learnt from the other four
-    resumed = Predictor(space, predictor.table, predictor.device, Notes())
+    resumed = Predictor(space, slow.table, slow.device, Notes())
     repeated, _ = resumed.measure(candidates, 3)
     assert all(p.error < -0.15 for p in repeated)  # nothing else is known then
-    networks = [key for key in asked(predictor) if key.startswith("r16-")]
+    networks = [key for key in asked(slow) if key.startswith("r16-")]
     assert len(networks) == len(set(networks)) == 8
 
 
-def test_measuring_networks_corrects_all_later_estimates(space: SearchSpace, tmp_path: Path) -> None:
-    predictor = slow(space, tmp_path)
+def test_measuring_networks_corrects_all_later_estimates(space: SearchSpace, slow: Predictor) -> None:
     genotypes = some(space, 12)
-    predictor.worst(genotypes)
-    before = np.array([e.worst_ms for e in predictor.estimates(genotypes)])
-    predictor.measure([space.decode(g) for g in genotypes[:6]], 0)
-    after = np.array([e.worst_ms for e in predictor.estimates(genotypes)])
+    before = np.array([e.worst_ms for e in slow.estimates(genotypes)])
+    slow.measure([space.decode(g) for g in genotypes[:6]], 0)
+    after = np.array([e.worst_ms for e in slow.estimates(genotypes)])
     assert np.median(after / before) == pytest.approx(1.3, abs=0.05)
-    resumed = Predictor(space, open_folder(tmp_path, predictor.device), predictor.device, Notes())
+    resumed = Predictor(space, open_folder(slow.table.folder.parent, slow.device), slow.device, Notes())
     assert [e.worst_ms for e in resumed.estimates(genotypes)] == pytest.approx(after.tolist())
 
 
@@ -272,9 +278,7 @@ def test_budget_on_the_mean_or_tail_refuses_only_what_misses_it_at_the_first_exi
     assert not BudgetFilter(predictor, head * 0.999, of, 0.0).keeps(plain)
 
 
-def test_candidates_whose_rows_are_missing_are_not_known_to_keep_the_budget(
-    space: SearchSpace, tmp_path: Path
-) -> None:
+def test_candidates_whose_rows_are_missing_are_not_known_to_keep_the_budget(space: SearchSpace, tmp_path: Path) -> None:
     device = Asked()
     predictor = Predictor(space, open_folder(tmp_path, device), device, Notes())
     predictor.fill(expand(space.decode(space.smallest())))

@@ -1,4 +1,4 @@
-"""Rounds without training: quotas, first and undecided batches, failures, budgets, and what measured networks change."""
+"""Rounds without training: quotas, first and undecided batches, failures, budgets, what measured networks change."""
 
 from __future__ import annotations
 
@@ -153,6 +153,10 @@ def make(space: SearchSpace, tables: Path, tmp_path: Path) -> Make:
         )
 
     return made
+
+
+def _unset(record: TrialRecord) -> Candidate:
+    return record.candidate.with_thresholds((None,) * len(record.candidate.exits))
 
 
 def proposed(parts: SearchParts) -> list[tuple[int, ...]]:
@@ -336,7 +340,9 @@ def test_budget_that_nothing_keeps_ends_the_rounds(
     pool = ScriptedPool()
     parts = make(pool, budget=BudgetSettings(ms=found[1] * (0.9 if of == "worst" else 0.3), of=of))
     check_budget(parts.predictor, parts.budget)
-    with pytest.raises(BudgetError, match=rf"ms \({of}\) on simulated-0; the closest, r16-\S+, needs about .*--set bud"):
+    with pytest.raises(
+        BudgetError, match=rf"ms \({of}\) on simulated-0; the closest, r16-\S+, needs about .*--set bud"
+    ):
         run_rounds(parts)
     assert (pool.trained, parts.folder.batches()) == ([], ())
 
@@ -375,12 +381,12 @@ def test_events_have_the_measured_networks_and_the_error_of_their_predictions(ma
     assert [{p.round for p in e.pairs} for e in events] == [{0}, {1}, {2}]
     for event in events:
         assert event.values["measured"] == len(event.pairs)
-        assert event.values["mape"] == pytest.approx(np.mean([abs(p.predicted_ms / p.measured_ms - 1) for p in event.pairs]))
+        assert event.values["mape"] == pytest.approx(
+            np.mean([abs(p.predicted_ms / p.measured_ms - 1) for p in event.pairs])
+        )
         assert any(f"predicted with {100 * float(event.values['mape'] or 0):.1f} % mean error" in t for t in notes.said)
-    ids = [p.candidate_id for e in events for p in e.pairs]
-    assert len(set(ids)) == len(ids)
-    scored = {r.candidate.with_thresholds((None,) * len(r.candidate.exits)).id for r in parts.folder.trials()}
-    assert set(ids[4:]) <= scored
+    scored = {_unset(r).id for r in parts.folder.trials()}
+    assert {p.candidate_id for e in events[1:] for p in e.pairs} <= scored
 
 
 def test_first_networks_are_spread_over_the_latencies_inside_the_budget(make: Make, space: SearchSpace) -> None:
@@ -418,10 +424,6 @@ def test_networks_that_cannot_be_measured_are_rows_of_the_event(make: Make) -> N
     assert all("-fp32-" in f.id and f.reason.startswith("not an ONNX model") for f in first.failed)
     assert f"{len(first.failed)} networks could not be measured, the first: {first.failed[0].id}" in notes.warned[0]
     assert len(parts.folder.trials()) == 8
-
-
-def _unset(record: TrialRecord) -> Candidate:
-    return record.candidate.with_thresholds((None,) * len(record.candidate.exits))
 
 
 @pytest.mark.parametrize(
@@ -466,3 +468,10 @@ def test_scored_candidates_are_estimated_anew_when_the_correction_changes(make: 
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{path}")
     assert [t.values for t in study.trials] == [[r.top1, f.expected_ms] for r, f in zip(records, after, strict=True)]
     assert (parts.folder.path / "importances.json").exists()
+
+
+def test_rounds_measure_different_networks(make: Make) -> None:
+    parts = make(feedback=FeedbackSettings(4, 2))
+    run_rounds(parts)
+    keys = [p.candidate_id for e in parts.folder.events()[1:] for p in e.pairs]
+    assert len(keys) == len(set(keys)) == 4

@@ -1,4 +1,4 @@
-"""Batches of candidates: rungs on tiny students that really train, one rung with inherited weights, and what is kept."""
+"""Batches of candidates: rungs on tiny students that really train, one rung with inherited weights, what is kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Whole = tuple[ScoringPlan, dict[int, Result]]
 
 
 class NotingPool(InProcessPool):
-    """Remembers each wave of jobs. In this process, for torch cannot differentiate in a fork of one that has trained."""
+    """Remembers waves of jobs. It does not fork: torch cannot differentiate in a copy of a process that has trained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,14 +130,16 @@ def trained_epochs(plan: ScoringPlan, of: Candidate) -> int:
     """Epochs in the checkpoint of a student."""
     key = open_context(plan.context, of.resolution).targets.key
     identity = content_hash([of.arch_id, plan.distill, key, plan.seed])
-    content = read_checkpoint(Path(plan.students) / of.arch_id / "score.ckpt", identity)
+    last = max((Path(plan.students) / of.arch_id).glob("score-*.ckpt"), key=lambda p: int(p.stem[len("score-") :]))
+    content = read_checkpoint(last, identity)
     assert content is not None
     return len(content["epochs"])
 
 
 def give_foreign_checkpoint(plan: ScoringPlan, to: Candidate) -> None:
     """Makes the next training of a candidate fail."""
-    write_checkpoint(Path(plan.students) / to.arch_id / "score.ckpt", "of another training", {})
+    for epochs in plan.rungs:
+        write_checkpoint(Path(plan.students) / to.arch_id / f"score-{epochs}.ckpt", "of another training", {})
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +244,7 @@ def test_a_worker_that_is_told_to_stop_keeps_its_epoch_and_ends_the_batch(
     stop.touch()
     with pytest.raises(InterruptedRunError, match="stopped at the end of an epoch"):
         list(batch(plan))
-    assert [p.name for p in files(plan)] == ["score.ckpt"]
+    assert [p.name for p in files(plan)] == ["score-1.ckpt"]
     assert trained_epochs(plan, FOUR[0]) == 1
     stop.unlink()
     assert decisions(batch(plan)) == decisions(whole[1].items())
@@ -298,7 +300,7 @@ def test_a_batch_of_failures_ends(prepared: Prepared, tmp_path: Path) -> None:
 def test_precisions_of_an_architecture_share_its_training(prepared: Prepared, tmp_path: Path) -> None:
     plan, pool = rungs_plan(prepared, tmp_path, (2,)), NotingPool()
     three = [FOUR[1], FOUR[1].with_precision("int8"), FOUR[2]]
-    checkpoint = Path(plan.students) / FOUR[1].arch_id / "score.ckpt"
+    checkpoint = Path(plan.students) / FOUR[1].arch_id / "score-2.ckpt"
     results: dict[int, Result] = {}
     written = {}
     for i, result in batch(plan, three, [1.0] * 3, pool=pool):
@@ -315,13 +317,12 @@ def test_precisions_of_an_architecture_share_its_training(prepared: Prepared, tm
 def test_precisions_of_an_architecture_go_on_each_on_its_own(prepared: Prepared, tmp_path: Path) -> None:
     plan, pool = rungs_plan(prepared, tmp_path, (1, 2)), NotingPool()
     pair = [FOUR[1], FOUR[1].with_precision("int8")]
-    results = dict(batch(plan, pair, [9.0, 1.0], pool=pool))
-    assert pool.epochs[:2] == [1, 1]
-    assert scored(results[1]).is_complete
-    assert np.array_equal(
-        scored(results[1]).logits,
-        read_logits(Path(plan.students) / pair[1].arch_id, record(plan, pair[1], 2, "int8")),
-    )
+    (behind, _), (winner, result) = list(batch(plan, pair, [1.0, 1.0], pool=pool))
+    assert pool.epochs == [1, 1, 2]
+    folder, precisions = Path(plan.students) / pair[0].arch_id, ("fp32", "int8")
+    assert read_scored(folder, f"standalone-2-{precisions[behind]}") is None
+    last = record(plan, pair[winner], 2, precisions[winner])
+    assert np.array_equal(scored(result).logits, read_logits(folder, last))
 
 
 def test_candidates_that_differ_in_thresholds_have_one_score(prepared: Prepared, tmp_path: Path) -> None:
@@ -331,11 +332,12 @@ def test_candidates_that_differ_in_thresholds_have_one_score(prepared: Prepared,
     assert [scored(results[i]).candidate for i in (0, 1)] == pair
     assert np.array_equal(scored(results[0]).logits, scored(results[1]).logits)
     assert sorted(p.name for p in files(plan)) == [
-        "score.ckpt",
+        "score-2.ckpt",
         "standalone-2-fp32-e0002.npy",
         "standalone-2-fp32.json",
     ]
-    assert [len(wave) for wave in pool.waves] == [1, 1]  # side by side, both would train
+    assert [len(wave) for wave in pool.waves] == [1]
+    assert sum(scored(r).cost_s for r in results.values()) == pytest.approx(record(plan, FOUR[1], 2).cost_s)
 
 
 def test_the_same_candidate_twice_is_one_job_whose_cost_is_shared(prepared: Prepared, tmp_path: Path) -> None:
@@ -376,4 +378,4 @@ def test_with_the_supernet_failures_of_before_are_passed_over(prepared: Prepared
     assert "is outside the supernet's" in failure.reason
     pool = NotingPool()
     assert decisions(batch(plan, three, [1.0] * 3, pool=pool, failed_before={1: 0})) == decisions(results.items())
-    assert [job.candidate for job in pool.waves[0]] == inside
+    assert [job.candidate.arch_id for job in pool.waves[0]] == [c.arch_id for c in inside]

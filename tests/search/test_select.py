@@ -126,6 +126,7 @@ def test_networks_worth_measuring_are_those_of_the_front_and_near_the_budget() -
     assert worth_measuring(top1, latency, latency, std, 5.0, 2) == [1, 2]
     assert sorted(worth_measuring(top1, latency, latency, [0.1] * 4, 5.0, 10)) == [0, 1, 2, 3]
     assert worth_measuring([], [], [], [], 5.0, 3) == []
+    assert worth_measuring([0.9, 0.5, 0.4], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [0.1] * 3, 1.0, 2) == [0, 1]
     worst = [9.0, 8.0, 7.0, 5.0]  # what is near the budget is decided by the latency that it limits
     assert worth_measuring(top1, latency, worst, std, 5.0, 2) == [1, 3]
 
