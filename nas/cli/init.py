@@ -15,12 +15,16 @@ import click
 
 from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
-from nas.core.errors import UsageError, did_you_mean
+from nas.core.errors import DataError, UsageError, did_you_mean
 from nas.core.jsonio import to_plain, write_text
 
 WIDTH = 100
 # What fits the embedded images of 32 px, and what fits photographs.
 EMBEDDED_SPACE, PHOTO_SPACE = "tiny-32", "mobilenetv3-64"
+# Images that a student sees in its full distillation: 10 passes over 8,000 images in experiments/quickstart.yaml and 60
+# over 1,440 in experiments/surface-inspection.yaml, where the teacher gets as many. A small folder needs many passes.
+SEEN_IMAGES = 86_000
+FEWEST_EPOCHS, MOST_EPOCHS = 10, 120
 
 
 @click.command(short_help="Write a commented experiment file to start from.")
@@ -62,6 +66,9 @@ def command(
         values["budget.ms"] = budget
     if data is not None and (Path(data).is_dir() or "/" in data):
         values |= {"data.name": "folder", "data.path": str(Path(data).absolute())}
+        epochs = _epochs_for(Path(data))
+        if epochs is not None:
+            values |= {"teacher.epochs": epochs, "distill.epochs": epochs}
     elif data is not None:
         values["data.name"] = data
     write_text(file, commented(values, file, names))
@@ -72,6 +79,17 @@ def command(
     for line in following:
         console.say(f"  {line}")
     console.result({"file": str(file), "next": following})
+
+
+def _epochs_for(folder: Path) -> int | None:
+    """Passes over the images of a folder, or None where it cannot be read yet: the search will say what is wrong."""
+    from nas.data.folder import count_training_images
+
+    try:
+        count = count_training_images(folder)
+    except DataError:
+        return None
+    return min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(SEEN_IMAGES / count)))
 
 
 def commented(values: dict[str, Any], file: Path, spaces: tuple[str, ...]) -> str:

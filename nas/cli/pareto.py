@@ -55,7 +55,7 @@ def command(
     if limit is not None:
         kind = of or view.budget_of
         points = best_under(view, limit, kind)[: 1 + RUNNERS_UP]
-        chosen, reason = points[0], f"best on validation below {format_ms(limit)} ({kind})"
+        chosen, reason = points[0], f"best on validation below {format_ms(limit)} ({kind}), of equals the fastest"
     if form == "csv":
         click.echo(front_csv(view, points), nl=False)
         return

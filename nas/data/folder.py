@@ -78,6 +78,16 @@ class _Seen:
     error: str | None = None
 
 
+def count_training_images(root: Path) -> int:
+    """Image files of the training split, or of the whole folder where it is still to be divided; none is opened.
+
+    Raises:
+        DataError: the folder holds no class folders, or no images.
+    """
+    files = _list_files(root, _find_layout(root, []), [])
+    return sum(file.part == "train" for file in files)
+
+
 def load_folder(settings: DataSettings, resolution: int, progress: Progress | None = None) -> Dataset:
     """The data set in the folder `settings.path`, decoded at `resolution` px.
 

@@ -245,7 +245,7 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         dataset=_dataset_view(inputs),
         device=inputs.device.profile,
         pick_id=picks[0].id if picks else None,
-        pick_reason=_pick_reason(picks[0], e.budget.ms, e.budget.of, len(picks)) if picks else "",
+        pick_reason=_pick_reason(picks, e.budget.ms, e.budget.of) if picks else "",
         next_id=picks[1].id if len(picks) > 1 else None,
         next_reason=_next_reason(picks[0], picks[1], e.budget.of) if len(picks) > 1 else "",
         closest_id=None if picks or closest is None else closest.id,
@@ -274,11 +274,18 @@ def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> Bu
     )
 
 
-def _pick_reason(pick: Point, budget_ms: float, of: LatencyKind, count: int) -> str:
-    top1 = pick.val.top1 if pick.val else 0.0
+def _pick_reason(picks: Sequence[Point], budget_ms: float, of: LatencyKind) -> str:
+    accuracies = [p.val.top1 if p.val else 0.0 for p in picks]
+    if accuracies[0] == max(accuracies):
+        rank = f"best validation accuracy ({100 * accuracies[0]:.1f} %)"
+    else:
+        rank = (
+            f"{100 * accuracies[0]:.1f} % on validation, the fastest of those that equal the best "
+            f"({100 * max(accuracies):.1f} %) within half a standard error,"
+        )
     return (
-        f"best validation accuracy ({100 * top1:.1f} %) of {count} measured settings whose {of} latency keeps "
-        f"{budget_ms:g} ms; it needs {latency_of(pick.latency, of):.4f} ms"
+        f"{rank} of {len(picks)} measured settings whose {of} latency keeps {budget_ms:g} ms; it needs "
+        f"{latency_of(picks[0].latency, of):.4f} ms"
     )
 
 
@@ -287,7 +294,8 @@ def _next_reason(pick: Point, second: Point, of: LatencyKind) -> str:
         return ""
     points = 100 * (pick.val.top1 - second.val.top1)
     ratio = latency_of(second.latency, of) / latency_of(pick.latency, of)
-    return f"{points:.1f} points less on validation at {ratio:.2f} times the {of} latency"
+    sign = "less" if points >= 0 else "more"
+    return f"{abs(points):.1f} points {sign} on validation at {ratio:.2f} times the {of} latency"
 
 
 def _closest_reason(point: Point, budget_ms: float, of: LatencyKind) -> str:

@@ -15,6 +15,7 @@ from nas.latency import pareto
 
 AIMS = (True, False)  # accuracy upwards, latency downwards
 LEAST_GAIN = 1e-12  # of area; below it is rounding
+TIE_ERRORS = 0.5  # standard errors of an accuracy within which another one is called equal
 
 
 def stratified(latency_ms: Sequence[float], count: int) -> list[int]:
@@ -143,13 +144,30 @@ def worth_measuring(
 
 
 def pick_for_budget(points: Sequence[Point], budget_ms: float, of: LatencyKind) -> list[Point]:
-    """Finished points measured within the budget, best validation accuracy first, then fastest: pick and runners-up.
+    """Finished points measured within the budget, best first: the pick and its runners-up.
 
-    The validation split decides; test figures are for the report only.
+    The most accurate on validation comes first. Accuracies that differ by less than `TIE_ERRORS` standard errors of the
+    best one are called equal, and the fastest of them is the pick: a few images more right by chance must not cost the
+    user a slower student. The validation split decides; test figures are for the report only.
     """
-    finished = [p for p in points if p.is_finished and p.val is not None and p.latency.provenance == "measured"]
-    within = [p for p in finished if latency_of(p.latency, of) <= budget_ms]
-    return sorted(within, key=lambda p: (-(p.val.top1 if p.val else 0.0), latency_of(p.latency, of), p.id))
+    within = [
+        (p.val.top1, latency_of(p.latency, of), p, p.val.images)
+        for p in points
+        if p.is_finished
+        and p.val is not None
+        and p.latency.provenance == "measured"
+        and latency_of(p.latency, of) <= budget_ms
+    ]
+    if not within:
+        return []
+    best, _, _, images = max(within, key=lambda entry: entry[0])
+    least = best - TIE_ERRORS * float(np.sqrt(best * (1 - best) / images)) - 1e-12
+    # Equal ones by latency, the others by accuracy; the mean last, so that the pick is never dominated.
+    order = sorted(
+        within,
+        key=lambda e: (e[0] < least, 0.0 if e[0] >= least else -e[0], e[1], -e[0], e[2].latency.expected_ms, e[2].id),
+    )
+    return [p for _, _, p, _ in order]
 
 
 def closest_to_budget(points: Sequence[Point], of: LatencyKind) -> Point | None:

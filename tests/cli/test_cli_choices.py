@@ -150,7 +150,7 @@ def test_a_kind_of_latency_without_a_limit_is_refused(capsys: pytest.CaptureFixt
 def test_a_limit_counts_for_the_kind_of_latency_that_is_named(of: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["pareto", "--best-under", "5ms", "--of", of, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["reason"] == f"best on validation below 5.00 ms ({of})"
+    assert document["reason"] == f"best on validation below 5.00 ms ({of}), of equals the fastest"
     assert document["chosen"] == document["points"][0]["id"]
     assert all(point[f"{of}_ms"] <= 5 for point in document["points"])
 

@@ -51,6 +51,18 @@ def test_options_become_values(tmp_path: Path) -> None:
     assert Path(experiment.space).stem == "mobilenetv3-64"
 
 
+@pytest.mark.parametrize(("images", "epochs"), [(20, 120), (1720, 50)])
+def test_a_folder_with_few_images_gets_many_passes(tmp_path: Path, images: int, epochs: int) -> None:
+    for name in ("good", "bad"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(images // 2):
+            (tmp_path / "photos" / name / f"{i}.png").touch()
+    file = tmp_path / "experiment.yaml"
+    assert run(["init", str(file), "--data", str(tmp_path / "photos")]) == 0
+    loaded = load_experiment(file)
+    assert (loaded.teacher.epochs, loaded.distill.epochs) == (epochs, epochs)
+
+
 def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("mine", encoding="utf-8")

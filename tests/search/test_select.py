@@ -150,6 +150,19 @@ def test_pick_is_the_most_accurate_measured_point_within_the_budget() -> None:
     assert [p.id for p in pick_for_budget(points, 1.0, "worst")] == ["pick", "next"]
 
 
+def test_of_students_that_are_equal_by_chance_the_fastest_is_the_pick() -> None:
+    points = [
+        _point("best", 0.95, 0.9),  # of 100 images: half a standard error is 1.1 points
+        _point("equal", 0.94, 0.5),
+        _point("equal but slower", 0.94, 0.7),
+        _point("worse", 0.93, 0.1),
+        _point("worst", 0.60, 0.05),
+    ]
+    names = ["equal", "equal but slower", "best", "worse", "worst"]
+    assert [p.id for p in pick_for_budget(points, 1.0, "worst")] == names
+    assert pick_for_budget([], 1.0, "worst") == []
+
+
 def test_budget_limits_the_kind_of_latency_that_it_names() -> None:
     points = [_point("exits", 0.9, 2.0, expected_ms=0.8), _point("plain", 0.8, 0.9)]
     assert [p.id for p in pick_for_budget(points, 1.0, "worst")] == ["plain"]
