@@ -24,7 +24,6 @@ from nas.export.manifest import path_latency
 from nas.search.api import export_student
 from nas.search.view import load_view
 
-
 HEADROOM = 1.1  # a budget closer to the fastest student than the noise of a host can be kept by chance only
 
 
@@ -79,8 +78,8 @@ def main() -> None:
             ]
         )
     report(
-        f"{len(budgets)} budgets, {exported} packages, {kept} of them keep their budget ({view.budget_of} latency, median "
-        "of fresh sessions)",
+        f"{len(budgets)} budgets, {exported} packages, {kept} of them keep theirs ({view.budget_of} latency, median of "
+        "fresh sessions)",
         ("budget ms", "student", "card ms", "median ms", "share", "test top-1 %", "budget"),
         rows,
         {"kept": kept, "exported": exported, "budgets": len(budgets), "rows": rows},
