@@ -18,7 +18,7 @@ from nas.core.units import format_bytes, format_ms
 @run_argument
 @click.option("--student", metavar="ID", help="The student with this id.")
 @click.option("--trial", type=int, help="The student that came from this trial.")
-@click.option("--best-under", type=Milliseconds(), help="The most accurate below this time, such as 5ms.")
+@click.option("--best-under", type=Milliseconds(), help="The most accurate below this time (of equals the fastest).")
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that --best-under limits.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [RUN/packages/ID].")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
@@ -70,8 +70,6 @@ def command(
         f"top1 {100 * accuracy.top1:.2f} % on {accuracy.images} {accuracy.split} images"
     )
     console.say(f"next: nas bench {package.folder}")
-    if not manifest.is_good:
-        raise BudgetError(f"{package.folder} is not good: {'; '.join(manifest.reasons)}")
     console.result(
         {
             "run": str(folder),
@@ -84,3 +82,5 @@ def command(
             "model_bytes": manifest.model_bytes,
         }
     )
+    if not manifest.is_good:
+        raise BudgetError(f"{package.folder} is not good: {'; '.join(manifest.reasons)}")

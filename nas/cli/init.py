@@ -20,7 +20,7 @@ from nas.core.jsonio import to_plain, write_text
 
 WIDTH = 100
 # What fits the embedded images of 32 px, and what fits photographs.
-EMBEDDED_SPACE, PHOTO_SPACE = "tiny-32", "mobilenetv3-64"
+EMBEDDED_SPACE, PHOTO_SPACE = "tiny-32", "small-64"
 # Images that a student sees in its full distillation: 10 passes over 8,000 images in experiments/quickstart.yaml and 60
 # over 1,440 in experiments/surface-inspection.yaml, where the teacher gets as many. A small folder needs many passes.
 SEEN_IMAGES = 86_000
@@ -70,7 +70,8 @@ def command(
         if epochs is not None:
             values |= {"teacher.epochs": epochs, "distill.epochs": epochs}
     elif data is not None:
-        values["data.name"] = data
+        # Where the published files are, or are downloaded to.
+        values |= {"data.name": data} if data == "defects" else {"data.name": data, "data.path": f"data/{data}"}
     write_text(file, commented(values, file, names))
     load_experiment(file)  # what was just written must be readable
     name = shlex.quote(str(file))

@@ -29,7 +29,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 @click.option("--precision", multiple=True, type=click.Choice(PRECISIONS), help="Only these; may be repeated.")
 @click.option("--device", default="cpu", show_default=True, help="Where to measure.")
 @click.option("--table", type=click.Path(path_type=Path), help="Folder of the table [latency_tables/<device state>].")
-@click.option("--again", is_flag=True, help="Also rows that failed, or were measured while the machine was busy.")
+@click.option("--again", is_flag=True, help="Also rows that failed or were disturbed; alone: those of the table.")
 @click.option("--dry-run", is_flag=True, help="Only say what is missing and about how long it takes.")
 @common_options
 @click.pass_obj
@@ -53,8 +53,12 @@ def command(
     from nas.measure.fill import SECONDS_PER_ROW, fill
 
     target = open_device(device)
-    layers = _layers(space, rows, classes, precision, target.profile.precisions)
     folder = table or Path("latency_tables") / target.profile.name
+    if again and space is None and not rows:
+        if not (folder / "device.json").exists():
+            raise UsageError(f"{folder}: no table here whose rows could be measured again. Give --space NAME")
+        rows = tuple(LatencyTable.open(folder, target.profile).rows)
+    layers = _layers(space, rows, classes, precision, target.profile.precisions)
     keys = list(dict.fromkeys(layer.key for layer in layers))
     is_new = not (folder / "device.json").exists()
     missing = keys
@@ -103,7 +107,10 @@ def _layers(
     from nas.space.space import load_space
 
     if (space is None) == (not rows):
-        raise UsageError("give either --space NAME or --rows KEY. Such as: nas measure --space tiny-32")
+        raise UsageError(
+            "give either --space NAME or --rows KEY, or --again for the rows of a table that failed or were disturbed. "
+            "Such as: nas measure --space tiny-32"
+        )
     refused = [p for p in precision if p not in offered]
     if refused:
         raise UsageError(f"--precision {refused[0]}: this device offers {', '.join(offered)}")

@@ -20,7 +20,12 @@ LESS_IMPORTANT = ("trial", "params", "MACs", "split", "size", "exits used %", "l
 
 @click.command(short_help="Show the front of a run, and the student to take below a time.")
 @run_argument
-@click.option("--best-under", "limit", type=Milliseconds(), help="The most accurate below this time, such as 5ms.")
+@click.option(
+    "--best-under",
+    "limit",
+    type=Milliseconds(),
+    help="The most accurate below this time (of equals the fastest).",
+)
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that --best-under limits.")
 @click.option("--all", "show_all", is_flag=True, help="All students, not only those on the front.")
 @click.option(

@@ -237,7 +237,10 @@ class Importance:
 
 @dataclass(frozen=True, slots=True)
 class PackageView:
-    """An exported package and the verdict of its own measurement; `reason` says what was missed when it is not good."""
+    """An exported package and the verdict of its own measurement; `reason` says what was missed when it is not good.
+
+    `student` is the id of the run's point that it was made from.
+    """
 
     path: str
     candidate_id: str
@@ -246,6 +249,7 @@ class PackageView:
     top1: float | None = None
     latency_ms: float | None = None
     sha256: str = ""
+    student: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,7 @@ class ProtocolSettings:
     retries: int = 6
     wait_ms: float = 10.0
     wait_round_ms: float = 1000.0
-    wait_share: float = 15.0
+    wait_share: float = 10.0
     gate_runs: int = 6
     gate_first_runs: int = 2
     gate_cpu_share: float = 0.97
@@ -306,7 +306,7 @@ def measure_interleaved(
 
     A disturbed round is kept and repeated, at most `settings.retries` times and while the waiting time lasts.
     """
-    patience = Patience(subjects, settings, clock)
+    patience = Patience(subjects, settings)
     for subject in subjects:
         if subject.error is None:
             _guarded(subject, lambda s=subject: prepare(s, settings, clock))  # type: ignore[misc]
@@ -321,40 +321,39 @@ def measure_interleaved(
 class Patience:
     """Wall time that a batch may spend on waiting for calm moments and on repeating disturbed rounds."""
 
-    def __init__(self, subjects: Sequence[Subject], settings: ProtocolSettings, clock: Clock) -> None:
+    def __init__(self, subjects: Sequence[Subject], settings: ProtocolSettings) -> None:
         nominal_ms = sum(settings.rounds(s.kind) * settings.round_ms(s.kind) for s in subjects)
         self._left_ns = settings.wait_share * nominal_ms * 1e6 if settings.retries else 0.0
-        self._clock = clock
 
     @property
-    def lasts(self) -> bool:
-        return self._left_ns > 0
+    def left_ns(self) -> float:
+        """What is left of it, nanoseconds; 0 or less: nothing."""
+        return self._left_ns
 
-    def spend(self, since_ns: int) -> None:
-        """Takes off the time since then."""
-        self._left_ns -= max(0, self._clock.wall_ns() - since_ns)
+    def spend(self, from_ns: int, to_ns: int) -> None:
+        """Takes off the time between the two."""
+        self._left_ns -= max(0, to_ns - from_ns)
 
 
 def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Clock, patience: Patience) -> None:
     for _ in range(settings.retries + 1):
-        began = clock.wall_ns()
         reading = gate.check()
-        while (
-            not gate.is_calm(reading) and patience.lasts and 0 <= clock.wall_ns() - began < settings.wait_round_ms * 1e6
-        ):
-            looked = clock.wall_ns()
+        began = clock.wall_ns()
+        longest = min(settings.wait_round_ms * 1e6, patience.left_ns)
+        while not gate.is_calm(reading) and 0 <= clock.wall_ns() - began < longest:
             if reading.cpu_share <= settings.gate_cpu_share:
                 clock.sleep(settings.wait_ms / 1e3)  # another program wants this processor
             reading = gate.check()
-            patience.spend(looked)
+        waited = clock.wall_ns()
+        patience.spend(began, waited)
         samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock)
         attempt = Attempt(samples, share, reading)
         subject.attempts.append(attempt)
-        if is_accepted(attempt, gate, settings) or not patience.lasts:
+        if is_accepted(attempt, gate, settings) or patience.left_ns <= 0:
             return
-        patience.spend(began)
         if share <= settings.round_cpu_share:
             clock.sleep(settings.wait_ms / 1e3)
+        patience.spend(waited, clock.wall_ns())
 
 
 def is_accepted(attempt: Attempt, gate: Gate, settings: ProtocolSettings) -> bool:

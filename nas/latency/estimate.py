@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Protocol
 
 import numpy as np
@@ -303,7 +304,7 @@ class VectorEstimator:
                     missing.append(layer.key)
         return MissingRowError(
             f"{len(missing)} rows are missing in {self._folder}, the first is {missing[0]}."
-            f" Run: nas measure --table {self._folder}"
+            f" Run: nas measure --table {quote(str(self._folder))} --rows {quote(missing[0])}"
         )
 
 

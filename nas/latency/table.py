@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from shlex import quote
 from types import MappingProxyType
 from typing import Any
 
@@ -123,7 +124,7 @@ class LatencyTable:
                 f"{folder} was measured in another device state:\n  "
                 + "\n  ".join(differences)
                 + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
-                " or nas measure --table DIR"
+                " or nas measure --space NAME --table DIR"
             )
         return cls(folder, stored.profile, writable=True)
 
@@ -137,7 +138,9 @@ class LatencyTable:
         """
         path = folder / "device.json"
         if not path.exists():
-            raise StorageError(f"{folder}: no latency table here (device.json is missing). Run: nas measure")
+            raise StorageError(
+                f"{folder}: no latency table here (device.json is missing). Run: nas measure --space NAME"
+            )
         return cls(folder, _device_file(path).profile, writable=False)
 
     @property
@@ -396,7 +399,7 @@ class LatencyTable:
         return [(m.sequence, m.latency_ms) for m in self._fixed[REFERENCE_KEY] if m.latency_ms is not None]
 
     def _command(self) -> str:
-        return f"Run: nas measure --table {self._folder}"
+        return f"Run: nas measure --table {quote(str(self._folder))} --space NAME"
 
     def _acquire(self, wait_s: float, on_wait: Callable[[str], None] | None) -> None:
         try:

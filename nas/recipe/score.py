@@ -7,7 +7,7 @@ some epochs (going on from its checkpoint). Results are files named by architect
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -60,7 +60,7 @@ def student_folder(students: str, arch_id: str) -> Path:
 
 
 def score(job: ScoreJob) -> ScoredStudent:
-    """Scores a candidate, or gives the score that is there already.
+    """Scores a candidate, or gives the score that is there already, at no cost: what it took was counted then.
 
     Raises:
         TrainingError: the training diverged or learnt nothing.
@@ -69,7 +69,7 @@ def score(job: ScoreJob) -> ScoredStudent:
     folder = student_folder(job.students, job.candidate.arch_id)
     known = read_scored(folder, job.name)
     if known is not None:
-        return known
+        return replace(known, cost_s=0.0)
     started = time.thread_time()
     context = open_context(job.context, job.candidate.resolution)
     student = _inherited(job, context) if job.source == "supernet" else _trained(job, context, folder)

@@ -14,11 +14,12 @@ from shlex import quote
 
 import numpy as np
 
-from nas.core.errors import BudgetError, InterruptedRunError, UsageError
-from nas.core.jsonio import write_record
+from nas.core.errors import BudgetError, InterruptedRunError, StorageError, UsageError
+from nas.core.jsonio import read_record, read_text, write_record
 from nas.core.run import (
     DatasetView,
     LatencyKind,
+    PackageView,
     Point,
     RunView,
     TeacherView,
@@ -29,7 +30,7 @@ from nas.devices import open_device
 from nas.devices.base import Device
 from nas.export.manifest import Manifest
 from nas.export.package import Package
-from nas.recipe.context import open_context
+from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, load_experiment, resolved_yaml
@@ -92,7 +93,8 @@ def run_search(
             if fork:
                 inputs = _forked(inputs, marks, reporter)
                 run_dir = inputs.experiment.run_dir
-            with open_run(run_dir, marks, resolved_yaml(inputs.experiment)) as folder:
+            space_yaml = read_text(Path(inputs.experiment.space))
+            with open_run(run_dir, marks, resolved_yaml(inputs.experiment), space_yaml) as folder:
                 stop.tell_workers(folder.path / "stop")
                 return _run(inputs, folder, told, stop, start_workers)
     except (InterruptedRunError, KeyboardInterrupt) as e:
@@ -148,7 +150,7 @@ def _search(
     predictor = Predictor(inputs.space, table, inputs.device, reporter)
     _tell_duration(inputs, predictor, folder, reporter)
     predictor.prepare()
-    check_budget(predictor, e.budget)
+    check_budget(predictor, e.budget, e.search.seed)
     teacher, _, context = prepare_training(inputs, folder, reporter)
     teacher_ms = teacher_latency(teacher, inputs.device, folder)
     parts = SearchParts(
@@ -185,22 +187,29 @@ def _tell_duration(inputs: Inputs, predictor: Predictor, folder: RunFolder, repo
 def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
     """The package of the pick; where its own file misses the budget, the next student becomes the pick."""
     outcome = load_outcome(folder.path)
-    if outcome.pick_id is None or (folder.path / "package.json").exists():
+    if outcome.pick_id is None:
         return
-    reporter.say(f"exporting the pick {outcome.pick_id}")
+    file = folder.path / "package.json"
+    if not file.exists():
+        reporter.say(f"exporting the pick {outcome.pick_id}")
     try:
-        package = export_student(folder.path, reporter, device=device)
+        exported = read_record(PackageView, file) if file.exists() else _exported_pick(folder, device, reporter)
     except BudgetError as e:
         reporter.warn(str(e))
         reason = "its exported file, and those of all others, were measured above the budget"
         changed = replace(outcome, pick_id=None, pick_reason="", next_id=None, next_reason="")
         write_record(folder.path / "outcome.json", replace(changed, closest_id=outcome.pick_id, closest_reason=reason))
         return
-    exported = package.manifest.provenance["student"]
-    if exported != outcome.pick_id:
+    if exported.student != outcome.pick_id:  # also where an earlier call was killed between the two files
         reason = f"the best student whose exported file keeps the budget; that of {outcome.pick_id} did not"
-        changed = replace(outcome, pick_id=exported, pick_reason=reason, next_id=None, next_reason="")
+        changed = replace(outcome, pick_id=exported.student, pick_reason=reason, next_id=None, next_reason="")
         write_record(folder.path / "outcome.json", changed)
+
+
+def _exported_pick(folder: RunFolder, device: Device, reporter: Reporter) -> PackageView:
+    found = package_view(export_student(folder.path, reporter, device=device))
+    write_record(folder.path / "package.json", found)
+    return found
 
 
 def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
@@ -343,7 +352,7 @@ def export_student(
         trial: number of a trial whose architecture was finished.
         best_under_ms: budget, ms.
         of: which latency it limits; None: that of the run's budget.
-        out: folder of the package; default `<run>/packages/<student>`.
+        out: folder of the package; default `<run>/packages/<student>`, with the budget where it is not the run's.
         overwrite: replaces an existing package.
         device: measures; by default the one that the run's experiment names.
 
@@ -368,9 +377,15 @@ def export_student(
     def accept(manifest: Manifest) -> bool:
         return is_named or manifest.verdict != "over_budget"
 
+    _rebuild_arrays(run_dir, experiment, reporter)
+    own_budget = (view.budget_ms, view.budget_of) == (experiment.budget.ms, experiment.budget.of)
+    suffix = "" if own_budget else f"-{view.budget_of}-under-{view.budget_ms:g}ms"
     missed: list[str] = []
+    fastest_miss_ms = float("inf")
     for point in candidates:
-        folder = out or run_dir / "packages" / point.id
+        if latency_of(point.latency, view.budget_of) >= fastest_miss_ms:
+            continue  # slower than one whose file missed the budget
+        folder = out or run_dir / "packages" / f"{point.id}{suffix}"
         package = export_point(
             view,
             run_dir,
@@ -383,11 +398,22 @@ def export_student(
             accept=accept,
         )
         if accept(package.manifest):
-            write_record(run_dir / "package.json", package_view(package))
             return package
+        fastest_miss_ms = latency_of(point.latency, view.budget_of)
         missed.append(f"{point.id}: {package.manifest.reasons[0]}")
         reporter.say(f"taking the next one: {missed[-1]}")
     raise BudgetError(f"no exported package keeps {view.budget_ms:g} ms; tried:\n  " + "\n  ".join(missed))
+
+
+def _rebuild_arrays(run_dir: Path, experiment: Experiment, reporter: Reporter) -> None:
+    """Makes the arrays that the test split is read from anew, where the cache was cleared since the run."""
+    path = run_dir / "context.json"
+    try:
+        for side in read_record(ContextFile, path).resolutions:
+            open_context(str(path.resolve()), side.resolution)
+    except StorageError as e:
+        reporter.say(f"the cache of this run is not there any more ({e}): making it anew")
+        prepare_training(load_inputs(experiment, reporter), RunFolder(run_dir), reporter)
 
 
 def _selected(view: RunView, run_dir: Path, student: str | None, trial: int | None) -> list[Point]:
@@ -404,7 +430,8 @@ def _selected(view: RunView, run_dir: Path, student: str | None, trial: int | No
             and (p.trial == trial or (trial in built and built.get(p.trial) == built[trial]))
         ]
         if not of_trial:
-            finished = sorted({p.trial for p in view.points if p.trial is not None})
+            measured = [p for p in view.points if p.latency.provenance == "measured"]
+            finished = sorted({p.trial for p in measured if p.trial is not None})
             raise UsageError(
                 f"trial {trial} was not finished; finished trials: {', '.join(map(str, finished))}. "
                 f"See: nas pareto {quote(str(run_dir))}"

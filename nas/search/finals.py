@@ -127,7 +127,7 @@ def finish(
             distill,
             parts.search.seed,
             settings.calibration_images,
-            tuple((p,) * (len(candidate.stages) + 2) for p in parts.space.precisions if p != "fp32"),
+            tuple(names for names in deployments(parts, candidate) if set(names) != {"fp32"}),
         )
         for candidate in finalists
     ]
@@ -148,35 +148,51 @@ def finish(
     return done, failed
 
 
+def deployments(parts: SearchParts, architecture: Candidate) -> list[tuple[Precision, ...]]:
+    """Precisions in which a finished student is tried: each one throughout, and the mixes that the search scored."""
+    parts_of = len(architecture.stages) + 2
+    uniform: list[tuple[Precision, ...]] = [(p,) * parts_of for p in parts.space.precisions]
+    mixed = [
+        r.candidate.precisions
+        for r in parts.folder.trials()
+        if r.state == "complete" and r.candidate.arch_id == architecture.arch_id
+    ]
+    return list(dict.fromkeys([*uniform, *mixed]))
+
+
 def variants(
     parts: SearchParts, student: FinishedStudent, int8_loss: float
 ) -> tuple[list[Variant], list[FailedCandidate]]:
-    """Every way to deploy a student; precisions that lose more than `int8_loss` on search validation are refused."""
+    """Every way to deploy a student; what loses more than `int8_loss` at one of its exits against fp32 is refused.
+
+    The loss is counted on search validation.
+    """
     folder = parts.folder.student(student.candidate.arch_id)
     labels = parts.labels
     result: list[Variant] = []
     refused: list[FailedCandidate] = []
-    full = _right(finished_logits(folder, "val", ("fp32",))[-1], labels)
-    for precision in parts.space.precisions:
-        candidate = student.candidate.with_precision(precision)
-        names: tuple[Precision, ...] = candidate.precisions
+    full = finished_logits(folder, "val", ("fp32",))
+    for names in deployments(parts, student.candidate):
+        candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
-        lost = full - _right(val[-1], labels)
-        if lost > int8_loss:
+        lost = [_right(a, labels) - _right(b, labels) for a, b in zip(full, val, strict=True)]
+        kept = [loss <= int8_loss for loss in lost]
+        if not kept[-1]:
             reason = (
-                f"{precision} loses {100 * lost:.1f} points on {len(labels)} validation images "
+                f"{candidate.precision_label} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
                 f"(limit {100 * int8_loss:.1f})"
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
-            continue
-        result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
-        if candidate.exits:
-            result.append(Variant(student, candidate, None, val, test))
-            for k in range(len(candidate.exits)):
-                cut = candidate.truncated(k)
+        else:
+            result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
+            if candidate.exits and all(kept):
+                result.append(Variant(student, candidate, None, val, test))
+        for k in range(len(candidate.exits)):
+            cut = candidate.truncated(k)
+            if kept[k]:
                 result.append(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1]))
-                if cut.exits:
-                    result.append(Variant(student, cut, k, val[: k + 1], test[: k + 1]))
+            if cut.exits and all(kept[: k + 1]):
+                result.append(Variant(student, cut, k, val[: k + 1], test[: k + 1]))
     return result, refused
 
 
@@ -222,8 +238,13 @@ def build_points(
         failed += refused
     everything, predicted, unknown = _predicted(parts, everything)
     failed += unknown
+    if not everything and not unknown:
+        raise TrainingError(
+            f"every precision of every finished student is refused; the first: {failed[0].reason}. Allow more "
+            "(--set finish.int8_loss=RATIO --fork), or add fp32 to the precisions of the space"
+        )
     if not everything:
-        raise DeviceError(f"not one finished student has a latency; the first: {failed[0].reason}. Run: nas doctor")
+        raise DeviceError(f"not one finished student has a latency; the first: {unknown[0].reason}. Run: nas doctor")
     chosen = _worth_measuring(parts, everything, predicted, settings)
     measured, broken = _measure(parts, [everything[i] for i in chosen])
     failed += broken

@@ -7,7 +7,8 @@
   events.jsonl       rounds, measured networks    measured.jsonl     finished students on the device, exit by exit
   clock.json         time spent so far            study.db           the same trials for Optuna's tools
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
-  outcome.json       finished students            report/  packages/
+  outcome.json       finished students            space.yaml   the search space as it was
+  report/  packages/                              package.json the package of the pick
 ```
 """
 
@@ -32,6 +33,7 @@ from nas.space.yamlio import parse_yaml
 
 SCHEMA = 1
 OWNER_FILE = "run.owner.json"
+SPACE_FILE = "space.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +164,14 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(path: Path, fingerprint: dict[str, str], resolved_yaml: str) -> Iterator[RunFolder]:
+def open_run(path: Path, fingerprint: dict[str, str], resolved_yaml: str, space_yaml: str = "") -> Iterator[RunFolder]:
     """The run folder, locked for this process; made when it does not exist.
 
     Args:
         path: run folder.
         fingerprint: readable key -> value of everything that decides what a score means.
         resolved_yaml: the settings, kept beside the results.
+        space_yaml: the search space, kept too: its file may be edited or moved later.
 
     Raises:
         RunMismatchError: the folder belongs to a run with another fingerprint; the message lists key by key.
@@ -192,7 +195,7 @@ def open_run(path: Path, fingerprint: dict[str, str], resolved_yaml: str) -> Ite
     try:
         write_record(owner, _this_process())
         _sweep(path)
-        _check_fingerprint(path, fingerprint, resolved_yaml)
+        _check_fingerprint(path, fingerprint, resolved_yaml, space_yaml)
         (path / "stop").unlink(missing_ok=True)
         yield RunFolder(path)
     finally:
@@ -255,7 +258,7 @@ def _process_start(pid: int) -> str:
     return "unknown"
 
 
-def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: str) -> None:
+def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: str, space_yaml: str) -> None:
     file = path / "fingerprint.json"
     now = {"schema": str(SCHEMA), **fingerprint}
     settings = path / "experiment.yaml"
@@ -267,11 +270,13 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: s
         before = read_text(settings) if settings.exists() else ""
         raise RunMismatchError(
             f"{path}: this folder holds a run with other settings:\n"
-            + "\n".join([*lines, *settings_diff(before, resolved_yaml)])
+            + "\n".join([*lines, *settings_diff(before, resolved_yaml), *_space_diff(path, space_yaml)])
             + "\nGo on with the old settings, start anew in another folder (--set run.dir=DIR), or copy what is still "
             "valid into a new run: --fork"
         )
     write_text(settings, resolved_yaml)
+    if space_yaml:
+        write_text(path / SPACE_FILE, space_yaml)
     if not file.exists():
         write_record(file, now)  # last: with it, the folder is a run that can be looked at
 
@@ -299,6 +304,13 @@ def fingerprint_diff(stored: dict[str, str], now: dict[str, str]) -> list[str]:
     ]
 
 
+def _space_diff(path: Path, space_yaml: str) -> list[str]:
+    kept = path / SPACE_FILE
+    if not space_yaml or not kept.exists():
+        return []
+    return [line.replace("  ", "  space: ", 1) for line in settings_diff(read_text(kept), space_yaml)]
+
+
 def settings_diff(before: str, after: str) -> list[str]:
     """One line per setting of two resolved experiment files that differs; folders of results are passed over."""
     old, new = _flat(parse_yaml(before, "experiment.yaml")), _flat(parse_yaml(after, "experiment"))
@@ -310,6 +322,9 @@ def settings_diff(before: str, after: str) -> list[str]:
 
 
 def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(data, list) and any(isinstance(part, dict) for part in data):
+        start = prefix.rstrip(".")
+        return {key: value for i, part in enumerate(data) for key, value in _flat(part, f"{start}[{i}].").items()}
     if not isinstance(data, dict):
         return {prefix.rstrip("."): data} if prefix else {}
     return {key: value for name, part in data.items() for key, value in _flat(part, f"{prefix}{name}.").items()}

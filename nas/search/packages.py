@@ -14,6 +14,7 @@ from nas.devices.base import Device, MeasureJob
 from nas.devices.onnxruntime_cpu import op_counts
 from nas.export.manifest import ArtefactAccuracy, Manifest
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
+from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.context import Context, open_context
 from nas.recipe.finish import deployed_parts, finished_logits, load_finished
@@ -43,7 +44,7 @@ def export_point(
         source: where its weights come from.
         device: measures the exported file.
         folder: the package.
-        max_loss: accuracy (ratio, test split) that the file may lose against the fp32 student without early exits.
+        max_loss: accuracy (ratio, test split) that the file may lose against the fp32 student with the same exits.
         overwrite: replaces an existing package.
         accept: looks at what was measured; False leaves the folder as it was.
 
@@ -55,7 +56,12 @@ def export_point(
     weights, quant = load_finished(home)
     weights, quant = deployed_parts(trained, weights, quant, source.cut, keep_exits=bool(point.candidate.exits))
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
-    full = finished_logits(home, "test", ("fp32",))[-1 if source.cut is None else source.cut]
+    full = finished_logits(home, "test", ("fp32",))
+    full = full if source.cut is None else full[: source.cut + 1]
+    full = full if point.candidate.exits else full[-1:]
+    # The same exits and thresholds in fp32: what exits give up was chosen, what the file loses on top was not.
+    thresholds = tuple(NEVER if t is None else t for t in point.thresholds)
+    reference, _, _ = evaluate_thresholds(full, np.asarray(context.test_labels), thresholds, np.zeros(len(full)))
     plan = PackagePlan(
         name=point.id,
         candidate=point.candidate,
@@ -65,9 +71,14 @@ def export_point(
         std=context.std,
         budget_ms=view.budget_ms,
         budget_of=view.budget_of,
-        reference_top1=float((full.argmax(1) == context.test_labels).mean()),
+        reference_top1=reference,
         max_loss=max_loss,
-        provenance={**view.provenance, "run": view.name, "student": point.id},
+        provenance={
+            **view.provenance,
+            "run": view.name,
+            "student": point.id,
+            "data set": "unnamed" if view.dataset is None else view.dataset.name,
+        },
     )
     return export_package(
         folder,
@@ -100,7 +111,7 @@ def _instruments(device: Device, context: Context, point: Point) -> Instruments:
 
 
 def package_view(package: Package) -> PackageView:
-    """What the report says of a package."""
+    """What the report says of a package, and which student of the run it is."""
     m = package.manifest
     figures = m.latency.figures
     shown = {"expected": figures.expected_ms, "worst": figures.worst_ms, "p99": figures.p99_ms}[m.budget_of]
@@ -112,6 +123,7 @@ def package_view(package: Package) -> PackageView:
         m.accuracy.top1,
         shown,
         package.sha256,
+        m.name,
     )
 
 

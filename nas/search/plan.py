@@ -155,7 +155,8 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
         about_s = e.teacher.epochs * images * teacher_macs / TEACHER_TRAINING / max(1, min(e.teacher.threads, 2))
         phases.append(Phase("teacher", f"{e.teacher.epochs} epochs of {images} images, unless cached", about_s))
     about_s = e.distill.variants * images * teacher_macs / TEACHER_ANSWERS
-    phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, unless cached", about_s))
+    unless = "unless cached" if teacher_macs else "by a given teacher, whose time is not known beforehand"
+    phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, {unless}", about_s))
     if missing:
         phases.append(Phase("latency table", f"{missing} rows", missing * SECONDS_PER_ROW))
     todo = max(0, e.search.trials - scored)

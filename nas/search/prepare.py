@@ -24,6 +24,9 @@ from nas.space.space import SearchSpace, load_space
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
 
+CHANCE_FACTOR = (
+    1.5  # times the accuracy of guessing: a given teacher below it has another order of classes, most likely
+)
 SCORE_IMAGES = 256  # training images for batch norm and int8 ranges of a score; more change it by less than its noise
 
 
@@ -109,6 +112,13 @@ def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> t
         dataset, e.teacher, cache, lambda done, total: reporter.progress("teacher", done, total, "epochs")
     )
     reporter.say(f"teacher {teacher.name}: {100 * teacher.val_accuracy:.1f} % on search validation")
+    classes = dataset.class_names
+    if e.teacher.kind != "resnet" and teacher.val_accuracy < CHANCE_FACTOR / len(classes):
+        reporter.warn(
+            f"the given teacher is hardly better than guessing among {len(classes)} classes. Its outputs must be in "
+            f"the order of the data set's classes ({', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}), "
+            "and its images as teacher.pixels says"
+        )
     targets = make_targets(
         teacher,
         dataset,

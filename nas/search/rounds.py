@@ -32,7 +32,8 @@ from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
 POOL_SAMPLES = 2048  # random genotypes from which starts and networks to measure are chosen
-FIRST_ROWS_SAMPLES = 48  # where the table is filled lazily: random candidates whose rows come first
+FIRST_ROWS_SAMPLES = 48  # where the table is filled lazily: candidates whose rows come first,
+FIRST_ROWS_DRAWN = 512  # spread over the multiply-adds of so many random ones
 FAILURES_IN_A_ROW = 6
 CLEAR_MISS = 1.25  # times the budget: further than any correction of the plain sum moves an estimate
 
@@ -104,19 +105,30 @@ def _first_networks(parts: SearchParts) -> None:
 
 
 def _pool_in_reach(parts: SearchParts, seed: int) -> tuple[list[Genotype], list[float]]:
-    """Distinct random genotypes with known latency up to 1.2 budgets (all of them when hardly any is)."""
-    rng = np.random.default_rng((seed, 77))
-    space, predictor = parts.space, parts.predictor
-    if not predictor.is_whole:
-        rows = [space.smallest(), space.largest()]
-        rows += [tuple(int(v) for v in row) for row in space.sample_many(rng, FIRST_ROWS_SAMPLES)]
-        predictor.worst(rows)
-    samples = np.unique(space.sample_many(rng, POOL_SAMPLES), axis=0)
-    worst, _ = predictor.known_worst(samples)
+    """Distinct genotypes with known latency up to 1.2 budgets (all of them when hardly any is)."""
+    samples = known_pool(parts.predictor, parts.search.seed, seed)
+    worst, _ = parts.predictor.known_worst(samples)
     known = ~np.isnan(worst)
     near = known & (worst <= 1.2 * parts.budget.ms)
     kept = near if near.sum() >= 8 else known
     return [tuple(int(v) for v in row) for row in samples[kept]], [float(v) for v in worst[kept]]
+
+
+def known_pool(predictor: Predictor, run_seed: int, seed: int) -> np.ndarray:
+    """Different random genotypes [N, G] whose rows are there.
+
+    Where the table is filled row by row these are few and spread over the multiply-adds, their rows are measured now,
+    and they are the same in all calls of a run: of any other genotype some row would be missing.
+    """
+    space = predictor.space
+    if predictor.is_whole:
+        return np.unique(space.sample_many(np.random.default_rng((seed, 77)), POOL_SAMPLES), axis=0)
+    drawn = space.sample_many(np.random.default_rng((run_seed, 77)), FIRST_ROWS_DRAWN)
+    macs = [total_macs(space.decode(tuple(row))) for row in drawn.tolist()]
+    chosen = [tuple(drawn[i].tolist()) for i in stratified(macs, FIRST_ROWS_SAMPLES)]
+    rows = list(dict.fromkeys([space.smallest(), *chosen, space.largest()]))
+    predictor.worst(rows)
+    return np.array(rows, np.int64)
 
 
 def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
@@ -221,19 +233,32 @@ def _proposed(
     return Batch(first, round_number, tuple(genotypes), tuple(worst.tolist()), tuple(proposers)), asked
 
 
-def check_budget(predictor: Predictor, budget: BudgetSettings) -> None:
+def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int) -> None:
     """Ends a run that cannot succeed before anything is trained for it.
 
-    The plain sum may be wrong by some percent, so only a clear miss counts here.
+    The plain sum may be wrong by some percent, so only a clear miss counts here; where the fastest network is not known
+    exactly but only the fastest of a sample, the miss must be twice as clear.
+
+    Args:
+        predictor: with the rows of the space, or those of a sample that is measured now.
+        budget: the deadline.
+        seed: of the run.
 
     Raises:
         BudgetError: the fastest candidate of the space misses the budget; the message names it.
     """
-    if budget.of != "worst":
+    exact = predictor.fastest() if budget.of == "worst" else None
+    if exact is not None:
+        if is_clear_miss(exact[1], budget.ms):
+            raise _budget_error(predictor, budget, *exact)
         return
-    found = predictor.fastest()
-    if found is not None and is_clear_miss(found[1], budget.ms):
-        raise _budget_error(predictor, budget, *found)
+    pool = known_pool(predictor, seed, seed)
+    ms = predictor.known_worst(pool)[0] if budget.of == "worst" else predictor.known_first_exit(pool)
+    if np.isnan(ms).all():
+        return
+    best = int(np.nanargmin(ms))
+    if is_clear_miss(float(ms[best]), 2 * budget.ms):
+        raise _budget_error(predictor, budget, tuple(pool[best].tolist()), float(ms[best]))
 
 
 def is_clear_miss(fastest_ms: float, budget_ms: float) -> bool:

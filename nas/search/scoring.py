@@ -118,7 +118,7 @@ def score_batch(
         last = number == len(plan.rungs) - 1
         is_single = len(plan.rungs) == 1
         stage = "scoring" if is_single else f"scoring, rung of {epochs} epochs"
-        note = "" if is_single else f"candidates {before + 1} to {before + len(candidates)} of {planned}"
+        note = "" if is_single or not planned else f"candidates {before + 1} to {before + len(candidates)} of {planned}"
         shown_before, shown_all = (before, max(planned, before + len(members))) if is_single else (0, len(members))
         for result in (r for wave in _waves(plan, members) for r in pool.map(score, wave, should_stop)):
             done += 1

@@ -84,8 +84,9 @@ class FinishSettings:
     """Finalists: full distillation with one recipe, then int8, thresholds and measuring.
 
     `students`: architectures finished. `calibration_images`: training images whose ranges int8 uses.
-    `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network.
-    `int8_loss`: a package whose test accuracy is this much (ratio) below its fp32 network is not called good.
+    `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
+    on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
+    package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
     """
 
     students: int = 8

@@ -27,7 +27,7 @@ from nas.core.run import (
 )
 from nas.recipe.records import FinishedStudent
 from nas.search.experiment import Experiment, load_experiment
-from nas.search.folder import Event, RunFolder, TrialRecord, is_running
+from nas.search.folder import SPACE_FILE, Event, RunFolder, TrialRecord, is_running
 from nas.search.progress import time_spent
 from nas.space.space import load_space
 
@@ -89,7 +89,7 @@ def load_view(run_dir: Path) -> RunView:
         budget_ms=experiment.budget.ms,
         budget_of=experiment.budget.of,
         space_name=Path(experiment.space).stem,
-        space_size=_space_size(experiment),
+        space_size=_space_size(experiment, run_dir),
         scorer=experiment.search.scorer,
         trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
         failed=failed_candidates(records, events),
@@ -129,8 +129,10 @@ def _created(file: Path) -> str:
     return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds")
 
 
-def _space_size(experiment: Experiment) -> int:
-    return load_space(Path(experiment.space), 2).size
+def _space_size(experiment: Experiment, run_dir: Path) -> int:
+    """Number of candidates; from the run's own copy of the space, because the file may have been edited or moved."""
+    kept = run_dir / SPACE_FILE
+    return load_space(kept if kept.exists() else Path(experiment.space), 2).size
 
 
 def _trial_point(record: TrialRecord) -> TrialPoint:

@@ -42,6 +42,8 @@ from nas.train.teacher_onnx import input_side, resnet_model, torch_model, with_b
 
 TEACHER_VERSION = 1  # raise it when a change of the code changes what a teacher learns
 PREDICT_BATCH = 250
+PROBE_IMAGES = 64  # of a given file, to see whether it gives logits or probabilities
+LEAST_PROBABILITY = 1e-7  # below it a softmax in float32 holds no information
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's published statistics
 
 Progress = Callable[[int, int], None]
@@ -388,7 +390,7 @@ def _onnx(dataset: Dataset, settings: TeacherSettings, sha256: str) -> _Model:
     device = OnnxRuntimeCpu()
     classes = len(dataset.class_names)
 
-    def predict(images: np.ndarray) -> np.ndarray:
+    def outputs(images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
         logits = device.run(whole, np.ascontiguousarray(resized(x, resolution).numpy()))[0]
         if logits.ndim != 2 or logits.shape[1] != classes:
@@ -397,5 +399,15 @@ def _onnx(dataset: Dataset, settings: TeacherSettings, sha256: str) -> _Model:
                 f"the data set has {classes} classes"
             )
         return logits.astype(np.float32)
+
+    probe = outputs(dataset.val.images[:PROBE_IMAGES])
+    is_probability = bool((probe >= 0).all() and np.allclose(probe.sum(axis=1), 1.0, atol=1e-3))
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        # In parts: all images at once, enlarged to the teacher's side as float32, may be gigabytes.
+        parts = [outputs(images[i : i + PREDICT_BATCH]) for i in range(0, len(images), PREDICT_BATCH)]
+        found = np.concatenate(parts) if parts else np.zeros((0, classes), np.float32)
+        # A file that ends in a softmax gives probabilities; a temperature is for logits, and these are theirs.
+        return np.log(np.maximum(found, LEAST_PROBABILITY)) if is_probability else found
 
     return _Model(path.stem, sha256, "fp32", resolution, predict, lambda: with_batch_one(whole))

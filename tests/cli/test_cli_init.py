@@ -48,7 +48,8 @@ def test_options_become_values(tmp_path: Path) -> None:
     assert run(["init", str(path), "--data", "CIFAR10", "--force"]) == 0
     experiment = load_experiment(path)
     assert experiment.data.name == "CIFAR10"
-    assert Path(experiment.space).stem == "mobilenetv3-64"
+    assert Path(experiment.space).stem == "small-64"
+    assert experiment.data.path == str(tmp_path / "data" / "CIFAR10")
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(20, 120), (1720, 50)])

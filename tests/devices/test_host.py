@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nas.devices.host import HostFacts, host_profile, probe_host, safe_name
+from nas.devices.host import HostFacts, clock_and_temperature, host_profile, probe_host, safe_name
 
 INTEL = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -97,3 +97,23 @@ def test_load_does_not_change_the_state_but_the_governor_does(tmp_path: Path) ->
 )
 def test_names_are_safe(text: str, expected: str) -> None:
     assert safe_name(text) == expected
+
+
+def test_clock_and_temperature_are_those_of_the_fastest_core_and_the_hottest_zone(tmp_path: Path) -> None:
+    for cpu, khz in (("cpu0", "1500000"), ("cpu1", "2400000")):
+        (tmp_path / f"sys/devices/system/cpu/{cpu}/cpufreq").mkdir(parents=True)
+        (tmp_path / f"sys/devices/system/cpu/{cpu}/cpufreq/scaling_cur_freq").write_text(khz)
+    for zone, value in (("thermal_zone0", "41500"), ("thermal_zone1", "-256000"), ("thermal_zone2", "")):
+        (tmp_path / f"sys/class/thermal/{zone}").mkdir(parents=True)
+        (tmp_path / f"sys/class/thermal/{zone}/temp").write_text(value)
+    assert clock_and_temperature(tmp_path) == (2400.0, 41.5)
+
+
+def test_a_virtual_machine_gives_the_clock_of_its_processor_and_no_temperature(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/cpuinfo").write_text("cpu MHz\t\t: 2445.432\nmodel name: x\n\ncpu MHz : 2300.0\n")
+    assert clock_and_temperature(tmp_path) == (2445.432, None)
+
+
+def test_a_machine_that_tells_nothing_gives_neither(tmp_path: Path) -> None:
+    assert clock_and_temperature(tmp_path) == (None, None)

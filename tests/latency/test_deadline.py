@@ -97,7 +97,7 @@ def test_without_margin_it_is_the_most_accurate_in_time_and_of_equals_the_fastes
 
 
 @pytest.mark.parametrize("margin", [0.5, 1.0, 2.0])
-def test_margin_of_the_mean_is_kept_and_costs_little_more_than_it_must(
+def test_margin_of_the_mean_is_kept_and_costs_no_more_than_it_must(
     every: tuple[ThresholdSweep, list[Outcome]], margin: float
 ) -> None:
     solved = 0
@@ -106,11 +106,12 @@ def test_margin_of_the_mean_is_kept_and_costs_little_more_than_it_must(
         setting = solve_for_deadline(every[0], deadline, "expected", STD, margin)
         if not inside:
             assert setting is None
-        elif setting is not None:
-            solved += 1
-            chosen = found(every, setting)
-            assert chosen.needed_ms(margin) <= deadline + 1e-12
-            assert max(o.right for o in inside) - 9 <= chosen.right  # 3 % of the images, on a grid that is coarse
+            continue
+        assert setting is not None
+        solved += 1
+        chosen = found(every, setting)
+        assert chosen.needed_ms(margin) <= deadline + 1e-12
+        assert chosen.right == max(o.right for o in inside)
     assert solved >= 25
 
 

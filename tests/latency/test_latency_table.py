@@ -190,7 +190,7 @@ def test_a_table_of_another_state_is_refused_with_both_values(tmp_path: Path, fi
     lines = [line.strip() for line in str(e.value).splitlines() if "the table has" in line]
     mine, other = getattr(profile(), field), OTHER_STATE[field]
     assert lines == [f"{field}: the table has {mine!r}, this device has {other!r}"]
-    assert "nas measure --table DIR" in str(e.value)
+    assert "nas measure --space NAME --table DIR" in str(e.value)
 
 
 def test_what_does_not_change_the_state_is_not_compared(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_table_opened_to_read_takes_nothing(tmp_path: Path) -> None:
 
 
 def test_reading_needs_a_table(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"no latency table here \(device.json is missing\)\. Run: nas measure"):
+    with pytest.raises(StorageError, match=r"here \(device.json is missing\)\. Run: nas measure --space"):
         LatencyTable.read(tmp_path)
     filled(tmp_path, [candidate()])
     assert len(LatencyTable.read(tmp_path).rows) == 6

@@ -13,7 +13,7 @@ import pytest
 from search_examples import Notes, write_experiment
 
 from nas.core.errors import BudgetError, InterruptedRunError, UsageError
-from nas.core.jsonio import read_record, write_record
+from nas.core.jsonio import file_sha256, read_record, write_record
 from nas.core.records import LatencyFigures
 from nas.core.run import PackageView, Point, SplitAccuracy
 from nas.devices.base import MeasureJob
@@ -130,7 +130,7 @@ def _exported(made: MadeRun) -> set[str]:
 def test_the_most_accurate_on_validation_is_exported_and_only_measured_students_count(made: MadeRun) -> None:
     package = export_student(made.path, Notes(), best_under_ms=UNDER_MS, device=made.device())
     assert (package.manifest.name, package.manifest.verdict) == ("best", "good")
-    assert package.folder == made.path / "packages" / "best"
+    assert package.folder == made.path / "packages" / "best-worst-under-0.0055ms"
     assert package.manifest.provenance["student"] == "best"
     assert package.manifest.provenance["run"] == "a run"
     assert (package.manifest.budget_ms, package.manifest.budget_of) == (UNDER_MS, "worst")
@@ -143,8 +143,7 @@ def test_a_file_that_misses_the_budget_gives_its_place_to_the_next_student(made:
     assert notes.said == [
         "taking the next one: best: median worst latency 0.02 ms is above the budget of 0.0055 ms",
     ]
-    assert _exported(made) == {"second"}
-    assert read_record(PackageView, made.path / "package.json").path == str(package.folder)
+    assert _exported(made) == {"second-worst-under-0.0055ms"}
 
 
 def test_a_file_that_loses_accuracy_keeps_its_place_and_is_not_called_good(made: MadeRun) -> None:
@@ -154,9 +153,8 @@ def test_a_file_that_loses_accuracy_keeps_its_place_and_is_not_called_good(made:
     package = export_student(made.path, notes, best_under_ms=UNDER_MS, device=made.device())
     assert (package.manifest.name, package.manifest.verdict) == ("best", "accuracy_loss")
     assert notes.said == []
-    assert _exported(made) == {"best"}
-    shown = load_view(made.path).package
-    assert shown is not None
+    assert _exported(made) == {package.folder.name}
+    shown = package_view(package)
     assert not shown.is_good
     assert "points below 100.00 %; allowed: 50.00" in shown.reason
 
@@ -186,12 +184,11 @@ def test_when_every_file_misses_the_budget_all_that_was_tried_is_listed(made: Ma
 
 
 def test_a_package_that_misses_leaves_what_was_there(made: MadeRun, tmp_path: Path) -> None:
-    before = export_student(made.path, Notes(), student="third")
+    export_student(made.path, Notes(), student="third")
     slow = made.device(best=0.02, second=0.03, third=0.04)
     with pytest.raises(BudgetError):
         export_student(made.path, Notes(), best_under_ms=UNDER_MS, device=slow)
     assert _exported(made) == {"third"}
-    assert load_view(made.path).package == package_view(before)
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "notes.txt").write_text("keep")
@@ -210,8 +207,16 @@ def test_of_says_which_latency_is_limited(made: MadeRun) -> None:
 
 
 def test_without_a_choice_the_budget_of_the_run_holds(made: MadeRun) -> None:
-    package = export_student(made.path, Notes(), device=made.device(best=0.0069))
-    assert (package.manifest.name, package.manifest.budget_ms) == ("tail", 0.0068)
+    package = export_student(made.path, Notes(), device=made.device())
+    assert (package.manifest.name, package.manifest.budget_ms) == ("best", 0.0068)
+    assert package.folder == made.path / "packages" / "best"
+
+
+def test_students_slower_than_one_that_missed_are_not_tried(made: MadeRun) -> None:
+    notes = Notes()
+    package = export_student(made.path, notes, device=made.device(best=0.0069))
+    assert package.manifest.name == "second"  # `tail` is less accurate and slower than `best`
+    assert len(notes.said) == 1
 
 
 def test_a_named_student_is_exported_as_it_is_and_replaced_only_when_asked(made: MadeRun) -> None:
@@ -221,7 +226,6 @@ def test_a_named_student_is_exported_as_it_is_and_replaced_only_when_asked(made:
     assert _exported(made) == {"third"}
     with pytest.raises(UsageError, match="third exists already"):
         export_student(made.path, Notes(), student="third", device=made.device())
-    assert read_record(PackageView, made.path / "package.json").sha256 == package.sha256
     again = export_student(made.path, Notes(), student="third", device=made.device(), overwrite=True)
     assert again.manifest.verdict == "good"
 
@@ -279,18 +283,52 @@ def test_a_device_in_another_state_is_told(made: MadeRun) -> None:
     assert same.warned == []
 
 
-def test_the_view_of_a_run_shows_the_package_that_was_exported_last(made: MadeRun) -> None:
-    export_student(made.path, Notes(), student="third", device=made.device())
-    package = export_student(made.path, Notes(), best_under_ms=1.0, device=made.device())
-    assert load_view(made.path).package == PackageView(
-        path=str(package.folder),
+def test_the_view_of_a_run_shows_the_package_of_its_pick_whatever_else_is_exported(made: MadeRun) -> None:
+    slow = export_student(made.path, Notes(), student="third", device=made.device(third=0.02))
+    assert slow.manifest.verdict == "over_budget"
+    assert load_view(made.path).package is None
+    _go_on(made, made.device(), Notes())
+    shown = load_view(made.path).package
+    assert shown == PackageView(
+        path=str(made.path / "packages" / "best"),
         candidate_id=made.points["best"].candidate.id,
         is_good=True,
         reason="",
-        top1=package.manifest.accuracy.top1,
+        top1=shown.top1 if shown else None,
         latency_ms=0.005,
-        sha256=package.sha256,
+        sha256=file_sha256(made.path / "packages" / "best" / "manifest.json"),
+        student="best",
     )
+    export_student(made.path, Notes(), student="third", overwrite=True, device=made.device())
+    assert load_view(made.path).package == shown
+
+
+def test_a_kill_between_package_and_result_is_mended_by_the_next_call(made: MadeRun) -> None:
+    _go_on(made, made.device(best=0.02), Notes())
+    outcome = load_outcome(made.path)
+    write_record(made.path / "outcome.json", replace(outcome, pick_id="best", pick_reason="as before the kill"))
+    _go_on(made, made.device(), Notes())
+    assert load_view(made.path).pick_id == "second"
+    assert "that of best did not" in load_view(made.path).pick_reason
+
+
+def test_card_of_a_package_names_the_data_set(made: MadeRun) -> None:
+    package = export_student(made.path, Notes(), student="third", device=made.device())
+    card = (package.folder / "README.md").read_text()
+    assert "| data set | defects |" in card
+    assert "unnamed" not in card
+
+
+def test_arrays_are_made_anew_where_the_cache_was_cleared(finished: Path, made: MadeRun, tmp_path: Path) -> None:
+    cache = tmp_path / "cleared"
+    path = made.path / "experiment.yaml"
+    path.write_text(path.read_text().replace(str(finished / "cache"), str(cache)))
+    context = made.path / "context.json"
+    context.write_text(context.read_text().replace(str(finished / "cache"), str(cache)))
+    notes = Notes()
+    package = export_student(made.path, notes, student="third", device=made.device())
+    assert any("the cache of this run is not there any more" in line for line in notes.said)
+    assert package.manifest.accuracy.images == 30
 
 
 def test_each_way_through_a_file_with_exits_counts_with_its_share_of_images(
@@ -336,11 +374,11 @@ def test_a_pick_whose_file_misses_the_budget_is_replaced_in_the_result(made: Mad
     _go_on(made, made.device(best=0.02), notes)
     assert notes.said[:2] == [f"{made.path}: this run is finished; showing its result", "exporting the pick best"]
     view = load_view(made.path)
-    assert view.pick_id == "tail"
+    assert view.pick_id == "second"
     assert view.pick_reason == "the best student whose exported file keeps the budget; that of best did not"
     assert (view.next_id, view.next_reason) == (None, "")
     assert view.package is not None
-    assert Path(view.package.path) == made.path / "packages" / "tail"
+    assert Path(view.package.path) == made.path / "packages" / "second"
 
 
 def test_a_pick_that_loses_accuracy_stays_the_pick(made: MadeRun) -> None:

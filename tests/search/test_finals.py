@@ -33,7 +33,15 @@ from nas.latency.estimate import figures
 from nas.recipe.finish import FINISHED_SCHEMA, QUANT_FILE, WEIGHTS_FILE, FinishedStudent, FinishJob
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import write_scored
-from nas.search.finals import _best_settings, build_points, choose_finalists, finish, mark_front, variants
+from nas.search.finals import (
+    _best_settings,
+    build_points,
+    choose_finalists,
+    deployments,
+    finish,
+    mark_front,
+    variants,
+)
 from nas.search.folder import TrialRecord
 from nas.search.packages import PointSource
 from nas.search.rounds import SearchParts
@@ -321,14 +329,34 @@ def test_int8_that_loses_too_much_is_refused_with_the_loss(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts), (0.5, 0.7, 0.9), int8=(0.5, 0.7, 0.875))
     found, refused = variants(parts, student, 0.02)
-    assert {v.candidate.precision_label for v in found} == {"fp32"}
+    assert {v.candidate.precision_label for v in found if v.cut is None} == {"fp32"}
+    assert {v.candidate.precision_label for v in found if v.cut is not None} == {"fp32", "int8"}  # they lose nothing
     whole = student.candidate.with_precision("int8")
     reason = "int8 loses 2.5 points on 400 validation images (limit 2.0)"
     assert refused == [FailedCandidate(whole.id, "quantization", reason)]
     assert variants(parts, student, 0.03)[1] == []
-    points, failed, _ = built(parts, [student], FinishSettings(int8_loss=0.02))
+    points, failed, sources = built(parts, [student], FinishSettings(int8_loss=0.02))
     assert failed == refused
-    assert {p.precision for p in points} == {"fp32"}
+    assert {p.precision for p in points if sources[p.id].cut is None} == {"fp32"}
+
+
+def test_mixes_that_the_search_scored_are_finished_too(make: Make) -> None:
+    parts = make()
+    student = finished(parts, network(parts), (0.5, 0.7, 0.9))
+    mix = student.candidate.with_precision(["fp32", *["int8"] * len(student.candidate.stages), "fp32"])
+    uniform = deployments(parts, student.candidate)
+    assert [set(names) for names in uniform] == [{"fp32"}, {"int8"}]
+    genotype = parts.space.smallest()
+    parts.folder.add_trial(TrialRecord(0, 1, genotype, mix, "complete", "tpe", 1.0, top1=0.5))
+    assert deployments(parts, student.candidate) == [*uniform, mix.precisions]
+
+
+def test_when_every_precision_is_refused_the_message_says_what_to_change(make: Make) -> None:
+    parts = make()
+    parts = replace(parts, space=parts.space.restricted(("int8",)))
+    student = finished(parts, network(parts, exits=0), (0.9,), int8=(0.5,))
+    with pytest.raises(TrainingError, match=r"every precision .* int8 loses 40\.0 points .*--set finish\.int8_loss"):
+        built(parts, [student], FinishSettings(int8_loss=0.02))
 
 
 # Points

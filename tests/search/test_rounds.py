@@ -19,6 +19,7 @@ from nas.core.run import LatencyKind, latency_of
 from nas.core.walk import total_macs
 from nas.devices.base import MeasureJob, OnProgress, OnResult
 from nas.latency.estimate import fit_correction
+from nas.latency.table import LatencyTable
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
 from nas.recipe.score import ScoreJob, student_folder
@@ -31,13 +32,14 @@ from nas.search.rounds import (
     _measure_chosen,
     check_budget,
     current_figures,
+    known_pool,
     quota,
     run_rounds,
     write_study,
 )
 from nas.search.scoring import ScoringPlan
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
-from nas.space.space import SearchSpace, space_from_plain
+from nas.space.space import SearchSpace, load_space, space_from_plain
 from nas.space.yamlio import parse_yaml
 from nas.testing import SimulatedDevice
 from nas.train.settings import DistillSettings
@@ -315,7 +317,7 @@ def test_budget_below_the_fastest_candidate_ends_the_run_before_any_training(mak
     found = parts.predictor.fastest()
     assert found is not None
     with pytest.raises(BudgetError) as caught:
-        check_budget(parts.predictor, BudgetSettings(ms=found[1] / 1.3))
+        check_budget(parts.predictor, BudgetSettings(ms=found[1] / 1.3), 0)
     text = str(caught.value)
     assert caught.value.exit_code == 3
     assert text.startswith(f"no candidate of space mini-16 keeps {found[1] / 1.3:g} ms (worst) on simulated-0; ")
@@ -323,7 +325,7 @@ def test_budget_below_the_fastest_candidate_ends_the_run_before_any_training(mak
     advice = re.search(r"\(--set budget\.ms=(\S+)\)", text)
     assert advice is not None
     wide = BudgetSettings(ms=float(advice[1]))
-    check_budget(parts.predictor, wide)
+    check_budget(parts.predictor, wide, 0)
     run_rounds(make(budget=wide, trials=2))  # what the message says helps
 
 
@@ -338,8 +340,8 @@ def test_budget_that_nothing_keeps_ends_the_rounds(
     if not is_whole:
         monkeypatch.setattr("nas.search.predictor.WHOLE_TABLE_ROWS", 0)
     pool = ScriptedPool()
-    parts = make(pool, budget=BudgetSettings(ms=found[1] * (0.9 if of == "worst" else 0.3), of=of))
-    check_budget(parts.predictor, parts.budget)
+    parts = make(pool, budget=BudgetSettings(ms=found[1] * (0.9 if of == "worst" else 0.45), of=of))
+    check_budget(parts.predictor, parts.budget, 0)
     with pytest.raises(
         BudgetError, match=rf"ms \({of}\) on simulated-0; the closest, r16-\S+, needs about .*--set bud"
     ):
@@ -475,3 +477,22 @@ def test_rounds_measure_different_networks(make: Make) -> None:
     run_rounds(parts)
     keys = [p.candidate_id for e in parts.folder.events()[1:] for p in e.pairs]
     assert len(keys) == len(set(keys)) == 4
+
+
+def test_a_table_filled_row_by_row_still_gives_networks_to_measure_and_both_ends(tmp_path: Path) -> None:
+    """A real space of that kind: of 2,048 random candidates not one has all its rows among those that were filled."""
+    space = load_space(Path(__file__).parents[2] / "search_spaces" / "mobilenetv3-64.yaml", 10)
+    device = SimulatedDevice()
+    predictor = Predictor(space, LatencyTable.open(tmp_path, device.profile), device, Notes())
+    assert not predictor.is_whole
+    predictor.prepare()
+    pool = known_pool(predictor, 0, 0)
+    worst, _ = predictor.known_worst(pool)
+    assert len(pool) >= 40
+    assert not np.isnan(worst).any()
+    assert np.array_equal(known_pool(predictor, 0, 5), pool)  # nothing new is measured for another seed of the draw
+    assert worst.max() > 5 * worst.min()
+    rows = len(predictor.table.rows)
+    with pytest.raises(BudgetError, match=r"--set budget\.ms="):
+        check_budget(predictor, BudgetSettings(ms=float(worst.min()) / 4), 0)
+    assert len(predictor.table.rows) == rows

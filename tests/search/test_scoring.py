@@ -214,7 +214,7 @@ def test_the_same_call_after_a_kill_trains_nothing_again(whole: Whole) -> None:
     again = list(batch(plan))
     assert [i for i, _ in again] == list(first)
     assert decisions(again) == decisions(first.items())
-    assert [scored(r).cost_s for _, r in again] == [scored(r).cost_s for r in first.values()]
+    assert sum(scored(r).cost_s for _, r in again) == 0.0  # it was counted the first time
     assert files(plan) == before
 
 
