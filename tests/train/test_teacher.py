@@ -144,14 +144,20 @@ def test_images_too_small_for_a_given_model_are_named(dataset: Dataset, tmp_path
 
 
 def linear_onnx(
-    path: Path, classes: int = 10, side: int | str = 16, channels: int = 3, batch: int | str = "batch"
+    path: Path,
+    classes: int = 10,
+    side: int | str = 16,
+    channels: int = 3,
+    batch: int | str = "batch",
+    softmax: bool = False,
 ) -> Path:
-    """Mean of each channel, then a linear layer."""
+    """Mean of each channel, then a linear layer, and a softmax where asked for."""
     weight = np.random.default_rng(0).normal(0, 1, (channels, classes)).astype(np.float32)
     nodes = [
         helper.make_node("GlobalAveragePool", ["x"], ["mean"]),
         helper.make_node("Flatten", ["mean"], ["flat"], axis=1),
-        helper.make_node("MatMul", ["flat", "w"], ["y"]),
+        helper.make_node("MatMul", ["flat", "w"], ["z" if softmax else "y"]),
+        *([helper.make_node("Softmax", ["z"], ["y"], axis=1)] if softmax else []),
     ]
     graph = helper.make_graph(
         nodes,
@@ -179,6 +185,18 @@ def test_an_onnx_teacher_gets_the_pixels_it_expects(
     assert np.allclose(logits, means @ weight, atol=0.1 if side == 24 else 1e-4)
     if teacher.resolution == 16:
         assert np.allclose(run_onnx(teacher, images), logits, atol=1e-4)
+
+
+def test_probabilities_of_an_onnx_teacher_become_logits(dataset: Dataset, tmp_path: Path) -> None:
+    """A temperature is for logits: probabilities taken for them would be nearly uniform targets."""
+    images = dataset.val.images
+    told = []
+    for name, softmax in (("logits", False), ("probabilities", True)):
+        path = linear_onnx(tmp_path / f"{name}.onnx", softmax=softmax)
+        told.append(prepare_teacher(dataset, TeacherSettings("onnx", weights=str(path)), tmp_path).predict(images))
+    logits, found = told
+    shifted = logits - logits.max(1, keepdims=True)
+    assert np.allclose(found, shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), atol=1e-4)
 
 
 def test_an_exported_resnet_comes_back_as_onnx_teacher(dataset: Dataset, tmp_path: Path) -> None:
