@@ -61,8 +61,12 @@ class Predictor:
         """Fills the whole table where it is small; a larger one as needed."""
         self.fill(self.space.layers() if self.is_whole else ())
 
-    def fill(self, layers: Sequence[LayerSpec]) -> FillReport:
+    def fill(self, layers: Sequence[LayerSpec], *, again: bool = False) -> FillReport:
         """Measures the rows that the table lacks.
+
+        Args:
+            layers: whose rows are needed.
+            again: also rows that failed, or had no calm round.
 
         Raises:
             InterruptedRunError: the user stopped the run; measured rows are kept.
@@ -71,7 +75,7 @@ class Predictor:
         def show(p: FillProgress) -> None:
             self._reporter.progress("latency table", p.done, p.total, p.message)
 
-        report = fill(self.table, self.device, layers, progress=show)
+        report = fill(self.table, self.device, layers, again=again, progress=show)
         for warning in report.warnings:
             self._reporter.warn(warning)
         if report.measured or self._vector is None:
@@ -183,8 +187,8 @@ class Predictor:
         keys = [network_key(c, deployed_form(c)) for c in candidates]
         others = [n for key, n in self.table.networks.items() if key not in keys]
         held_out = fit_correction(self.table, others) if others else None
-        for c in candidates:
-            self.fill(expand(c))
+        # Rows that noise spoiled would be taken for an error of the sum: they get another chance before it is judged.
+        self.fill([layer for c in candidates for layer in expand(c)], again=True)
         estimator = Estimator(self.table, held_out if held_out is not None and held_out.fits else None)
         before = [estimator.estimate(c) for c in candidates]
         results: dict[int, Measurement] = {}

@@ -289,3 +289,29 @@ def test_candidates_whose_rows_are_missing_are_not_known_to_keep_the_budget(spac
     assert asked(predictor) == []  # looking measures nothing
     assert BudgetFilter(predictor, 1e9, "expected", 0.0).keeps(space.largest())
     assert asked(predictor)
+
+
+class Noisy(SimulatedDevice):
+    """While `is_noisy`, no row has a calm round and all take half as long again."""
+
+    is_noisy = True
+
+    def _measurement(self, job: MeasureJob) -> Measurement:
+        m = super()._measurement(job)
+        if not self.is_noisy or job.kind != "row" or m.latency_ms is None:
+            return m
+        return replace(m, latency_ms=1.5 * m.latency_ms, session_ms=(), accepted=(False,) * len(m.accepted))
+
+
+def test_rows_that_noise_spoiled_are_measured_again_before_a_network_judges_them(
+    space: SearchSpace, tmp_path: Path
+) -> None:
+    device = Noisy()
+    predictor = Predictor(space, open_folder(tmp_path, device), device, Notes())
+    predictor.prepare()
+    assert not any(row.is_stable for row in predictor.table.rows.values())
+    device.is_noisy = False
+    candidate = space.decode(space.smallest())
+    (pair,), _ = predictor.measure([candidate], 1)
+    assert all(predictor.table.rows[layer.key].is_stable for layer in expand(candidate))
+    assert abs(pair.error) < 0.25  # half as long again would be 0.5
