@@ -64,7 +64,7 @@ def main() -> None:
             jobs = [MeasureJob(f"budget#{k}", "network", "none", model, 0) for k, model in models.items()]
             paths = [path_latency(m, k, 0.0) for m, k in zip(device.measure(jobs), models, strict=True)]
         median_ms = _limited(view.budget_of, [p.p50_ms for p in paths], [p.share for p in manifest.latency.paths])
-        is_kept = median_ms <= budget_ms
+        is_kept = bool(median_ms <= budget_ms)
         kept += is_kept
         rows.append(
             [
