@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from search_examples import Prepared, Zygote, prepare, write_experiment
 
+from nas.testing import requires_path
+
 
 @pytest.fixture(scope="session")
 def zygote() -> Iterator[Zygote]:
     """Forks searches that have everything imported."""
-    if not sys.platform.startswith("linux"):
-        pytest.skip("forks and reads /proc")
+    requires_path(Path("/proc/self"), "the process folder of Linux")
     made = Zygote()
     yield made
     made.close()
