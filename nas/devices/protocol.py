@@ -323,16 +323,11 @@ class Patience:
 
     def __init__(self, subjects: Sequence[Subject], settings: ProtocolSettings) -> None:
         nominal_ms = sum(settings.rounds(s.kind) * settings.round_ms(s.kind) for s in subjects)
-        self._left_ns = settings.wait_share * nominal_ms * 1e6 if settings.retries else 0.0
-
-    @property
-    def left_ns(self) -> float:
-        """What is left of it, nanoseconds; 0 or less: nothing."""
-        return self._left_ns
+        self.left_ns = settings.wait_share * nominal_ms * 1e6 if settings.retries else 0.0  # 0 or less: nothing
 
     def spend(self, from_ns: int, to_ns: int) -> None:
         """Takes off the time between the two."""
-        self._left_ns -= max(0, to_ns - from_ns)
+        self.left_ns -= max(0, to_ns - from_ns)
 
 
 def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Clock, patience: Patience) -> None:

@@ -6,7 +6,7 @@ Choices are made on the search validation split; the test split is read once, fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +44,7 @@ from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
+from nas.space.space import SearchSpace
 from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
@@ -118,6 +119,7 @@ def finish(
         InterruptedRunError: the run was asked to stop; every epoch is kept.
         TrainingError: all of them failed.
     """
+    mixes = scored_mixes(parts.folder.trials())
     jobs = [
         FinishJob(
             candidate,
@@ -127,7 +129,7 @@ def finish(
             distill,
             parts.search.seed,
             settings.calibration_images,
-            tuple(names for names in deployments(parts, candidate) if set(names) != {"fp32"}),
+            tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
         )
         for candidate in finalists
     ]
@@ -148,20 +150,27 @@ def finish(
     return done, failed
 
 
-def deployments(parts: SearchParts, architecture: Candidate) -> list[tuple[Precision, ...]]:
+Mixes = Mapping[str, Sequence[tuple[Precision, ...]]]
+
+
+def scored_mixes(records: Sequence[TrialRecord]) -> Mixes:
+    """Precisions, layer by layer, in which each architecture was scored to the end; from all trials, read once."""
+    found: dict[str, list[tuple[Precision, ...]]] = {}
+    for record in records:
+        if record.state == "complete":
+            found.setdefault(record.candidate.arch_id, []).append(record.candidate.precisions)
+    return found
+
+
+def deployments(space: SearchSpace, architecture: Candidate, mixes: Mixes) -> list[tuple[Precision, ...]]:
     """Precisions in which a finished student is tried: each one throughout, and the mixes that the search scored."""
-    parts_of = len(architecture.stages) + 2
-    uniform: list[tuple[Precision, ...]] = [(p,) * parts_of for p in parts.space.precisions]
-    mixed = [
-        r.candidate.precisions
-        for r in parts.folder.trials()
-        if r.state == "complete" and r.candidate.arch_id == architecture.arch_id
-    ]
-    return list(dict.fromkeys([*uniform, *mixed]))
+    layers = len(architecture.stages) + 2
+    uniform: list[tuple[Precision, ...]] = [(p,) * layers for p in space.precisions]
+    return list(dict.fromkeys([*uniform, *mixes.get(architecture.arch_id, ())]))
 
 
 def variants(
-    parts: SearchParts, student: FinishedStudent, int8_loss: float
+    parts: SearchParts, student: FinishedStudent, int8_loss: float, mixes: Mixes
 ) -> tuple[list[Variant], list[FailedCandidate]]:
     """Every way to deploy a student; what loses more than `int8_loss` at one of its exits against fp32 is refused.
 
@@ -172,7 +181,7 @@ def variants(
     result: list[Variant] = []
     refused: list[FailedCandidate] = []
     full = finished_logits(folder, "val", ("fp32",))
-    for names in deployments(parts, student.candidate):
+    for names in deployments(parts.space, student.candidate, mixes):
         candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
         lost = [_right(a, labels) - _right(b, labels) for a, b in zip(full, val, strict=True)]
@@ -232,8 +241,9 @@ def build_points(
     """
     everything: list[Variant] = []
     failed: list[FailedCandidate] = []
+    mixes = scored_mixes(parts.folder.trials())
     for student in students:
-        found, refused = variants(parts, student, settings.int8_loss)
+        found, refused = variants(parts, student, settings.int8_loss, mixes)
         everything += found
         failed += refused
     everything, predicted, unknown = _predicted(parts, everything)
@@ -325,7 +335,7 @@ def _worth_measuring(
             owner.append(i)
     behind: dict[int, float] = {}
     kinds: tuple[LatencyKind, ...] = ("expected", parts.budget.of)
-    for kind in kinds:
+    for kind in dict.fromkeys(kinds):
         ms = [latency_of(f, kind) for f in latency]
         front = front_indices(top1, ms)
         for i, accuracy, own in zip(owner, top1, ms, strict=True):

@@ -27,6 +27,7 @@ from nas.search.predictor import Predictor
 from nas.search.prepare import Inputs, load_inputs, prepare_training, scoring_plan
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.rounds import SearchParts
+from nas.space.space import SearchSpace
 from nas.testing import SimulatedDevice
 
 SPACE = """
@@ -274,6 +275,12 @@ class Prepared:
 def open_folder(tables: Path, device: Device) -> LatencyTable:
     """The table of a device."""
     return LatencyTable.open(tables / device.profile.name, device.profile)
+
+
+def filled_tables(folder: Path, space: SearchSpace, device: Device) -> Path:
+    """The folder, with the table of a device in which every row of the space is measured."""
+    Predictor(space, open_folder(folder, device), device, Notes()).prepare()
+    return folder
 
 
 def prepare(folder: Path) -> Prepared:

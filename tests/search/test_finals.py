@@ -40,6 +40,7 @@ from nas.search.finals import (
     deployments,
     finish,
     mark_front,
+    scored_mixes,
     variants,
 )
 from nas.search.folder import TrialRecord
@@ -312,7 +313,7 @@ def test_setting_that_never_reaches_the_head_is_left_out() -> None:
 def test_student_can_be_deployed_whole_without_exits_and_cut_behind_each_exit(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts), (0.5, 0.7, 0.9))
-    found, refused = variants(parts, student, 0.02)
+    found, refused = variants(parts, student, 0.02, {})
     assert refused == []
     kinds = [(v.candidate.precision_label, v.cut, len(v.candidate.stages), len(v.candidate.exits)) for v in found]
     ways = [(None, 3, 0), (None, 3, 2), (0, 1, 0), (1, 2, 0), (1, 2, 1)]
@@ -328,13 +329,13 @@ def test_student_can_be_deployed_whole_without_exits_and_cut_behind_each_exit(ma
 def test_int8_that_loses_too_much_is_refused_with_the_loss(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts), (0.5, 0.7, 0.9), int8=(0.5, 0.7, 0.875))
-    found, refused = variants(parts, student, 0.02)
+    found, refused = variants(parts, student, 0.02, {})
     assert {v.candidate.precision_label for v in found if v.cut is None} == {"fp32"}
     assert {v.candidate.precision_label for v in found if v.cut is not None} == {"fp32", "int8"}  # they lose nothing
     whole = student.candidate.with_precision("int8")
     reason = "int8 loses 2.5 points on 400 validation images (limit 2.0)"
     assert refused == [FailedCandidate(whole.id, "quantization", reason)]
-    assert variants(parts, student, 0.03)[1] == []
+    assert variants(parts, student, 0.03, {})[1] == []
     points, failed, sources = built(parts, [student], FinishSettings(int8_loss=0.02))
     assert failed == refused
     assert {p.precision for p in points if sources[p.id].cut is None} == {"fp32"}
@@ -344,11 +345,14 @@ def test_mixes_that_the_search_scored_are_finished_too(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts), (0.5, 0.7, 0.9))
     mix = student.candidate.with_precision(["fp32", *["int8"] * len(student.candidate.stages), "fp32"])
-    uniform = deployments(parts, student.candidate)
+    uniform = deployments(parts.space, student.candidate, scored_mixes(parts.folder.trials()))
     assert [set(names) for names in uniform] == [{"fp32"}, {"int8"}]
     genotype = parts.space.smallest()
     parts.folder.add_trial(TrialRecord(0, 1, genotype, mix, "complete", "tpe", 1.0, top1=0.5))
-    assert deployments(parts, student.candidate) == [*uniform, mix.precisions]
+    assert deployments(parts.space, student.candidate, scored_mixes(parts.folder.trials())) == [
+        *uniform,
+        mix.precisions,
+    ]
 
 
 def test_when_every_precision_is_refused_the_message_says_what_to_change(make: Make) -> None:
@@ -441,8 +445,8 @@ def test_student_that_cannot_be_measured_is_a_failed_row_and_the_rest_goes_on(ma
     device = Working()
     parts = make(device)
     good, bad = (finished(parts, network(parts, width), (0.5, 0.7, 0.9)) for width in (8, 12))
-    cut = {v.candidate.id for v in variants(parts, good, 0.1)[0]}
-    device.broken = {v.candidate.id for v in variants(parts, bad, 0.1)[0]} - cut
+    cut = {v.candidate.id for v in variants(parts, good, 0.1, {})[0]}
+    device.broken = {v.candidate.id for v in variants(parts, bad, 0.1, {})[0]} - cut
     points, failed, sources = built(parts, [good, bad])
     assert failed
     assert {f.id for f in failed} <= device.broken
@@ -459,7 +463,7 @@ def test_device_that_measures_no_finished_student_ends_the_run(make: Make) -> No
     device = Working()
     parts = make(device)
     student = finished(parts, network(parts), (0.5, 0.7, 0.9))
-    device.broken = {v.candidate.id for v in variants(parts, student, 0.1)[0]}
+    device.broken = {v.candidate.id for v in variants(parts, student, 0.1, {})[0]}
     with pytest.raises(
         DeviceError, match=r"not one finished student could be measured; the first: not an ONNX model.*Run: nas doctor"
     ):
@@ -526,7 +530,7 @@ def test_failed_measurement_is_repeated_when_the_run_goes_on(make: Make) -> None
     device = Working()
     parts = make(device)
     student = finished(parts, network(parts), (0.5, 0.7, 0.9))
-    device.broken = {v.candidate.id for v in variants(parts, student, 0.1)[0]}
+    device.broken = {v.candidate.id for v in variants(parts, student, 0.1, {})[0]}
     with pytest.raises(DeviceError, match="Run: nas doctor"):
         built(parts, [student])
     points, failed, _ = built(make(), [student])  # the device is well again

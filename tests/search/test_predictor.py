@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_examples import SPACE, Notes, open_folder
+from search_examples import SPACE, Notes, filled_tables, open_folder
 
 from nas.core.records import Candidate, Measurement
 from nas.core.run import LatencyKind
@@ -55,19 +55,13 @@ def space() -> SearchSpace:
 @pytest.fixture(scope="module")
 def tables(space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All rows of the simulated device."""
-    folder = tmp_path_factory.mktemp("tables")
-    device = SimulatedDevice()
-    Predictor(space, open_folder(folder, device), device, Notes()).prepare()
-    return folder
+    return filled_tables(tmp_path_factory.mktemp("tables"), space, SimulatedDevice())
 
 
 @pytest.fixture(scope="module")
 def slow_tables(space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All rows of a device whose networks are 1.3 times as slow as the sum of their rows."""
-    folder = tmp_path_factory.mktemp("slow")
-    device = SlowNetworks()
-    Predictor(space, open_folder(folder, device), device, Notes()).prepare()
-    return folder
+    return filled_tables(tmp_path_factory.mktemp("slow"), space, SlowNetworks())
 
 
 @pytest.fixture

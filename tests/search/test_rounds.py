@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from search_examples import SPACE, Notes, open_folder
+from search_examples import SPACE, Notes, filled_tables, open_folder
 
 from nas.core.errors import BudgetError, DeviceError, InterruptedRunError, TrainingError
 from nas.core.records import Candidate, Measurement
@@ -115,10 +115,7 @@ def space() -> SearchSpace:
 @pytest.fixture(scope="module")
 def tables(space: SearchSpace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All rows of the simulated device."""
-    folder = tmp_path_factory.mktemp("tables")
-    device = SimulatedDevice()
-    Predictor(space, open_folder(folder, device), device, Notes()).prepare()
-    return folder
+    return filled_tables(tmp_path_factory.mktemp("tables"), space, SimulatedDevice())
 
 
 Make = Callable[..., SearchParts]
