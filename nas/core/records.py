@@ -432,6 +432,15 @@ class Measurement:
         """True when at least one round was calm."""
         return any(self.accepted)
 
+    @property
+    def std_ms(self) -> float:
+        """How well the latency repeats: the gap between the two fastest sessions, 0 where there was one.
+
+        The latency is the fastest session; slower ones were disturbed, and say nothing about it.
+        """
+        best = sorted(self.session_ms)[:2]
+        return best[1] - best[0] if len(best) > 1 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyEstimate:

@@ -29,6 +29,7 @@ from nas.devices.protocol import (
     Run,
     Subject,
     SystemClock,
+    agrees,
     is_accepted,
     measure_interleaved,
     one_line,
@@ -142,22 +143,30 @@ class OnnxRuntimeCpu:
     ) -> list[tuple[int, Measurement]]:
         sessions: dict[int, list[list[Attempt]]] = {i: [] for i, _ in batch}
         errors: dict[int, str] = {}
-        for _ in range(self._settings.sessions(batch[0][1].kind)):
+        kind = batch[0][1].kind
+        left = list(batch)
+        for number in range(self._settings.most_sessions(kind)):
+            planned = number < self._settings.sessions(kind)
+            if not planned:  # sessions differ in where they lie in memory, and in how busy the machine was
+                left = [(i, job) for i, job in left if not agrees(self._session_ms(sessions[i]), self._settings)]
             subjects: dict[int, Subject] = {}
-            for i, job in batch:
-                if i in errors:
-                    continue
+            for i, job in left:
                 try:
                     subjects[i] = Subject(job.key, job.kind, bound_run(job.model, job.feeds))
                 except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
                     errors[i] = one_line(e)
-            measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, step)
+            after_round = step if planned else None
+            measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round)
             for i, subject in subjects.items():
                 if subject.error is not None:
                     errors[i] = subject.error
                 sessions[i].append(subject.attempts)
+            left = [(i, job) for i, job in left if i not in errors]
         state = clock_and_temperature(self._root)
         return [(i, self._result(job, sessions[i], errors.get(i), gate, state)) for i, job in batch]
+
+    def _session_ms(self, sessions: list[list[Attempt]]) -> tuple[float, ...]:
+        return tuple(session_value(session, self._settings) for session in sessions)
 
     def _result(
         self,
@@ -169,17 +178,12 @@ class OnnxRuntimeCpu:
     ) -> Measurement:
         self._sequence += 1
         attempts = [attempt for session in sessions for attempt in session]
-        values = () if error else tuple(session_value(s, gate, self._settings) for s in sessions)
-        calm = tuple(
-            value
-            for value, session in zip(values, sessions, strict=False)
-            if any(is_accepted(a, gate, self._settings) for a in session)
-        )
+        values = () if error else self._session_ms(sessions)
         return Measurement(
             key=job.key,
             kind=job.kind,
             precision=job.precision,
-            latency_ms=None if error else min(calm or values),
+            latency_ms=None if error else min(values),
             rounds_ms=tuple(a.samples_ms for a in attempts),
             accepted=tuple(is_accepted(a, gate, self._settings) for a in attempts),
             clock="thread_cpu",

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec, Measurement
 from nas.core.walk import expand
@@ -68,7 +66,7 @@ def measured_figures(measurements: Sequence[Measurement], shares: Sequence[float
         if m.latency_ms is None:
             raise DeviceError(f"{m.key}: the exported network could not be measured: {m.error}")
         values.append(m.latency_ms)
-        deviations.append(float(np.std(m.session_ms, ddof=1)) if len(m.session_ms) > 1 else 0.0)
+        deviations.append(m.std_ms)
     estimate = LatencyEstimate(tuple(values), tuple(deviations), rows_used=0, correction="measured")
     return replace(figures(estimate, shares), worst_ms=max(values), provenance="measured")
 

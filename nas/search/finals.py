@@ -373,8 +373,7 @@ def _measure(
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
 
     def keep(m: Measurement) -> None:
-        spread = float(np.std(m.session_ms, ddof=1)) if len(m.session_ms) > 1 else 0.0
-        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", spread)
+        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", m.std_ms)
         parts.folder.add_measured(known[m.key])
 
     def show(share: float) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper
@@ -52,9 +54,23 @@ def test_rows_have_one_session_and_networks_several(device: OnnxRuntimeCpu) -> N
         [MeasureJob("r", "row", "fp32", mean_model(), 1), MeasureJob("n", "network", "fp32", mean_model(), 1)]
     )
     assert len(row.session_ms) == 1
-    assert len(network.session_ms) == QUICK.network_sessions
-    assert len(network.rounds_ms) == QUICK.network_sessions * QUICK.network_rounds
+    assert len(network.session_ms) >= QUICK.network_sessions
+    assert len(network.rounds_ms) == len(network.session_ms) * QUICK.network_rounds
+    assert network.latency_ms == min(network.session_ms)
     assert row.clock == "thread_cpu"
+
+
+@pytest.mark.parametrize(("agreement", "sessions"), [(1e9, 2), (-1.0, 5)])
+def test_a_network_gets_sessions_until_the_two_fastest_agree_or_there_were_enough(
+    agreement: float, sessions: int
+) -> None:
+    settings = replace(QUICK, agreement=agreement, most_network_sessions=5)
+    shares: list[float] = []
+    m = OnnxRuntimeCpu(settings).measure([MeasureJob("n", "network", "fp32", mean_model(), 1)], progress=shares.append)[
+        0
+    ]
+    assert len(m.session_ms) == sessions
+    assert shares == sorted(shares) and shares[-1] == 1.0
 
 
 def test_sequence_rises_over_calls(device: OnnxRuntimeCpu) -> None:
@@ -158,3 +174,9 @@ def test_jobs_are_checked() -> None:
         MeasureJob("", "row", "fp32", b"", 1)
     with pytest.raises(RecordError, match="macs must not be negative, got -1"):
         MeasureJob("x", "row", "fp32", b"", -1)
+
+
+def test_the_deviation_of_a_latency_is_the_gap_between_its_two_fastest_sessions(device: OnnxRuntimeCpu) -> None:
+    m = device.measure([MeasureJob("n", "network", "fp32", mean_model(), 1)])[0]
+    assert replace(m, session_ms=(3.0, 1.0, 1.25)).std_ms == 0.25
+    assert replace(m, session_ms=(1.0,)).std_ms == 0.0
