@@ -11,7 +11,7 @@ from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
 from nas.cli.runs import best_under, find_run, run_argument
 from nas.core.errors import UsageError
-from nas.core.run import LatencyKind, RunView
+from nas.core.run import FOREIGN_MARK, LatencyKind, RunView
 from nas.core.units import format_ms
 
 RUNNERS_UP = 3
@@ -78,6 +78,7 @@ def command(
             "budget_ms": view.budget_ms,
             "budget_of": view.budget_of,
             "points": front_records(view, points),
+            "foreign_table": view.provenance.get(FOREIGN_MARK),
             "chosen": None if chosen is None else chosen.id,
             "reason": reason,
             "pick": view.pick_id,
@@ -89,7 +90,7 @@ def command(
 
 def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], list[tuple[str, ...]]]) -> None:
     """The front with the pick and the reason; where nothing is finished yet, how far the run is."""
-    from nas.report.tables import precision_notes
+    from nas.report.tables import front_notes
 
     columns, rows = table
     budget = "no budget" if view.budget_ms is None else f"budget {view.budget_ms:g} ms ({view.budget_of})"
@@ -100,7 +101,7 @@ def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], li
             console.say(f"next: {line}")
         return
     console.table(columns, rows, LESS_IMPORTANT)
-    for line in precision_notes(view):
+    for line in front_notes(view):
         console.say(line)
     if view.pick_id is not None:
         console.say(f"pick: {view.pick_id}: {view.pick_reason}")

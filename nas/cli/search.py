@@ -11,6 +11,7 @@ from nas.cli.options import Milliseconds, common_options, set_option
 from nas.cli.output import Console
 from nas.cli.pareto import show_front
 from nas.core.errors import BudgetError
+from nas.core.run import FOREIGN_MARK
 from nas.core.units import format_duration, format_ms, rounded_up
 
 if TYPE_CHECKING:
@@ -22,12 +23,25 @@ if TYPE_CHECKING:
 @click.argument("experiment", type=click.Path(path_type=Path))
 @set_option
 @click.option("--budget", type=Milliseconds(), help="The deadline, such as 5ms: short for --set budget.ms=5.")
+@click.option(
+    "--allow-foreign-table",
+    "foreign",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Borrow rows from the table of another device state; every result says so.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the resolved settings, the rows to measure and a rough duration.")
 @click.option("--fork", is_flag=True, help="New run folder that keeps the scores of the old one which stay valid.")
 @common_options
 @click.pass_obj
 def command(
-    console: Console, experiment: Path, sets: tuple[str, ...], budget: float | None, dry_run: bool, fork: bool
+    console: Console,
+    experiment: Path,
+    sets: tuple[str, ...],
+    budget: float | None,
+    foreign: Path | None,
+    dry_run: bool,
+    fork: bool,
 ) -> None:
     """Searches as EXPERIMENT (a YAML file) says, or resumes: finished work is never repeated.
 
@@ -37,6 +51,7 @@ def command(
     from nas.search.experiment import load_experiment
 
     given = sets if budget is None else (*sets, f"budget.ms={budget!r}")
+    given = given if foreign is None else (*given, f"run.foreign_table={foreign}")
     loaded = load_experiment(experiment, given)
     if dry_run:
         _dry_run(console, loaded)
@@ -68,6 +83,7 @@ def command(
             "pick_reason": view.pick_reason,
             "closest": view.closest_id,
             "points": front_records(view),
+            "foreign_table": view.provenance.get(FOREIGN_MARK),
             "report": str(page),
             "package": view.package,
             "wall_s": view.wall_s,

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 from bisect import bisect_left
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -53,6 +54,7 @@ TABLE_VERSION = 1
 ROW_STD = 0.015
 UNSTABLE_ROW_STD = 0.05
 LEAST_NET_SHARE = 0.05  # a row keeps at least this share of its time when the overhead is taken off
+FOREIGN_ROW_STD = 0.3  # of a row that another device state has, after scaling by the reference network
 SLOW_STATE = 1.05  # a reference network this much slower than at best shows a machine in another state
 
 
@@ -91,6 +93,7 @@ class LatencyTable:
         self._edited: list[str] = []
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
         self._sequence = 0
+        self._foreign: LatencyTable | None = None
         self._lock = filelock.FileLock(str(folder / ".lock"), thread_local=False)
         self.refresh()
 
@@ -124,7 +127,8 @@ class LatencyTable:
                 f"{folder} was measured in another device state:\n  "
                 + "\n  ".join(differences)
                 + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
-                " or nas measure --space NAME --table DIR"
+                " or nas measure --space NAME --table DIR. A search may borrow its rows, and then says so:"
+                f" --set run.tables=DIR --allow-foreign-table {quote(str(folder))}"
             )
         return cls(folder, stored.profile, writable=True)
 
@@ -153,10 +157,44 @@ class LatencyTable:
         """The device state that the rows hold for."""
         return self._profile
 
+    def borrow(self, folder: Path) -> None:
+        """Answers for rows that this table lacks with those of a table of another device state, until it is closed.
+
+        They are scaled by what the reference network takes on the two devices and count as uncertain
+        (`FOREIGN_ROW_STD`); none is copied, and no correction that rests on them is stored.
+
+        Raises:
+            StorageError: there is no table.
+            DeviceError: it is a table of this very device state.
+            RecordError: a line of the table is damaged or impossible, named by file and line number.
+        """
+        other = LatencyTable.read(folder)
+        if not profile_differences(other.profile, self._profile):
+            raise DeviceError(
+                f"{folder} holds for this very device state, so it is not foreign. Search with it:"
+                f" --set run.tables={quote(str(folder.parent))}"
+            )
+        self._foreign = other
+
+    @property
+    def foreign(self) -> LatencyTable | None:
+        """The table of another device state that answers for rows which this one lacks."""
+        return self._foreign
+
+    @property
+    def borrowed(self) -> frozenset[str]:
+        """Keys of the rows that the foreign table answers for."""
+        return frozenset() if self._foreign is None else frozenset(k for k in self._foreign.rows if self._borrows(k))
+
     @property
     def rows(self) -> Mapping[str, Measurement]:
-        """The newest measurement of each row; a row that was never measured successfully has an error."""
-        return MappingProxyType(self._rows)
+        """The newest measurement of each row; a row that was never measured successfully has an error.
+
+        Rows of a foreign table are among them, as they were measured there.
+        """
+        if self._foreign is None:
+            return MappingProxyType(self._rows)
+        return MappingProxyType(ChainMap(self._rows, dict(self._foreign.rows)))
 
     @property
     def networks(self) -> Mapping[str, MeasuredNetwork]:
@@ -220,6 +258,8 @@ class LatencyTable:
             MissingRowError: it was never measured, or measuring failed; the message names the next command.
         """
         row = self._rows.get(key)
+        if row is None and self._borrows(key):
+            return self.net_ms(key) + self.overhead_ms
         if row is None:
             raise MissingRowError(f"{key} has no row in {self._folder} ({len(self._rows)} rows). {self._command()}")
         if row.latency_ms is None:
@@ -235,6 +275,8 @@ class LatencyTable:
         Raises:
             MissingRowError: the row or the overhead is missing.
         """
+        if self._foreign is not None and self._borrows(key):
+            return self._foreign.net_ms(key) * self._foreign_scale
         value = self.row_ms(key)
         return max(value - self.overhead_ms, LEAST_NET_SHARE * value)
 
@@ -245,6 +287,8 @@ class LatencyTable:
             MissingRowError: the row is missing.
         """
         value = self.row_ms(key)
+        if self._borrows(key):
+            return FOREIGN_ROW_STD * value
         row = self._rows[key]
         calm = [r for r, ok in zip(row.rounds_ms, row.accepted, strict=True) if ok and r]
         if not calm:
@@ -262,6 +306,8 @@ class LatencyTable:
         result = []
         for key in dict.fromkeys(keys):
             row = self._rows.get(key)
+            if row is None and self._borrows(key):
+                continue
             if row is None or (again and (row.latency_ms is None or not row.is_stable)):
                 result.append(key)
         return result
@@ -393,6 +439,19 @@ class LatencyTable:
             )
         with self.writing():
             write_record(self._folder / "correction.json", correction)
+
+    def _borrows(self, key: str) -> bool:
+        """Whether the foreign table answers for a row."""
+        if self._foreign is None or key in self._rows:
+            return False
+        row = self._foreign.rows.get(key)
+        return row is not None and row.latency_ms is not None and self._foreign.has_overhead
+
+    @property
+    def _foreign_scale(self) -> float:
+        """How much slower this device runs the reference network than that of the foreign table."""
+        there = None if self._foreign is None else self._foreign.reference_ms
+        return 1.0 if there is None or self.reference_ms is None else self.reference_ms / there
 
     def _looks(self) -> list[tuple[int, float]]:
         """Sequence number and time of each measurement of the reference network."""

@@ -20,9 +20,9 @@ from nas.report.tables import (
     budget_latency_ms,
     format_number,
     format_spread,
+    front_notes,
     name_of,
     notes,
-    precision_notes,
 )
 
 PAGE_NAME = "index.html"
@@ -91,7 +91,7 @@ def render_page(view: RunView) -> str:
         name_of=name_of,
         format_spread=format_spread,
         notes=notes,
-        precision_notes=precision_notes(view),
+        front_notes=front_notes(view),
         budget_latency_ms=budget_latency_ms,
         compared_with_teacher=compared_with_teacher,
     )

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from nas.core.run import Point, RunView, latency_of
+from nas.core.run import FOREIGN_MARK, Point, RunView, latency_of
 from nas.core.units import format_bytes, format_count
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -47,7 +47,7 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
             format_number(p.latency.expected_ms),
             format_number(p.latency.worst_ms),
             format_spread(p.latency.expected_ms, p.latency.std_ms),
-            p.latency.provenance,
+            latency_source(view, p),
             " / ".join(f"{100 * s:.0f}" for s in p.exit_shares) or "-",
             p.precision,
             format_count(p.params),
@@ -78,7 +78,7 @@ def front_records(view: RunView, points: Sequence[Point] | None = None) -> list[
             "worst_ms": p.latency.worst_ms,
             "p99_ms": p.latency.p99_ms,
             "std_ms": p.latency.std_ms,
-            "latency_is": p.latency.provenance,
+            "latency_is": latency_source(view, p),
             "precision": p.precision,
             "exits": len(p.candidate.exits),
             "thresholds": list(p.thresholds),
@@ -127,6 +127,12 @@ def name_of(point: Point) -> str:
     return point.label or point.id
 
 
+def latency_source(view: RunView, point: Point) -> str:
+    """`measured`, `predicted`, or that the prediction rests on rows of another device state."""
+    is_foreign = FOREIGN_MARK in view.provenance and point.latency.provenance == "predicted"
+    return "predicted, foreign rows" if is_foreign else point.latency.provenance
+
+
 def notes(view: RunView, point: Point) -> list[str]:
     """What is worth saying of a student in a table: pick, runner-up, closest, over budget, not finished."""
     result = []
@@ -141,6 +147,18 @@ def notes(view: RunView, point: Point) -> list[str]:
     if not point.is_finished:
         result.append("not finished")
     return result
+
+
+def front_notes(view: RunView) -> tuple[str, ...]:
+    """What must be said beside the front, a sentence each: rows of another device state, then `precision_notes`."""
+    foreign = view.provenance.get(FOREIGN_MARK)
+    if foreign is None:
+        return precision_notes(view)
+    return (
+        f"predicted latencies rest on rows that were measured in another device state ({foreign}), scaled to this one; "
+        "measured latencies are this device's own",
+        *precision_notes(view),
+    )
 
 
 def precision_notes(view: RunView) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from nas.devices import open_device
 from nas.devices.base import Device
 from nas.export.manifest import Manifest
 from nas.export.package import Package
+from nas.latency.table import LatencyTable, profile_differences
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
@@ -147,6 +148,8 @@ def _search(
     table = open_table(e, inputs.device.profile)
     for warning in table.warnings:
         reporter.warn(warning)
+    if table.foreign is not None:
+        _tell_foreign(inputs, table, table.foreign, reporter)
     predictor = Predictor(inputs.space, table, inputs.device, reporter)
     _tell_duration(inputs, predictor, folder, reporter)
     predictor.prepare()
@@ -174,6 +177,15 @@ def _search(
     scores_s = sum(r.cost_s for r in folder.trials())
     write_record(
         folder.path / "outcome.json", replace(outcome, wall_s=spent.wall_s, cpu_s=spent.cpu_s + scores_s + students_s)
+    )
+
+
+def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, reporter: Reporter) -> None:
+    keys = {x.key for x in inputs.space.layers()}
+    differences = "; ".join(profile_differences(other.profile, table.profile))
+    reporter.warn(
+        f"{len(keys & table.borrowed)} of {len(keys)} rows are borrowed from {other.folder}, measured in another device"
+        f" state ({differences}). Predicted latencies rest on them; whole networks are measured here and correct them"
     )
 
 

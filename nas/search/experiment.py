@@ -29,7 +29,7 @@ from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
 INPUT_KEYS = ("space", "data.path", "teacher.weights")
-PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache")
+PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache", "run.foreign_table")
 TIME_KEYS = ("budget.ms",)  # may be written with a unit: 800us
 SPACES = Path(__file__).parents[2] / "search_spaces"
 

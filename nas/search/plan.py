@@ -22,7 +22,7 @@ from nas.models.teachers import ResNet, count_macs
 from nas.search.experiment import Experiment
 from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
 from nas.search.predictor import WHOLE_TABLE_ROWS, Predictor
-from nas.search.prepare import Inputs, fingerprint, load_inputs, worker_count
+from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, worker_count
 from nas.search.progress import Reporter
 from nas.space.space import SearchSpace
 
@@ -84,7 +84,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     inputs = load_inputs(experiment, reporter)
     device, space = inputs.device.profile, inputs.space
     folder = Path(experiment.run.tables) / device.name
-    table = LatencyTable.open(folder, device) if (folder / "device.json").exists() else None
+    table = open_table(experiment, device) if (folder / "device.json").exists() else None
     keys = list(dict.fromkeys(layer.key for layer in space.layers()))
     missing = keys if table is None else table.missing(keys)
     is_whole = len(keys) <= WHOLE_TABLE_ROWS

@@ -45,7 +45,8 @@ class Predictor:
         self.table = table
         self.device = device
         self._reporter = reporter
-        self._correction: Correction | None = table.correction()
+        # What is stored was fitted on this device's own rows; what is fitted on borrowed ones is not stored.
+        self._correction: Correction | None = table.correction() if table.foreign is None else None
         self._vector: VectorEstimator | None = None
 
     @property
@@ -90,7 +91,7 @@ class Predictor:
         """
         correction = fit_correction(self.table)
         self._correction = correction if correction.fits else None
-        if self._correction is not None:
+        if self._correction is not None and self.table.foreign is None:
             with self.table.writing(WAIT_S, self._reporter.say):
                 self.table.save_correction(self._correction)
         self._vector = VectorEstimator(self.space, self.table, self._correction)

@@ -9,6 +9,7 @@ from pathlib import Path
 from nas.core.errors import DeviceError
 from nas.core.jsonio import content_hash, file_sha256, to_plain
 from nas.core.records import DeviceProfile
+from nas.core.run import FOREIGN_MARK
 from nas.data import Dataset, load_dataset
 from nas.devices import open_device
 from nas.devices.base import Device
@@ -92,12 +93,21 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round",
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
         "calibration": f"{finish.calibration_images} images",
+        **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),
     }
 
 
 def open_table(experiment: Experiment, profile: DeviceProfile) -> LatencyTable:
-    """The latency table of the device state, begun where it is new."""
-    return LatencyTable.open(Path(experiment.run.tables) / profile.name, profile)
+    """The latency table of the device state, begun where it is new; with rows of a foreign table where one is named.
+
+    Raises:
+        DeviceError: the table is of another device state, or the foreign one of this state.
+        StorageError, RecordError: a table cannot be read.
+    """
+    table = LatencyTable.open(Path(experiment.run.tables) / profile.name, profile)
+    if experiment.run.foreign_table:
+        table.borrow(Path(experiment.run.foreign_table))
+    return table
 
 
 def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> tuple[Teacher, Targets, str]:

@@ -108,9 +108,11 @@ class FinishSettings:
 class RunSettings:
     """Where files go.
 
-    `dir`: run folder, default `runs/<name>`. `tables`: latency tables. `cache`: teachers and data.
+    `dir`: run folder, default `runs/<name>`. `tables`: latency tables. `cache`: teachers and data. `foreign_table`: a
+    table of another device state whose rows stand in, scaled, where this device's table has none; every result says so.
     """
 
     dir: str | None = None
     tables: str = "latency_tables"
     cache: str = ".nas-cache"
+    foreign_table: str | None = None

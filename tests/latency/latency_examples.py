@@ -104,9 +104,9 @@ def sum_ms(c: Candidate, *, gated: bool = True) -> float:
     return OVERHEAD_MS + sum(row_time_ms(x) - OVERHEAD_MS for x in expand(c)) + gates * GATE_MS
 
 
-def filled(folder: Path, candidates: Iterable[Candidate]) -> LatencyTable:
-    """A table with the overhead and all rows of these candidates."""
-    table = LatencyTable.open(folder, profile())
+def filled(folder: Path, candidates: Iterable[Candidate], **changes: object) -> LatencyTable:
+    """A table with the overhead and all rows of these candidates; `changes` of the device's state."""
+    table = LatencyTable.open(folder, profile(**changes))
     with table.writing():
         table.add(measured("overhead", "overhead", "none", OVERHEAD_MS))
         table.add(measured("gate", "overhead", "none", OVERHEAD_MS + GATE_MS))

@@ -16,7 +16,7 @@ from nas.core.records import PROFILE_STATE_FIELDS
 from nas.core.walk import expand
 from nas.latency.correction import Correction
 from nas.latency.lines import network_key
-from nas.latency.table import LatencyTable
+from nas.latency.table import FOREIGN_ROW_STD, LatencyTable
 
 LAYERS = expand(candidate())
 
@@ -198,6 +198,64 @@ def test_what_does_not_change_the_state_is_not_compared(tmp_path: Path) -> None:
     LatencyTable.open(tmp_path, profile(details={"load_1min": "5.0"}, name="renamed"))
 
 
+def test_the_refusal_names_the_way_to_borrow(tmp_path: Path) -> None:
+    LatencyTable.open(tmp_path / "theirs", profile())
+    with pytest.raises(DeviceError, match=r"--set run.tables=DIR --allow-foreign-table \S+theirs$"):
+        LatencyTable.open(tmp_path / "theirs", profile(board="another"))
+
+
+def other_state(folder: Path, reference_ms: float | None) -> LatencyTable:
+    """A table of another board with overhead, reference network and all rows of `candidate()`."""
+    table = filled(folder, [candidate()], board="another board")
+    if reference_ms is not None:
+        table.add(measured("reference", "overhead", "fp32", reference_ms))
+    return table
+
+
+def test_borrowed_rows_are_scaled_by_the_reference_network_and_uncertain(tmp_path: Path) -> None:
+    theirs = other_state(tmp_path / "theirs", reference_ms=0.2)
+    mine = LatencyTable.open(tmp_path / "mine", profile())
+    for key, kind, ms in (("overhead", "overhead", 0.01), ("gate", "overhead", 0.02), ("reference", "overhead", 0.5)):
+        mine.add(measured(key, kind, "none" if key != "reference" else "fp32", ms))
+    own = mine.add(row(LAYERS[1], 0.7))
+    mine.borrow(tmp_path / "theirs")
+    key = LAYERS[0].key
+    assert mine.net_ms(key) == pytest.approx(2.5 * theirs.net_ms(key))
+    assert mine.row_ms(key) == pytest.approx(2.5 * theirs.net_ms(key) + 0.01)
+    assert mine.row_std_ms(key) == pytest.approx(FOREIGN_ROW_STD * mine.row_ms(key))
+    assert mine.row_ms(LAYERS[1].key) == 0.7 and mine.rows[LAYERS[1].key] == own
+    assert mine.row_std_ms(LAYERS[1].key) < 0.1 * 0.7
+    keys = [x.key for x in LAYERS]
+    assert mine.borrowed == {*keys} - {LAYERS[1].key} and set(mine.rows) == set(keys)
+    assert mine.missing([*keys, "unknown"]) == mine.missing([*keys, "unknown"], again=True) == ["unknown"]
+    assert LatencyTable.open(tmp_path / "mine", profile()).missing(keys) == [k for k in keys if k in mine.borrowed]
+
+
+def test_rows_are_borrowed_as_they_are_where_no_reference_was_measured(tmp_path: Path) -> None:
+    theirs = other_state(tmp_path / "theirs", reference_ms=None)
+    mine = filled(tmp_path / "mine", [])
+    mine.borrow(tmp_path / "theirs")
+    assert mine.net_ms(LAYERS[0].key) == theirs.net_ms(LAYERS[0].key)
+
+
+def test_a_row_that_failed_elsewhere_is_not_borrowed(tmp_path: Path) -> None:
+    theirs = filled(tmp_path / "theirs", [], board="another board")
+    theirs.add(measured(LAYERS[0].key, "row", "fp32", None, error="out of memory"))
+    mine = filled(tmp_path / "mine", [])
+    mine.borrow(tmp_path / "theirs")
+    assert mine.missing([LAYERS[0].key]) == [LAYERS[0].key]
+
+
+def test_a_table_of_the_same_state_is_not_foreign(tmp_path: Path) -> None:
+    filled(tmp_path / "tables" / "theirs", [candidate()])
+    mine = LatencyTable.open(tmp_path / "mine", profile())
+    with pytest.raises(DeviceError, match=r"this very device state, so it is not foreign.*run\.tables=\S+tables$"):
+        mine.borrow(tmp_path / "tables" / "theirs")
+    with pytest.raises(StorageError, match="no latency table here"):
+        mine.borrow(tmp_path / "nothing")
+    assert mine.foreign is None
+
+
 def test_a_table_opened_to_read_takes_nothing(tmp_path: Path) -> None:
     filled(tmp_path, [candidate()])
     table = LatencyTable.read(tmp_path)
@@ -246,7 +304,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from latency_examples import profile
-from nas.latency.table import LatencyTable
+from nas.latency.table import FOREIGN_ROW_STD, LatencyTable
 table = LatencyTable.open(Path(sys.argv[1]), profile())
 with table.writing():
     print("held", flush=True)

@@ -16,6 +16,7 @@ from nas.report.tables import (
     format_number,
     format_spread,
     front_csv,
+    front_notes,
     front_records,
     front_table,
     notes,
@@ -54,6 +55,20 @@ def test_what_a_precision_does_to_latency_is_said_in_words(factor: float, verdic
     assert line.startswith(f"int8 takes {factor:.2f} times the worst-case latency of fp32 ({verdict} here; median of 1")
     assert "1 of them measured in both" in line
     assert precision_notes(replace(view, points=(full,))) == ()
+
+
+def test_predictions_from_rows_of_another_device_state_say_so_everywhere() -> None:
+    view = made_view()
+    foreign = replace(view, provenance={**view.provenance, "foreign table": "tables/other"})
+    sources = {p.latency.provenance for p in view.points}
+    assert sources == {"predicted", "measured"}
+    columns, rows = front_table(foreign, foreign.points)
+    shown = {row[columns.index("latency is")] for row in rows}
+    assert shown == {r["latency_is"] for r in front_records(foreign, foreign.points)}
+    assert shown == {"predicted, foreign rows", "measured"}
+    assert '"predicted, foreign rows"' in front_csv(foreign, foreign.points)
+    assert "another device state (tables/other), scaled to this one" in front_notes(foreign)[0]
+    assert front_notes(view) == precision_notes(view)
 
 
 def test_records_are_plain_json_in_the_units_of_their_names() -> None:

@@ -10,14 +10,15 @@ from shlex import quote
 
 import numpy as np
 import pytest
-from search_examples import Notes, write_experiment
+from search_examples import Notes, Zygote, write_experiment
 
-from nas.core.errors import BudgetError, InterruptedRunError, UsageError
+from nas.core.errors import BudgetError, InterruptedRunError, RunMismatchError, UsageError
 from nas.core.jsonio import file_sha256, read_record, write_record
 from nas.core.records import LatencyFigures
 from nas.core.run import PackageView, Point, SplitAccuracy
 from nas.devices.base import MeasureJob
 from nas.latency.lines import network_key
+from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
 from nas.recipe.finish import finished_logits
 from nas.recipe.records import write_scored
@@ -471,6 +472,29 @@ def test_the_result_of_a_real_search_keeps_its_rules(finished: Path) -> None:
     assert pick.on_front
     assert outcome.sources.keys() == {p.id for p in outcome.points}
     assert f"of {len(within)} measured settings whose worst latency keeps 0.0068 ms" in outcome.pick_reason
+
+
+def test_a_search_may_borrow_rows_of_another_device_state_and_says_so(
+    finished: Path, zygote: Zygote, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "tables", tmp_path / "theirs")
+    (state,) = (tmp_path / "theirs").glob("*/device.json")
+    state.write_text(state.read_text().replace('"runtime_version": "', '"runtime_version": "old '))
+    experiment = write_experiment(tmp_path, cache=finished / "cache")
+    text = experiment.read_text().replace('"tables":', f'"foreign_table": "{state.parent}", "tables":')
+    experiment.write_text(text)
+    life = zygote.run(tmp_path / "log", experiment)
+    log = (tmp_path / "log").read_text()
+    assert life.code == 0, log
+    assert "rows are borrowed from" in log and "runtime_version: the table has 'old " in log
+    view = load_view(tmp_path / "run")
+    assert view.provenance["foreign table"] == str(state.parent)
+    (own,) = (tmp_path / "tables").glob("*")
+    table = LatencyTable.read(own)
+    assert not table.rows and table.networks  # only whole networks were measured
+    own_rows_only = write_experiment(tmp_path, cache=finished / "cache")
+    with pytest.raises(RunMismatchError, match=r"foreign table: \S+theirs\S* -> \(absent\)"):
+        run_search(load_experiment(own_rows_only), Notes(), device=SimulatedDevice())
 
 
 @dataclass

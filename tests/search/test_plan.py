@@ -215,6 +215,7 @@ MATTERS = {
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
     "calibration": "finish.calibration_images=17",
+    "foreign table": "run.foreign_table=x",
 }
 # Where results go, how many processes work, and what another scorer or data set would read.
 MATTERS_NOT = (
@@ -235,8 +236,7 @@ def _marks(inputs: Inputs, *sets: str) -> dict[str, str]:
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    assert before.keys() == after.keys()
-    return [key for key in before if before[key] != after[key]]
+    return [key for key in {**before, **after} if before.get(key) != after.get(key)]
 
 
 @pytest.mark.parametrize("part", MATTERS)

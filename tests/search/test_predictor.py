@@ -15,7 +15,10 @@ from nas.core.records import Candidate, Measurement
 from nas.core.run import LatencyKind
 from nas.core.walk import expand
 from nas.devices.base import MeasureJob, OnProgress, OnResult
+from nas.latency.table import LatencyTable
 from nas.search.predictor import BudgetFilter, Predictor, deployed_form
+from nas.search.rounds import check_budget
+from nas.search.settings import BudgetSettings
 from nas.space.space import SearchSpace, space_from_plain
 from nas.space.yamlio import parse_yaml
 from nas.testing import SimulatedDevice
@@ -129,6 +132,31 @@ def test_rows_of_a_large_space_are_measured_when_a_candidate_needs_them(
     other = space.decode(space.largest()).with_precision("int8")
     predictor.estimate(other)
     assert set(asked(predictor)) <= {layer.key for layer in expand(other)}
+
+
+def test_borrowed_rows_are_not_measured_and_networks_correct_them(
+    space: SearchSpace, slow_tables: Path, tmp_path: Path
+) -> None:
+    """Networks take 1.3 times as long as their rows, which are those of another runtime."""
+    shutil.copytree(slow_tables, tmp_path / "theirs")
+    state = next((tmp_path / "theirs").glob("*/device.json"))
+    state.write_text(state.read_text().replace('"runtime_version": "', '"runtime_version": "old '))
+    device = SlowNetworks()
+    table = open_folder(tmp_path / "mine", device)
+    table.borrow(state.parent)
+    predictor = Predictor(space, table, device, Notes())
+    predictor.prepare()
+    check_budget(predictor, BudgetSettings(ms=1e-6), 0)  # times of another device refuse nobody
+    assert asked(predictor) == []
+    networks = some(space, 24)
+    fp32 = [g for g in networks if space.decode(g).precision_label == "fp32"]
+    pairs, _ = predictor.measure([space.decode(g) for g in fp32[:-1]], 0)
+    assert [p.predicted_ms / p.measured_ms for p in pairs] == pytest.approx([1 / 1.3] * len(pairs), rel=0.1)
+    assert not table.borrowed & {*asked(predictor)}
+    again, _ = predictor.measure([space.decode(fp32[-1])], 1)
+    assert again[0].predicted_ms == pytest.approx(again[0].measured_ms, rel=0.05)
+    assert LatencyTable.read(table.folder).correction() is None  # it rests on borrowed rows
+    assert not LatencyTable.read(table.folder).rows
 
 
 def test_many_estimates_equal_those_of_single_candidates(space: SearchSpace, predictor: Predictor) -> None:
