@@ -23,14 +23,14 @@ import numpy as np
 from benchmarks.common import conditions, parser, spread
 from nas.core.errors import NasError
 from nas.core.records import Candidate, Precision
-from nas.core.walk import expand
+from nas.core.walk import expand, total_params
 from nas.devices import open_device
 from nas.devices.base import Device
 from nas.latency.correction import NetworkEvidence, PrecisionFit, corrected, fit_precision
 from nas.latency.estimate import VectorEstimator, describe_errors, fit_correction
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import FillProgress, FillReport, fill
+from nas.measure.fill import FillProgress, FillReport, fill, measure_streaming
 from nas.measure.networks import NetworkProgress, measure_networks, network_bytes, network_job
 from nas.space.space import SearchSpace, load_space
 
@@ -133,6 +133,7 @@ def run(space: SearchSpace, table: LatencyTable, device: Device, count: int, see
         candidates = [a.with_precision(label) for a in architectures]
         layers = dict.fromkeys(x for c in candidates for x in expand(c))
         say(f"{label}: {len(candidates)} networks, {len(layers)} different rows")
+        measure_streaming(table, device, max(4 * total_params(c) / 1e6 for c in candidates))
         report = fill(table, device, layers, progress=told_rows)
         started = time.monotonic()
         measurements = measure_networks(table, device, candidates, progress=told_networks)
@@ -159,6 +160,7 @@ def run(space: SearchSpace, table: LatencyTable, device: Device, count: int, see
             "fit": None if fit is None else fit_numbers(fit),
         }
         warn(report)
+    result["streaming_us"] = {f"{mb:g} MB": round(1e3 * ms, 1) for mb, ms in table.streaming[1:]}
     result["speed"] = speed(space, table, seed)
     return result
 
@@ -205,6 +207,7 @@ def show(result: dict[str, Any]) -> None:
             f" {p['networks_disturbed']} of {p['networks']} networks; from all: scale {f['scale']:.3f},"
             f" {f['constant_us']:+.0f} us, {f['us_per_mb']:+.1f} us per MB"
         )
+    print(f"weights that do not stay in the cache, us: {result['streaming_us']}")
     rate = result["speed"]["per_second"]
     print(
         f"vectorised: {rate['median']:,.0f} estimates per CPU second (n {rate['n']}, {rate['min']:,.0f} to"

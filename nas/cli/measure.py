@@ -50,7 +50,7 @@ def command(
     """
     from nas.devices import open_device
     from nas.latency.table import LatencyTable
-    from nas.measure.fill import SECONDS_PER_ROW, fill
+    from nas.measure.fill import SECONDS_PER_ROW, fill, measure_streaming
 
     target = open_device(device)
     folder = table or Path("latency_tables") / target.profile.name
@@ -58,7 +58,7 @@ def command(
         if not (folder / "device.json").exists():
             raise UsageError(f"{folder}: no table here whose rows could be measured again. Give --space NAME")
         rows = tuple(LatencyTable.open(folder, target.profile).rows)
-    layers = _layers(space, rows, classes, precision, target.profile.precisions)
+    layers, weight_mb = _layers(space, rows, classes, precision, target.profile.precisions)
     keys = list(dict.fromkeys(layer.key for layer in layers))
     is_new = not (folder / "device.json").exists()
     missing = keys
@@ -75,6 +75,7 @@ def command(
         console.result({**document, "about_s": about_s})
         return
     with console.reporter() as reporter:
+        measure_streaming(opened, target, weight_mb, progress=_shown(reporter))
         report = fill(opened, target, layers, again=again, progress=_shown(reporter))
     for line in report.warnings:
         console.warn(line)
@@ -88,6 +89,7 @@ def command(
         "drift": report.drift,
         "seconds": report.seconds,
         "overhead_ms": opened.overhead_ms,
+        "streaming_ms": dict(opened.streaming),
         "latency_ms": {k: opened.rows[k].latency_ms for k in sorted(keys) if k in opened.rows},
     }
     if report.failed and len(report.failed) == report.measured:
@@ -101,9 +103,11 @@ def _layers(
     classes: int,
     precision: Sequence[Precision],
     offered: Sequence[Precision],
-) -> tuple[LayerSpec, ...]:
+) -> tuple[tuple[LayerSpec, ...], float]:
+    """Layers whose rows are asked for, and the weights of the largest network of them (MB; 0 for single rows)."""
     from nas.latency.keys import layer_of_key
     from nas.search.experiment import space_file
+    from nas.search.predictor import largest_mb
     from nas.space.space import load_space
 
     if (space is None) == (not rows):
@@ -121,8 +125,9 @@ def _layers(
         wrong = [layer for layer in layers if layer.precision not in offered]
         if wrong:
             raise UsageError(f"--rows {wrong[0].key}: this device offers {', '.join(offered)}")
-        return layers
-    return load_space(space_file(space, "--space"), classes, precision or offered).layers()
+        return layers, 0.0
+    loaded = load_space(space_file(space, "--space"), classes, precision or offered)
+    return loaded.layers(), largest_mb(loaded)
 
 
 def _shown(reporter: Reporter) -> Callable[[FillProgress], None]:

@@ -1,4 +1,5 @@
-"""Three fixed ONNX graphs that every device measures: the empty graph, the decision at an early exit, the reference.
+"""Fixed ONNX graphs that every device measures: the empty graph, the decision at an early exit, the reference network,
+and chains of convolutions whose weights do or do not fit into the cache.
 
 The reference network must never change: its time is compared across sessions and kept in latency tables.
 """
@@ -18,6 +19,9 @@ IR_VERSION = 9
 REFERENCE_CHANNELS = 48
 REFERENCE_SIZE = 16
 REFERENCE_EXPANSION = 4
+
+STREAMING_CHANNELS = 256  # 0.26 MB of weights for each convolution: they stay in the cache when all take the same
+STREAMING_SIZE = 4
 
 
 @cache
@@ -110,6 +114,45 @@ def reference_model() -> bytes:
         weights,
     )
     return _bytes(graph)
+
+
+def streaming_model(megabytes: int, *, cached: bool) -> bytes:
+    """A chain of 1x1 convolutions of 256 channels on 4x4 pixels that reads so many megabytes of fp32 weights.
+
+    Args:
+        megabytes: weights read in one inference, 10^6 bytes.
+        cached: all convolutions take the same weights; the work is that of different ones.
+    """
+    count = round(megabytes * 1e6 / (4 * STREAMING_CHANNELS**2))
+    rng = np.random.default_rng(0)
+    shape = [1, STREAMING_CHANNELS, STREAMING_SIZE, STREAMING_SIZE]
+    std = STREAMING_CHANNELS**-0.5
+    weights = [
+        numpy_helper.from_array(
+            rng.normal(0, std, (STREAMING_CHANNELS, STREAMING_CHANNELS, 1, 1)).astype(np.float32), f"weight{i}"
+        )
+        for i in range(1 if cached else count)
+    ]
+    names = ["input", *(f"between{i}" for i in range(1, count)), "output"]
+    nodes = [
+        helper.make_node(
+            "Conv", [names[i], f"weight{0 if cached else i}"], [names[i + 1]], name=f"conv{i}", kernel_shape=[1, 1]
+        )
+        for i in range(count)
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "streaming",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, shape)],
+        weights,
+    )
+    return _bytes(graph)
+
+
+def streaming_job(key: str, megabytes: int, *, cached: bool) -> MeasureJob:
+    """The job that measures `streaming_model`, under a key of the table's."""
+    return MeasureJob(key, "overhead", "fp32", streaming_model(megabytes, cached=cached), 0)
 
 
 def overhead_job() -> MeasureJob:

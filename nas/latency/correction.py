@@ -1,7 +1,9 @@
 """Correction of the sum of rows from measured whole networks: scale, constant, price per megabyte and per early exit.
 
 Bayesian ridge in relative residuals. Why these terms: isolated blocks find their weights in the cache, whole networks
-stream them, which costs 12-16 us per MB (fp32) on the x86-64 machine this was found on; an `If` between blocks costs
+stream them; the sum contains what the device's own measurement of that says, but how much of it is hidden behind the
+work differs between networks and chains of convolutions (12-16 us per MB in fp32 in all on a quiet x86-64 machine); an
+`If` between blocks costs
 1-3 us more than one that is measured alone, because tensors change their layout there; a scale and a constant take the
 rest. With a table of the same device nothing richer was better up to 20 networks. Where no network in the evidence
 decides at exits, the last term stays at zero.
@@ -22,7 +24,7 @@ from nas.core.errors import RecordError
 
 Method = Literal["scale", "full", "borrowed"]
 
-CORRECTION_VERSION = 2
+CORRECTION_VERSION = 3
 TERMS = 4
 
 NOISE = 0.03  # relative error of one measured network against the corrected sum, before anything is known
@@ -42,7 +44,7 @@ RAW_ERROR_UNKNOWN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class NetworkEvidence:
-    """A measured network in a fit: sum of its rows, weights, early exits that decide (gates), what was measured.
+    """A measured network in a fit: plain sum, weights, early exits that decide (gates), what was measured.
 
     `left_out_ms` is the estimate of a fit without it.
     """
@@ -166,7 +168,7 @@ def corrected(
     Args:
         fit: correction of this precision label, or None: the plain sum.
         precision: the label.
-        sum_ms: plain sums of rows.
+        sum_ms: plain sums of rows, with overhead, decisions at exits and streamed weights.
         weight_mb: weights on the way, MB.
         gates: early exits that decide on the way.
         row_var: sum of the squared standard deviations of the rows, ms^2; used where there is no fit (a fit's error

@@ -86,11 +86,15 @@ def fit_correction(table: LatencyTable, networks: Iterable[MeasuredNetwork] | No
             )
             continue
         gates = len(network.candidate.exits) if network.form == "if" else 0
+        weight_mb = sum(x.weight_bytes for x in layers) / BYTES_PER_MB
         evidence.setdefault(network.candidate.precision_label, []).append(
             NetworkEvidence(
                 m.key,
-                table.overhead_ms + sum(table.net_ms(x.key) for x in layers) + gates * table.gate_ms,
-                sum(x.weight_bytes for x in layers) / BYTES_PER_MB,
+                table.overhead_ms
+                + sum(table.net_ms(x.key) for x in layers)
+                + gates * table.gate_ms
+                + float(table.streaming_ms(weight_mb)),
+                weight_mb,
                 gates,
                 m.latency_ms,
                 m.is_stable,
@@ -146,11 +150,12 @@ class Estimator:
             weights[x.segment] += x.weight_bytes / BYTES_PER_MB
             variance[x.segment] += self._table.row_std_ms(x.key) ** 2
         fit = _fit_for(self._correction, label)
+        weights = np.cumsum(weights)
         mean, std = corrected(
             fit,
             label,
-            self._table.overhead_ms + np.cumsum(sums),
-            np.cumsum(weights),
+            self._table.overhead_ms + np.cumsum(sums) + self._table.streaming_ms(weights),
+            weights,
             np.cumsum(gates),
             np.cumsum(variance),
         )
@@ -202,6 +207,7 @@ class VectorEstimator:
             MissingRowError: the overhead has not been measured.
         """
         self._overhead_ms = table.overhead_ms
+        self._streaming_ms = table.streaming_ms if table.streaming else None
         self._folder = table.folder
         self._correction = correction
         self._slots = tuple(space.slots())
@@ -287,9 +293,10 @@ class VectorEstimator:
             chosen = np.flatnonzero(codes == code)
             part = at_exit[:, chosen]
             fit = _fit_for(self._correction, label)
-            mean[:, chosen], std[:, chosen] = corrected(
-                fit, label, self._overhead_ms + part[..., 0], part[..., 1], part[..., 2], part[..., 3]
-            )
+            sum_ms = self._overhead_ms + part[..., 0]
+            if self._streaming_ms is not None:
+                sum_ms += self._streaming_ms(part[..., 1])
+            mean[:, chosen], std[:, chosen] = corrected(fit, label, sum_ms, part[..., 1], part[..., 2], part[..., 3])
         # fmax passes over exits that are absent; they stay NaN because only values that are there are replaced.
         rising = np.fmax.accumulate(mean, axis=0)
         mean = np.where(np.isnan(mean), mean, rising)

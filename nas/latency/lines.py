@@ -22,7 +22,21 @@ NetworkForm = Literal["logits", "if", "plain"]
 OVERHEAD_KEY = "overhead"
 REFERENCE_KEY = "reference"
 GATE_KEY = "gate"
-FIXED_KEYS = (OVERHEAD_KEY, GATE_KEY, REFERENCE_KEY)
+# Weights of this many megabytes are streamed through the cache, and the same work done with weights that stay in it.
+STREAMING_MB = (2, 4, 8, 16, 32)
+
+
+def streaming_key(megabytes: int, *, cached: bool) -> str:
+    """Key of the row that reads so many megabytes of weights, or does the same work with weights that stay in cache."""
+    return f"weights-{megabytes}MB{'-cached' if cached else ''}"
+
+
+FIXED_KEYS = (
+    OVERHEAD_KEY,
+    GATE_KEY,
+    REFERENCE_KEY,
+    *(streaming_key(megabytes, cached=cached) for megabytes in STREAMING_MB for cached in (False, True)),
+)
 
 _LINE = re.compile(r'\{"check":"([0-9a-f]{16})","row":(.*)\}', re.DOTALL)
 

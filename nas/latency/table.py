@@ -28,6 +28,7 @@ from typing import Any
 
 import filelock
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
 from nas.core.jsonio import append_line, from_plain, parse_json, read_record, read_text, write_record, write_text
@@ -38,6 +39,7 @@ from nas.latency.lines import (
     GATE_KEY,
     OVERHEAD_KEY,
     REFERENCE_KEY,
+    STREAMING_MB,
     MeasuredNetwork,
     NetworkForm,
     check_network,
@@ -46,6 +48,7 @@ from nas.latency.lines import (
     line_of,
     network_of,
     row_of,
+    streaming_key,
 )
 
 TABLE_VERSION = 1
@@ -238,6 +241,34 @@ class LatencyTable:
     def gate_ms(self) -> float:
         """Time of the decision at an early exit, its head not included; 0 where it has not been measured."""
         return max(self._least[GATE_KEY] - self._least[OVERHEAD_KEY], 0.0) if self.has_overhead else 0.0
+
+    @property
+    def streaming(self) -> tuple[tuple[float, float], ...]:
+        """What it costs (ms) that so many megabytes of weights do not stay in the cache; rising, from (0, 0).
+
+        The difference of two chains of convolutions that do the same work. Empty where it has not been measured.
+        """
+        points: list[tuple[float, float]] = []
+        for megabytes in STREAMING_MB:
+            there, cached = (self._least.get(streaming_key(megabytes, cached=c)) for c in (False, True))
+            if there is not None and cached is not None:
+                points.append((float(megabytes), max(there - cached, points[-1][1] if points else 0.0)))
+        return ((0.0, 0.0), *points) if points else ()
+
+    def streaming_ms(self, weight_mb: ArrayLike) -> NDArray[np.float64]:
+        """What it costs (ms) that weights of these megabytes do not stay in the cache, any shape; 0 if not measured.
+
+        Rows are measured alone and find their weights in the cache; those of a whole network drive each other out.
+        Between the sizes that were measured the cost is taken as linear, beyond the largest as going on so.
+        """
+        mb = np.asarray(weight_mb, dtype=np.float64)
+        points = np.array(self.streaming)
+        if not len(points):
+            return np.zeros_like(mb)
+        sizes, costs = points.T
+        slope = (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2])
+        cost: NDArray[np.float64] = np.interp(mb, sizes, costs) + slope * np.maximum(mb - sizes[-1], 0.0)
+        return cost
 
     @property
     def reference_ms(self) -> float | None:
@@ -591,7 +622,8 @@ Written by the program; the numbers hold for one device state only.
 
 - `rows.jsonl`: one measured layer (a block with its activation, squeeze-and-excitation, projection and skip) per line,
   with every sample. `latency_ms` contains the overhead of one call, which the row `overhead` gives; the row `gate` is
-  the decision at an early exit. Lines are only appended; the newest of a key counts. `check` is the start of the
+  the decision at an early exit, and the rows `weights-...` what it costs that weights do not stay in the cache. Lines
+  are only appended; the newest of a key counts. `check` is the start of the
   SHA-256 of the text of `row`.
 - `networks.jsonl`: whole networks that were measured, with their architecture.
 - `correction.json`: what those networks taught about sums of rows, with the evidence. It is computed from the other two

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from nas.core.errors import RecordError
 from nas.core.records import LayerSpec, Measurement
 from nas.devices.base import Device, MeasureJob
-from nas.devices.graphs import gate_job, overhead_job, reference_job
+from nas.devices.graphs import gate_job, overhead_job, reference_job, streaming_job
 from nas.export.graph import layer_model
+from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable
 
 DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before; then the machine is in another state
@@ -19,6 +20,7 @@ SECONDS_PER_ROW = 0.03  # before anything is measured: 0.02 on a calm machine, 0
 TELL_EVERY_S = 0.5  # between results: often enough for people, too rarely to disturb
 LOOK_EVERY_S = 120.0  # at the reference network, overhead and gate
 LOOK_AGAIN_ROWS = 20  # after this many rows the look is repeated
+STREAMING_FROM_MB = 1.0  # smaller networks stay in the second-level cache of any device this is for
 WAIT_S = 600.0  # another process may be filling the same table: two at a time would disturb each other
 
 
@@ -131,6 +133,44 @@ def fill(
             open_session(table, device, now=True)
             _measure(table, device, todo(more=False), write, tally)
     return FillReport(len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
+
+
+def measure_streaming(
+    table: LatencyTable, device: Device, weight_mb: float, *, wait_s: float = WAIT_S, progress: OnFill | None = None
+) -> None:
+    """Measures what weights cost that do not stay in the cache, as far as a network of `weight_mb` needs it.
+
+    Nothing is measured for small networks, nor what the table has already.
+
+    Args:
+        table: opened for the device's state.
+        device: measures.
+        weight_mb: weights of the largest network, 10^6 bytes.
+        wait_s: how long to wait while another process writes the table, seconds.
+        progress: told when another process has to be waited for.
+
+    Raises:
+        StorageError: the table is read only, or another process keeps it.
+    """
+    below = (STREAMING_FROM_MB, *STREAMING_MB)
+    sizes = [mb for mb, before in zip(STREAMING_MB, below, strict=False) if weight_mb > before]
+    known = {mb for mb, _ in table.streaming}
+    if known >= set(sizes):
+        return
+
+    def waiting(message: str) -> None:
+        if progress is not None:
+            progress(FillProgress(0, len(sizes), 0, 0, None, message))
+
+    with table.writing(wait_s, waiting):
+        open_session(table, device)
+        jobs = [
+            streaming_job(streaming_key(mb, cached=cached), mb, cached=cached)
+            for mb in sizes
+            if mb not in {size for size, _ in table.streaming}  # another process may have measured some
+            for cached in (False, True)
+        ]
+        device.measure(jobs, on_result=lambda m: store(table, m))
 
 
 def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> float | None:

@@ -13,13 +13,13 @@ import numpy as np
 
 from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Measurement, Precision
 from nas.core.run import FailedCandidate, LatencyKind, PredictedMeasured
-from nas.core.walk import expand
+from nas.core.walk import expand, total_params
 from nas.devices.base import Device
 from nas.latency.correction import Correction
 from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator, fit_correction
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill
+from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill, measure_streaming
 from nas.measure.networks import NetworkProgress, measure_networks
 from nas.search.progress import Reporter
 from nas.space.slots import extreme_genotype
@@ -30,6 +30,11 @@ WHOLE_TABLE_ROWS = 1200
 UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest network is looked for
 
 Genotype = tuple[int, ...]
+
+
+def largest_mb(space: SearchSpace) -> float:
+    """Weights of the largest network of a space in fp32, 10^6 bytes."""
+    return 4 * total_params(space.decode(space.largest())) / 1e6
 
 
 def deployed_form(candidate: Candidate) -> NetworkForm:
@@ -59,8 +64,11 @@ class Predictor:
         return self._correction
 
     def prepare(self) -> None:
-        """Fills the whole table where it is small; a larger one as needed."""
+        """Fills the whole table where it is small; a larger one as needed. Also what streaming the weights costs."""
+        measure_streaming(self.table, self.device, largest_mb(self.space), progress=self._show_rows)
         self.fill(self.space.layers() if self.is_whole else ())
+        if self.table.networks:  # what is stored may be older than the rows
+            self._fit()
 
     def fill(self, layers: Sequence[LayerSpec], *, again: bool = False) -> FillReport:
         """Measures the rows that the table lacks.
@@ -73,10 +81,7 @@ class Predictor:
             InterruptedRunError: the user stopped the run; measured rows are kept.
         """
 
-        def show(p: FillProgress) -> None:
-            self._reporter.progress("latency table", p.done, p.total, p.message)
-
-        report = fill(self.table, self.device, layers, again=again, progress=show)
+        report = fill(self.table, self.device, layers, again=again, progress=self._show_rows)
         for warning in report.warnings:
             self._reporter.warn(warning)
         if report.measured or self._vector is None:
@@ -89,11 +94,14 @@ class Predictor:
         Raises:
             StorageError: the table cannot be written, or another process keeps it for very long.
         """
-        correction = fit_correction(self.table)
-        self._correction = correction if correction.fits else None
+        self._fit()
         if self._correction is not None and self.table.foreign is None:
             with self.table.writing(WAIT_S, self._reporter.say):
                 self.table.save_correction(self._correction)
+
+    def _fit(self) -> None:
+        correction = fit_correction(self.table)
+        self._correction = correction if correction.fits else None
         self._vector = VectorEstimator(self.space, self.table, self._correction)
 
     def worst(self, genotypes: Sequence[Genotype]) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +232,9 @@ class Predictor:
         if pairs:
             self.refit()
         return pairs, failed
+
+    def _show_rows(self, p: FillProgress) -> None:
+        self._reporter.progress("latency table", p.done, p.total, p.message)
 
     def _vector_estimator(self) -> VectorEstimator:
         if self._vector is None:

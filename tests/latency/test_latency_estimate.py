@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from latency_examples import GATE_MS, OVERHEAD_MS, candidate, filled, network, row, row_time_ms, sum_ms
+from latency_examples import GATE_MS, OVERHEAD_MS, candidate, filled, measured, network, row, row_time_ms, sum_ms
 
 from nas.core.errors import MissingRowError, RecordError
 from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Precision
 from nas.core.walk import expand
 from nas.latency.estimate import Estimator, VectorEstimator, describe_errors, figures, fit_correction
+from nas.latency.lines import streaming_key
+from nas.latency.table import LatencyTable
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 WIDTHS = (16, 24)
@@ -107,9 +109,39 @@ def test_a_corrected_estimate_follows_the_networks_and_says_so(tmp_path: Path) -
     assert 0 < estimate.worst_std_ms < 0.05 * estimate.worst_ms
 
 
-def test_both_paths_agree_on_every_genotype_raw_and_corrected(tmp_path: Path) -> None:
+def add_streaming(table: LatencyTable, megabytes: int, cost_ms: float) -> None:
+    """So many megabytes of weights cost so much when they do not stay in the cache."""
+    table.add(measured(streaming_key(megabytes, cached=True), "overhead", "fp32", 1.0))
+    table.add(measured(streaming_key(megabytes, cached=False), "overhead", "fp32", 1.0 + cost_ms))
+
+
+def test_weights_on_the_way_to_an_exit_cost_what_streaming_them_costs(tmp_path: Path) -> None:
+    c, table = candidate(), filled(tmp_path, [candidate()])
+    before = Estimator(table).estimate(c).exit_ms
+    add_streaming(table, 2, 1.0)
+    layers = expand(c)
+    first = sum(x.weight_bytes for x in layers if x.segment == 0) / 1e6
+    whole = sum(x.weight_bytes for x in layers) / 1e6
+    assert 0 < first < whole < 2
+    after = Estimator(table).estimate(c).exit_ms
+    assert np.subtract(after, before) == pytest.approx([first / 2, whole / 2])
+
+
+def test_evidence_of_a_network_holds_its_streamed_weights(tmp_path: Path) -> None:
+    c, table = candidate(), filled(tmp_path, [candidate()])
+    table.add(network(c, 2.0), c, "if")
+    (before,) = fit_correction(table).fits[0].networks
+    add_streaming(table, 2, 1.0)
+    (after,) = fit_correction(table).fits[0].networks
+    assert after.sum_ms - before.sum_ms == pytest.approx(after.weight_mb / 2)
+
+
+@pytest.mark.parametrize("streaming_ms", [None, 1.0])
+def test_both_paths_agree_on_every_genotype_raw_and_corrected(tmp_path: Path, streaming_ms: float | None) -> None:
     space = TinySpace()
     table = filled(tmp_path, space.candidates())
+    if streaming_ms is not None:
+        add_streaming(table, 2, streaming_ms)
     for c in [candidate(depth=d).with_precision("int8") for d in (1, 2)] + space.candidates()[:5]:
         for layer in expand(c):
             if table.missing([layer.key]):

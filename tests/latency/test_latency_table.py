@@ -15,7 +15,7 @@ from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageEr
 from nas.core.records import PROFILE_STATE_FIELDS
 from nas.core.walk import expand
 from nas.latency.correction import Correction
-from nas.latency.lines import network_key
+from nas.latency.lines import network_key, streaming_key
 from nas.latency.table import FOREIGN_ROW_STD, LatencyTable
 
 LAYERS = expand(candidate())
@@ -366,6 +366,31 @@ def test_the_correction_is_kept_and_belongs_to_its_state(tmp_path: Path) -> None
         table.save_correction(Correction("0" * 16, ()))
     (tmp_path / "correction.json").write_text('{"fingerprint": "x", "fits": [], "version": 1}')
     assert table.correction() is None  # of an earlier program: fitted anew
-    (tmp_path / "correction.json").write_text('{"fingerprint": "other", "fits": [], "version": 2}')
+    (tmp_path / "correction.json").write_text('{"fingerprint": "other", "fits": [], "version": 3}')
     with pytest.raises(DeviceError, match="made for device state other"):
         table.correction()
+
+
+def streamed(folder: Path, costs_ms: dict[int, float]) -> LatencyTable:
+    """A table in which so many megabytes of weights take so much longer than weights in the cache."""
+    table = filled(folder, [])
+    for megabytes, cost_ms in costs_ms.items():
+        work_ms = 0.05 * megabytes
+        table.add(measured(streaming_key(megabytes, cached=True), "overhead", "fp32", work_ms))
+        table.add(measured(streaming_key(megabytes, cached=False), "overhead", "fp32", work_ms + cost_ms))
+    return table
+
+
+def test_cost_of_streamed_weights_is_interpolated_and_goes_on_beyond_what_was_measured(tmp_path: Path) -> None:
+    table = streamed(tmp_path, {2: 0.01, 4: 0.01, 8: 0.05, 16: 0.45})
+    assert table.streaming[0] == (0.0, 0.0)
+    assert table.streaming_ms([0, 1, 2, 6, 16, 18]) == pytest.approx([0, 0.005, 0.01, 0.03, 0.45, 0.55])
+    assert LatencyTable.read(tmp_path).streaming == table.streaming
+    assert filled(tmp_path / "other", []).streaming_ms(7.0) == 0.0
+
+
+def test_cost_of_streamed_weights_never_falls_and_needs_both_measurements(tmp_path: Path) -> None:
+    table = streamed(tmp_path, {2: 0.02, 4: 0.01, 8: -0.01})
+    table.add(measured(streaming_key(16, cached=False), "overhead", "fp32", 3.0))
+    assert [mb for mb, _ in table.streaming] == [0.0, 2.0, 4.0, 8.0]
+    assert [ms for _, ms in table.streaming] == pytest.approx([0, 0.02, 0.02, 0.02])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
 from nas.core.records import (
@@ -19,13 +20,14 @@ from nas.core.records import (
 )
 from nas.core.walk import expand
 from nas.devices.base import REFERENCE_KEY, MeasureJob, OnProgress, OnResult
-from nas.devices.graphs import gate_job, overhead_job, reference_job
+from nas.devices.graphs import gate_job, overhead_job, reference_job, streaming_job, streaming_model
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import ProtocolSettings
 from nas.export.graph import layer_model
 from nas.latency import lines
+from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import ROWS_AT_A_TIME, FillProgress, fill
+from nas.measure.fill import ROWS_AT_A_TIME, FillProgress, fill, measure_streaming
 from nas.testing import SimulatedDevice
 
 
@@ -73,7 +75,7 @@ def opened(folder: Path) -> LatencyTable:
 
 
 def test_keys_of_overhead_and_reference_are_those_of_the_table() -> None:
-    assert tuple(job().key for job in (overhead_job, gate_job, reference_job)) == lines.FIXED_KEYS
+    assert tuple(job().key for job in (overhead_job, gate_job, reference_job)) == lines.FIXED_KEYS[:3]
 
 
 def test_a_new_table_gets_reference_overhead_and_every_row_once(tmp_path: Path) -> None:
@@ -246,3 +248,38 @@ def test_real_rows_in_both_precisions(tmp_path: Path) -> None:
     assert report.measured == 6
     for layer in LAYERS:
         assert 0 < table.net_ms(layer.key) < 5
+
+
+@pytest.mark.parametrize(
+    ("weight_mb", "sizes"), [(0.9, []), (1.1, [2]), (2.0, [2]), (9.0, [2, 4, 8, 16]), (99, STREAMING_MB)]
+)
+def test_streaming_of_weights_is_measured_once_and_as_far_as_needed(
+    tmp_path: Path, weight_mb: float, sizes: Sequence[int]
+) -> None:
+    device = Watched()
+    table = opened(tmp_path)
+    measure_streaming(table, device, weight_mb)
+    keys = [streaming_key(mb, cached=cached) for mb in sizes for cached in (False, True)]
+    assert device.asked == ([*LOOK, *keys] if sizes else [])
+    measure_streaming(opened(tmp_path), device, weight_mb)
+    assert len(device.asked) == (len(LOOK) + len(keys) if sizes else 0)
+
+
+def test_streaming_that_was_cut_short_goes_on_where_it_was(tmp_path: Path) -> None:
+    table, device = opened(tmp_path), Watched()
+    measure_streaming(table, device, 3.0)
+    device.asked.clear()
+    measure_streaming(table, device, 5.0)
+    assert device.asked == [streaming_key(8, cached=False), streaming_key(8, cached=True)]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_two_chains_do_the_same_work_on_weights_that_stay_or_not(cached: bool) -> None:
+    """Real ones through the runtime: as many convolutions as the megabytes say, one or all weights of their own."""
+    graph = onnx.load_model_from_string(streaming_model(2, cached=cached)).graph
+    assert len(graph.node) == 8
+    megabytes = sum(len(w.raw_data) for w in graph.initializer) / 1e6
+    assert megabytes == pytest.approx(0.262 if cached else 2.1, rel=0.01)
+    quick = ProtocolSettings(network_rounds=1, network_sessions=1, network_round_ms=0.2, retries=0, wait_ms=0)
+    (m,) = OnnxRuntimeCpu(quick).measure([streaming_job("weights", 2, cached=cached)])
+    assert m.error is None
