@@ -72,7 +72,7 @@ class ProtocolSettings:
     network_round_ms, row_round_ms: length of a round, in milliseconds of CPU time.
     network_rounds, row_rounds: rounds in one session.
     network_sessions, row_sessions: fresh sessions of the runtime.
-    most_network_sessions: sessions of a network, at most: they go on while the two fastest differ by `agreement`.
+    most_network_sessions: sessions at most, of all but rows: they go on while the two fastest differ by `agreement`.
     agreement: largest difference between the two fastest sessions that is taken for the same time, as a ratio.
     networks_alive, rows_alive: how many are measured interleaved.
     min_runs, max_runs: runs in one round.
@@ -155,7 +155,7 @@ class ProtocolSettings:
 
     def most_sessions(self, kind: JobKind) -> int:
         """Fresh sessions of the runtime, at most."""
-        return max(self.sessions(kind), self.most_network_sessions if kind == "network" else 0)
+        return self.row_sessions if kind == "row" else max(self.network_sessions, self.most_network_sessions)
 
     def alive(self, kind: JobKind) -> int:
         """How many are measured interleaved."""
