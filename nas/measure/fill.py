@@ -81,6 +81,7 @@ def fill(
     layers: Iterable[LayerSpec],
     *,
     again: bool = False,
+    anew: bool = False,
     progress: OnFill | None = None,
     write: Callable[[LayerSpec], bytes] = layer_model,
     wait_s: float = WAIT_S,
@@ -97,6 +98,7 @@ def fill(
         device: measures.
         layers: any layers, repeats allowed.
         again: also measures rows whose measuring failed, and those without a calm round.
+        anew: measures all of these rows, whatever the table has.
         progress: told after each row, and now and then while rows are measured.
         write: gives the ONNX bytes of a layer.
         wait_s: how long to wait while another process writes the table, seconds.
@@ -115,7 +117,7 @@ def fill(
             keys = list(dict.fromkeys([*keys, *table.outdated(by_key)]))
         return [by_key[key] for key in keys]
 
-    if not todo(again, state_unknown=True) and table.has_overhead:
+    if not anew and not todo(again, state_unknown=True) and table.has_overhead:
         return FillReport(0, (), (), None, 0.0)
 
     def waiting(message: str) -> None:
@@ -125,7 +127,7 @@ def fill(
     with table.writing(wait_s, waiting):
         drift = open_session(table, device)
         tally = _Tally(clock, progress)
-        rows = todo(again)  # another process may have measured some
+        rows = list(by_key.values()) if anew else todo(again)  # another process may have measured some
         _measure(table, device, rows, write, tally)
         disturbed, tally.unstable = tally.unstable, []
         _measure(table, device, [by_key[key] for key in disturbed], write, tally)  # once more: noise comes in bursts

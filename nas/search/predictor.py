@@ -13,6 +13,7 @@ import numpy as np
 
 from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Measurement, Precision
 from nas.core.run import FailedCandidate, LatencyKind, PredictedMeasured
+from nas.core.units import format_ms
 from nas.core.walk import expand, total_params
 from nas.devices.base import Device
 from nas.latency.correction import Correction
@@ -27,6 +28,8 @@ from nas.space.space import SearchSpace
 
 # A whole table of this many rows takes 20-60 s; larger spaces are filled row by row as candidates need them.
 WHOLE_TABLE_ROWS = 1200
+DRIFT_STDS = 3.0  # deviations between a measured network and its prediction that contradict the table,
+PROVEN_NETWORKS = 5  # where so many networks of that precision agreed with it before
 UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest network is looked for
 
 Genotype = tuple[int, ...]
@@ -70,18 +73,19 @@ class Predictor:
         if self.table.networks:  # what is stored may be older than the rows
             self._fit()
 
-    def fill(self, layers: Sequence[LayerSpec], *, again: bool = False) -> FillReport:
+    def fill(self, layers: Sequence[LayerSpec], *, again: bool = False, anew: bool = False) -> FillReport:
         """Measures the rows that the table lacks.
 
         Args:
             layers: whose rows are needed.
             again: also rows that failed, or had no calm round.
+            anew: all of these rows, whatever the table has.
 
         Raises:
             InterruptedRunError: the user stopped the run; measured rows are kept.
         """
 
-        report = fill(self.table, self.device, layers, again=again, progress=self._show_rows)
+        report = fill(self.table, self.device, layers, again=again, anew=anew, progress=self._show_rows)
         for warning in report.warnings:
             self._reporter.warn(warning)
         if report.measured or self._vector is None:
@@ -184,7 +188,8 @@ class Predictor:
         """Builds and measures whole networks, then refits.
 
         A prediction that stands beside a measurement comes from the correction without these very networks, also where
-        the table had them already: from an earlier run, or from one that was killed here.
+        the table had them already: from an earlier run, or from one that was killed here. Networks that contradict a
+        table which has proven itself are told as drift; they and their rows are measured anew.
 
         Args:
             candidates: networks; those measured before are not measured again.
@@ -200,6 +205,37 @@ class Predictor:
         self.fill([layer for c in candidates for layer in expand(c)], again=True)
         estimator = Estimator(self.table, held_out if held_out is not None and held_out.fits else None)
         before = [estimator.estimate(c) for c in candidates]
+        results = self._measured(candidates)
+        drifted = [i for i, m in enumerate(results) if contradicts(m, before[i], held_out, _label(candidates[i]))]
+        if drifted and not self.table.is_slow_now:  # a slow machine is the cause itself, and is told by the fill
+            self._tell_drift([(candidates[i], before[i], results[i]) for i in drifted], len(candidates))
+            known = [x for i in drifted for x in expand(candidates[i]) if x.key not in self.table.borrowed]
+            self.fill(known, anew=True)
+            for i, m in zip(drifted, self._measured([candidates[i] for i in drifted], again=True), strict=True):
+                results[i] = m
+        pairs = tuple(
+            PredictedMeasured(
+                candidates[i].id,
+                _label(candidates[i]),
+                before[i].worst_ms,
+                before[i].worst_std_ms,
+                m.latency_ms,
+                round_number,
+            )
+            for i, m in enumerate(results)
+            if m.latency_ms is not None
+        )
+        failed = tuple(
+            FailedCandidate(candidates[i].id, "measuring", m.error or "no latency", round_number)
+            for i, m in enumerate(results)
+            if m.latency_ms is None
+        )
+        if pairs:
+            self.refit()
+        return pairs, failed
+
+    def _measured(self, candidates: Sequence[Candidate], *, again: bool = False) -> list[Measurement]:
+        """Measurements of whole networks in the form that is deployed, in order."""
         results: dict[int, Measurement] = {}
 
         def show(p: NetworkProgress) -> None:
@@ -210,28 +246,18 @@ class Predictor:
             chosen = [i for i, c in enumerate(candidates) if deployed_form(c) == form]
             if chosen:
                 networks = [candidates[i] for i in chosen]
-                measured = measure_networks(self.table, self.device, networks, form=form, progress=show)
+                measured = measure_networks(self.table, self.device, networks, form=form, again=again, progress=show)
                 results.update(zip(chosen, measured, strict=True))
-        pairs = tuple(
-            PredictedMeasured(
-                candidates[i].id,
-                _label(candidates[i]),
-                before[i].worst_ms,
-                before[i].worst_std_ms,
-                m.latency_ms,
-                round_number,
-            )
-            for i, m in sorted(results.items())
-            if m.latency_ms is not None
+        return [results[i] for i in range(len(candidates))]
+
+    def _tell_drift(self, drifted: Sequence[tuple[Candidate, LatencyEstimate, Measurement]], count: int) -> None:
+        candidate, estimate, m = max(drifted, key=lambda d: abs((d[2].latency_ms or 0) / d[1].worst_ms - 1))
+        self._reporter.warn(
+            f"drift: {len(drifted)} of {count} measured networks contradict the table by more than {DRIFT_STDS:g} "
+            f"deviations, most of all {candidate.id}: {format_ms(m.latency_ms or 0)}, predicted "
+            f"{format_ms(estimate.worst_ms)} +- {format_ms(estimate.worst_std_ms)}. They and their rows are measured "
+            "anew"
         )
-        failed = tuple(
-            FailedCandidate(candidates[i].id, "measuring", m.error or "no latency", round_number)
-            for i, m in sorted(results.items())
-            if m.latency_ms is None
-        )
-        if pairs:
-            self.refit()
-        return pairs, failed
 
     def _show_rows(self, p: FillProgress) -> None:
         self._reporter.progress("latency table", p.done, p.total, p.message)
@@ -240,6 +266,21 @@ class Predictor:
         if self._vector is None:
             self._vector = VectorEstimator(self.space, self.table, self._correction)
         return self._vector
+
+
+def contradicts(m: Measurement, estimate: LatencyEstimate, correction: Correction | None, label: str) -> bool:
+    """Whether a measured network lies outside what a table that has proven itself says of it.
+
+    Args:
+        m: the network; one that failed contradicts nothing.
+        estimate: made without this network.
+        correction: that the estimate comes from.
+        label: precision of the network.
+    """
+    fit = None if correction is None else correction.fit_for(label)
+    if m.latency_ms is None or fit is None or len(fit.networks) < PROVEN_NETWORKS:
+        return False
+    return abs(m.latency_ms - estimate.worst_ms) > DRIFT_STDS * float(np.hypot(estimate.worst_std_ms, m.std_ms))
 
 
 def _label(candidate: Candidate) -> Precision | Literal["mixed"]:

@@ -15,6 +15,7 @@ from nas.core.records import Candidate, Measurement
 from nas.core.run import LatencyKind
 from nas.core.walk import expand
 from nas.devices.base import MeasureJob, OnProgress, OnResult
+from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.search.predictor import BudgetFilter, Predictor, deployed_form
 from nas.search.rounds import check_budget
@@ -222,6 +223,77 @@ def test_prediction_beside_a_measurement_did_not_know_it(space: SearchSpace, slo
     assert all(p.error < -0.15 for p in repeated)  # nothing else is known then
     networks = [key for key in asked(slow) if key.startswith("r16-")]
     assert len(networks) == len(set(networks)) == 8
+
+
+class Updated(SlowNetworks):
+    """As its parent, until an update of the runtime makes everything with 5x5 kernels three times as slow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_updated = False
+        self.once = False  # only the first look at each network is slow, as if something had disturbed it
+
+    def latency_ms(self, job: MeasureJob) -> float:
+        is_slow = self.is_updated and job.kind != "overhead" and ("k=5" in job.key or job.kind == "network")
+        if self.once and (job.kind == "row" or self.asked.count(job.key) > 1):
+            is_slow = False
+        return super().latency_ms(job) * (3 if is_slow else 1)
+
+
+@pytest.fixture
+def proven(space: SearchSpace, slow_tables: Path, tmp_path: Path) -> tuple[Predictor, Updated, list[Genotype]]:
+    """A table that agrees with eight fp32 networks, its device, and further fp32 genotypes."""
+    shutil.copytree(slow_tables, tmp_path / "tables")
+    device = Updated()
+    predictor = Predictor(space, open_folder(tmp_path / "tables", device), device, Notes())
+    fp32 = [g for g in some(space, 60) if space.decode(g).precision_label == "fp32"]
+    predictor.measure([space.decode(g) for g in fp32[:8]], 0)
+    device.asked.clear()
+    with_k5 = [g for g in fp32[8:] if any("k=5" in x.key for x in expand(space.decode(g)))]
+    return predictor, device, with_k5
+
+
+def warned(predictor: Predictor) -> list[str]:
+    notes = predictor._reporter
+    assert isinstance(notes, Notes)
+    return notes.warned
+
+
+def test_networks_that_contradict_a_proven_table_are_told_as_drift_and_their_rows_measured_anew(
+    space: SearchSpace, proven: tuple[Predictor, Updated, list[Genotype]]
+) -> None:
+    predictor, device, genotypes = proven
+    candidate = space.decode(genotypes[0])
+    slow_key = next(x.key for x in expand(candidate) if "k=5" in x.key)
+    before = predictor.table.row_ms(slow_key)
+    device.is_updated = True
+    pairs, _ = predictor.measure([candidate], 1)
+    (message,) = warned(predictor)
+    assert message.startswith("drift: 1 of 1 measured networks contradict the table by more than 3 deviations, most")
+    assert candidate.id in message and message.endswith("They and their rows are measured anew")
+    assert predictor.table.row_ms(slow_key) == pytest.approx(3 * before, rel=0.01)
+    assert device.asked.count(network_key(candidate, deployed_form(candidate))) == 2
+    assert pairs[0].predicted_ms < 0.5 * pairs[0].measured_ms  # what was said before is what is reported
+
+
+def test_a_disturbed_network_is_found_out_and_does_not_stay_in_the_table(
+    space: SearchSpace, proven: tuple[Predictor, Updated, list[Genotype]]
+) -> None:
+    predictor, device, genotypes = proven
+    device.is_updated = device.once = True
+    pairs, _ = predictor.measure([space.decode(genotypes[0])], 1)
+    assert len(warned(predictor)) == 1
+    assert pairs[0].measured_ms == pytest.approx(pairs[0].predicted_ms, rel=0.1)
+
+
+def test_networks_that_agree_or_a_table_without_proof_are_no_drift(
+    space: SearchSpace, proven: tuple[Predictor, Updated, list[Genotype]]
+) -> None:
+    predictor, device, genotypes = proven
+    predictor.measure([space.decode(genotypes[0])], 1)
+    device.is_updated = True
+    predictor.measure([space.decode(genotypes[1]).with_precision("int8")], 2)  # no int8 network was measured before
+    assert warned(predictor) == []
 
 
 def test_measuring_networks_corrects_all_later_estimates(space: SearchSpace, slow: Predictor) -> None:
