@@ -175,7 +175,7 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
         score_s = SCORE_OVERHEAD_S + kept * images * macs / STUDENT_TRAINING
     score_s += len(dataset.val) * macs / STUDENT_ANSWERS
     phases.append(Phase("scores", f"{todo} of {e.search.trials} candidates", todo * score_s / workers))
-    networks = e.feedback.first_networks + e.search.rounds * e.feedback.networks_per_round
+    networks = e.feedback.engines(e.search.rounds)
     phases.append(Phase("networks", f"{networks} whole networks on the device", networks * NETWORK_S))
     about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
     phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))

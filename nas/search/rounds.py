@@ -88,7 +88,7 @@ def quota(search: SearchSettings, number: int) -> int:
 def _first_networks(parts: SearchParts) -> None:
     """Whole networks measured before any training, spread over the predicted latencies inside the budget."""
     started = time.monotonic()
-    count = parts.feedback.first_networks
+    count = min(parts.feedback.first_networks, parts.feedback.left(0))
     pairs: tuple[PredictedMeasured, ...] = ()
     failed: tuple[FailedCandidate, ...] = ()
     if count:
@@ -412,7 +412,9 @@ def _measure_chosen(
         r.candidate.with_thresholds((None,) * len(r.candidate.exits)): r for r in records if r.state == "complete"
     }
     fresh = {c: r for c, r in complete.items() if not _is_measured(parts.predictor, c)}
-    if not fresh or not parts.feedback.networks_per_round:
+    spent = sum(len(e.pairs) + len(e.failed) for e in parts.folder.events())
+    count = min(parts.feedback.networks_per_round, parts.feedback.left(spent))
+    if not fresh or not count:
         return (), ()
     candidates = list(fresh)
     now = current_figures(parts, list(fresh.values()))
@@ -422,7 +424,7 @@ def _measure_chosen(
         [latency_of(f, parts.budget.of) for f in now],
         [f.std_ms for f in now],
         parts.budget.ms,
-        parts.feedback.networks_per_round,
+        count,
     )
     return parts.predictor.measure([candidates[i] for i in chosen], number)
 

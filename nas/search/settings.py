@@ -68,15 +68,27 @@ class FeedbackSettings:
     """Which whole networks are measured to correct the table.
 
     `first_networks`: before the first round, spread over predicted latency. `networks_per_round`: after each round,
-    from the front and near the budget.
+    from the front and near the budget. `max_engines`: whole networks built and measured in the search in all, where
+    that is the expensive step; no limit by default. Finished students are measured on top of these.
     """
 
     first_networks: int = 8
     networks_per_round: int = 6
+    max_engines: int | None = None
 
     def __post_init__(self) -> None:
-        if self.first_networks < 0 or self.networks_per_round < 0:
+        if min(self.first_networks, self.networks_per_round, self.max_engines or 0) < 0:
             raise ConfigError("feedback: numbers of networks must not be negative")
+
+    def engines(self, rounds: int) -> int:
+        """Whole networks that a search of so many rounds measures at most."""
+        wanted = self.first_networks + rounds * self.networks_per_round
+        return wanted if self.max_engines is None else min(wanted, self.max_engines)
+
+    def left(self, measured: int) -> int:
+        """Whole networks that may still be measured after so many; as many as wanted where there is no limit."""
+        most = max(self.first_networks, self.networks_per_round)
+        return most if self.max_engines is None else max(0, self.max_engines - measured)
 
 
 @dataclass(frozen=True, slots=True)

@@ -469,6 +469,17 @@ def test_scored_candidates_are_estimated_anew_when_the_correction_changes(make: 
     assert (parts.folder.path / "importances.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("limit", "each"), [(None, [4, 2, 2]), (8, [4, 2, 2]), (7, [4, 2, 1]), (5, [4, 1, 0]), (3, [3, 0, 0]), (0, [0] * 3)]
+)
+def test_networks_of_all_rounds_together_keep_their_limit(make: Make, limit: int | None, each: list[int]) -> None:
+    feedback = FeedbackSettings(4, 2, max_engines=limit)
+    parts = make(feedback=feedback)
+    run_rounds(parts)
+    assert [len(e.pairs) for e in parts.folder.events()] == each
+    assert len(parts.predictor.table.networks) == sum(each) == feedback.engines(2)
+
+
 def test_rounds_measure_different_networks(make: Make) -> None:
     parts = make(feedback=FeedbackSettings(4, 2))
     run_rounds(parts)
