@@ -38,7 +38,7 @@ from nas.search.experiment import Experiment, load_experiment, resolved_yaml
 from nas.search.finals import build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
-from nas.search.plan import phases_of
+from nas.search.plan import missing_rows, phases_of
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
@@ -190,7 +190,7 @@ def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, repo
 
 
 def _tell_duration(inputs: Inputs, predictor: Predictor, folder: RunFolder, reporter: Reporter) -> None:
-    missing = len(predictor.table.missing(x.key for x in inputs.space.layers())) if predictor.is_whole else 0
+    missing = len(missing_rows(inputs.space, predictor.table, inputs.experiment.search.trials))
     scored = sum(record.state != "failed" for record in folder.trials())
     about_s = sum(phase.about_s for phase in phases_of(inputs, missing, scored))
     reporter.say(f"roughly {format_duration(about_s)} in all, less where results are cached; parts: --dry-run")

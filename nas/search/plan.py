@@ -14,7 +14,7 @@ import numpy as np
 
 from nas.core.errors import RunMismatchError
 from nas.core.jsonio import parse_json, read_text
-from nas.core.walk import total_macs
+from nas.core.walk import expand, total_macs
 from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.measure.fill import SECONDS_PER_ROW
@@ -24,6 +24,7 @@ from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
 from nas.search.predictor import WHOLE_TABLE_ROWS, Predictor
 from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, worker_count
 from nas.search.progress import Reporter
+from nas.search.rounds import FIRST_ROWS_SAMPLES
 from nas.space.space import SearchSpace
 
 # Multiply-adds of the forward pass per second of one core.
@@ -86,7 +87,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     folder = Path(experiment.run.tables) / device.name
     table = open_table(experiment, device) if (folder / "device.json").exists() else None
     keys = list(dict.fromkeys(layer.key for layer in space.layers()))
-    missing = keys if table is None else table.missing(keys)
+    missing = missing_rows(space, table, experiment.search.trials)
     is_whole = len(keys) <= WHOLE_TABLE_ROWS
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
     return Plan(
@@ -100,9 +101,22 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         is_whole_table=is_whole,
         fastest_ms=None if table is None else _fastest_ms(space, table, inputs.device, reporter),
         budget_ms=experiment.budget.ms,
-        phases=() if status == "finished" else phases_of(inputs, len(missing) if is_whole else 0, scored),
+        phases=() if status == "finished" else phases_of(inputs, len(missing), scored),
         differences=differences,
     )
+
+
+def missing_rows(space: SearchSpace, table: LatencyTable | None, trials: int) -> list[str]:
+    """Keys of the rows that a search of so many trials has to measure.
+
+    Of a space that is filled row by row those of as many random networks: about as many rows as the search will need.
+    """
+    layers = space.layers()
+    if len({x.key for x in layers}) > WHOLE_TABLE_ROWS:
+        drawn = space.sample_many(np.random.default_rng(0), FIRST_ROWS_SAMPLES + trials)
+        layers = tuple(x for genotype in drawn.tolist() for x in expand(space.decode(tuple(genotype))))
+    keys = list(dict.fromkeys(x.key for x in layers))
+    return keys if table is None else table.missing(keys)
 
 
 def check_plan(plan: Plan) -> None:
@@ -141,7 +155,7 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
 
     Args:
         inputs: of the search.
-        missing: rows to measure before the first candidate.
+        missing: rows to measure.
         scored: candidates that were scored by an earlier call.
     """
     e, dataset = inputs.experiment, inputs.dataset
@@ -158,7 +172,9 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     unless = "unless cached" if teacher_macs else "by a given teacher, whose time is not known beforehand"
     phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, {unless}", about_s))
     if missing:
-        phases.append(Phase("latency table", f"{missing} rows", missing * SECONDS_PER_ROW))
+        is_whole = len({x.key for x in inputs.space.layers()}) <= WHOLE_TABLE_ROWS
+        what = f"{missing} rows" if is_whole else f"about {missing} rows, as candidates need them"
+        phases.append(Phase("latency table", what, missing * SECONDS_PER_ROW))
     todo = max(0, e.search.trials - scored)
     if e.search.scorer == "supernet":
         cpu_s = e.supernet.cpu_seconds
