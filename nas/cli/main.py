@@ -16,7 +16,7 @@ from nas.cli.output import Console, typed
 from nas.core.errors import InterruptedRunError, NasError, StorageError, did_you_mean
 
 # Order of the help page: as a user meets them.
-COMMANDS = ("init", "doctor", "measure", "search", "pareto", "report", "export", "bench")
+COMMANDS = ("init", "doctor", "measure", "table", "search", "pareto", "report", "export", "bench")
 
 EXIT_CODES = """\b
 Exit codes:

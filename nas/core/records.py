@@ -376,7 +376,7 @@ class DeviceProfile:
     threads: int
     driver: str
     precisions: tuple[Precision, ...]
-    kind: Literal["measured", "simulated"]
+    kind: Literal["measured", "simulated", "imported"]
     details: dict[str, str] = field(default_factory=dict, compare=False)
 
     @property
@@ -402,7 +402,8 @@ class Measurement:
     """A measured thing with all its samples, or a typed error; never a sentinel number.
 
     `key` is a layer key (row), a candidate id (network), or a candidate id with `#k` (segment k).
-    `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm.
+    `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm. `source` says what an imported
+    row was in the file it came from, and of which tables a merged one is the centre; empty where it was measured here.
     """
 
     key: str
@@ -418,6 +419,7 @@ class Measurement:
     clock_mhz: float | None = None
     error: str | None = None
     session_ms: tuple[float, ...] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         if (self.latency_ms is None) == (self.error is None):

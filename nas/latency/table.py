@@ -205,6 +205,11 @@ class LatencyTable:
         return MappingProxyType(self._networks)
 
     @property
+    def fixed(self) -> Mapping[str, tuple[Measurement, ...]]:
+        """Every measurement of each fixed row (overhead, gate, reference, streamed weights), in order; known ones."""
+        return {key: tuple(found) for key, found in self._fixed.items() if found}
+
+    @property
     def edited(self) -> tuple[str, ...]:
         """`file:line` of entries that are valid but were changed after they were measured."""
         return tuple(self._edited)
@@ -228,12 +233,15 @@ class LatencyTable:
     def overhead_ms(self) -> float:
         """Time of a call that does nothing; contained in every row, counted once in an estimate.
 
-        The least of all sessions: disturbance only adds, and every row depends on this number.
+        The least of all sessions: disturbance only adds, and every row depends on this number. An imported table has
+        no such row, and nothing is taken off its numbers.
 
         Raises:
             MissingRowError: it has not been measured.
         """
         if OVERHEAD_KEY not in self._least:
+            if self._profile.kind == "imported":
+                return 0.0
             raise MissingRowError(f"{self._folder}: the overhead of a call has not been measured. {self._command()}")
         return self._least[OVERHEAD_KEY]
 
@@ -476,7 +484,8 @@ class LatencyTable:
         if self._foreign is None or key in self._rows:
             return False
         row = self._foreign.rows.get(key)
-        return row is not None and row.latency_ms is not None and self._foreign.has_overhead
+        is_complete = self._foreign.has_overhead or self._foreign.profile.kind == "imported"
+        return row is not None and row.latency_ms is not None and is_complete
 
     @property
     def _foreign_scale(self) -> float:
