@@ -1,0 +1,689 @@
+"""Correction of a latency table from measured whole networks: hierarchical Bayes in relative residuals.
+
+A table gives p, the sum of a network's entries. Measured networks say by how much such sums are wrong: all of them
+(the scale), families of entries (groups), single entries, costs that no entry contains (overheads: per inference, per
+layer, per MB), and a smooth rest that no sum can express. Each has a Gaussian prior around the table as it is, so few
+networks move the large things only and many move single entries. It is a Gaussian process over networks:
+
+    s = exp(median log(y/p));  q = s p;  r = y/q - 1
+    r = d0 + sum_g d_g v_g + sum_e d_e w_e + sum_j b_j u_j + f(z, log p) + noise
+    w_e = entry e / p, v_g = sum of w_e over group g, u_j = (B_j/q) / (geometric mean of B_j/q when measured)
+
+f has the squared exponential kernel. Linear part and kernel as one covariance: Rasmussen and Williams 2006, Gaussian
+Processes for Machine Learning, section 2.7; marginal likelihood eq. 5.8; left-out residuals eq. 5.12. The variances are
+integrated over a grid with log-normal priors (MacKay 1999, Neural Computation 11(5): averaging rather than maximising).
+Everything is linear in y, so the posterior is again a table (`coefficients`), and a prediction needs sums over entries
+only (`LookUp`): no array of networks x entries for millions of candidates.
+
+Letters: N measured networks, M networks to predict, E entries, G groups, J overheads, D descriptors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import sparse, special
+
+from nas.core.errors import RecordError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
+Method = Literal["raw", "scale", "bayes"]
+Prior = Literal["same device", "other"]
+
+MIN_BAYES, SURE_BAYES = 5, 10  # networks: below the first a scale only; between them a same-device table is guarded
+GUARD_GAIN = 0.9  # the guarded correction must have a left-out error this many times that of the scale
+CONSTANT_STD = 0.3  # of d0
+GROUP_STD = (0.03, 0.08, 0.15, 0.3, 0.6, 1.5)
+ENTRY_STD = (0.0, 0.1, 0.3)
+OVERHEAD_STD = (0.03, 0.1, 0.3, 0.8)
+NOISE_STD = (0.01, 0.02, 0.04, 0.08)
+RBF_LENGTHS = (1.0, 2.5)  # in root mean square descriptors
+LOG_UNIT = 0.5  # of log p, at a length of 1: a fast and a slow network of the same depth are not alike
+RBF_STD = ((0.0, 0.0), (0.0, 0.04), (0.12, 0.0), (0.0, 0.12), (0.06, 0.12), (0.0, 0.35))  # per length
+# Log-normal priors of the standard deviations: median, deviation of the logarithm; below SMALL all are alike.
+HYPER_PRIORS = ((0.25, 2.0), (0.08, 1.5), (0.15, 1.5), (0.03, 1.5), (0.02, 1.0))  # group, entry, overhead, rbf, noise
+SMALL = 0.01
+KEPT_MASS, KEPT_POINTS = 0.99, 40  # of the grid, in the average
+PASSES = 3  # of the search for outliers
+OUTLIER = 2.5  # robust deviations beyond which a network's noise is inflated
+MIN_SPREAD = 0.01  # relative; left-out residuals closer than this are no outliers
+MIN_RATIO, MAX_RATIO = 0.1, 10.0  # a correction never moves a prediction further from the scaled sum
+RAW_STD: dict[Prior, float] = {"same device": 0.1, "other": 0.5}  # relative error of a table that nothing has tested
+SCALE_STD, SCALE_WEIGHT = 0.12, 3.0  # relative error around the scale before anything is known, in networks
+_CHUNK = 8192  # networks predicted at once: the arrays stay in the cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Networks:
+    """Networks as the table sees them.
+
+    Attributes:
+        contributions_ms: milliseconds of each entry in each network (number of uses times the entry), shape [M, E].
+        overheads: bases of costs that no entry contains (1, number of layers, weight MB), not negative, shape [M, J].
+        descriptors: what the rest may depend on smoothly, standardised over the candidates, shape [M, D].
+
+    Raises:
+        RecordError: shapes that do not fit, a value that is negative or not finite, a network without any latency.
+    """
+
+    contributions_ms: FloatArray
+    overheads: FloatArray
+    descriptors: FloatArray
+
+    def __post_init__(self) -> None:
+        for name, minimum in (("contributions_ms", 0.0), ("overheads", 0.0), ("descriptors", -np.inf)):
+            object.__setattr__(self, name, _array(name, getattr(self, name), 2, minimum))
+        _rows("overheads", self.overheads, len(self))
+        _rows("descriptors", self.descriptors, len(self))
+        _positive("networks: the sum of contributions_ms", self.contributions_ms.sum(axis=1))
+
+    def __len__(self) -> int:
+        return len(self.contributions_ms)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """Mean, standard deviation and interval of each network, milliseconds, shape [M] each."""
+
+    mean_ms: FloatArray
+    std_ms: FloatArray
+    low_ms: FloatArray
+    high_ms: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coefficients:
+    """Posterior of the linear part, and the table that it makes.
+
+    r = constant + group + entry + overhead parts (module docstring). A corrected table alone is
+    `sum of corrected entries + sum_j overhead_ms[j] * B_j`; entries without data move with their group only.
+
+    Attributes:
+        constant, constant_std: d0 and its standard deviation.
+        group, group_std: d_g, shape [G].
+        entry, entry_std: d_e, shape [E].
+        factor, factor_std: corrected entry / raw entry, shape [E].
+        overhead_ms, overhead_std_ms: milliseconds per unit of each overhead base, shape [J].
+    """
+
+    constant: float
+    constant_std: float
+    group: FloatArray
+    group_std: FloatArray
+    entry: FloatArray
+    entry_std: FloatArray
+    factor: FloatArray
+    factor_std: FloatArray
+    overhead_ms: FloatArray
+    overhead_std_ms: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Feedback:
+    """A fitted correction. Raw tables are never changed; a new device state needs a new fit.
+
+    The features of a network are [1, v (G), u (J), w(x) . w_i (N), one kernel to each z_i per length (N each)], shape
+    [F]; the posterior of r is `weights @ features`, its variance the prior's less `|root @ features|^2` plus
+    `|spread @ features|^2` (how much the points of the grid differ).
+
+    Attributes:
+        method: what is used: the raw table, a scale, or the whole model.
+        reason: why, for people.
+        scale: s.
+        group_of: group of each entry, shape [E].
+        groups: G.
+        overhead_units: geometric mean of B_j/q over the measured networks, shape [J].
+        shares: w of the measured networks, shape [N, E].
+        places: z and log p of the measured networks in the units of the kernel, shape [N, D + 1].
+        measured_ms: y, shape [N].
+        left_out_ms, left_out_std_ms: prediction of each measured network from the others, shape [N].
+        outlier: how many times the noise of each measured network was inflated, 1 for most, shape [N].
+        prior: mean prior variances of constant, group, overhead, entry, rest and noise.
+        degrees: of the t distribution of the intervals.
+    """
+
+    method: Method
+    reason: str
+    scale: float
+    group_of: IntArray
+    groups: int
+    overhead_units: FloatArray
+    shares: FloatArray
+    places: FloatArray
+    measured_ms: FloatArray
+    left_out_ms: FloatArray
+    left_out_std_ms: FloatArray
+    outlier: FloatArray
+    prior: FloatArray
+    weights: FloatArray
+    root: FloatArray
+    spread: FloatArray
+    degrees: float
+
+    @property
+    def left_out_z(self) -> FloatArray:
+        """Deviations of each measured network from what the others say of it, shape [N]."""
+        return (self.measured_ms - self.left_out_ms) / self.left_out_std_ms
+
+    @property
+    def left_out_error(self) -> float | None:
+        """Mean |left-out prediction / measured - 1|, or None below two networks."""
+        if len(self.measured_ms) < 2:
+            return None
+        return float(np.mean(np.abs(self.left_out_ms / self.measured_ms - 1)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LookUp:
+    """Columns to add up over the entries of a network, for one use of each entry: all that a prediction needs.
+
+    Attributes:
+        total_ms: raw milliseconds, shape [E].
+        corrected_ms: milliseconds of the corrected table, shape [E].
+        columns: raw milliseconds in each group, and products with the shares of each measured network, [E, G + N].
+    """
+
+    total_ms: FloatArray
+    corrected_ms: FloatArray
+    columns: FloatArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sums:
+    """Sums over the entries of M networks: `columns` [M, G + N] of the look-up; `squares` [M] of the milliseconds that
+    each different entry contributes in all (an entry used twice counts (2 c)^2, not 2 c^2)."""
+
+    columns: FloatArray
+    squares: FloatArray
+
+
+def fit(networks: Networks, measured_ms: ArrayLike, group_of: ArrayLike, *, prior: Prior = "other") -> Feedback:
+    """Fits the correction to measured networks, with the method that their number allows.
+
+    Args:
+        networks: the measured networks; may be none (N = 0).
+        measured_ms: shape [N].
+        group_of: group of each entry as a number from 0, shape [E]: 5 to 15 families whose errors move together.
+        prior: where the table is from; one of the same device is kept (scaled) until the correction shows its worth.
+
+    Raises:
+        RecordError: shapes that do not fit, a latency that is not positive.
+    """
+    y = _array("measured_ms", measured_ms, 1)
+    _rows("measured_ms", y, len(networks))
+    _positive("measured_ms", y)
+    numbers = _array("group_of", group_of, 1, minimum=0.0)
+    group = numbers.astype(np.intp)
+    if (group != numbers).any():
+        raise RecordError("group_of must be whole numbers")
+    if len(group) != networks.contributions_ms.shape[1]:
+        raise RecordError(f"group_of has {len(group)} entries, contributions_ms {networks.contributions_ms.shape[1]}")
+    if prior not in RAW_STD:
+        raise RecordError(f"prior {prior!r} is not one of: {', '.join(RAW_STD)}")
+    n = len(y)
+    if n < MIN_BAYES:
+        reason = f"{n} measured networks of {MIN_BAYES}: scale only" if n else "no measured network: the raw table"
+        return _fit_scale(networks, y, group, prior, reason)
+    result = _fit_bayes(networks, y, group)
+    if prior == "other" or n >= SURE_BAYES:
+        return result
+    plain = _fit_scale(networks, y, group, prior, "")
+    errors = f"left-out error {result.left_out_error:.1%}, of the scale alone {plain.left_out_error:.1%}"
+    if (result.left_out_error or 0.0) <= GUARD_GAIN * (plain.left_out_error or 0.0):
+        return replace(result, reason=f"{result.reason}; {errors}")
+    return replace(plain, reason=f"{n} measured networks, {errors}: scale only")
+
+
+def predict(fitted: Feedback, networks: Networks, level: float = 0.9) -> Prediction:
+    """Predicts networks from their contributions.
+
+    Args:
+        fitted: a correction.
+        networks: with the entries, overheads and descriptors of the fit.
+        level: probability of the interval, for a new measurement.
+
+    Raises:
+        RecordError: networks that do not fit the correction, a level outside (0, 1).
+    """
+    if networks.contributions_ms.shape[1] != len(fitted.group_of):
+        given, known = networks.contributions_ms.shape[1], len(fitted.group_of)
+        raise RecordError(f"contributions_ms has {given} entries, the correction {known}")
+    total, shares = _shares(networks.contributions_ms)
+    return _predict(
+        fitted,
+        total,
+        _by_group(shares, fitted.group_of, fitted.groups),
+        shares @ fitted.shares.T,
+        (shares**2).sum(axis=1),
+        networks.overheads,
+        networks.descriptors,
+        level,
+    )
+
+
+def look_up(fitted: Feedback, entry_ms: ArrayLike) -> LookUp:
+    """Columns for callers who add up entries: `predict_sums` of the sums equals `predict`.
+
+    Args:
+        fitted: a correction.
+        entry_ms: milliseconds of one use of each entry, shape [E].
+
+    Raises:
+        RecordError: another number of entries than in the fit, a negative value.
+    """
+    entry = _array("entry_ms", entry_ms, 1, minimum=0.0)
+    if len(entry) != len(fitted.group_of):
+        raise RecordError(f"entry_ms has {len(entry)} entries, the correction {len(fitted.group_of)}")
+    columns = np.zeros((len(entry), fitted.groups + len(fitted.shares)))
+    columns[np.arange(len(entry)), fitted.group_of] = entry
+    columns[:, fitted.groups :] = fitted.shares.T * entry[:, None]
+    return LookUp(entry, fitted.scale * entry * coefficients(fitted).factor, columns)
+
+
+def add_up(look: LookUp, entries: ArrayLike, counts: ArrayLike | None = None) -> Sums:
+    """Sums over the entries of networks that are given by the numbers of their entries.
+
+    Args:
+        look: from `look_up`.
+        entries: entry numbers, shape [M, K]; a negative number is no entry; an entry may occur more than once.
+        counts: uses of each, shape [M, K]; one each without.
+
+    Raises:
+        RecordError: shapes that do not fit, an entry that the correction does not have.
+    """
+    index = np.asarray(entries)
+    if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
+        raise RecordError(f"entries must be whole numbers, shape [M, K], got {index.dtype} of shape {index.shape}")
+    known = len(look.total_ms)
+    if index.size and index.max() >= known:
+        raise RecordError(f"entries: no entry {index.max()}, the correction has {known}")
+    uses = np.ones(index.shape) if counts is None else _array("counts", counts, 2, minimum=0.0)
+    if uses.shape != index.shape:
+        raise RecordError(f"counts has shape {uses.shape}, entries {index.shape}")
+    m, k = index.shape
+    data = np.where(index < 0, 0.0, uses).ravel()
+    matrix = sparse.csr_matrix((data, np.maximum(index, 0).ravel(), np.arange(m + 1) * k), shape=(m, known))
+    columns = matrix @ look.columns
+    matrix.sum_duplicates()
+    matrix.data **= 2
+    return Sums(columns, matrix @ look.total_ms**2)
+
+
+def predict_sums(
+    fitted: Feedback, sums: Sums, overheads: ArrayLike, descriptors: ArrayLike, level: float = 0.9
+) -> Prediction:
+    """Predicts networks from sums over their entries, without an array of networks x entries.
+
+    Args:
+        fitted: a correction.
+        sums: of the columns of `look_up`.
+        overheads: shape [M, J].
+        descriptors: shape [M, D].
+        level: probability of the interval, for a new measurement.
+
+    Raises:
+        RecordError: as `predict`.
+    """
+    columns = _array("sums", sums.columns, 2, minimum=0.0)
+    if columns.shape[1] != fitted.groups + len(fitted.shares):
+        wanted = fitted.groups + len(fitted.shares)
+        raise RecordError(f"sums has {columns.shape[1]} columns, the correction {wanted}: of another fit?")
+    squares = _array("squares", sums.squares, 1, minimum=0.0)
+    _rows("squares", squares, len(columns))
+    by_group = columns[:, : fitted.groups]
+    total = by_group.sum(axis=1)
+    _positive("sums: the total", total)
+    return _predict(
+        fitted,
+        total,
+        by_group / total[:, None],
+        columns[:, fitted.groups :] / total[:, None],
+        squares / total**2,
+        _array("overheads", overheads, 2, minimum=0.0),
+        _array("descriptors", descriptors, 2),
+        level,
+    )
+
+
+def coefficients(fitted: Feedback) -> Coefficients:
+    """The linear part: what the table becomes, and how sure each number of it is."""
+    entries, (n, g, j) = len(fitted.group_of), (len(fitted.shares), fitted.groups, len(fitted.overhead_units))
+    width = len(fitted.weights)
+    one, families, costs = np.eye(1, width), np.eye(g, width, k=1), np.eye(j, width, k=1 + g)
+    single = np.zeros((entries, width))
+    single[:, 1 + g + j : 1 + g + j + n] = fitted.shares.T
+    mean, std = _posterior(
+        fitted,
+        np.concatenate([one, families, costs, single, one + families[fitted.group_of] + single]),
+        np.repeat(
+            [
+                [1.0, 0, 0, 0, 0, 0],
+                [0, 1.0, 0, 0, 0, 0],
+                [0, 0, 1.0, 0, 0, 0],
+                [0, 0, 0, 1.0, 0, 0],
+                [1.0, 1, 0, 1, 0, 0],
+            ],
+            [1, g, j, entries, entries],
+            axis=0,
+        ),
+    )
+    cuts = np.cumsum([1, g, j, entries])
+    d0, group, overhead, entry, factor = np.split(mean, cuts)
+    d0_std, group_std, overhead_std, entry_std, factor_std = np.split(std, cuts)
+    return Coefficients(
+        constant=float(d0[0]),
+        constant_std=float(d0_std[0]),
+        group=group,
+        group_std=group_std,
+        entry=entry,
+        entry_std=entry_std,
+        factor=1.0 + factor,
+        factor_std=factor_std,
+        overhead_ms=overhead / fitted.overhead_units,
+        overhead_std_ms=overhead_std / fitted.overhead_units,
+    )
+
+
+def rest(fitted: Feedback, descriptors: ArrayLike, total_ms: ArrayLike) -> FloatArray:
+    """f(z, log p), shape [M]: a prediction is the sum of the corrected table plus s p f.
+
+    Args:
+        fitted: a correction.
+        descriptors: z, shape [M, D].
+        total_ms: p, the sum of the raw entries, shape [M].
+
+    Raises:
+        RecordError: another number of descriptors than in the fit, a total that is not positive.
+    """
+    total = _array("total_ms", total_ms, 1)
+    _positive("total_ms", total)
+    kernels = _rbf(_places(_array("descriptors", descriptors, 2), total), fitted.places)
+    return np.hstack(kernels) @ fitted.weights[len(fitted.weights) - len(kernels) * len(fitted.shares) :]
+
+
+def contradicts(
+    predicted_ms: ArrayLike,
+    std_ms: ArrayLike,
+    measured_ms: ArrayLike,
+    level: float = 0.99,
+    degrees: float = np.inf,
+) -> NDArray[np.bool_]:
+    """Whether measurements lie outside the interval of their prediction: a sign that the device has changed.
+
+    Args:
+        predicted_ms: any shape.
+        std_ms: of a new measurement, same shape.
+        measured_ms: same shape.
+        level: probability of the interval.
+        degrees: of the t distribution (`Feedback.degrees`).
+
+    Raises:
+        RecordError: a level outside (0, 1).
+    """
+    far = np.abs(np.asarray(measured_ms, dtype=np.float64) - np.asarray(predicted_ms, dtype=np.float64))
+    return np.asarray(far > _quantile(level, degrees) * np.asarray(std_ms, dtype=np.float64))
+
+
+def _fit_scale(networks: Networks, y: FloatArray, group: IntArray, prior: Prior, reason: str) -> Feedback:
+    """A scale only, or with no network the raw table; the same record with weights of zero."""
+    total, shares = _shares(networks.contributions_ms)
+    n, groups, j = len(y), int(group.max(initial=-1)) + 1, networks.overheads.shape[1]
+    scale, std = _robust_scale(total, y, prior)
+    left = [_robust_scale(np.delete(total, i), np.delete(y, i), prior) for i in range(n)]
+    left_scale, left_std = np.array(left).reshape(n, 2).T
+    features = 1 + groups + j + (1 + len(RBF_LENGTHS)) * n
+    return Feedback(
+        method="scale" if n else "raw",
+        reason=reason,
+        scale=scale,
+        group_of=group,
+        groups=groups,
+        overhead_units=np.ones(j),
+        shares=shares,
+        places=_places(networks.descriptors, total),
+        measured_ms=y,
+        left_out_ms=left_scale * total,
+        left_out_std_ms=left_scale * total * left_std,
+        outlier=np.ones(n),
+        prior=np.array([0.0, 0, 0, 0, 0, std**2]),
+        weights=np.zeros(features),
+        root=np.zeros((0, features)),
+        spread=np.zeros((0, features)),
+        degrees=SCALE_WEIGHT + n,
+    )
+
+
+def _robust_scale(total: FloatArray, y: FloatArray, prior: Prior) -> tuple[float, float]:
+    """Median ratio, and the relative standard deviation of a new network around it."""
+    if not len(y):
+        return 1.0, RAW_STD[prior]
+    scale = float(np.exp(np.median(np.log(y / total))))
+    residual = y / (scale * total) - 1
+    # Inverse gamma prior; the median of n values has pi/2 times the variance of their mean.
+    var = (SCALE_WEIGHT * SCALE_STD**2 + residual @ residual) / (SCALE_WEIGHT + len(y) - 1)
+    return scale, float(np.sqrt(var * (1 + np.pi / 2 / len(y))))
+
+
+def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray) -> Feedback:
+    total, w = _shares(networks.contributions_ms)
+    n, groups = len(y), int(group.max()) + 1
+    scale = float(np.exp(np.median(np.log(y / total))))
+    q = scale * total
+    v = _by_group(w, group, groups)
+    units = _geometric_means(networks.overheads / q[:, None])
+    u = networks.overheads / q[:, None] / units
+    r = y / q - 1
+    places = _places(networks.descriptors, total)
+    kernels = np.stack([np.ones((n, n)), v @ v.T, u @ u.T, w @ w.T, *_rbf(places, places)])
+    variances, log_prior = _grid()
+
+    inflated = np.ones(n)
+    for last in (False,) * (PASSES - 1) + (True,):
+        score = _log_likelihood(variances, kernels, r, inflated) + log_prior
+        best = variances[np.argmax(score)]
+        if last:
+            break
+        inverse = np.linalg.inv(_covariance(best[None], kernels, inflated)[0])
+        left = np.abs(inverse @ r / np.diag(inverse))
+        deviations = left / max(1.4826 * float(np.median(left)), MIN_SPREAD)
+        before, inflated = inflated, np.where(deviations > OUTLIER, deviations, 1.0)
+        if np.array_equal(before, inflated):
+            break
+
+    kept, share = _heaviest(score)
+    h = variances[kept]
+    lower = np.linalg.cholesky(_covariance(h, kernels, inflated))
+    half = np.linalg.solve(lower, np.broadcast_to(np.eye(n), lower.shape))  # its inverse, [P, N, N]
+    alpha = np.einsum("pki,pkj,j->pi", half, half, r, optimize=True)
+    diagonal = (half**2).sum(axis=1)
+    # Features -> covariance with the measured networks at each point of the grid, [P, N, F].
+    eye = np.eye(n)
+    blocks = (np.ones((n, 1)), v, u, *[eye] * (h.shape[1] - 4))
+    lift = np.concatenate([h[:, c, None, None] * block for c, block in enumerate(blocks)], axis=2)
+    means = np.einsum("pi,pif->pf", alpha, lift)
+    weights = share @ means
+    stacked = (np.sqrt(share)[:, None, None] * (half @ lift)).reshape(-1, lift.shape[2])
+    root: FloatArray = np.asarray(np.linalg.qr(stacked, mode="r"))
+    spread = np.sqrt(share)[:, None] * (means - weights)
+
+    left_mean = r - alpha / diagonal
+    noise = h[:, -1:]
+    left_var = np.maximum(1 / diagonal - noise * inflated**2, 0.0) + noise  # of an ordinary new measurement
+    left_r = share @ left_mean
+    left_std = np.sqrt(share @ (left_var + (left_mean - left_r) ** 2))
+    mean_h = share @ h
+    return Feedback(
+        method="bayes",
+        reason=f"{n} measured networks, {int((inflated > 1).sum())} of them outliers",
+        scale=scale,
+        group_of=group,
+        groups=groups,
+        overhead_units=units,
+        shares=w,
+        places=_places(networks.descriptors, total),
+        measured_ms=y,
+        left_out_ms=q * np.clip(1 + left_r, MIN_RATIO, MAX_RATIO),
+        left_out_std_ms=q * left_std,
+        outlier=inflated,
+        prior=np.array([*mean_h[:4], mean_h[4:-1].sum(), mean_h[-1]]),
+        weights=weights,
+        root=root,
+        spread=spread,
+        degrees=n - 1,  # the variances are from N networks only
+    )
+
+
+def _grid() -> tuple[FloatArray, FloatArray]:
+    """Variances of constant, group, overhead, entry, rests, noise at each point, shape [P, 6 + 1]; log prior [P]."""
+    rows = list(product(GROUP_STD, OVERHEAD_STD, ENTRY_STD, RBF_STD, NOISE_STD))
+    std = np.array([(CONSTANT_STD, g, b, e, *f, noise) for g, b, e, f, noise in rows])
+    of_prior = np.array([(g, e, b, max(f), noise) for g, b, e, f, noise in rows])
+    median, width = np.array(HYPER_PRIORS).T
+    return std**2, -0.5 * ((np.log(np.maximum(of_prior, SMALL) / median) / width) ** 2).sum(axis=1)
+
+
+def _covariance(variances: FloatArray, kernels: FloatArray, inflated: FloatArray) -> FloatArray:
+    """Covariance of the measured residuals at each point, shape [P, N, N]."""
+    n = len(inflated)
+    result = (variances[:, :-1] @ kernels.reshape(len(kernels), -1)).reshape(-1, n, n)
+    diagonal = np.arange(n)
+    result[:, diagonal, diagonal] += variances[:, -1:] * inflated**2
+    return result
+
+
+def _log_likelihood(variances: FloatArray, kernels: FloatArray, r: FloatArray, inflated: FloatArray) -> FloatArray:
+    """Log marginal likelihood of each point without its constant, shape [P]; stacked Cholesky factors."""
+    n = len(r)
+    result = np.empty(len(variances))
+    for start in range(0, len(variances), 64):
+        part = variances[start : start + 64]
+        # With r as one more row, the last row of the factor is (inverse factor) r; its corner only has to be large.
+        bordered = np.empty((len(part), n + 1, n + 1))
+        bordered[:, :n, :n] = _covariance(part, kernels, inflated)
+        bordered[:, n, :n] = bordered[:, :n, n] = r
+        bordered[:, n, n] = 1.0 + 2 * (r @ r) / part[:, -1]
+        factor = np.linalg.cholesky(bordered)
+        logs = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(axis=1)
+        result[start : start + 64] = -0.5 * (factor[:, n, :n] ** 2).sum(axis=1) - logs
+    return result
+
+
+def _heaviest(score: FloatArray) -> tuple[IntArray, FloatArray]:
+    """Points that carry the mass of the grid, and their shares of it."""
+    weight = np.exp(score - score.max())
+    order = np.argsort(-weight, kind="stable")
+    cumulative = np.cumsum(weight[order]) / weight.sum()
+    kept = order[: min(KEPT_POINTS, int(np.searchsorted(cumulative, KEPT_MASS)) + 1)]
+    return kept, weight[kept] / weight[kept].sum()
+
+
+def _predict(
+    fitted: Feedback,
+    total: FloatArray,
+    groups: FloatArray,
+    products: FloatArray,
+    squares: FloatArray,
+    overheads: FloatArray,
+    descriptors: FloatArray,
+    level: float,
+) -> Prediction:
+    """From p [M], group shares [M, G], products of shares with the measured [M, N], sums of squared shares [M]."""
+    _rows("overheads", overheads, len(total))
+    _rows("descriptors", descriptors, len(total))
+    if overheads.shape[1] != len(fitted.overhead_units):
+        raise RecordError(f"overheads has {overheads.shape[1]} columns, the correction {len(fitted.overhead_units)}")
+    width = _quantile(level, fitted.degrees)
+    mean, std = np.empty(len(total)), np.empty(len(total))
+    for part in _chunks(len(total)):
+        q = fitted.scale * total[part]
+        u = overheads[part] / q[:, None] / fitted.overhead_units
+        kernels = _rbf(_places(descriptors[part], total[part]), fitted.places)
+        one = np.ones((len(q), 1))
+        features = np.hstack([one, groups[part], u, products[part], *kernels])
+        amounts = np.column_stack([one, (groups[part] ** 2).sum(axis=1), (u**2).sum(axis=1), squares[part], one, one])
+        ratio, relative = _posterior(fitted, features, amounts)
+        mean[part] = q * np.clip(1 + ratio, MIN_RATIO, MAX_RATIO)
+        std[part] = q * relative
+    return Prediction(mean, std, np.maximum(mean - width * std, 0.0), mean + width * std)
+
+
+def _posterior(fitted: Feedback, features: FloatArray, amounts: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation of r of each row of features; `amounts` of each prior variance it has, [M, 6]."""
+    prior = amounts @ fitted.prior
+    explained = ((features @ fitted.root.T) ** 2).sum(axis=1)
+    differs = ((features @ fitted.spread.T) ** 2).sum(axis=1)
+    floor = amounts[:, -1] * fitted.prior[-1]  # rounding must not take a variance below the noise
+    return features @ fitted.weights, np.sqrt(np.maximum(prior - explained, floor) + differs)
+
+
+def _shares(contributions_ms: FloatArray) -> tuple[FloatArray, FloatArray]:
+    total = contributions_ms.sum(axis=1)
+    return total, contributions_ms / total[:, None]
+
+
+def _by_group(values: FloatArray, group_of: IntArray, groups: int) -> FloatArray:
+    """Sums over the entries of each group, [M, E] to [M, G]."""
+    membership = np.zeros((len(group_of), groups))
+    membership[np.arange(len(group_of)), group_of] = 1.0
+    return values @ membership
+
+
+def _geometric_means(values: FloatArray) -> FloatArray:
+    """Of the positive values of each column; 1 for a column without any."""
+    used = values > 0
+    logs = np.log(np.where(used, values, 1.0)).sum(axis=0)
+    return np.asarray(np.exp(logs / np.maximum(used.sum(axis=0), 1)))
+
+
+def _places(z: FloatArray, total: FloatArray) -> FloatArray:
+    """Where networks lie for the kernel: z [M, D] over the root of D, and log p, shape [M, D + 1]."""
+    return np.column_stack([z / np.sqrt(max(z.shape[1], 1)), np.log(total) / LOG_UNIT])
+
+
+def _rbf(places: FloatArray, others: FloatArray) -> list[FloatArray]:
+    """Kernel of each length between places [M, D + 1] and others [N, D + 1], shape [M, N] each."""
+    if places.shape[1] != others.shape[1]:
+        raise RecordError(f"descriptors has {places.shape[1] - 1} columns, the correction {others.shape[1] - 1}")
+    center = others.mean(axis=0) if len(others) else 0.0  # small numbers keep the differences exact
+    near, far = places - center, others - center
+    squared = np.maximum((near**2).sum(axis=1)[:, None] + (far**2).sum(axis=1) - 2 * near @ far.T, 0.0)
+    return [np.exp(squared * (-0.5 / length**2)) for length in RBF_LENGTHS]
+
+
+def _quantile(level: float, degrees: float) -> float:
+    if not 0 < level < 1:
+        raise RecordError(f"level must be between 0 and 1, got {level}")
+    p = 0.5 + level / 2
+    return float(special.stdtrit(degrees, p) if np.isfinite(degrees) else special.ndtri(p))
+
+
+def _chunks(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _CHUNK) for start in range(0, rows, _CHUNK))
+
+
+def _array(name: str, values: ArrayLike, dimensions: int, minimum: float = -np.inf) -> FloatArray:
+    """The values as float64, checked."""
+    result = np.asarray(values, dtype=np.float64)
+    if result.ndim != dimensions:
+        raise RecordError(f"{name} must have {dimensions} dimensions, got shape {result.shape}")
+    if not np.isfinite(result).all():
+        raise RecordError(f"{name}: {int((~np.isfinite(result)).sum())} values are not finite")
+    if (result < minimum).any():
+        raise RecordError(f"{name} must not be below {minimum:g}, got {result.min():g}")
+    return result
+
+
+def _rows(name: str, values: FloatArray, rows: int) -> None:
+    if len(values) != rows:
+        raise RecordError(f"{name} is of {len(values)} networks, their contributions of {rows}")
+
+
+def _positive(what: str, values: FloatArray) -> None:
+    if not (values > 0).all():
+        raise RecordError(f"{what} must be positive in every network, got {values.min():g}")
