@@ -8,8 +8,20 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
+
+
+def cpu_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
+    """CPU seconds of each repeat, after one that is not counted."""
+    work()
+    samples = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        samples.append(time.process_time() - start)
+    return samples
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -7,14 +7,13 @@ For figures of one thread set OMP_NUM_THREADS=1 before.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import parser, report, spread
+from benchmarks.common import cpu_seconds, parser, report, spread
 from nas.latency.feedback import Feedback, Networks, add_up, fit, look_up, predict_sums
 
 ENTRIES, USED, GROUPS, OVERHEADS, DESCRIPTORS = 2000, 20, 10, 3, 6
@@ -40,17 +39,6 @@ def made_fit(measured: int) -> tuple[Callable[[], Feedback], NDArray[np.float64]
     y = (contributions @ truth + 0.01 * overheads[:, 1]) * rng.normal(1, 0.02, measured)
     networks = Networks(contributions, overheads, descriptors)
     return lambda: fit(networks, y, group_of), entry_ms
-
-
-def cpu_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
-    """CPU seconds of each repeat, after one that is not counted."""
-    work()
-    samples = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        samples.append(time.process_time() - start)
-    return samples
 
 
 def run_case(measured: int, repeats: int) -> dict[str, Any]:

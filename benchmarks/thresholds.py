@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import conditions, parser
+from benchmarks.common import conditions, cpu_seconds, parser
 from nas.latency.exits import confidences, exit_taken, solve_for_loss, sweep
 
 IMAGES = 3000
@@ -29,17 +28,6 @@ def made_logits(exits: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.
     logits = rng.normal(0, 1.5, (exits, IMAGES, CLASSES)).astype(np.float32)
     logits[:, np.arange(IMAGES), labels] += np.linspace(1.0, 4.0, exits, dtype=np.float32)[:, None]
     return logits, labels
-
-
-def cpu_seconds(work: Callable[[], Any], repeats: int) -> list[float]:
-    """CPU seconds of each repeat, after one that is not counted."""
-    work()
-    samples = []
-    for _ in range(repeats):
-        start = time.process_time()
-        work()
-        samples.append(time.process_time() - start)
-    return samples
 
 
 def run_case(exits: int, grid: int, repeats: int, single: int) -> dict[str, Any]:
