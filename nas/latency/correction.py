@@ -106,12 +106,16 @@ class PrecisionFit:
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """All fits of one device state, with their evidence. `skipped` names networks that could not be used, and why."""
+    """All fits of one device state, with their evidence. `skipped` names networks that could not be used, and why.
+
+    `streaming` is what the table said of streamed weights: with another curve the fits do not hold.
+    """
 
     fingerprint: str
     fits: tuple[PrecisionFit, ...]
     skipped: tuple[str, ...] = ()
     version: int = CORRECTION_VERSION
+    streaming: tuple[tuple[float, float], ...] = ()
 
     def fit_for(self, precision: str) -> PrecisionFit | None:
         """The fit of a precision label, or None: the plain sum."""

@@ -104,7 +104,7 @@ def fit_correction(table: LatencyTable, networks: Iterable[MeasuredNetwork] | No
     single = [fit for label, fit in fits.items() if label != "mixed"]
     if len(single) > 1 and len(evidence.get("mixed", ())) < 3:
         fits["mixed"] = borrowed_fit("mixed", single)
-    return Correction(table.profile.fingerprint, tuple(fits.values()), tuple(skipped))
+    return Correction(table.profile.fingerprint, tuple(fits.values()), tuple(skipped), streaming=table.streaming)
 
 
 class Estimator:

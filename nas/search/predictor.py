@@ -70,7 +70,9 @@ class Predictor:
         """Fills the whole table where it is small; a larger one as needed. Also what streaming the weights costs."""
         measure_streaming(self.table, self.device, largest_mb(self.space), progress=self._show_rows)
         self.fill(self.space.layers() if self.is_whole else ())
-        if self.table.networks:  # what is stored may be older than the rows
+        # What is stored is kept, so that a killed run goes on as it was; unless it was fitted to other rows.
+        is_old = self._correction is not None and self._correction.streaming != self.table.streaming
+        if is_old or (self.table.foreign is not None and self.table.networks):
             self._fit()
 
     def fill(self, layers: Sequence[LayerSpec], *, again: bool = False, anew: bool = False) -> FillReport:
