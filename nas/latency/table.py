@@ -97,6 +97,7 @@ class LatencyTable:
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
         self._sequence = 0
         self._foreign: LatencyTable | None = None
+        self._foreign_scale = 1.0  # how much slower this device runs the reference network than the foreign one
         self._lock = filelock.FileLock(str(folder / ".lock"), thread_local=False)
         self.refresh()
 
@@ -178,6 +179,7 @@ class LatencyTable:
                 f" --set run.tables={quote(str(folder.parent))}"
             )
         self._foreign = other
+        self._foreign_scale = self._scale_to(other)
 
     @property
     def foreign(self) -> LatencyTable | None:
@@ -197,7 +199,7 @@ class LatencyTable:
         """
         if self._foreign is None:
             return MappingProxyType(self._rows)
-        return MappingProxyType(ChainMap(self._rows, dict(self._foreign.rows)))
+        return MappingProxyType(ChainMap(self._rows, self._foreign._rows))
 
     @property
     def networks(self) -> Mapping[str, MeasuredNetwork]:
@@ -487,11 +489,9 @@ class LatencyTable:
         is_complete = self._foreign.has_overhead or self._foreign.profile.kind == "imported"
         return row is not None and row.latency_ms is not None and is_complete
 
-    @property
-    def _foreign_scale(self) -> float:
-        """How much slower this device runs the reference network than that of the foreign table."""
-        there = None if self._foreign is None else self._foreign.reference_ms
-        return 1.0 if there is None or self.reference_ms is None else self.reference_ms / there
+    def _scale_to(self, other: LatencyTable) -> float:
+        here, there = self.reference_ms, other.reference_ms
+        return 1.0 if here is None or there is None else here / there
 
     def _looks(self) -> list[tuple[int, float]]:
         """Sequence number and time of each measurement of the reference network."""
@@ -554,6 +554,8 @@ class LatencyTable:
             known = [m for m in self._fixed[row.key] if m.latency_ms is not None]
             if known:
                 self._least[row.key] = min(m.latency_ms or 0.0 for m in [m for m in known if m.is_stable] or known)
+            if row.key == REFERENCE_KEY and self._foreign is not None:
+                self._foreign_scale = self._scale_to(self._foreign)
             return
         if _replaces(row, self._rows.get(row.key)):
             self._rows[row.key] = row

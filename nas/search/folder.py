@@ -4,7 +4,8 @@
 <run.dir>/
   experiment.yaml    resolved settings            fingerprint.json   what must not change between two calls
   batches.jsonl      proposed candidates          trials.jsonl       what became of each of them
-  events.jsonl       rounds, measured networks    measured.jsonl     finished students on the device, exit by exit
+  chosen.jsonl       networks to be measured      events.jsonl       rounds, with the networks that were measured
+  measured.jsonl     finished students on the device, exit by exit
   clock.json         time spent so far            study.db           the same trials for Optuna's tools
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
   outcome.json       finished students            space.yaml   the search space as it was
@@ -104,6 +105,17 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """Whole networks that a round measures, written before it does: after a kill the same ones are measured to the end.
+
+    Round 0 stands for those that are measured before anything is trained.
+    """
+
+    round: int
+    genotypes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MeasuredExit:
     """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none.
 
@@ -145,6 +157,15 @@ class RunFolder:
     def add_batch(self, batch: Batch) -> None:
         """Appends a batch durably."""
         append_line(self.path / "batches.jsonl", batch)
+
+    def chosen(self, round_number: int) -> Chosen | None:
+        """The networks that a round measures; None where it has not come to choose them."""
+        found = read_lines(Chosen, self.path / "chosen.jsonl")
+        return next((c for c in found if c.round == round_number), None)
+
+    def add_chosen(self, chosen: Chosen) -> None:
+        """Appends a choice durably."""
+        append_line(self.path / "chosen.jsonl", chosen)
 
     def measured(self) -> dict[str, MeasuredExit]:
         """Measured exits of finished students by key."""
@@ -265,7 +286,8 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: s
     lines = fingerprint_diff(parse_json(read_text(file), str(file)), now) if file.exists() else []
     if lines and is_young(path):  # nothing to protect: the user mended a setting that the first call refused
         file.unlink()
-        (path / "events.jsonl").unlink(missing_ok=True)
+        for name in ("events.jsonl", "chosen.jsonl"):
+            (path / name).unlink(missing_ok=True)
     elif lines:
         before = read_text(settings) if settings.exists() else ""
         raise RunMismatchError(

@@ -211,7 +211,8 @@ class Predictor:
         drifted = [i for i, m in enumerate(results) if contradicts(m, before[i], held_out, _label(candidates[i]))]
         if drifted and not self.table.is_slow_now:  # a slow machine is the cause itself, and is told by the fill
             self._tell_drift([(candidates[i], before[i], results[i]) for i in drifted], len(candidates))
-            known = [x for i in drifted for x in expand(candidates[i]) if x.key not in self.table.borrowed]
+            borrowed = self.table.borrowed
+            known = [x for i in drifted for x in expand(candidates[i]) if x.key not in borrowed]
             self.fill(known, anew=True)
             for i, m in zip(drifted, self._measured([candidates[i] for i in drifted], again=True), strict=True):
                 results[i] = m

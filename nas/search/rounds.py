@@ -21,7 +21,7 @@ from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import WorkerPool
-from nas.search.folder import Batch, Event, RunFolder, TrialRecord
+from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord
 from nas.search.predictor import BudgetFilter, Predictor, deployed_form
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
@@ -88,19 +88,18 @@ def quota(search: SearchSettings, number: int) -> int:
 def _first_networks(parts: SearchParts) -> None:
     """Whole networks measured before any training, spread over the predicted latencies inside the budget."""
     started = time.monotonic()
-    count = min(parts.feedback.first_networks, parts.feedback.left(0))
-    pairs: tuple[PredictedMeasured, ...] = ()
-    failed: tuple[FailedCandidate, ...] = ()
-    if count:
-        genotypes, latency = _pool_in_reach(parts, parts.search.seed)
-        chosen = [genotypes[i] for i in stratified(latency, count)]
-        pairs, failed = parts.predictor.measure([parts.space.decode(g) for g in chosen], 0)
-        if chosen and not pairs:
-            raise DeviceError(
-                f"not one of {len(chosen)} networks could be measured on {parts.predictor.device.profile.name}, "
-                f"the first: {failed[0].reason}. Run: nas doctor"
-            )
-        _tell_measured(parts, pairs, failed)
+    chosen = parts.folder.chosen(0)
+    if chosen is None:
+        count = min(parts.feedback.first_networks, parts.feedback.left(0))
+        genotypes, latency = _pool_in_reach(parts, parts.search.seed) if count else ([], [])
+        chosen = _kept(parts, 0, tuple(genotypes[i] for i in stratified(latency, count)) if count else ())
+    pairs, failed = _measured(parts, chosen)
+    if chosen.genotypes and not pairs:
+        raise DeviceError(
+            f"not one of {len(chosen.genotypes)} networks could be measured on {parts.predictor.device.profile.name}, "
+            f"the first: {failed[0].reason}. Run: nas doctor"
+        )
+    _tell_measured(parts, pairs, failed)
     parts.folder.add_event(_round_event("first networks", 0, 0, 0, pairs, None, time.monotonic() - started, failed))
 
 
@@ -408,25 +407,48 @@ def search_hypervolume(parts: SearchParts, records: Sequence[TrialRecord]) -> fl
 def _measure_chosen(
     parts: SearchParts, records: Sequence[TrialRecord], number: int
 ) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:
+    chosen = parts.folder.chosen(number)
+    if chosen is None:
+        chosen = _kept(parts, number, _choose(parts, records))
+    return _measured(parts, chosen)
+
+
+def _kept(parts: SearchParts, number: int, genotypes: tuple[Genotype, ...]) -> Chosen:
+    chosen = Chosen(number, genotypes)
+    if genotypes:
+        parts.folder.add_chosen(chosen)
+    return chosen
+
+
+def _choose(parts: SearchParts, records: Sequence[TrialRecord]) -> tuple[Genotype, ...]:
+    """Scored candidates whose whole network is worth measuring now; thresholds do not make another network."""
     complete = {
         r.candidate.with_thresholds((None,) * len(r.candidate.exits)): r for r in records if r.state == "complete"
     }
-    fresh = {c: r for c, r in complete.items() if not _is_measured(parts.predictor, c)}
+    fresh = [r for c, r in complete.items() if not _is_measured(parts.predictor, c)]
     spent = sum(len(e.pairs) + len(e.failed) for e in parts.folder.events())
     count = min(parts.feedback.networks_per_round, parts.feedback.left(spent))
     if not fresh or not count:
-        return (), ()
-    candidates = list(fresh)
-    now = current_figures(parts, list(fresh.values()))
-    chosen = worth_measuring(
-        [r.top1 or 0.0 for r in fresh.values()],
+        return ()
+    now = current_figures(parts, fresh)
+    indices = worth_measuring(
+        [r.top1 or 0.0 for r in fresh],
         [f.expected_ms for f in now],
         [latency_of(f, parts.budget.of) for f in now],
         [f.std_ms for f in now],
         parts.budget.ms,
         count,
     )
-    return parts.predictor.measure([candidates[i] for i in chosen], number)
+    return tuple(fresh[i].genotype for i in indices)
+
+
+def _measured(
+    parts: SearchParts, chosen: Chosen
+) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:
+    if not chosen.genotypes:
+        return (), ()
+    candidates = [parts.space.decode(g) for g in chosen.genotypes]
+    return parts.predictor.measure([c.with_thresholds((None,) * len(c.exits)) for c in candidates], chosen.round)
 
 
 def _is_measured(predictor: Predictor, candidate: Candidate) -> bool:

@@ -18,13 +18,14 @@ from nas.export.manifest import Manifest
 from nas.latency.lines import GATE_KEY, OVERHEAD_KEY, REFERENCE_KEY
 from nas.latency.table import LatencyTable
 from nas.recipe.records import ScoredStudent, read_logits
-from nas.search.folder import Batch, Event, MeasuredExit, RunFolder, TrialRecord
+from nas.search.folder import Batch, Chosen, Event, MeasuredExit, RunFolder, TrialRecord
 from nas.search.view import load_outcome, load_view
 
 LINES = {
     "trials.jsonl": TrialRecord,
     "batches.jsonl": Batch,
     "events.jsonl": Event,
+    "chosen.jsonl": Chosen,
     "measured.jsonl": MeasuredExit,
 }
 

@@ -23,7 +23,7 @@ from nas.latency.table import LatencyTable
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
 from nas.recipe.score import ScoreJob, student_folder
-from nas.search.folder import RunFolder, TrialRecord
+from nas.search.folder import Event, RunFolder, TrialRecord
 from nas.search.predictor import Predictor
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.rounds import (
@@ -445,6 +445,31 @@ def test_networks_near_the_limit_of_the_budget_are_measured(make: Make, of: Late
     assert {p.candidate_id for p in pairs} == {list(fresh)[i].id, list(fresh)[fastest].id}
     again, _ = _measure_chosen(limited, parts.folder.trials(), 2)
     assert not {p.candidate_id for p in again} & {p.candidate_id for p in pairs}
+
+
+@pytest.mark.parametrize("kind", ["first networks", "round"])
+def test_networks_of_a_call_that_ended_before_they_were_recorded_are_recorded_by_the_next(
+    make: Make, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    add_event = RunFolder.add_event
+
+    def dies(folder: RunFolder, event: Event) -> None:
+        if event.kind == kind:
+            raise InterruptedRunError("between the last measurement and its record")
+        add_event(folder, event)
+
+    parts = make(feedback=FeedbackSettings(3, 2), rounds=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add_event", dies)
+        with pytest.raises(InterruptedRunError):
+            run_rounds(parts)
+    measured = set(parts.predictor.table.networks)
+    resumed = make(feedback=FeedbackSettings(3, 2), rounds=1)
+    run_rounds(resumed)
+    first, end = resumed.folder.events()
+    assert (len(first.pairs), len(end.pairs)) == (3, 2)
+    assert measured <= set(resumed.predictor.table.networks)
+    assert len(resumed.predictor.table.networks) == len({p.candidate_id for p in (*first.pairs, *end.pairs)}) == 5
 
 
 def test_scored_candidates_are_estimated_anew_when_the_correction_changes(make: Make) -> None:
