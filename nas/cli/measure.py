@@ -106,8 +106,8 @@ def _layers(
 ) -> tuple[tuple[LayerSpec, ...], float]:
     """Layers whose rows are asked for, and the weights of the largest network of them (MB; 0 for single rows)."""
     from nas.latency.keys import layer_of_key
+    from nas.measure.fill import fp32_mb
     from nas.search.experiment import space_file
-    from nas.search.predictor import largest_mb
     from nas.space.space import load_space
 
     if (space is None) == (not rows):
@@ -127,7 +127,7 @@ def _layers(
             raise UsageError(f"--rows {wrong[0].key}: this device offers {', '.join(offered)}")
         return layers, 0.0
     loaded = load_space(space_file(space, "--space"), classes, precision or offered)
-    return loaded.layers(), largest_mb(loaded)
+    return loaded.layers(), fp32_mb(loaded.decode(loaded.largest()))
 
 
 def _shown(reporter: Reporter) -> Callable[[FillProgress], None]:

@@ -185,7 +185,7 @@ class Candidate:
         return (self.stem.precision, *(s.precision for s in self.stages), self.head.precision)
 
     @property
-    def precision_label(self) -> str:
+    def precision_label(self) -> Precision | Literal["mixed"]:
         """`fp32`, `int8`, ... or `mixed`."""
         names = set(self.precisions)
         return names.pop() if len(names) == 1 else "mixed"

@@ -6,16 +6,16 @@ Comparing works across device states, because it only reads. Merging does not: n
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nas.core.errors import DeviceError, UsageError
-from nas.core.records import PROFILE_STATE_FIELDS, Measurement
+from nas.core.records import Measurement
 from nas.latency.keys import layer_of_key
-from nas.latency.lines import FIXED_KEYS, REFERENCE_KEY, MeasuredNetwork
-from nas.latency.table import LatencyTable, profile_differences
+from nas.latency.lines import FIXED_KEYS, MeasuredNetwork
+from nas.latency.table import LatencyTable, state_differences
 
 NETWORK_GROUP = "network"
 
@@ -76,7 +76,7 @@ class GroupSpread:
 class Merged:
     """One row per key with the centre of the tables, and how far the tables are apart.
 
-    `differing` are names of tables that lie more than the usual spread from the centre in the median: (name, ratio).
+    `ratios`: name of each table, and how many times slower than the centre its rows are in the median.
     """
 
     rows: tuple[Measurement, ...]
@@ -98,8 +98,8 @@ def group_of(key: str) -> tuple[str, str]:
 def values_of(table: LatencyTable) -> dict[str, float]:
     """Latency (ms) of everything in a table that has one: rows, fixed rows as the table uses them, networks."""
     result = {key: row.latency_ms for key, row in table.rows.items() if row.latency_ms is not None}
-    for key, found in table.fixed.items():
-        value = table.reference_ms if key == REFERENCE_KEY else _least(found)
+    for key in table.fixed:
+        value = table.fixed_ms(key)
         if value is not None:
             result[key] = value
     for key, network in table.networks.items():
@@ -116,11 +116,7 @@ def compare_tables(a: LatencyTable, b: LatencyTable) -> TableDifference:
         b: the second.
     """
     first, second = values_of(a), values_of(b)
-    state = tuple(
-        (name, str(getattr(a.profile, name)), str(getattr(b.profile, name)))
-        for name in PROFILE_STATE_FIELDS
-        if getattr(a.profile, name) != getattr(b.profile, name)
-    )
+    state = tuple((name, str(one), str(other)) for name, one, other in state_differences(a.profile, b.profile))
     common: dict[tuple[str, str], list[RowRatio]] = {}
     for key in first:
         if key in second:
@@ -180,15 +176,11 @@ def _refuse(tables: Mapping[str, LatencyTable]) -> None:
         raise UsageError("merging needs at least two tables: nas table merge A B --out DIR")
     (first_name, first), *others = tables.items()
     for name, table in others:
-        differences = profile_differences(first.profile, table.profile)
+        differences = state_differences(first.profile, table.profile)
         if differences:
             raise DeviceError(
                 f"{first_name} and {name} were measured in different device states:\n  "
-                + "\n  ".join(
-                    f"{field}: {getattr(first.profile, field)!r} and {getattr(table.profile, field)!r}"
-                    for field in PROFILE_STATE_FIELDS
-                    if getattr(first.profile, field) != getattr(table.profile, field)
-                )
+                + "\n  ".join(f"{field}: {one!r} and {another!r}" for field, one, another in differences)
                 + f"\nTheir rows have no common value. Look at the difference: nas table diff {first_name} {name}"
             )
     seen: dict[tuple[tuple[str, Measurement], ...], str] = {}
@@ -204,12 +196,6 @@ def _refuse(tables: Mapping[str, LatencyTable]) -> None:
 def _newest(table: LatencyTable, key: str) -> Measurement | None:
     fixed = table.fixed.get(key)
     return fixed[-1] if fixed else table.rows.get(key)
-
-
-def _least(found: Sequence[Measurement]) -> float | None:
-    calm = [m.latency_ms for m in found if m.latency_ms is not None and m.is_stable]
-    known = calm or [m.latency_ms for m in found if m.latency_ms is not None]
-    return min(known, default=None)
 
 
 def _centre(found: Mapping[str, Measurement], values: Mapping[str, Mapping[str, float]], key: str) -> Measurement:

@@ -407,29 +407,6 @@ def rest(fitted: Feedback, descriptors: ArrayLike, total_ms: ArrayLike) -> Float
     return np.hstack(kernels) @ fitted.weights[len(fitted.weights) - len(kernels) * len(fitted.shares) :]
 
 
-def contradicts(
-    predicted_ms: ArrayLike,
-    std_ms: ArrayLike,
-    measured_ms: ArrayLike,
-    level: float = 0.99,
-    degrees: float = np.inf,
-) -> NDArray[np.bool_]:
-    """Whether measurements lie outside the interval of their prediction: a sign that the device has changed.
-
-    Args:
-        predicted_ms: any shape.
-        std_ms: of a new measurement, same shape.
-        measured_ms: same shape.
-        level: probability of the interval.
-        degrees: of the t distribution (`Feedback.degrees`).
-
-    Raises:
-        RecordError: a level outside (0, 1).
-    """
-    far = np.abs(np.asarray(measured_ms, dtype=np.float64) - np.asarray(predicted_ms, dtype=np.float64))
-    return np.asarray(far > _quantile(level, degrees) * np.asarray(std_ms, dtype=np.float64))
-
-
 def _fit_scale(networks: Networks, y: FloatArray, group: IntArray, prior: Prior, reason: str) -> Feedback:
     """A scale only, or with no network the raw table; the same record with weights of zero."""
     total, shares = _shares(networks.contributions_ms)

@@ -7,8 +7,8 @@
         correction.json   what the networks taught about the rows
         README.md         written by the program, for people
 
-Lines are described in `nas.latency.lines`. A later line of the same key replaces an earlier one when read (a failure
-never replaces a number); order is the sequence number, never the clock.
+Lines are described in `nas.latency.lines`. A later line of the same key replaces an earlier one when read; a failure
+never replaces a number, nor a disturbed measurement a smaller one. Order is the sequence number, never the clock.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ class LatencyTable:
         self._rows: dict[str, Measurement] = {}
         self._networks: dict[str, MeasuredNetwork] = {}
         self._fixed: dict[str, list[Measurement]] = {key: [] for key in FIXED_KEYS}
+        self._tried: dict[str, int] = {}  # sequence number of the last measurement of each row and network
         self._least: dict[str, float] = {}  # of the fixed rows: looked up for every row
         self._edited: list[str] = []
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
@@ -125,11 +126,13 @@ class LatencyTable:
             write_record(path, DeviceFile(profile, _now()))
             write_text(folder / "README.md", _readme(profile))
         stored = _device_file(path)
-        differences = profile_differences(stored.profile, profile)
+        differences = state_differences(stored.profile, profile)
         if differences:
             raise DeviceError(
                 f"{folder} was measured in another device state:\n  "
-                + "\n  ".join(differences)
+                + "\n  ".join(
+                    f"{f}: the table has {there!r}, this device has {here!r}" for f, there, here in differences
+                )
                 + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
                 " or nas measure --space NAME --table DIR. A search may borrow its rows, and then says so:"
                 f" --set run.tables=DIR --allow-foreign-table {quote(str(folder))}"
@@ -173,7 +176,7 @@ class LatencyTable:
             RecordError: a line of the table is damaged or impossible, named by file and line number.
         """
         other = LatencyTable.read(folder)
-        if not profile_differences(other.profile, self._profile):
+        if not state_differences(other.profile, self._profile):
             raise DeviceError(
                 f"{folder} holds for this very device state, so it is not foreign. Search with it:"
                 f" --set run.tables={quote(str(folder.parent))}"
@@ -210,6 +213,13 @@ class LatencyTable:
     def fixed(self) -> Mapping[str, tuple[Measurement, ...]]:
         """Every measurement of each fixed row (overhead, gate, reference, streamed weights), in order; known ones."""
         return {key: tuple(found) for key, found in self._fixed.items() if found}
+
+    def fixed_ms(self, key: str) -> float | None:
+        """The time that counts of a fixed row, ms: the least of its calm measurements, else of all; None where unknown.
+
+        The reference network's is that of good sessions (`reference_ms`).
+        """
+        return self.reference_ms if key == REFERENCE_KEY else self._least.get(key)
 
     @property
     def edited(self) -> tuple[str, ...]:
@@ -322,20 +332,13 @@ class LatencyTable:
         return max(value - self.overhead_ms, LEAST_NET_SHARE * value)
 
     def row_std_ms(self, key: str) -> float:
-        """Standard deviation of a row: spread between its calm rounds, at least what fresh sessions differ by.
+        """Standard deviation of a row (`deviation_ms`); a borrowed one is far more uncertain.
 
         Raises:
             MissingRowError: the row is missing.
         """
         value = self.row_ms(key)
-        if self._borrows(key):
-            return FOREIGN_ROW_STD * value
-        row = self._rows[key]
-        calm = [r for r, ok in zip(row.rounds_ms, row.accepted, strict=True) if ok and r]
-        if not calm:
-            return UNSTABLE_ROW_STD * value
-        spread = float(np.std([np.quantile(r, 0.2) for r in calm])) if len(calm) > 1 else 0.0
-        return max(ROW_STD * value, spread)
+        return FOREIGN_ROW_STD * value if self._borrows(key) else deviation_ms(self._rows[key])
 
     def missing(self, keys: Iterable[str], *, again: bool = False) -> list[str]:
         """Keys without a row, each once, in the order given.
@@ -367,7 +370,7 @@ class LatencyTable:
             network = self._networks.get(key)
             m = self._rows.get(key) if network is None else network.measurement
             if m is not None and m.latency_ms is not None:
-                before = bisect_left(numbers, m.sequence)
+                before = bisect_left(numbers, self._tried[key])
                 if before and looks[before - 1][1] > SLOW_STATE * best:
                     result.append(key)
         return result
@@ -557,30 +560,44 @@ class LatencyTable:
             if row.key == REFERENCE_KEY and self._foreign is not None:
                 self._foreign_scale = self._scale_to(self._foreign)
             return
+        self._tried[row.key] = max(row.sequence, self._tried.get(row.key, 0))
         if _replaces(row, self._rows.get(row.key)):
             self._rows[row.key] = row
 
     def _take_network(self, network: MeasuredNetwork) -> None:
         self._sequence = max(self._sequence, network.measurement.sequence)
-        before = self._networks.get(network.measurement.key)
-        if _replaces(network.measurement, before.measurement if before is not None else None):
-            self._networks[network.measurement.key] = network
+        m = network.measurement
+        self._tried[m.key] = max(m.sequence, self._tried.get(m.key, 0))
+        before = self._networks.get(m.key)
+        if _replaces(m, before.measurement if before is not None else None):
+            self._networks[m.key] = network
 
 
-def profile_differences(stored: DeviceProfile, given: DeviceProfile) -> list[str]:
-    """`field: table has ..., this device has ...` for each field of the state that differs."""
-    return [
-        f"{name}: the table has {getattr(stored, name)!r}, this device has {getattr(given, name)!r}"
-        for name in PROFILE_STATE_FIELDS
-        if getattr(stored, name) != getattr(given, name)
-    ]
+def state_differences(a: DeviceProfile, b: DeviceProfile) -> list[tuple[str, object, object]]:
+    """Name, value in the first and in the second of each field of the device state that differs."""
+    pairs = [(name, getattr(a, name), getattr(b, name)) for name in PROFILE_STATE_FIELDS]
+    return [(name, first, second) for name, first, second in pairs if first != second]
+
+
+def deviation_ms(m: Measurement) -> float:
+    """Standard deviation of a measurement: between its calm rounds and its sessions, at least what sessions differ by.
+
+    0 for one that failed.
+    """
+    value = m.latency_ms or 0.0
+    calm = [float(np.quantile(r, 0.2)) for r, ok in zip(m.rounds_ms, m.accepted, strict=True) if ok and r]
+    spread = float(np.std(calm)) if len(calm) > 1 else 0.0
+    return max((ROW_STD if calm else UNSTABLE_ROW_STD) * value, spread, m.std_ms)
 
 
 def _replaces(new: Measurement, old: Measurement | None) -> bool:
-    """Whether a measurement takes the place of another: the later one, but a failure never that of a number."""
-    if old is None or (old.latency_ms is None) != (new.latency_ms is None):
+    """Whether a measurement takes the place of another: the later one, but a failure never that of a number.
+
+    Disturbance only adds: a later value without a calm round takes the place of a greater one only.
+    """
+    if old is None or old.latency_ms is None or new.latency_ms is None:
         return old is None or old.latency_ms is None
-    return new.sequence >= old.sequence
+    return new.sequence >= old.sequence and (new.is_stable or new.latency_ms <= old.latency_ms)
 
 
 def _device_file(path: Path) -> DeviceFile:
@@ -634,7 +651,7 @@ Written by the program; the numbers hold for one device state only.
 - `rows.jsonl`: one measured layer (a block with its activation, squeeze-and-excitation, projection and skip) per line,
   with every sample. `latency_ms` contains the overhead of one call, which the row `overhead` gives; the row `gate` is
   the decision at an early exit, and the rows `weights-...` what it costs that weights do not stay in the cache. Lines
-  are only appended; the newest of a key counts. `check` is the start of the
+  are only appended; the newest of a key counts, unless it was disturbed and is slower. `check` is the start of the
   SHA-256 of the text of `row`.
 - `networks.jsonl`: whole networks that were measured, with their architecture.
 - `correction.json`: what those networks taught about sums of rows, with the evidence. It is computed from the other two

@@ -21,7 +21,7 @@ from nas.core.records import Measurement
 from nas.latency.correction import CORRECTION_VERSION, Correction
 from nas.latency.entries import SourceEntry
 from nas.latency.lines import REFERENCE_KEY, content_of, network_of, row_of
-from nas.latency.table import ROW_STD, SLOW_STATE, TABLE_VERSION, UNSTABLE_ROW_STD, DeviceFile
+from nas.latency.table import SLOW_STATE, TABLE_VERSION, DeviceFile, deviation_ms
 
 CONTRADICTION = 4.0  # standard deviations between two measurements of one row
 ENTRIES_FILE = "entries.jsonl"
@@ -138,7 +138,7 @@ class _Lines:
         best = float(np.quantile([value for _, value in looks], 0.2)) if looks else None
         for key, found in self._rows.items():
             calm = [
-                (place, m.latency_ms, _std_ms(m))
+                (place, m.latency_ms, deviation_ms(m))
                 for place, m in found
                 if m.kind != "overhead" and m.latency_ms and m.is_stable and not _was_slow(m, looks, best)
             ]
@@ -158,13 +158,6 @@ class _Lines:
 def _was_slow(m: Measurement, looks: list[tuple[int, float]], best: float | None) -> bool:
     before = [value for sequence, value in looks if sequence <= m.sequence]
     return bool(before) and best is not None and before[-1] > SLOW_STATE * best
-
-
-def _std_ms(m: Measurement) -> float:
-    value = m.latency_ms or 0.0
-    rounds = [float(np.quantile(r, 0.2)) for r, ok in zip(m.rounds_ms, m.accepted, strict=True) if ok and r]
-    spread = float(np.std(rounds)) if len(rounds) > 1 else 0.0
-    return max((ROW_STD if rounds else UNSTABLE_ROW_STD) * value, spread, m.std_ms)
 
 
 def _correction_problems(path: Path) -> Iterator[Problem]:

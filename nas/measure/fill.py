@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nas.core.errors import RecordError
-from nas.core.records import LayerSpec, Measurement
+from nas.core.records import Candidate, LayerSpec, Measurement
+from nas.core.walk import total_params
 from nas.devices.base import Device, MeasureJob
 from nas.devices.graphs import gate_job, overhead_job, reference_job, streaming_job
 from nas.export.graph import layer_model
@@ -137,6 +138,11 @@ def fill(
     return FillReport(len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
 
 
+def fp32_mb(candidate: Candidate) -> float:
+    """Weights of a network in fp32, 10^6 bytes: given the largest of a space, what `measure_streaming` is for."""
+    return 4 * total_params(candidate) / 1e6
+
+
 def measure_streaming(
     table: LatencyTable, device: Device, weight_mb: float, *, wait_s: float = WAIT_S, progress: OnFill | None = None
 ) -> None:
@@ -156,8 +162,12 @@ def measure_streaming(
     """
     below = (STREAMING_FROM_MB, *STREAMING_MB)
     sizes = [mb for mb, before in zip(STREAMING_MB, below, strict=False) if weight_mb > before]
-    known = {mb for mb, _ in table.streaming}
-    if known >= set(sizes):
+
+    def missing_sizes() -> list[int]:
+        known = {mb for mb, _ in table.streaming}
+        return [mb for mb in sizes if mb not in known]
+
+    if not missing_sizes():
         return
 
     def waiting(message: str) -> None:
@@ -168,8 +178,7 @@ def measure_streaming(
         open_session(table, device)
         jobs = [
             streaming_job(streaming_key(mb, cached=cached), mb, cached=cached)
-            for mb in sizes
-            if mb not in {size for size, _ in table.streaming}  # another process may have measured some
+            for mb in missing_sizes()  # another process may have measured some
             for cached in (False, True)
         ]
         device.measure(jobs, on_result=lambda m: store(table, m))

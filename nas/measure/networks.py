@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, Measurement
 from nas.core.walk import total_macs
-from nas.devices.base import Device, JobPrecision, MeasureJob
+from nas.devices.base import Device, MeasureJob
 from nas.export.graph import forced_exit, network_model, nominal_quant, random_weights
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
@@ -116,7 +116,7 @@ def store_network(table: LatencyTable, m: Measurement, candidate: Candidate, for
 
 def network_job(candidate: Candidate, form: NetworkForm, model: bytes) -> MeasureJob:
     """The job that measures a candidate's model; its key is the one that the table uses."""
-    return MeasureJob(network_key(candidate, form), "network", _precision(candidate), model, total_macs(candidate))
+    return MeasureJob(network_key(candidate, form), "network", candidate.precision_label, model, total_macs(candidate))
 
 
 def measure_model(
@@ -131,8 +131,3 @@ def measure_model(
         feeds: values of inputs by name, where random ones would not do.
     """
     return device.measure([MeasureJob(key, "network", "none", model, 0, feeds or {})])[0]
-
-
-def _precision(candidate: Candidate) -> JobPrecision:
-    names = set(candidate.precisions)
-    return names.pop() if len(names) == 1 else "mixed"

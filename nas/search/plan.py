@@ -21,7 +21,7 @@ from nas.measure.fill import SECONDS_PER_ROW
 from nas.models.teachers import ResNet, count_macs
 from nas.search.experiment import Experiment
 from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
-from nas.search.predictor import WHOLE_TABLE_ROWS, Predictor
+from nas.search.predictor import Predictor, fills_whole
 from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, worker_count
 from nas.search.progress import Reporter
 from nas.search.rounds import FIRST_ROWS_SAMPLES
@@ -88,7 +88,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     table = open_table(experiment, device) if (folder / "device.json").exists() else None
     keys = list(dict.fromkeys(layer.key for layer in space.layers()))
     missing = missing_rows(space, table, experiment.search.trials)
-    is_whole = len(keys) <= WHOLE_TABLE_ROWS
+    is_whole = fills_whole(space)
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
     return Plan(
         run_dir=str(experiment.run_dir),
@@ -112,7 +112,7 @@ def missing_rows(space: SearchSpace, table: LatencyTable | None, trials: int) ->
     Of a space that is filled row by row those of as many random networks: about as many rows as the search will need.
     """
     layers = space.layers()
-    if len({x.key for x in layers}) > WHOLE_TABLE_ROWS:
+    if not fills_whole(space):
         drawn = space.sample_many(np.random.default_rng(0), FIRST_ROWS_SAMPLES + trials)
         layers = tuple(x for genotype in drawn.tolist() for x in expand(space.decode(tuple(genotype))))
     keys = list(dict.fromkeys(x.key for x in layers))
@@ -172,8 +172,7 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     unless = "unless cached" if teacher_macs else "by a given teacher, whose time is not known beforehand"
     phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, {unless}", about_s))
     if missing:
-        is_whole = len({x.key for x in inputs.space.layers()}) <= WHOLE_TABLE_ROWS
-        what = f"{missing} rows" if is_whole else f"about {missing} rows, as candidates need them"
+        what = f"{missing} rows" if fills_whole(inputs.space) else f"about {missing} rows, as candidates need them"
         phases.append(Phase("latency table", what, missing * SECONDS_PER_ROW))
     todo = max(0, e.search.trials - scored)
     if e.search.scorer == "supernet":

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Measurement, Precision
+from nas.core.records import Candidate, LatencyEstimate, LayerSpec, Measurement
 from nas.core.run import FailedCandidate, LatencyKind, PredictedMeasured
 from nas.core.units import format_ms
-from nas.core.walk import expand, total_params
+from nas.core.walk import expand
 from nas.devices.base import Device
 from nas.latency.correction import Correction
 from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator, fit_correction
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill, measure_streaming
+from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill, fp32_mb, measure_streaming
 from nas.measure.networks import NetworkProgress, measure_networks
 from nas.search.progress import Reporter
 from nas.space.slots import extreme_genotype
@@ -35,9 +34,9 @@ UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest network is 
 Genotype = tuple[int, ...]
 
 
-def largest_mb(space: SearchSpace) -> float:
-    """Weights of the largest network of a space in fp32, 10^6 bytes."""
-    return 4 * total_params(space.decode(space.largest())) / 1e6
+def fills_whole(space: SearchSpace) -> bool:
+    """Whether the whole table of a space is filled at once; else row by row, as candidates need them."""
+    return len({x.key for x in space.layers()}) <= WHOLE_TABLE_ROWS
 
 
 def deployed_form(candidate: Candidate) -> NetworkForm:
@@ -60,7 +59,7 @@ class Predictor:
     @property
     def is_whole(self) -> bool:
         """True when the whole table of the space is filled at once."""
-        return len(self.space.layers()) <= WHOLE_TABLE_ROWS
+        return fills_whole(self.space)
 
     @property
     def correction(self) -> Correction | None:
@@ -68,7 +67,9 @@ class Predictor:
 
     def prepare(self) -> None:
         """Fills the whole table where it is small; a larger one as needed. Also what streaming the weights costs."""
-        measure_streaming(self.table, self.device, largest_mb(self.space), progress=self._show_rows)
+        measure_streaming(
+            self.table, self.device, fp32_mb(self.space.decode(self.space.largest())), progress=self._show_rows
+        )
         self.fill(self.space.layers() if self.is_whole else ())
         # What is stored is kept, so that a killed run goes on as it was; unless it was fitted to other rows.
         is_old = self._correction is not None and self._correction.streaming != self.table.streaming
@@ -208,7 +209,9 @@ class Predictor:
         estimator = Estimator(self.table, held_out if held_out is not None and held_out.fits else None)
         before = [estimator.estimate(c) for c in candidates]
         results = self._measured(candidates)
-        drifted = [i for i, m in enumerate(results) if contradicts(m, before[i], held_out, _label(candidates[i]))]
+        drifted = [
+            i for i, m in enumerate(results) if contradicts(m, before[i], held_out, candidates[i].precision_label)
+        ]
         if drifted and not self.table.is_slow_now:  # a slow machine is the cause itself, and is told by the fill
             self._tell_drift([(candidates[i], before[i], results[i]) for i in drifted], len(candidates))
             borrowed = self.table.borrowed
@@ -219,7 +222,7 @@ class Predictor:
         pairs = tuple(
             PredictedMeasured(
                 candidates[i].id,
-                _label(candidates[i]),
+                candidates[i].precision_label,
                 before[i].worst_ms,
                 before[i].worst_std_ms,
                 m.latency_ms,
@@ -284,11 +287,6 @@ def contradicts(m: Measurement, estimate: LatencyEstimate, correction: Correctio
     if m.latency_ms is None or fit is None or len(fit.networks) < PROVEN_NETWORKS:
         return False
     return abs(m.latency_ms - estimate.worst_ms) > DRIFT_STDS * float(np.hypot(estimate.worst_std_ms, m.std_ms))
-
-
-def _label(candidate: Candidate) -> Precision | Literal["mixed"]:
-    names = set(candidate.precisions)
-    return names.pop() if len(names) == 1 else "mixed"
 
 
 def _least(estimate: VectorEstimate) -> np.ndarray:

@@ -90,7 +90,7 @@ def _first_networks(parts: SearchParts) -> None:
     started = time.monotonic()
     chosen = parts.folder.chosen(0)
     if chosen is None:
-        count = min(parts.feedback.first_networks, parts.feedback.left(0))
+        count = parts.feedback.within(parts.feedback.first_networks, 0)
         genotypes, latency = _pool_in_reach(parts, parts.search.seed) if count else ([], [])
         chosen = _kept(parts, 0, tuple(genotypes[i] for i in stratified(latency, count)) if count else ())
     pairs, failed = _measured(parts, chosen)
@@ -427,7 +427,7 @@ def _choose(parts: SearchParts, records: Sequence[TrialRecord]) -> tuple[Genotyp
     }
     fresh = [r for c, r in complete.items() if not _is_measured(parts.predictor, c)]
     spent = sum(len(e.pairs) + len(e.failed) for e in parts.folder.events())
-    count = min(parts.feedback.networks_per_round, parts.feedback.left(spent))
+    count = parts.feedback.within(parts.feedback.networks_per_round, spent)
     if not fresh or not count:
         return ()
     now = current_figures(parts, fresh)
@@ -442,9 +442,7 @@ def _choose(parts: SearchParts, records: Sequence[TrialRecord]) -> tuple[Genotyp
     return tuple(fresh[i].genotype for i in indices)
 
 
-def _measured(
-    parts: SearchParts, chosen: Chosen
-) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:
+def _measured(parts: SearchParts, chosen: Chosen) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:
     if not chosen.genotypes:
         return (), ()
     candidates = [parts.space.decode(g) for g in chosen.genotypes]

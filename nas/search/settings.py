@@ -82,13 +82,11 @@ class FeedbackSettings:
 
     def engines(self, rounds: int) -> int:
         """Whole networks that a search of so many rounds measures at most."""
-        wanted = self.first_networks + rounds * self.networks_per_round
-        return wanted if self.max_engines is None else min(wanted, self.max_engines)
+        return self.within(self.first_networks + rounds * self.networks_per_round, 0)
 
-    def left(self, measured: int) -> int:
-        """Whole networks that may still be measured after so many; as many as wanted where there is no limit."""
-        most = max(self.first_networks, self.networks_per_round)
-        return most if self.max_engines is None else max(0, self.max_engines - measured)
+    def within(self, wanted: int, measured: int) -> int:
+        """How many of `wanted` whole networks may be measured after so many."""
+        return wanted if self.max_engines is None else max(0, min(wanted, self.max_engines - measured))
 
 
 @dataclass(frozen=True, slots=True)

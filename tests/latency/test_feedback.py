@@ -23,7 +23,6 @@ from nas.latency.feedback import (
     Networks,
     add_up,
     coefficients,
-    contradicts,
     fit,
     look_up,
     predict,
@@ -328,20 +327,6 @@ def test_an_overhead_that_no_measured_network_has_stays_zero():
     networks, _, measured = made_networks(device, 15, 1)
     gates = replace(networks, overheads=np.column_stack([networks.overheads, np.zeros(15)]))
     assert coefficients(fit(gates, measured, device.group_of)).overhead_ms[2] == 0.0
-
-
-def test_measurements_after_a_change_of_clock_contradict_the_prediction():
-    device = made_device(group=0.2)
-    networks, _, measured = made_networks(device, 40, 7)
-    found = predict(fitted_to(device, 25), networks)
-    assert contradicts(found.mean_ms, found.std_ms, measured).mean() <= 0.1
-    assert contradicts(found.mean_ms, found.std_ms, 1.2 * measured).mean() > 0.9
-
-
-def test_a_network_at_the_edge_of_the_interval_decides_by_the_level():
-    assert contradicts(1.0, 0.1, 1.2, level=0.9)
-    assert not contradicts(1.0, 0.1, 1.2, level=0.99)
-    assert not contradicts(1.0, 0.1, 1.2, level=0.9, degrees=2.0)
 
 
 ONE = np.ones((1, 1))

@@ -71,6 +71,26 @@ def test_a_failure_does_not_replace_a_number(tmp_path: Path) -> None:
     assert LatencyTable.open(tmp_path, profile()).row_ms(LAYERS[1].key) == 0.2
 
 
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ([(0.010, True), (0.012, False)], 0.010),
+        ([(0.012, False), (0.014, False)], 0.012),
+        ([(0.014, False), (0.012, False)], 0.012),
+        ([(0.010, True), (0.009, False)], 0.009),
+        ([(0.010, False), (0.012, True)], 0.012),
+        ([(0.010, True), (0.012, True)], 0.012),
+    ],
+)
+def test_a_disturbed_measurement_never_replaces_a_faster_one(
+    tmp_path: Path, values: list[tuple[float, bool]], counts: float
+) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    for value, stable in values:
+        table.add(measured(LAYERS[1].key, "row", LAYERS[1].precision, value, stable=stable))
+    assert table.row_ms(LAYERS[1].key) == LatencyTable.read(tmp_path).row_ms(LAYERS[1].key) == counts
+
+
 def test_missing_rows_are_listed_once_and_in_order(tmp_path: Path) -> None:
     table = LatencyTable.open(tmp_path, profile())
     table.add(row(LAYERS[1]))

@@ -141,7 +141,7 @@ def test_only_rows_that_the_table_lacks_are_counted(inputs: Inputs, tmp_path: Pa
 def test_rows_of_a_space_with_too_many_are_measured_as_candidates_need_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.search.plan.WHOLE_TABLE_ROWS", 5)
+    monkeypatch.setattr("nas.search.predictor.WHOLE_TABLE_ROWS", 5)
     plan = _plan(write_experiment(tmp_path))
     assert not plan.is_whole_table
     assert plan.rows > 5
