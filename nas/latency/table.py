@@ -126,13 +126,11 @@ class LatencyTable:
             write_record(path, DeviceFile(profile, _now()))
             write_text(folder / "README.md", _readme(profile))
         stored = _device_file(path)
-        differences = state_differences(stored.profile, profile)
-        if differences:
+        lines = difference_lines(stored.profile, profile)
+        if lines:
             raise DeviceError(
                 f"{folder} was measured in another device state:\n  "
-                + "\n  ".join(
-                    f"{f}: the table has {there!r}, this device has {here!r}" for f, there, here in differences
-                )
+                + "\n  ".join(lines)
                 + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
                 " or nas measure --space NAME --table DIR. A search may borrow its rows, and then says so:"
                 f" --set run.tables=DIR --allow-foreign-table {quote(str(folder))}"
@@ -577,6 +575,11 @@ def state_differences(a: DeviceProfile, b: DeviceProfile) -> list[tuple[str, obj
     """Name, value in the first and in the second of each field of the device state that differs."""
     pairs = [(name, getattr(a, name), getattr(b, name)) for name in PROFILE_STATE_FIELDS]
     return [(name, first, second) for name, first, second in pairs if first != second]
+
+
+def difference_lines(stored: DeviceProfile, given: DeviceProfile) -> list[str]:
+    """`field: the table has ..., this device has ...` for each field of the state that differs."""
+    return [f"{f}: the table has {a!r}, this device has {b!r}" for f, a, b in state_differences(stored, given)]
 
 
 def deviation_ms(m: Measurement) -> float:

@@ -30,7 +30,7 @@ from nas.devices import open_device
 from nas.devices.base import Device
 from nas.export.manifest import Manifest
 from nas.export.package import Package
-from nas.latency.table import LatencyTable, state_differences
+from nas.latency.table import LatencyTable, difference_lines
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
@@ -182,10 +182,7 @@ def _search(
 
 def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, reporter: Reporter) -> None:
     keys = {x.key for x in inputs.space.layers()}
-    differences = "; ".join(
-        f"{name}: there {there!r}, here {here!r}"
-        for name, there, here in state_differences(other.profile, table.profile)
-    )
+    differences = "; ".join(difference_lines(other.profile, table.profile))
     reporter.warn(
         f"{len(keys & table.borrowed)} of {len(keys)} rows are borrowed from {other.folder}, measured in another device"
         f" state ({differences}). Predicted latencies rest on them; whole networks are measured here and correct them"
