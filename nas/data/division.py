@@ -17,6 +17,7 @@ from nas.data.records import DataSettings
 
 Indices = NDArray[np.int64]
 Part = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = ("train", "val", "test")
 
 
 def divide(labels: Indices, digests: Sequence[str], seed: int, shares: Sequence[float]) -> list[Indices]:

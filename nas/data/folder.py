@@ -17,8 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from numpy.typing import NDArray
 from nas.core.errors import DataError, did_you_mean
 from nas.data.assemble import assemble
 from nas.data.decode import decode_bytes, read_image_file, refusing_bombs
-from nas.data.division import Part, complete
+from nas.data.division import PARTS, Part, complete
+from nas.data.findings import LISTED, check_presence, listed, note_copies, without_leaks
 from nas.data.records import DataFolderError, Dataset, DataSettings, Images, Progress, check_memory, check_resolution
 
 EXPECTED_LAYOUT = (
@@ -54,7 +54,7 @@ _IMAGE_SUFFIXES = frozenset(
     )
 )
 _CLUTTER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
-_LISTED_AS_ERROR, _LISTED_AS_WARNING = 100, 10
+_LISTED_AS_ERROR = 100
 _TWELVE_BITS = 4095
 
 
@@ -116,12 +116,13 @@ def load_folder(settings: DataSettings, resolution: int, progress: Progress | No
 
     labels = np.array([class_names.index(file.label) for file in files], dtype=np.int64)
     digests = [item.sha256 for item in seen]
-    _note_conflicts(files, digests, warnings)
-    parts = _without_leaks(files, digests, warnings)
-    parts = complete(parts, labels, digests, settings, warnings)
-    _check_presence(parts, labels, class_names, warnings)
-
     name, names = root.resolve().name or str(root), [file.name for file in files]
+    given = {p: np.array([i for i, f in enumerate(files) if f.part == p], dtype=np.int64) for p in PARTS}
+    note_copies(given, labels, digests, names, warnings)
+    parts = without_leaks(given, digests, names, warnings)
+    parts = complete(parts, labels, digests, settings, warnings)
+    check_presence(parts, labels, class_names, warnings)
+
     return assemble(name, class_names, images, labels, digests, names, parts, settings.augment, warnings)
 
 
@@ -129,12 +130,6 @@ def shown(path: Path | str) -> str:
     """A path in one printable line, whatever bytes its name holds."""
     text = str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return text if text.isprintable() else repr(text)
-
-
-def _listed(lines: Iterable[str], most: int) -> str:
-    every = list(lines)
-    rest = [f"... and {len(every) - most} more"] if len(every) > most else []
-    return "".join(f"\n  {line}" for line in every[:most] + rest)
 
 
 def _children(folder: Path) -> list[Path]:
@@ -258,7 +253,7 @@ def _list_files(root: Path, layout: dict[Part, dict[str, Path]], warnings: list[
             if not images:
                 empty.append(shown(classes[label].relative_to(root)))
     if others:
-        warnings.append(f"{len(others)} files are not images by their names and are not used:{_listed(others, 5)}")
+        warnings.append(f"{len(others)} files are not images by their names and are not used:{listed(others, 5)}")
     if not files:
         raise DataFolderError(f"data.path: {shown(root)}: no images; {_found(root)}; {EXPECTED_LAYOUT}")
     if empty:
@@ -320,19 +315,17 @@ def _drop_broken(
     broken = [i for i in failed if i not in set(stray)]
     if stray:
         names = (files[i].name for i in stray)
-        warnings.append(f"{len(stray)} files without an extension are not images and are not used:{_listed(names, 5)}")
+        warnings.append(f"{len(stray)} files without an extension are not images and are not used:{listed(names, 5)}")
     if broken:
         share = len(broken) / (len(files) - len(stray))
         lines = [f"{files[i].name}: {shown(seen[i].error or '')}" for i in broken]
         if share > most:
             raise DataError(
                 f"{shown(root)}: {len(broken)} of {len(files) - len(stray)} image files cannot be read ({share:.1%}, "
-                f"allowed {most:.1%}):{_listed(lines, _LISTED_AS_ERROR)}\nRepair or remove them, or allow more: "
+                f"allowed {most:.1%}):{listed(lines, _LISTED_AS_ERROR)}\nRepair or remove them, or allow more: "
                 "--set data.max_corrupt_share=SHARE"
             )
-        warnings.append(
-            f"{len(broken)} image files cannot be read and are left out:{_listed(lines, _LISTED_AS_WARNING)}"
-        )
+        warnings.append(f"{len(broken)} image files cannot be read and are left out:{listed(lines, LISTED)}")
     bad = set(failed)
     return np.array([i for i in range(len(files)) if i not in bad], dtype=np.int64)
 
@@ -347,71 +340,3 @@ def _note_properties(seen: Sequence[_Seen], resolution: int, warnings: list[str]
             f"{len(deep)} images have 16 bits but no value above {max(deep)}: they look like 12-bit or darker data and "
             "become nearly black in 8 bits. Scale them to the full range first."
         )
-
-
-def _note_conflicts(files: Sequence[_File], digests: Sequence[str], warnings: list[str]) -> None:
-    first: dict[str, _File] = {}
-    conflicts, copies = [], 0
-    for file, digest in zip(files, digests, strict=True):
-        other = first.setdefault(digest, file)
-        if other.label != file.label:
-            conflicts.append(f"{other.name} = {file.name}")
-        elif other is not file and other.part == file.part:
-            copies += 1
-    if conflicts:
-        text = _listed(conflicts, _LISTED_AS_WARNING)
-        warnings.append(f"{len(conflicts)} identical files carry different labels; one of each pair is wrong:{text}")
-    if copies:
-        warnings.append(f"Files that are copies of another file of their class and split: {copies}.")
-
-
-def _without_leaks(
-    files: Sequence[_File], digests: Sequence[str], warnings: list[str]
-) -> dict[Part, NDArray[np.int64]]:
-    """Indices per split; a file that is also in a later split (train, val, test) is left out of the earlier one.
-
-    Raises:
-        DataError: most of a later split is also in an earlier one, so it is no test of anything.
-    """
-    order: tuple[Part, ...] = ("train", "val", "test")
-    members: dict[Part, list[int]] = {p: [i for i, f in enumerate(files) if f.part == p] for p in order}
-    for place, late in enumerate(order):
-        held = {digests[i]: i for i in members[late]}
-        for early in order[:place]:
-            leaks = [i for i in members[early] if digests[i] in held]
-            if not leaks:
-                continue
-            shared = len({digests[i] for i in leaks})
-            pairs = _listed((f"{files[i].name} = {files[held[digests[i]]].name}" for i in leaks), _LISTED_AS_WARNING)
-            if shared > 0.5 * len(held):
-                raise DataError(
-                    f"{shared} of {len(held)} images of {late} are also in {early}, so its figures would mean "
-                    f"nothing:{pairs}\nDivide the images into separate folders, or keep only {early} to have it divided"
-                )
-            warnings.append(f"{shared} images of {late} are also in {early} and are left out of {early}:{pairs}")
-            gone = set(leaks)
-            members[early] = [i for i in members[early] if i not in gone]
-    return {part: np.array(indices, dtype=np.int64) for part, indices in members.items()}
-
-
-def _check_presence(
-    parts: dict[Part, NDArray[np.int64]], labels: NDArray[np.int64], class_names: tuple[str, ...], warnings: list[str]
-) -> None:
-    counts = {part: Counter(int(label) for label in labels[index]) for part, index in parts.items()}
-    absent = [name for label, name in enumerate(class_names) if not counts["train"][label]]
-    if absent:
-        raise DataError(
-            f"no usable training image is left of: {', '.join(absent)}. Add images or remove the class folder"
-        )
-    titles: tuple[tuple[Part, str], ...] = (("val", "search validation"), ("test", "test"))
-    for part, title in titles:
-        if not len(parts[part]):
-            raise DataError(f"no image is left for {title}: every class has too few images. Add images")
-        missing = [name for label, name in enumerate(class_names) if not counts[part][label]]
-        if missing:
-            warnings.append(
-                f"The {title} split holds no image of: {', '.join(missing)}. Accuracy says nothing about them."
-            )
-    single = [name for label, name in enumerate(class_names) if counts["train"][label] == 1]
-    if single:
-        warnings.append(f"A single training image is all there is of: {', '.join(single)}.")

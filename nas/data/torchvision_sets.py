@@ -20,6 +20,7 @@ from nas.core.errors import ConfigError, DataError, did_you_mean
 from nas.data.assemble import assemble
 from nas.data.decode import square, to_rgb
 from nas.data.division import Part, complete
+from nas.data.findings import check_presence, note_copies, without_leaks
 from nas.data.records import Dataset, DataSettings, Images, Progress, check_memory, check_resolution
 
 
@@ -102,7 +103,7 @@ def load_named(settings: DataSettings, resolution: int, progress: Progress | Non
 
     Raises:
         ConfigError: an unknown name, no `data.path`, or a resolution out of range.
-        DataError: files that are missing and cannot be downloaded, or are broken.
+        DataError: files that are missing and cannot be downloaded, or are broken; a class without a training image.
     """
     check_resolution(resolution)
     check_name(settings.name)
@@ -137,14 +138,17 @@ def load_named(settings: DataSettings, resolution: int, progress: Progress | Non
     if labels.min() < 0:
         raise DataError(f"torchvision's {settings.name} has images without a label. Use another set or an image folder")
 
-    parts = complete(parts, labels, digests, settings, warnings)
+    names = [f"{part} image {i}" for part, index in parts.items() for i in range(len(index))]
+    note_copies(parts, labels, digests, names, warnings)
+    parts = complete(without_leaks(parts, digests, names, warnings), labels, digests, settings, warnings)
+    class_names = _class_names(sources["train"], int(labels.max()) + 1)
+    check_presence(parts, labels, class_names, warnings)
     augment = settings.augment
     if not published.mirrors and (augment.horizontal_flip or augment.vertical_flip):
         warnings.append(
             f"A mirrored image of {settings.name} is another or no class at all. "
             "Set data.augment.horizontal_flip=false and data.augment.vertical_flip=false."
         )
-    class_names = _class_names(sources["train"], int(labels.max()) + 1)
     return assemble(settings.name, class_names, images, labels, digests, None, parts, augment, warnings)
 
 

@@ -49,6 +49,32 @@ def test_a_set_with_a_train_flag_keeps_its_test_split(mnist: Path) -> None:
     assert augmented(dataset.train.images, dataset.augment, np.random.default_rng(0)).shape == (170, 28, 28, 3)
 
 
+def test_copies_and_leaks_of_a_published_set_are_told_and_leaks_left_out(mnist: Path) -> None:
+    raw = mnist / "FashionMNIST" / "raw"
+    train = np.random.default_rng(1).integers(0, 256, (200, 28, 28))
+    test = np.random.default_rng(2).integers(0, 256, (50, 28, 28))
+    train[11] = train[1]  # a copy in its class
+    train[22] = train[3]  # and one with another label
+    train[40] = test[0]
+    _idx(raw / "train-images-idx3-ubyte", train)
+    _idx(raw / "t10k-images-idx3-ubyte", test)
+    dataset = load_dataset(_settings(mnist), 28)
+    text = "\n".join(dataset.warnings)
+    assert "1 images of test are also in train and are left out of train:\n  train image 40 = test image 0" in text
+    assert (
+        "identical files carry different labels; one of each pair is wrong:\n  train image 3 = train image 22" in text
+    )
+    assert "copies of another file of their class and split: 1." in text
+    assert len(dataset.train) + len(dataset.val) == 199
+
+
+def test_a_class_that_a_published_split_lacks_is_told(mnist: Path) -> None:
+    raw = mnist / "FashionMNIST" / "raw"
+    _idx(raw / "t10k-labels-idx1-ubyte", np.arange(50) % 9)
+    (note,) = [w for w in load_dataset(_settings(mnist), 28).warnings if "holds no image" in w]
+    assert note.startswith("The test split holds no image of: Ankle boot.")
+
+
 def test_the_division_does_not_depend_on_the_resolution(mnist: Path) -> None:
     small, large = load_dataset(_settings(mnist), 14), load_dataset(_settings(mnist), 28)
     assert np.array_equal(small.val.labels, large.val.labels)
