@@ -261,10 +261,11 @@ def write_record(path: Path, value: Any) -> None:
     write_text(path, json.dumps(to_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def append_line(path: Path, value: Any) -> None:
+def append_line(path: Path, value: Any, *, sync: bool = True) -> None:
     """Appends a record as one JSON line, durably; a torn last line is moved away first, never glued to.
 
-    The caller holds the lock of the folder: one writer at a time.
+    The caller holds the lock of the folder: one writer at a time. Without `sync` the line survives the end of this
+    process but not that of the machine, until `sync_file`: for many lines in a short time.
 
     Raises:
         StorageError: the line cannot be written.
@@ -276,6 +277,20 @@ def append_line(path: Path, value: Any) -> None:
         with path.open("ab") as f:
             f.write(line)
             f.flush()
+            if sync:
+                os.fsync(f.fileno())
+    except OSError as e:
+        raise _write_error(path, e) from e
+
+
+def sync_file(path: Path) -> None:
+    """Makes what was written to a file durable.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    try:
+        with path.open("rb") as f:
             os.fsync(f.fileno())
     except OSError as e:
         raise _write_error(path, e) from e

@@ -183,6 +183,49 @@ def test_gate_notices_a_slower_reference_network() -> None:
     assert not gate.is_calm(GateReading(0.300, 0.96))
 
 
+def test_on_a_quiet_host_one_look_holds_for_the_rounds_of_a_few_milliseconds() -> None:
+    clock, settings = FakeClock(), replace(SETTINGS, gate_streak=3, gate_fresh_ms=10.0)
+    looks: list[int] = []
+
+    def reference() -> None:
+        looks.append(clock.wall)
+        clock.spend(REFERENCE_US)
+
+    gate = Gate(reference, settings, clock)
+    rows = [Subject(f"r{i}", "row", taking(clock, [100.0])) for i in range(20)]
+    measure_interleaved(rows, gate, settings, clock)
+    assert all(is_accepted(a, gate, settings) for row in rows for a in row.attempts)
+    per_look = settings.gate_first_runs + settings.gate_runs
+    rounds = sum(len(row.attempts) for row in rows)
+    # A round takes 2 ms, so that one look serves the rounds that begin within 10 ms of it.
+    assert len(looks) / per_look < 0.35 * rounds
+    times = sorted({a.gate.median_ms for row in rows for a in row.attempts})
+    assert times == [REFERENCE_US / 1e3]
+
+
+def test_every_round_has_a_look_of_its_own_where_the_host_was_not_calm_lately() -> None:
+    clock, settings = FakeClock(), replace(SETTINGS, gate_streak=3, gate_fresh_ms=10.0, retries=0)
+    state = {"us": float(REFERENCE_US), "looks": 0}
+
+    def reference() -> None:
+        state["looks"] += 1
+        clock.spend(state["us"])
+
+    gate = Gate(reference, settings, clock)
+    for _ in range(5):
+        gate.look()
+    quiet = state["looks"]
+    state["us"] = 2.0 * REFERENCE_US
+    clock.sleep(0.011)  # the last look is too old
+    assert not gate.is_calm(gate.look())
+    state["us"] = float(REFERENCE_US)
+    before = state["looks"]
+    assert gate.is_calm(gate.look()) and gate.is_calm(gate.look())
+    assert state["looks"] - before == 2 * (settings.gate_first_runs + settings.gate_runs)
+    once = settings.gate_first_runs + settings.gate_runs
+    assert quiet < 5 * once + SETTINGS.warmup_runs + SETTINGS.calibration_checks * settings.gate_runs
+
+
 def test_rounds_are_judged_again_by_a_better_time_that_comes_later() -> None:
     clock = FakeClock()
     times = [REFERENCE_US] * 60 + [200.0]
