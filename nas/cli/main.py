@@ -15,6 +15,10 @@ import click
 from nas.cli.output import Console, typed
 from nas.core.errors import InterruptedRunError, NasError, StorageError, did_you_mean
 
+# Read when numpy is imported, later. Its matrices are small here: threads would only spin, beside trainings that need
+# the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # Order of the help page: as a user meets them.
 COMMANDS = ("init", "doctor", "measure", "table", "search", "pareto", "report", "export", "bench")
 

@@ -17,6 +17,7 @@ from nas.core.units import format_ms
 if TYPE_CHECKING:
     from nas.core.records import Measurement, Precision
     from nas.latency.compare import Merged, TableDifference
+    from nas.latency.correction import Finding
     from nas.latency.entries import Imported, Unit
     from nas.latency.table import LatencyTable
 
@@ -294,7 +295,7 @@ def verify(console: Console, table: Path) -> None:
 
 
 _SHOWN = (
-    *("key", "samples", "rounds", "latency ms", "median ms", "p95 ms", "spread %"),
+    *("key", "samples", "rounds", "latency ms", "corrected ms", "median ms", "p95 ms", "spread %"),
     *("C", "MHz", "no.", "measured", "source"),
 )
 
@@ -302,8 +303,11 @@ _SHOWN = (
 def _records(table: LatencyTable) -> list[dict[str, Any]]:
     """Everything measured in a table, the newest of each, ordered by group, precision and key; fixed rows first."""
     from nas.latency.compare import NETWORK_GROUP, group_of, values_of
+    from nas.latency.fitting import written_back
 
     values = values_of(table)
+    correction = table.correction()
+    corrected = {} if correction is None else written_back(table, correction)
     found: dict[str, Measurement] = {key: rows[-1] for key, rows in table.fixed.items()}
     found |= table.rows
     found |= {key: network.measurement for key, network in table.networks.items()}
@@ -313,11 +317,13 @@ def _records(table: LatencyTable) -> list[dict[str, Any]]:
         group, precision = group_of(key)
         if group == NETWORK_GROUP:
             precision = m.precision
-        records.append(_record(key, group, precision, m, values.get(key)))
+        records.append(_record(key, group, precision, m, values.get(key), corrected.get(key)))
     return sorted(records, key=lambda r: (order.get(r["group"], 1), r["group"], r["precision"], r["key"]))
 
 
-def _record(key: str, group: str, precision: str, m: Measurement, value: float | None) -> dict[str, Any]:
+def _record(
+    key: str, group: str, precision: str, m: Measurement, value: float | None, corrected: Finding | None
+) -> dict[str, Any]:
     import numpy as np
 
     samples = [s for r in m.rounds_ms for s in r]
@@ -327,6 +333,8 @@ def _record(key: str, group: str, precision: str, m: Measurement, value: float |
         "group": group,
         "precision": precision,
         "latency_ms": value,
+        "corrected_ms": None if corrected is None else corrected.value,
+        "corrected_std_ms": None if corrected is None else corrected.std,
         "error": m.error,
         "samples": len(samples),
         "rounds": len(m.rounds_ms),
@@ -356,6 +364,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
         str(r["samples"]),
         f"{r['rounds_accepted']}/{r['rounds']}",
         ms("latency_ms") if r["error"] is None else f"failed: {r['error']}",
+        ms("corrected_ms"),
         ms("median_ms"),
         ms("p95_ms"),
         "-" if r["spread"] is None else f"{100 * r['spread']:.1f}",

@@ -18,18 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from nas.core.errors import MissingRowError, RecordError
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec
 from nas.core.walk import expand
-from nas.latency.correction import (
-    Correction,
-    NetworkEvidence,
-    PrecisionFit,
-    borrowed_fit,
-    corrected,
-    fit_precision,
-)
-from nas.latency.lines import MeasuredNetwork
+from nas.latency.feedback import Sums, predict_sums
+from nas.latency.fitting import BYTES_PER_MB, MIXED, Fitted, LabelFit, Paths, describe, joined, paths_of
 from nas.latency.table import LatencyTable
 
-BYTES_PER_MB = 1e6
+CHUNK = 2048  # genotypes at a time: the arrays stay in the cache
+
+# Error of the plain sum of rows against a measured network: about 5 % (fp32) and 3 % (int8) on x86-64, random mixes of
+# both 3.6 %. Other precisions get the larger one until they are measured.
+RAW_ERROR = {"fp32": 0.05, "int8": 0.03, "mixed": 0.04}
+RAW_ERROR_UNKNOWN = 0.05
 
 _CODES = {"fp32": 1, "fp16": 2, "int8": 4}
 _LABELS = {code: name for name, code in _CODES.items()}
@@ -61,66 +59,20 @@ class SpaceLike(Protocol):
         ...
 
 
-def fit_correction(table: LatencyTable, networks: Iterable[MeasuredNetwork] | None = None) -> Correction:
-    """Fits the correction of each precision label from measured whole networks.
-
-    Args:
-        table: rows and overhead; the fit is stored by `table.save_correction`.
-        networks: which networks to use; by default all of the table.
-
-    Raises:
-        MissingRowError: the overhead has not been measured.
-    """
-    evidence: dict[str, list[NetworkEvidence]] = {}
-    skipped = []
-    for network in table.networks.values() if networks is None else networks:
-        m = network.measurement
-        if m.latency_ms is None:
-            skipped.append(f"{m.key}: {m.error}")
-            continue
-        layers = [x for x in expand(network.candidate) if network.form != "plain" or x.kind != "exit_head"]
-        unknown = [x.key for x in layers if _net_or_none(table, x.key) is None]
-        if unknown:
-            skipped.append(
-                f"{m.key}: no row for {unknown[0]}" + (f" and {len(unknown) - 1} more" if unknown[1:] else "")
-            )
-            continue
-        gates = len(network.candidate.exits) if network.form == "if" else 0
-        weight_mb = sum(x.weight_bytes for x in layers) / BYTES_PER_MB
-        evidence.setdefault(network.candidate.precision_label, []).append(
-            NetworkEvidence(
-                m.key,
-                table.overhead_ms
-                + sum(table.net_ms(x.key) for x in layers)
-                + gates * table.gate_ms
-                + float(table.streaming_ms(weight_mb)),
-                weight_mb,
-                gates,
-                m.latency_ms,
-                m.is_stable,
-            )
-        )
-    fits = {label: fit_precision(label, found) for label, found in sorted(evidence.items())}
-    single = [fit for label, fit in fits.items() if label != "mixed"]
-    if len(single) > 1 and len(evidence.get("mixed", ())) < 3:
-        fits["mixed"] = borrowed_fit("mixed", single)
-    return Correction(table.profile.fingerprint, tuple(fits.values()), tuple(skipped), streaming=table.streaming)
-
-
 class Estimator:
     """Estimates single candidates."""
 
-    def __init__(self, table: LatencyTable, correction: Correction | None = None, *, gated: bool = True) -> None:
+    def __init__(self, table: LatencyTable, fitted: Fitted | None = None, *, gated: bool = True) -> None:
         """Reads rows when it estimates.
 
         Args:
             table: rows and overhead.
-            correction: None means the plain sum.
+            fitted: the correction; None means the plain sum.
             gated: early exits are deployed as decisions; False: every exit is computed and none decides.
         """
         self._table = table
         self._gated = gated
-        self._correction = correction
+        self._fitted = fitted
 
     def missing(self, layers: Iterable[LayerSpec]) -> list[str]:
         """Keys of layers that have no row yet."""
@@ -139,32 +91,34 @@ class Estimator:
         if not layers:
             raise RecordError("nothing to estimate: no layers were given")
         label = _precision_label({x.precision for x in layers})
-        count = layers[-1].segment + 1
-        sums, weights, variance = np.zeros(count), np.zeros(count), np.zeros(count)
-        gates = np.zeros(count)
-        for x in layers:
-            sums[x.segment] += self._table.net_ms(x.key)
-            if x.kind == "exit_head" and self._gated:
-                sums[x.segment] += self._table.gate_ms
-                gates[x.segment] += 1
-            weights[x.segment] += x.weight_bytes / BYTES_PER_MB
-            variance[x.segment] += self._table.row_std_ms(x.key) ** 2
-        fit = _fit_for(self._correction, label)
-        weights = np.cumsum(weights)
-        mean, std = corrected(
-            fit,
-            label,
-            self._table.overhead_ms + np.cumsum(sums) + self._table.streaming_ms(weights),
-            weights,
-            np.cumsum(gates),
-            np.cumsum(variance),
-        )
+        fit = _fit_for(self._fitted, label)
+        paths = joined(paths_of(self._table, layers, gated=self._gated))
+        call_ms, streaming_ms = self._table.overhead_ms, self._table.streaming_ms(paths.weight_mb)
+        if fit is None:
+            mean, std = _plain(label, paths, call_ms, streaming_ms)
+        else:
+            sums = fit.finished(*self._sums(fit, layers), call_ms, streaming_ms)
+            mean, std = _corrected(fit, paths, sums, call_ms, streaming_ms)
         return LatencyEstimate(
             exit_ms=tuple(float(v) for v in np.maximum.accumulate(mean)),
             exit_std_ms=tuple(float(v) for v in std),
             rows_used=len(layers),
-            correction="raw table" if fit is None else fit.label,
+            correction="raw table" if fit is None else fit.record.label,
         )
+
+    def _sums(self, fit: LabelFit, layers: Sequence[LayerSpec]) -> tuple[FloatArray, FloatArray]:
+        """Columns of the fit and sums of squares along the way, for the path to each exit."""
+        columns, squares, column = [], [], np.zeros(fit.width)
+        spent: dict[str, float] = {}
+        for x, after in zip(layers, (*layers[1:], None), strict=True):
+            gate_ms = self._table.gate_ms if x.kind == "exit_head" and self._gated else 0.0
+            ms = self._table.net_ms(x.key) + gate_ms
+            spent[x.key] = spent.get(x.key, 0.0) + ms
+            column = column + ms * fit.column(x)
+            if after is None or after.segment != x.segment:
+                columns.append(column)
+                squares.append(sum(v**2 for v in spent.values()))
+        return np.array(columns), np.array(squares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,37 +149,28 @@ class VectorEstimator:
     make it anew.
     """
 
-    def __init__(self, space: SpaceLike, table: LatencyTable, correction: Correction | None = None) -> None:
+    def __init__(self, space: SpaceLike, table: LatencyTable, fitted: Fitted | None = None) -> None:
         """Prepares the look-up tables.
 
         Args:
             space: gives the slots, in execution order.
             table: rows and overhead.
-            correction: None means the plain sum.
+            fitted: the correction; None means the plain sum.
 
         Raises:
             MissingRowError: the overhead has not been measured.
         """
         self._overhead_ms = table.overhead_ms
-        self._streaming_ms = table.streaming_ms if table.streaming else None
+        self._streaming_ms = table.streaming_ms if table.streaming else np.zeros_like
         self._folder = table.folder
-        self._correction = correction
+        self._fitted = fitted
         self._slots = tuple(space.slots())
-        self._numbers: list[FloatArray] = []
-        self._codes: list[NDArray[np.uint8]] = []
-        known: dict[str, tuple[float, float, float, float]] = {}
-        for slot in self._slots:
-            numbers = np.zeros((len(slot.layers), 4))
-            codes = np.zeros(len(slot.layers), np.uint8)
-            for i, layer in enumerate(slot.layers):
-                if layer is not None:
-                    key = layer.key
-                    if key not in known:
-                        known[key] = _row_numbers(table, layer)
-                    numbers[i] = known[key]
-                    codes[i] = _CODES[layer.precision]
-            self._numbers.append(numbers)
-            self._codes.append(codes)
+        known: dict[str, tuple[int, FloatArray]] = {}
+        self._tables = [_SlotTable.of(slot, table, known) for slot in self._slots]
+        # Slots that may repeat a row of an earlier one: what is wrong with it is wrong twice, not independently.
+        keys = [set(t.rows[t.rows >= 0].tolist()) for t in self._tables]
+        self._alike = [[j for j in range(i) if keys[i] & keys[j]] for i in range(len(keys))]
+        self._columns: dict[str, list[FloatArray]] = {}
         self._exits = 1 + sum(slot.kind == "exit_head" for slot in self._slots)
 
     @property
@@ -245,23 +190,78 @@ class VectorEstimator:
             RecordError: genotypes of another shape, or an index outside its gene.
         """
         g = _as_genotypes(genotypes)
-        total = np.zeros((len(g), 4))
+        index = [self._index(slot, g) for slot in self._slots]
         codes = np.zeros(len(g), np.uint8)
-        at_exit = np.full((self._exits, len(g), 4), np.nan)
-        exit_index = 0
-        for slot, numbers, code in zip(self._slots, self._numbers, self._codes, strict=True):
-            index = self._index(slot, g)
-            total += numbers.take(index, axis=0)
-            layer_codes = code.take(index)
-            codes |= layer_codes
+        for i, table in zip(index, self._tables, strict=True):
+            codes |= table.codes.take(i)
+        mean = np.full((self._exits, len(g)), np.nan)
+        std = np.full((self._exits, len(g)), np.nan)
+        for code in np.unique(codes):
+            label = _LABELS.get(int(code), MIXED)
+            chosen = np.flatnonzero(codes == code)
+            for start in range(0, len(chosen), CHUNK):
+                part = chosen[start : start + CHUNK]
+                self._estimate(label, part, [i[part] for i in index], mean, std)
+        if not allow_missing and np.isnan(mean[-1]).any():
+            raise self._missing_error(g[np.isnan(mean[-1])])
+        # fmax passes over exits that are absent; they stay NaN because only values that are there are replaced.
+        mean = np.where(np.isnan(mean), mean, np.fmax.accumulate(mean, axis=0))
+        return VectorEstimate(np.ascontiguousarray(mean.T), np.ascontiguousarray(std.T))
+
+    def _estimate(
+        self, label: str, where: NDArray[np.intp], index: list[NDArray[np.intp]], mean: FloatArray, std: FloatArray
+    ) -> None:
+        """Fills in the estimates of the genotypes at `where`, whose slots hold `index`."""
+        fit = _fit_for(self._fitted, label)
+        columns = self._columns_of(label, fit)
+        sums = np.zeros((len(where), columns[0].shape[1]))
+        last = np.zeros(len(where), np.uint8)
+        ends: list[tuple[int, NDArray[np.intp], FloatArray]] = []  # exit, genotypes that have it, their sums up to it
+        for s, slot in enumerate(self._slots):
+            table = self._tables[s]
+            code = table.codes.take(index[s])
+            sums += columns[s].take(index[s], axis=0)
+            if label == MIXED:
+                sums[:, _CHANGES] += (code > 0) & (last > 0) & (code != last)
+            for before in self._alike[s]:
+                other = self._tables[before]
+                repeats = np.flatnonzero(table.rows.take(index[s]) == other.rows.take(index[before]))  # -1: adds 0
+                sums[repeats, _SQUARES] += 2 * table.numbers[index[s][repeats], _SQUARES]
             if slot.kind == "exit_head":
-                present = layer_codes > 0
-                at_exit[exit_index, present] = total[present]
-                exit_index += 1
-        at_exit[-1] = total
-        if not allow_missing and np.isnan(total[:, 0]).any():
-            raise self._missing_error(g[np.isnan(total[:, 0])])
-        return self._corrected(at_exit, codes)
+                ends.append((len(ends), np.flatnonzero((code > 0) & ~np.isnan(sums[:, 0])), sums.copy()))
+            else:
+                last = np.where(code > 0, code, last)
+        ends.append((self._exits - 1, np.flatnonzero(~np.isnan(sums[:, 0])), sums))
+        found = self._predicted(label, fit, np.concatenate([at_end[there] for _, there, at_end in ends]))
+        cuts = np.cumsum([len(there) for _, there, _ in ends])[:-1]
+        for (row, there, _), exit_ms, exit_std in zip(ends, *(np.split(f, cuts) for f in found), strict=True):
+            mean[row, where[there]], std[row, where[there]] = exit_ms, exit_std
+
+    def _predicted(self, label: str, fit: LabelFit | None, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
+        paths = Paths(*sums[:, :_SQUARES].T)
+        streaming_ms = self._streaming_ms(paths.weight_mb)
+        if fit is None or not len(sums):
+            return _plain(label, paths, self._overhead_ms, streaming_ms)
+        whole = fit.finished(sums[:, _SQUARES + 1 :], sums[:, _SQUARES], self._overhead_ms, streaming_ms)
+        return _corrected(fit, paths, whole, self._overhead_ms, streaming_ms)
+
+    def _columns_of(self, label: str, fit: LabelFit | None) -> list[FloatArray]:
+        """What each layer of each slot adds to the sums; with a fit, prepared when its label is first asked for."""
+        if fit is None:
+            return [table.numbers for table in self._tables]
+        if label not in self._columns:
+            known: dict[str, FloatArray] = {}
+            result = []
+            for slot, table in zip(self._slots, self._tables, strict=True):
+                columns = np.zeros((len(slot.layers), fit.width))
+                for i, layer in enumerate(slot.layers):
+                    if layer is not None and not np.isnan(table.numbers[i, 0]) and fit.knows(layer):
+                        if layer.key not in known:
+                            known[layer.key] = fit.column(layer)
+                        columns[i] = table.numbers[i, 0] * known[layer.key]
+                result.append(np.hstack([table.numbers, columns]))
+            self._columns[label] = result
+        return self._columns[label]
 
     def layers(self, genotypes: ArrayLike) -> tuple[LayerSpec, ...]:
         """The distinct layers that these genotypes need rows for, in execution order.
@@ -285,29 +285,12 @@ class VectorEstimator:
         except (ValueError, IndexError) as e:
             raise RecordError(f"genotypes do not fit the space: {e}") from e
 
-    def _corrected(self, at_exit: FloatArray, codes: NDArray[np.uint8]) -> VectorEstimate:
-        mean = np.full(at_exit.shape[:2], np.nan)
-        std = np.full(at_exit.shape[:2], np.nan)
-        for code in np.unique(codes):
-            label = _LABELS.get(int(code), "mixed")
-            chosen = np.flatnonzero(codes == code)
-            part = at_exit[:, chosen]
-            fit = _fit_for(self._correction, label)
-            sum_ms = self._overhead_ms + part[..., 0]
-            if self._streaming_ms is not None:
-                sum_ms += self._streaming_ms(part[..., 1])
-            mean[:, chosen], std[:, chosen] = corrected(fit, label, sum_ms, part[..., 1], part[..., 2], part[..., 3])
-        # fmax passes over exits that are absent; they stay NaN because only values that are there are replaced.
-        rising = np.fmax.accumulate(mean, axis=0)
-        mean = np.where(np.isnan(mean), mean, rising)
-        return VectorEstimate(np.ascontiguousarray(mean.T), np.ascontiguousarray(std.T))
-
     def _missing_error(self, g: NDArray[np.int64]) -> MissingRowError:
         missing = []
-        for slot, numbers in zip(self._slots, self._numbers, strict=True):
+        for slot, table in zip(self._slots, self._tables, strict=True):
             for i in np.unique(self._index(slot, g)):
                 layer = slot.layers[int(i)]
-                if layer is not None and np.isnan(numbers[i, 0]):
+                if layer is not None and np.isnan(table.numbers[i, 0]):
                     missing.append(layer.key)
         return MissingRowError(
             f"{len(missing)} rows are missing in {self._folder}, the first is {missing[0]}."
@@ -376,28 +359,66 @@ def _ranks(values: FloatArray) -> FloatArray:
     return ((2 * last - counts - 1) / 2)[place]
 
 
-def _row_numbers(table: LatencyTable, layer: LayerSpec) -> tuple[float, float, float, float]:
-    """Time (ms, with the decision behind an exit head), weights (MB), decisions and variance (ms^2) of a layer."""
-    net_ms = _net_or_none(table, layer.key)
-    if net_ms is None:
-        return (float("nan"),) * 4
+_CHANGES, _SQUARES = 5, 7  # columns of a slot's numbers: those of Paths in their order, then squares of rows_ms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _SlotTable:
+    """What the layers of one slot add up to: numbers [L, 8], precision codes [L], row numbers [L].
+
+    No layer has zeros and the row number -1.
+    """
+
+    numbers: FloatArray
+    codes: NDArray[np.uint8]
+    rows: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, slot: SlotLike, table: LatencyTable, known: dict[str, tuple[int, FloatArray]]) -> _SlotTable:
+        """Reads the table; `known` has the rows that were read for other slots."""
+        count = len(slot.layers)
+        made = cls(np.zeros((count, _SQUARES + 1)), np.zeros(count, np.uint8), np.full(count, -1, np.intp))
+        for i, layer in enumerate(slot.layers):
+            if layer is not None:
+                if layer.key not in known:
+                    known[layer.key] = (len(known), _row_numbers(table, layer))
+                made.rows[i], made.numbers[i] = known[layer.key]
+                made.codes[i] = _CODES[layer.precision]
+        return made
+
+
+def _row_numbers(table: LatencyTable, layer: LayerSpec) -> FloatArray:
+    """The numbers of a layer; NaN where its row is missing."""
+    if not table.has_row(layer.key):
+        return np.full(_SQUARES + 1, np.nan)
+    is_exit = layer.kind == "exit_head"
+    ms = table.net_ms(layer.key) + (table.gate_ms if is_exit else 0.0)
+    side = layer.in_size if layer.kind == "stem" else 0
     variance = table.row_std_ms(layer.key) ** 2
-    if layer.kind == "exit_head":
-        return net_ms + table.gate_ms, layer.weight_bytes / BYTES_PER_MB, 1.0, variance
-    return net_ms, layer.weight_bytes / BYTES_PER_MB, 0.0, variance
+    return np.array([ms, layer.weight_bytes / BYTES_PER_MB, is_exit, variance, 1, 0, side, ms**2], dtype=np.float64)
 
 
-def _net_or_none(table: LatencyTable, key: str) -> float | None:
-    row = table.rows.get(key)
-    return None if row is None or row.latency_ms is None else table.net_ms(key)
+def _plain(label: str, paths: Paths, call_ms: float, streaming_ms: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The plain sum: its error before any network was measured, and those of its rows."""
+    total = call_ms + paths.rows_ms + streaming_ms
+    error = RAW_ERROR.get(label, RAW_ERROR_UNKNOWN)
+    return total, np.sqrt(paths.variance + (error * total) ** 2)
 
 
-def _fit_for(correction: Correction | None, label: str) -> PrecisionFit | None:
-    return None if correction is None else correction.fit_for(label)
+def _corrected(
+    fit: LabelFit, paths: Paths, sums: Sums, call_ms: float, streaming_ms: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    counts, descriptors = describe(paths, call_ms + paths.rows_ms + streaming_ms)
+    found = predict_sums(fit.feedback, sums, counts, descriptors)
+    return found.mean_ms, found.std_ms * fit.feedback.normal_factor
+
+
+def _fit_for(fitted: Fitted | None, label: str) -> LabelFit | None:
+    return None if fitted is None else fitted.fits.get(label)
 
 
 def _precision_label(precisions: set[str]) -> str:
-    return next(iter(precisions)) if len(precisions) == 1 else "mixed"
+    return next(iter(precisions)) if len(precisions) == 1 else MIXED
 
 
 def _as_genotypes(genotypes: ArrayLike) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ f has the squared exponential kernel. Linear part and kernel as one covariance: 
 Processes for Machine Learning, section 2.7; marginal likelihood eq. 5.8; left-out residuals eq. 5.12. The variances are
 integrated over a grid with log-normal priors (MacKay 1999, Neural Computation 11(5): averaging rather than maximising).
 Everything is linear in y, so the posterior is again a table (`coefficients`), and a prediction needs sums over entries
-only (`LookUp`): no array of networks x entries for millions of candidates.
+only (`Sums`): no array of networks x entries for millions of candidates.
 
 Letters: N measured networks, M networks to predict, E entries, G groups, J overheads, D descriptors.
 """
@@ -21,13 +21,13 @@ Letters: N measured networks, M networks to predict, E entries, G groups, J over
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import sparse, special
+from scipy import special
 
 from nas.core.errors import RecordError
 
@@ -36,27 +36,71 @@ IntArray = NDArray[np.intp]
 Method = Literal["raw", "scale", "bayes"]
 Prior = Literal["same device", "other"]
 
-MIN_BAYES, SURE_BAYES = 5, 10  # networks: below the first a scale only; between them a same-device table is guarded
-GUARD_GAIN = 0.9  # the guarded correction must have a left-out error this many times that of the scale
-CONSTANT_STD = 0.3  # of d0
-GROUP_STD = (0.03, 0.08, 0.15, 0.3, 0.6, 1.5)
-ENTRY_STD = (0.0, 0.1, 0.3)
-OVERHEAD_STD = (0.03, 0.1, 0.3, 0.8)
-NOISE_STD = (0.01, 0.02, 0.04, 0.08)
 RBF_LENGTHS = (1.0, 2.5)  # in root mean square descriptors
 LOG_UNIT = 0.5  # of log p, at a length of 1: a fast and a slow network of the same depth are not alike
-RBF_STD = ((0.0, 0.0), (0.0, 0.04), (0.12, 0.0), (0.0, 0.12), (0.06, 0.12), (0.0, 0.35))  # per length
-# Log-normal priors of the standard deviations: median, deviation of the logarithm; below SMALL all are alike.
-HYPER_PRIORS = ((0.25, 2.0), (0.08, 1.5), (0.15, 1.5), (0.03, 1.5), (0.02, 1.0))  # group, entry, overhead, rbf, noise
-SMALL = 0.01
+NOISE_STD = (0.01, 0.02, 0.04, 0.08)
+SMALL = 0.01  # standard deviations below this are all alike to the log-normal priors
 KEPT_MASS, KEPT_POINTS = 0.99, 40  # of the grid, in the average
 PASSES = 3  # of the search for outliers
-OUTLIER = 2.5  # robust deviations beyond which a network's noise is inflated
+OUTLIER = 2.5  # robust deviations beyond which a network's noise is inflated,
+FAR_OUTLIER = 6.0  # and from the scale alone, before the first fit
 MIN_SPREAD = 0.01  # relative; left-out residuals closer than this are no outliers
+CALIBRATION_WEIGHT = 5.0  # networks that the deviations as computed count for, against the left-out ones
 MIN_RATIO, MAX_RATIO = 0.1, 10.0  # a correction never moves a prediction further from the scaled sum
-RAW_STD: dict[Prior, float] = {"same device": 0.1, "other": 0.5}  # relative error of a table that nothing has tested
-SCALE_STD, SCALE_WEIGHT = 0.12, 3.0  # relative error around the scale before anything is known, in networks
+SCALE_WEIGHT = 3.0  # networks that the error around the scale counts for before anything is known
 _CHUNK = 8192  # networks predicted at once: the arrays stay in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class _Belief:
+    """How wrong a table may be, before any network says so: relative standard deviations.
+
+    `raw` of a sum that nothing has tested, `around_scale` once the scale is known; below `least` networks only the
+    scale is fitted. The grid: `constant` of d0, `group`, `entry`, `overhead`, and `rbf` for each length. `medians` and
+    `widths` of the log-normal priors of group, entry, overhead, rbf and noise.
+    """
+
+    raw: float
+    around_scale: float
+    least: int
+    constant: float
+    group: tuple[float, ...]
+    entry: tuple[float, ...]
+    overhead: tuple[float, ...]
+    rbf: tuple[tuple[float, float], ...]
+    medians: tuple[float, ...]
+    widths: tuple[float, ...]
+
+
+# The first was chosen on tables of isolated blocks of an x86-64 CPU (40 to 64 networks each in fp32, int8 and mixed):
+# better there than a ridge on scale, constant and weight megabytes from 3 networks on. The other: on published
+# measurements (`benchmarks.feedback_published`).
+_BELIEFS: dict[Prior, _Belief] = {
+    "same device": _Belief(
+        raw=0.05,
+        around_scale=0.04,
+        least=3,
+        constant=0.05,
+        group=(0.01, 0.03, 0.08, 0.15, 0.3),
+        entry=(0.0, 0.1, 0.3),
+        overhead=(0.01, 0.03, 0.1, 0.3),
+        rbf=((0.0, 0.0), (0.0, 0.02), (0.02, 0.0), (0.04, 0.0), (0.0, 0.04), (0.04, 0.04), (0.12, 0.0), (0.0, 0.12)),
+        medians=(0.03, 0.1, 0.05, 0.03, 0.02),
+        widths=(1.0, 1.0, 1.0, 1.0, 1.0),
+    ),
+    "other": _Belief(
+        raw=0.5,
+        around_scale=0.12,
+        least=5,
+        constant=0.3,
+        group=(0.03, 0.08, 0.15, 0.3, 0.6, 1.5),
+        entry=(0.0, 0.1, 0.3),
+        overhead=(0.03, 0.1, 0.3, 0.8),
+        rbf=((0.0, 0.0), (0.0, 0.04), (0.12, 0.0), (0.0, 0.12), (0.06, 0.12), (0.0, 0.35)),
+        medians=(0.15, 0.08, 0.1, 0.03, 0.02),
+        widths=(1.5, 1.5, 1.5, 1.5, 1.0),
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,13 +182,14 @@ class Feedback:
         scale: s.
         group_of: group of each entry, shape [E].
         groups: G.
-        overhead_units: geometric mean of B_j/q over the measured networks, shape [J].
+        overhead_units: geometric mean of B_j/q over the measured networks that have any, infinite where none has, [J].
         shares: w of the measured networks, shape [N, E].
         places: z and log p of the measured networks in the units of the kernel, shape [N, D + 1].
         measured_ms: y, shape [N].
         left_out_ms, left_out_std_ms: prediction of each measured network from the others, shape [N].
         outlier: how many times the noise of each measured network was inflated, 1 for most, shape [N].
         prior: mean prior variances of constant, group, overhead, entry, rest and noise.
+        calibration: what all deviations are multiplied by, so that the left-out ones are as large as they should be.
         degrees: of the t distribution of the intervals.
     """
 
@@ -164,7 +209,13 @@ class Feedback:
     weights: FloatArray
     root: FloatArray
     spread: FloatArray
+    calibration: float
     degrees: float
+
+    @property
+    def normal_factor(self) -> float:
+        """What a deviation is multiplied by so that a normal distribution has the same 90 % interval."""
+        return _quantile(0.9, self.degrees) / _quantile(0.9, np.inf)
 
     @property
     def left_out_z(self) -> FloatArray:
@@ -180,40 +231,39 @@ class Feedback:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LookUp:
-    """Columns to add up over the entries of a network, for one use of each entry: all that a prediction needs.
+class Sums:
+    """Sums over the entries of M networks: all that a prediction needs, without an array of networks x entries.
 
     Attributes:
-        total_ms: raw milliseconds, shape [E].
-        corrected_ms: milliseconds of the corrected table, shape [E].
-        columns: raw milliseconds in each group, and products with the shares of each measured network, [E, G + N].
+        columns: milliseconds in each group, then milliseconds times the share that the entry has in each of the
+            measured networks (`Feedback.shares`), shape [M, G + N].
+        squares: of the milliseconds that each different entry contributes in all (an entry c used twice counts (2 c)^2,
+            not 2 c^2), shape [M].
     """
-
-    total_ms: FloatArray
-    corrected_ms: FloatArray
-    columns: FloatArray
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sums:
-    """Sums over the entries of M networks: `columns` [M, G + N] of the look-up; `squares` [M] of the milliseconds that
-    each different entry contributes in all (an entry used twice counts (2 c)^2, not 2 c^2)."""
 
     columns: FloatArray
     squares: FloatArray
 
 
-def fit(networks: Networks, measured_ms: ArrayLike, group_of: ArrayLike, *, prior: Prior = "other") -> Feedback:
+def fit(
+    networks: Networks,
+    measured_ms: ArrayLike,
+    group_of: ArrayLike,
+    *,
+    prior: Prior = "other",
+    doubt: ArrayLike | None = None,
+) -> Feedback:
     """Fits the correction to measured networks, with the method that their number allows.
 
     Args:
         networks: the measured networks; may be none (N = 0).
         measured_ms: shape [N].
         group_of: group of each entry as a number from 0, shape [E]: 5 to 15 families whose errors move together.
-        prior: where the table is from; one of the same device is kept (scaled) until the correction shows its worth.
+        prior: where the table is from; one of the same device is believed more.
+        doubt: how many times noisier than usual each network was measured, at least 1, shape [N].
 
     Raises:
-        RecordError: shapes that do not fit, a latency that is not positive.
+        RecordError: shapes that do not fit, a latency that is not positive, an unknown prior.
     """
     y = _array("measured_ms", measured_ms, 1)
     _rows("measured_ms", y, len(networks))
@@ -224,20 +274,15 @@ def fit(networks: Networks, measured_ms: ArrayLike, group_of: ArrayLike, *, prio
         raise RecordError("group_of must be whole numbers")
     if len(group) != networks.contributions_ms.shape[1]:
         raise RecordError(f"group_of has {len(group)} entries, contributions_ms {networks.contributions_ms.shape[1]}")
-    if prior not in RAW_STD:
-        raise RecordError(f"prior {prior!r} is not one of: {', '.join(RAW_STD)}")
-    n = len(y)
-    if n < MIN_BAYES:
-        reason = f"{n} measured networks of {MIN_BAYES}: scale only" if n else "no measured network: the raw table"
-        return _fit_scale(networks, y, group, prior, reason)
-    result = _fit_bayes(networks, y, group)
-    if prior == "other" or n >= SURE_BAYES:
-        return result
-    plain = _fit_scale(networks, y, group, prior, "")
-    errors = f"left-out error {result.left_out_error:.1%}, of the scale alone {plain.left_out_error:.1%}"
-    if (result.left_out_error or 0.0) <= GUARD_GAIN * (plain.left_out_error or 0.0):
-        return replace(result, reason=f"{result.reason}; {errors}")
-    return replace(plain, reason=f"{n} measured networks, {errors}: scale only")
+    if prior not in _BELIEFS:
+        raise RecordError(f"prior {prior!r} is not one of: {', '.join(_BELIEFS)}")
+    noisier = np.ones(len(y)) if doubt is None else _array("doubt", doubt, 1, minimum=1.0)
+    _rows("doubt", noisier, len(networks))
+    belief, n = _BELIEFS[prior], len(y)
+    if n >= belief.least:
+        return _fit_bayes(networks, y, group, belief, noisier)
+    reason = f"{n} measured networks of {belief.least}: scale only" if n else "no measured network: the raw table"
+    return _fit_scale(networks, y, group, belief, reason)
 
 
 def predict(fitted: Feedback, networks: Networks, level: float = 0.9) -> Prediction:
@@ -267,54 +312,6 @@ def predict(fitted: Feedback, networks: Networks, level: float = 0.9) -> Predict
     )
 
 
-def look_up(fitted: Feedback, entry_ms: ArrayLike) -> LookUp:
-    """Columns for callers who add up entries: `predict_sums` of the sums equals `predict`.
-
-    Args:
-        fitted: a correction.
-        entry_ms: milliseconds of one use of each entry, shape [E].
-
-    Raises:
-        RecordError: another number of entries than in the fit, a negative value.
-    """
-    entry = _array("entry_ms", entry_ms, 1, minimum=0.0)
-    if len(entry) != len(fitted.group_of):
-        raise RecordError(f"entry_ms has {len(entry)} entries, the correction {len(fitted.group_of)}")
-    columns = np.zeros((len(entry), fitted.groups + len(fitted.shares)))
-    columns[np.arange(len(entry)), fitted.group_of] = entry
-    columns[:, fitted.groups :] = fitted.shares.T * entry[:, None]
-    return LookUp(entry, fitted.scale * entry * coefficients(fitted).factor, columns)
-
-
-def add_up(look: LookUp, entries: ArrayLike, counts: ArrayLike | None = None) -> Sums:
-    """Sums over the entries of networks that are given by the numbers of their entries.
-
-    Args:
-        look: from `look_up`.
-        entries: entry numbers, shape [M, K]; a negative number is no entry; an entry may occur more than once.
-        counts: uses of each, shape [M, K]; one each without.
-
-    Raises:
-        RecordError: shapes that do not fit, an entry that the correction does not have.
-    """
-    index = np.asarray(entries)
-    if index.ndim != 2 or not np.issubdtype(index.dtype, np.integer):
-        raise RecordError(f"entries must be whole numbers, shape [M, K], got {index.dtype} of shape {index.shape}")
-    known = len(look.total_ms)
-    if index.size and index.max() >= known:
-        raise RecordError(f"entries: no entry {index.max()}, the correction has {known}")
-    uses = np.ones(index.shape) if counts is None else _array("counts", counts, 2, minimum=0.0)
-    if uses.shape != index.shape:
-        raise RecordError(f"counts has shape {uses.shape}, entries {index.shape}")
-    m, k = index.shape
-    data = np.where(index < 0, 0.0, uses).ravel()
-    matrix = sparse.csr_matrix((data, np.maximum(index, 0).ravel(), np.arange(m + 1) * k), shape=(m, known))
-    columns = matrix @ look.columns
-    matrix.sum_duplicates()
-    matrix.data **= 2
-    return Sums(columns, matrix @ look.total_ms**2)
-
-
 def predict_sums(
     fitted: Feedback, sums: Sums, overheads: ArrayLike, descriptors: ArrayLike, level: float = 0.9
 ) -> Prediction:
@@ -322,7 +319,7 @@ def predict_sums(
 
     Args:
         fitted: a correction.
-        sums: of the columns of `look_up`.
+        sums: with the entries of the fit.
         overheads: shape [M, J].
         descriptors: shape [M, D].
         level: probability of the interval, for a new measurement.
@@ -358,7 +355,7 @@ def coefficients(fitted: Feedback) -> Coefficients:
     one, families, costs = np.eye(1, width), np.eye(g, width, k=1), np.eye(j, width, k=1 + g)
     single = np.zeros((entries, width))
     single[:, 1 + g + j : 1 + g + j + n] = fitted.shares.T
-    mean, std = _posterior(
+    mean, relative = _posterior(
         fitted,
         np.concatenate([one, families, costs, single, one + families[fitted.group_of] + single]),
         np.repeat(
@@ -373,6 +370,7 @@ def coefficients(fitted: Feedback) -> Coefficients:
             axis=0,
         ),
     )
+    std = relative * fitted.calibration
     cuts = np.cumsum([1, g, j, entries])
     d0, group, overhead, entry, factor = np.split(mean, cuts)
     d0_std, group_std, overhead_std, entry_std, factor_std = np.split(std, cuts)
@@ -407,12 +405,12 @@ def rest(fitted: Feedback, descriptors: ArrayLike, total_ms: ArrayLike) -> Float
     return np.hstack(kernels) @ fitted.weights[len(fitted.weights) - len(kernels) * len(fitted.shares) :]
 
 
-def _fit_scale(networks: Networks, y: FloatArray, group: IntArray, prior: Prior, reason: str) -> Feedback:
+def _fit_scale(networks: Networks, y: FloatArray, group: IntArray, belief: _Belief, reason: str) -> Feedback:
     """A scale only, or with no network the raw table; the same record with weights of zero."""
     total, shares = _shares(networks.contributions_ms)
     n, groups, j = len(y), int(group.max(initial=-1)) + 1, networks.overheads.shape[1]
-    scale, std = _robust_scale(total, y, prior)
-    left = [_robust_scale(np.delete(total, i), np.delete(y, i), prior) for i in range(n)]
+    scale, std = _robust_scale(total, y, belief)
+    left = [_robust_scale(np.delete(total, i), np.delete(y, i), belief) for i in range(n)]
     left_scale, left_std = np.array(left).reshape(n, 2).T
     features = 1 + groups + j + (1 + len(RBF_LENGTHS)) * n
     return Feedback(
@@ -432,22 +430,23 @@ def _fit_scale(networks: Networks, y: FloatArray, group: IntArray, prior: Prior,
         weights=np.zeros(features),
         root=np.zeros((0, features)),
         spread=np.zeros((0, features)),
+        calibration=1.0,
         degrees=SCALE_WEIGHT + n,
     )
 
 
-def _robust_scale(total: FloatArray, y: FloatArray, prior: Prior) -> tuple[float, float]:
+def _robust_scale(total: FloatArray, y: FloatArray, belief: _Belief) -> tuple[float, float]:
     """Median ratio, and the relative standard deviation of a new network around it."""
     if not len(y):
-        return 1.0, RAW_STD[prior]
+        return 1.0, belief.raw
     scale = float(np.exp(np.median(np.log(y / total))))
     residual = y / (scale * total) - 1
     # Inverse gamma prior; the median of n values has pi/2 times the variance of their mean.
-    var = (SCALE_WEIGHT * SCALE_STD**2 + residual @ residual) / (SCALE_WEIGHT + len(y) - 1)
+    var = (SCALE_WEIGHT * belief.around_scale**2 + residual @ residual) / (SCALE_WEIGHT + len(y) - 1)
     return scale, float(np.sqrt(var * (1 + np.pi / 2 / len(y))))
 
 
-def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray) -> Feedback:
+def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Belief, doubt: FloatArray) -> Feedback:
     total, w = _shares(networks.contributions_ms)
     n, groups = len(y), int(group.max()) + 1
     scale = float(np.exp(np.median(np.log(y / total))))
@@ -458,9 +457,11 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray) -> Feedback:
     r = y / q - 1
     places = _places(networks.descriptors, total)
     kernels = np.stack([np.ones((n, n)), v @ v.T, u @ u.T, w @ w.T, *_rbf(places, places)])
-    variances, log_prior = _grid()
+    variances, log_prior = _grid(belief)
 
-    inflated = np.ones(n)
+    # Begun where most networks agree: with few of them the fit would follow one that does not (r has the median 0).
+    far = np.abs(r) / max(1.4826 * float(np.median(np.abs(r))), MIN_SPREAD)
+    inflated = np.where(far > FAR_OUTLIER, np.maximum(far, doubt), doubt)
     for last in (False,) * (PASSES - 1) + (True,):
         score = _log_likelihood(variances, kernels, r, inflated) + log_prior
         best = variances[np.argmax(score)]
@@ -469,7 +470,7 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray) -> Feedback:
         inverse = np.linalg.inv(_covariance(best[None], kernels, inflated)[0])
         left = np.abs(inverse @ r / np.diag(inverse))
         deviations = left / max(1.4826 * float(np.median(left)), MIN_SPREAD)
-        before, inflated = inflated, np.where(deviations > OUTLIER, deviations, 1.0)
+        before, inflated = inflated, np.where(deviations > OUTLIER, np.maximum(deviations, doubt), doubt)
         if np.array_equal(before, inflated):
             break
 
@@ -494,10 +495,12 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray) -> Feedback:
     left_var = np.maximum(1 / diagonal - noise * inflated**2, 0.0) + noise  # of an ordinary new measurement
     left_r = share @ left_mean
     left_std = np.sqrt(share @ (left_var + (left_mean - left_r) ** 2))
+    z = np.minimum(np.abs(r - left_r) / left_std, OUTLIER)
+    calibration = max(1.0, float(np.sqrt((CALIBRATION_WEIGHT + z @ z) / (CALIBRATION_WEIGHT + n))))
     mean_h = share @ h
     return Feedback(
         method="bayes",
-        reason=f"{n} measured networks, {int((inflated > 1).sum())} of them outliers",
+        reason=f"{n} measured networks, {int((inflated > doubt).sum())} of them outliers",
         scale=scale,
         group_of=group,
         groups=groups,
@@ -506,22 +509,23 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray) -> Feedback:
         places=_places(networks.descriptors, total),
         measured_ms=y,
         left_out_ms=q * np.clip(1 + left_r, MIN_RATIO, MAX_RATIO),
-        left_out_std_ms=q * left_std,
+        left_out_std_ms=q * left_std * calibration,
         outlier=inflated,
         prior=np.array([*mean_h[:4], mean_h[4:-1].sum(), mean_h[-1]]),
         weights=weights,
         root=root,
         spread=spread,
+        calibration=calibration,
         degrees=n - 1,  # the variances are from N networks only
     )
 
 
-def _grid() -> tuple[FloatArray, FloatArray]:
+def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray]:
     """Variances of constant, group, overhead, entry, rests, noise at each point, shape [P, 6 + 1]; log prior [P]."""
-    rows = list(product(GROUP_STD, OVERHEAD_STD, ENTRY_STD, RBF_STD, NOISE_STD))
-    std = np.array([(CONSTANT_STD, g, b, e, *f, noise) for g, b, e, f, noise in rows])
+    rows = list(product(belief.group, belief.overhead, belief.entry, belief.rbf, NOISE_STD))
+    std = np.array([(belief.constant, g, b, e, *f, noise) for g, b, e, f, noise in rows])
     of_prior = np.array([(g, e, b, max(f), noise) for g, b, e, f, noise in rows])
-    median, width = np.array(HYPER_PRIORS).T
+    median, width = np.array(belief.medians), np.array(belief.widths)
     return std**2, -0.5 * ((np.log(np.maximum(of_prior, SMALL) / median) / width) ** 2).sum(axis=1)
 
 
@@ -582,21 +586,26 @@ def _predict(
         u = overheads[part] / q[:, None] / fitted.overhead_units
         kernels = _rbf(_places(descriptors[part], total[part]), fitted.places)
         one = np.ones((len(q), 1))
-        features = np.hstack([one, groups[part], u, products[part], *kernels])
+        features = np.hstack([one, groups[part], u, products[part], *kernels], dtype=np.float32)
         amounts = np.column_stack([one, (groups[part] ** 2).sum(axis=1), (u**2).sum(axis=1), squares[part], one, one])
         ratio, relative = _posterior(fitted, features, amounts)
         mean[part] = q * np.clip(1 + ratio, MIN_RATIO, MAX_RATIO)
-        std[part] = q * relative
+        std[part] = q * relative * fitted.calibration
     return Prediction(mean, std, np.maximum(mean - width * std, 0.0), mean + width * std)
 
 
-def _posterior(fitted: Feedback, features: FloatArray, amounts: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Mean and standard deviation of r of each row of features; `amounts` of each prior variance it has, [M, 6]."""
-    prior = amounts @ fitted.prior
-    explained = ((features @ fitted.root.T) ** 2).sum(axis=1)
-    differs = ((features @ fitted.spread.T) ** 2).sum(axis=1)
+def _posterior(fitted: Feedback, features: NDArray[np.floating], amounts: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation of r of each row of features; `amounts` of each prior variance it has, [M, 6].
+
+    Computed in the precision of the features: for many networks single, which is twice as fast and rounds a millionth.
+    """
+    kind = features.dtype
+    explained = features @ fitted.root.T.astype(kind)
+    differs = features @ fitted.spread.T.astype(kind)
     floor = amounts[:, -1] * fitted.prior[-1]  # rounding must not take a variance below the noise
-    return features @ fitted.weights, np.sqrt(np.maximum(prior - explained, floor) + differs)
+    known = np.einsum("ij,ij->i", explained, explained)
+    variance = np.maximum(amounts @ fitted.prior - known, floor) + np.einsum("ij,ij->i", differs, differs)
+    return (features @ fitted.weights.astype(kind)).astype(np.float64), np.sqrt(variance)
 
 
 def _shares(contributions_ms: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -612,10 +621,10 @@ def _by_group(values: FloatArray, group_of: IntArray, groups: int) -> FloatArray
 
 
 def _geometric_means(values: FloatArray) -> FloatArray:
-    """Of the positive values of each column; 1 for a column without any."""
+    """Of the positive values of each column; infinite for a column without any: what no network has stays zero."""
     used = values > 0
     logs = np.log(np.where(used, values, 1.0)).sum(axis=0)
-    return np.asarray(np.exp(logs / np.maximum(used.sum(axis=0), 1)))
+    return np.where(used.any(axis=0), np.exp(logs / np.maximum(used.sum(axis=0), 1)), np.inf)
 
 
 def _places(z: FloatArray, total: FloatArray) -> FloatArray:
@@ -629,7 +638,8 @@ def _rbf(places: FloatArray, others: FloatArray) -> list[FloatArray]:
         raise RecordError(f"descriptors has {places.shape[1] - 1} columns, the correction {others.shape[1] - 1}")
     center = others.mean(axis=0) if len(others) else 0.0  # small numbers keep the differences exact
     near, far = places - center, others - center
-    squared = np.maximum((near**2).sum(axis=1)[:, None] + (far**2).sum(axis=1) - 2 * near @ far.T, 0.0)
+    squared = (near**2).sum(axis=1)[:, None] + (far**2).sum(axis=1) - 2 * near @ far.T
+    np.maximum(squared, 0.0, out=squared)
     return [np.exp(squared * (-0.5 / length**2)) for length in RBF_LENGTHS]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from bisect import bisect_left
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +32,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
-from nas.core.jsonio import append_line, from_plain, parse_json, read_record, read_text, write_record, write_text
+from nas.core.jsonio import (
+    append_line,
+    from_plain,
+    parse_json,
+    read_record,
+    read_text,
+    sync_file,
+    write_record,
+    write_text,
+)
 from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, Measurement
 from nas.latency.correction import CORRECTION_VERSION, Correction
 from nas.latency.lines import (
@@ -58,6 +68,7 @@ ROW_STD = 0.015
 UNSTABLE_ROW_STD = 0.05
 LEAST_NET_SHARE = 0.05  # a row keeps at least this share of its time when the overhead is taken off
 FOREIGN_ROW_STD = 0.3  # of a row that another device state has, after scaling by the reference network
+SYNC_EVERY_S = 0.5  # at most so much measuring is lost when the machine loses power; nothing when the process dies
 SLOW_STATE = 1.05  # a reference network this much slower than at best shows a machine in another state
 
 
@@ -92,11 +103,14 @@ class LatencyTable:
         self._rows: dict[str, Measurement] = {}
         self._networks: dict[str, MeasuredNetwork] = {}
         self._fixed: dict[str, list[Measurement]] = {key: [] for key in FIXED_KEYS}
+        self._std: dict[str, float] = {}  # of rows that were asked for: thousands of quantiles take a while
         self._tried: dict[str, int] = {}  # sequence number of the last measurement of each row and network
         self._least: dict[str, float] = {}  # of the fixed rows: looked up for every row
         self._edited: list[str] = []
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
         self._sequence = 0
+        self._unsynced: set[str] = set()  # files with lines that a power failure could take
+        self._synced_s = -SYNC_EVERY_S
         self._foreign: LatencyTable | None = None
         self._foreign_scale = 1.0  # how much slower this device runs the reference network than the foreign one
         self._lock = filelock.FileLock(str(folder / ".lock"), thread_local=False)
@@ -300,6 +314,11 @@ class LatencyTable:
         looks, best = self._looks(), self.reference_ms
         return bool(looks) and best is not None and looks[-1][1] > SLOW_STATE * best
 
+    def has_row(self, key: str) -> bool:
+        """Whether a row has a latency, of this device or borrowed."""
+        row = self._rows.get(key)
+        return self._borrows(key) if row is None else row.latency_ms is not None
+
     def row_ms(self, key: str) -> float:
         """Latency of a row as measured, overhead included.
 
@@ -336,7 +355,11 @@ class LatencyTable:
             MissingRowError: the row is missing.
         """
         value = self.row_ms(key)
-        return FOREIGN_ROW_STD * value if self._borrows(key) else deviation_ms(self._rows[key])
+        if self._borrows(key):
+            return FOREIGN_ROW_STD * value
+        if key not in self._std:
+            self._std[key] = deviation_ms(self._rows[key])
+        return self._std[key]
 
     def missing(self, keys: Iterable[str], *, again: bool = False) -> list[str]:
         """Keys without a row, each once, in the order given.
@@ -432,8 +455,11 @@ class LatencyTable:
             self.refresh()
             yield
         finally:
-            holder.unlink(missing_ok=True)
-            self._lock.release()
+            try:
+                self._sync()
+            finally:
+                holder.unlink(missing_ok=True)
+                self._lock.release()
 
     def refresh(self) -> None:
         """Reads what was appended since the last look, by this process or another.
@@ -529,8 +555,17 @@ class LatencyTable:
 
     def _append(self, name: str, value: Measurement | MeasuredNetwork) -> None:
         path = self._folder / name
-        append_line(path, line_of(value))
+        append_line(path, line_of(value), sync=False)
+        self._unsynced.add(name)
+        if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # results that come in bursts share one
+            self._sync()
         self._read_to[name] = (path.stat().st_size, self._read_to.get(name, (0, 0))[1] + 1)
+
+    def _sync(self) -> None:
+        """Makes the lines that were appended durable."""
+        while self._unsynced:
+            sync_file(self._folder / self._unsynced.pop())
+        self._synced_s = time.monotonic()
 
     def _new_lines(self, name: str) -> Iterator[tuple[int, Any]]:
         """Number and content of the complete lines that were not read yet; a torn last line is left alone."""
@@ -561,6 +596,7 @@ class LatencyTable:
         self._tried[row.key] = max(row.sequence, self._tried.get(row.key, 0))
         if _replaces(row, self._rows.get(row.key)):
             self._rows[row.key] = row
+            self._std.pop(row.key, None)
 
     def _take_network(self, network: MeasuredNetwork) -> None:
         self._sequence = max(self._sequence, network.measurement.sequence)

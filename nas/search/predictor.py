@@ -16,7 +16,8 @@ from nas.core.units import format_ms
 from nas.core.walk import expand
 from nas.devices.base import Device
 from nas.latency.correction import Correction
-from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator, fit_correction
+from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator
+from nas.latency.fitting import Fitted, LabelFit, fit_again, fit_correction
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill, fp32_mb, measure_streaming
@@ -53,7 +54,8 @@ class Predictor:
         self.device = device
         self._reporter = reporter
         # What is stored was fitted on this device's own rows; what is fitted on borrowed ones is not stored.
-        self._correction: Correction | None = table.correction() if table.foreign is None else None
+        stored = table.correction() if table.foreign is None else None
+        self._fitted: Fitted | None = None if stored is None or not stored.fits else fit_again(table, stored)
         self._vector: VectorEstimator | None = None
 
     @property
@@ -63,7 +65,8 @@ class Predictor:
 
     @property
     def correction(self) -> Correction | None:
-        return self._correction
+        """What the measured networks taught, None where there are none."""
+        return None if self._fitted is None else self._fitted.correction
 
     def prepare(self) -> None:
         """Fills the whole table where it is small; a larger one as needed. Also what streaming the weights costs."""
@@ -71,9 +74,12 @@ class Predictor:
             self.table, self.device, fp32_mb(self.space.decode(self.space.largest())), progress=self._show_rows
         )
         self.fill(self.space.layers() if self.is_whole else ())
-        # What is stored is kept, so that a killed run goes on as it was; unless it was fitted to other rows.
-        is_old = self._correction is not None and self._correction.streaming != self.table.streaming
-        if is_old or (self.table.foreign is not None and self.table.networks):
+        if (
+            self._fitted is not None
+        ):  # with the rows as they are now, but the networks as stored: so a killed run goes on
+            self._fitted = fit_again(self.table, self._fitted.correction)
+            self._vector = None
+        elif self.table.foreign is not None and self.table.networks:
             self._fit()
 
     def fill(self, layers: Sequence[LayerSpec], *, again: bool = False, anew: bool = False) -> FillReport:
@@ -92,7 +98,7 @@ class Predictor:
         for warning in report.warnings:
             self._reporter.warn(warning)
         if report.measured or self._vector is None:
-            self._vector = VectorEstimator(self.space, self.table, self._correction)
+            self._vector = VectorEstimator(self.space, self.table, self._fitted)
         return report
 
     def refit(self) -> None:
@@ -102,14 +108,14 @@ class Predictor:
             StorageError: the table cannot be written, or another process keeps it for very long.
         """
         self._fit()
-        if self._correction is not None and self.table.foreign is None:
+        if self._fitted is not None and self.table.foreign is None:
             with self.table.writing(WAIT_S, self._reporter.say):
-                self.table.save_correction(self._correction)
+                self.table.save_correction(self._fitted.correction)
 
     def _fit(self) -> None:
-        correction = fit_correction(self.table)
-        self._correction = correction if correction.fits else None
-        self._vector = VectorEstimator(self.space, self.table, self._correction)
+        fitted = fit_correction(self.table)
+        self._fitted = fitted if fitted.fits else None
+        self._vector = VectorEstimator(self.space, self.table, self._fitted)
 
     def worst(self, genotypes: Sequence[Genotype]) -> tuple[np.ndarray, np.ndarray]:
         """Worst-case latency of canonical genotypes and its standard deviation, ms [N]; missing rows are measured.
@@ -166,7 +172,7 @@ class Predictor:
         layers = expand(candidate)
         if self.table.missing(layer.key for layer in layers):
             self.fill(layers)
-        return Estimator(self.table, self._correction).estimate(layers)
+        return Estimator(self.table, self._fitted).estimate(layers)
 
     def fastest(self) -> tuple[Genotype, float] | None:
         """The genotype with the least sum of rows and its predicted worst case, ms; None while rows are missing.
@@ -203,14 +209,16 @@ class Predictor:
         """
         keys = [network_key(c, deployed_form(c)) for c in candidates]
         others = [n for key, n in self.table.networks.items() if key not in keys]
-        held_out = fit_correction(self.table, others) if others else None
+        held_out = fit_correction(self.table, others)
         # Rows that noise spoiled would be taken for an error of the sum: they get another chance before it is judged.
         self.fill([layer for c in candidates for layer in expand(c)], again=True)
-        estimator = Estimator(self.table, held_out if held_out is not None and held_out.fits else None)
+        estimator = Estimator(self.table, held_out)
         before = [estimator.estimate(c) for c in candidates]
         results = self._measured(candidates)
         drifted = [
-            i for i, m in enumerate(results) if contradicts(m, before[i], held_out, candidates[i].precision_label)
+            i
+            for i, m in enumerate(results)
+            if contradicts(m, before[i], held_out.fits.get(candidates[i].precision_label))
         ]
         if drifted and not self.table.is_slow_now:  # a slow machine is the cause itself, and is told by the fill
             self._tell_drift([(candidates[i], before[i], results[i]) for i in drifted], len(candidates))
@@ -270,21 +278,19 @@ class Predictor:
 
     def _vector_estimator(self) -> VectorEstimator:
         if self._vector is None:
-            self._vector = VectorEstimator(self.space, self.table, self._correction)
+            self._vector = VectorEstimator(self.space, self.table, self._fitted)
         return self._vector
 
 
-def contradicts(m: Measurement, estimate: LatencyEstimate, correction: Correction | None, label: str) -> bool:
+def contradicts(m: Measurement, estimate: LatencyEstimate, fit: LabelFit | None) -> bool:
     """Whether a measured network lies outside what a table that has proven itself says of it.
 
     Args:
         m: the network; one that failed contradicts nothing.
         estimate: made without this network.
-        correction: that the estimate comes from.
-        label: precision of the network.
+        fit: that the estimate comes from.
     """
-    fit = None if correction is None else correction.fit_for(label)
-    if m.latency_ms is None or fit is None or len(fit.networks) < PROVEN_NETWORKS:
+    if m.latency_ms is None or fit is None or len(fit.record.networks) < PROVEN_NETWORKS:
         return False
     return abs(m.latency_ms - estimate.worst_ms) > DRIFT_STDS * float(np.hypot(estimate.worst_std_ms, m.std_ms))
 

@@ -13,6 +13,7 @@ import pytest
 
 from nas.cli.main import run
 from nas.core.records import DeviceProfile, Measurement
+from nas.latency.correction import Correction, Finding, NetworkEvidence, PrecisionFit
 from nas.latency.table import LatencyTable
 
 BLOCK = "ir|in=8x4x4|out=8x4x4|k=3|s=1|e=16|se=0|act=relu|fp32"
@@ -82,11 +83,38 @@ def test_show_tells_the_state_each_row_and_the_totals(tmp_path: Path, capsys: py
     assert "  power_mode: 15W\n" in text
     assert "  (cpus: 2)\n" in text
     (line,) = [x for x in text.splitlines() if x.startswith(BLOCK)]
-    assert line.split()[1:9] == ["8", "1/2", "0.01", "0.0103", "0.0106", "5.8", "41.5", "1500"]
+    assert line.split()[1:9] == ["8", "1/2", "0.01", "-", "0.0103", "0.0106", "5.8", "41.5"]
     assert "failed: =no kernel" in text
     (total,) = [x for x in text.splitlines() if x.startswith("inverted_residual_se")]
     assert total.split() == ["inverted_residual_se", "fp32", "1", "0", "8", "0.02"]
     assert "weights of 2 MB that leave the cache cost 0.100 ms" in text
+
+
+def test_rows_have_their_corrected_time_where_networks_were_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = table(tmp_path / "t")
+    opened = LatencyTable.open(folder, replace(STATE, name="t"))
+    fit = PrecisionFit(
+        precision="fp32",
+        method="bayes",
+        reason="3 measured networks",
+        scale=1.1,
+        constant=Finding("all", 0.0, 0.03),
+        groups=(Finding("inverted_residual_se fp32", 0.2, 0.04),),
+        costs=(),
+        rows=(Finding(BLOCK, 1.5, 0.1),),
+        error=0.02,
+        networks=(NetworkEvidence("n", 1.0, 1.1, True),),
+    )
+    opened.save_correction(Correction(opened.profile.fingerprint, (fit,)))
+    rows = {r["key"]: r for r in document(capsys, "show", folder)["rows"]}
+    assert rows[BLOCK]["corrected_ms"] == pytest.approx(1.5 * 0.008)  # without the overhead of its call
+    assert rows[BLOCK]["corrected_std_ms"] == pytest.approx(0.1 * 0.008)
+    assert rows[GATED]["corrected_ms"] == pytest.approx(1.1 * 1.2 * 0.018)  # no network has it: as its group
+    assert rows[GATED]["corrected_std_ms"] == pytest.approx(1.1 * 0.05 * 0.018)
+    (line,) = [x for x in ok(capsys, "show", folder).splitlines() if x.startswith(BLOCK)]
+    assert line.split()[3:5] == ["0.01", "0.012"]
 
 
 def test_show_as_json_has_rows_groups_and_fixed_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

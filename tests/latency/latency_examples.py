@@ -18,7 +18,7 @@ from nas.core.records import (
     StemConfig,
 )
 from nas.core.walk import expand
-from nas.latency.lines import NetworkForm, network_key
+from nas.latency.lines import NetworkForm, network_key, streaming_key
 from nas.latency.table import LatencyTable
 
 OVERHEAD_MS = 0.003
@@ -113,3 +113,9 @@ def filled(folder: Path, candidates: Iterable[Candidate], **changes: object) -> 
         for layer in dict.fromkeys(x for c in candidates for x in expand(c)):
             table.add(row(layer))
     return table
+
+
+def add_streaming(table: LatencyTable, megabytes: int, cost_ms: float) -> None:
+    """So many megabytes of weights cost so much when they do not stay in the cache."""
+    table.add(measured(streaming_key(megabytes, cached=True), "overhead", "fp32", 1.0))
+    table.add(measured(streaming_key(megabytes, cached=False), "overhead", "fp32", 1.0 + cost_ms))

@@ -14,7 +14,7 @@ from latency_examples import OVERHEAD_MS, candidate, filled, measured, network, 
 from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
 from nas.core.records import PROFILE_STATE_FIELDS
 from nas.core.walk import expand
-from nas.latency.correction import Correction
+from nas.latency.correction import CORRECTION_VERSION, Correction
 from nas.latency.lines import network_key, streaming_key
 from nas.latency.table import FOREIGN_ROW_STD, LatencyTable
 
@@ -386,7 +386,8 @@ def test_the_correction_is_kept_and_belongs_to_its_state(tmp_path: Path) -> None
         table.save_correction(Correction("0" * 16, ()))
     (tmp_path / "correction.json").write_text('{"fingerprint": "x", "fits": [], "version": 1}')
     assert table.correction() is None  # of an earlier program: fitted anew
-    (tmp_path / "correction.json").write_text('{"fingerprint": "other", "fits": [], "version": 3}')
+    of_another_state = f'{{"fingerprint": "other", "fits": [], "version": {CORRECTION_VERSION}}}'
+    (tmp_path / "correction.json").write_text(of_another_state)
     with pytest.raises(DeviceError, match="made for device state other"):
         table.correction()
 

@@ -13,7 +13,8 @@ from nas.core.walk import expand, total_macs
 from nas.devices.graphs import reference_job
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, op_counts, run_model
 from nas.devices.protocol import ProtocolSettings
-from nas.latency.estimate import Estimator, fit_correction
+from nas.latency.estimate import Estimator
+from nas.latency.fitting import fit_correction
 from nas.latency.lines import NetworkForm
 from nas.latency.table import LatencyTable
 from nas.measure.fill import fill

@@ -18,7 +18,7 @@ from nas.core.records import Candidate, Measurement
 from nas.core.run import LatencyKind, latency_of
 from nas.core.walk import total_macs
 from nas.devices.base import MeasureJob, OnProgress, OnResult
-from nas.latency.estimate import fit_correction
+from nas.latency.fitting import fit_correction
 from nas.latency.table import LatencyTable
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
