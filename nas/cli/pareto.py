@@ -77,6 +77,7 @@ def command(
             "status": view.status,
             "budget_ms": view.budget_ms,
             "budget_of": view.budget_of,
+            "pipeline": view.pipeline,
             "points": front_records(view, points),
             "foreign_table": view.provenance.get(FOREIGN_MARK),
             "chosen": None if chosen is None else chosen.id,
@@ -84,6 +85,7 @@ def command(
             "pick": view.pick_id,
             "pick_reason": view.pick_reason,
             "closest": view.closest_id,
+            "also": view.also,
         }
     )
 
@@ -105,6 +107,8 @@ def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], li
         console.say(line)
     if view.pick_id is not None:
         console.say(f"pick: {view.pick_id}: {view.pick_reason}")
+    for other in view.also:
+        console.say(f"pick for {other.budget_ms:g} ms: {other.student or 'none'}: {other.reason}")
     if view.next_id is not None:
         console.say(f"next best: {view.next_id}: {view.next_reason}")
     if view.closest_id is not None:

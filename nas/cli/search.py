@@ -70,6 +70,10 @@ def command(
     if view.package is not None:
         verdict = "good" if view.package.is_good else f"not good: {view.package.reason}"
         console.say(f"package: {view.package.path} ({verdict})")
+    for pick in view.also:
+        if pick.package is not None:
+            verdict = "good" if pick.package.is_good else f"not good: {pick.package.reason}"
+            console.say(f"package for {pick.budget_ms:g} ms: {pick.package.path} ({verdict})")
     for line in view.commands:
         console.say(f"next:    {line}")
     console.result(
@@ -79,9 +83,11 @@ def command(
             "status": view.status,
             "budget_ms": view.budget_ms,
             "budget_of": view.budget_of,
+            "pipeline": view.pipeline,
             "pick": view.pick_id,
             "pick_reason": view.pick_reason,
             "closest": view.closest_id,
+            "also": view.also,
             "points": front_records(view),
             "foreign_table": view.provenance.get(FOREIGN_MARK),
             "report": str(page),
@@ -90,13 +96,20 @@ def command(
             "cpu_s": view.cpu_s,
         }
     )
-    if view.package is not None and not view.package.is_good:
-        raise BudgetError(f"{view.package.path} is not good: {view.package.reason}")
+    for package in (view.package, *(pick.package for pick in view.also)):
+        if package is not None and not package.is_good:
+            raise BudgetError(f"{package.path} is not good: {package.reason}")
     if view.pick_id is None:
         raise BudgetError(
             f"no finished student keeps {format_ms(view.budget_ms or 0)} ({view.budget_of}). "
             f"{view.closest_id}: {view.closest_reason}. Allow more time: --set budget.ms=MS --fork"
         )
+    for pick in view.also:
+        if pick.student is None:
+            raise BudgetError(
+                f"no finished student keeps {format_ms(pick.budget_ms)} ({view.budget_of}): {pick.reason}. "
+                "Allow more time: --set budget.also_ms=[MS] --fork"
+            )
 
 
 def _dry_run(console: Console, experiment: Experiment) -> None:

@@ -254,12 +254,58 @@ class PackageView:
 
 
 @dataclass(frozen=True, slots=True)
+class TableChange:
+    """What measured networks changed in the latency table, for one operator group or one cost that no row contains.
+
+    `kind` rows: `value` is corrected / raw time of the group's rows, of which the networks contain `rows`; in single
+    ones it goes from `least` to `greatest`. `kind` cost: `value` is ms each. `std` is the standard deviation.
+    """
+
+    precision: str
+    name: str
+    kind: Literal["rows", "cost"]
+    value: float
+    std: float
+    networks: int
+    rows: int = 0
+    least: float = 0.0
+    greatest: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineTimes:
+    """A deadline of a whole pipeline and what of it is not the network's, ms; `measured` names what was measured."""
+
+    total_ms: float
+    capture_ms: float
+    preprocess_ms: float
+    postprocess_ms: float
+    measured: tuple[str, ...] = ()
+
+    @property
+    def network_ms(self) -> float:
+        """What is left for the network."""
+        return self.total_ms - self.capture_ms - self.preprocess_ms - self.postprocess_ms
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetPick:
+    """The student for a further, shorter deadline; `student` is None where nothing keeps it, and `reason` says why."""
+
+    budget_ms: float
+    student: str | None
+    reason: str
+    package: PackageView | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RunView:
     """A whole run. Everything but name, dates and budget has a default, so that a young run can be shown too.
 
     `budget_ms` limits the latency named by `budget_of`; None: no budget. `pick_id` is the student that is recommended,
     `next_id` the runner-up, `closest_id` the nearest student when nothing meets the budget; each with its reason as
-    text. `provenance` maps readable names (versions, seeds, hashes) to values; `commands` are what to run next.
+    text; `also` has the picks for shorter deadlines. `provenance` maps readable names (versions, seeds, hashes) to
+    values; `commands` are what to run next.
     """
 
     name: str
@@ -267,6 +313,7 @@ class RunView:
     created_at: str
     budget_ms: float | None = None
     budget_of: LatencyKind = "expected"
+    pipeline: PipelineTimes | None = None
     device: DeviceProfile | None = None
     teacher: TeacherView | None = None
     dataset: DatasetView | None = None
@@ -277,6 +324,7 @@ class RunView:
     trials: tuple[TrialPoint, ...] = ()
     failed: tuple[FailedCandidate, ...] = ()
     predictions: tuple[PredictedMeasured, ...] = ()
+    changes: tuple[TableChange, ...] = ()
     rounds: tuple[RoundSummary, ...] = ()
     importances: tuple[Importance, ...] = ()
     pick_id: str | None = None
@@ -285,6 +333,7 @@ class RunView:
     next_reason: str = ""
     closest_id: str | None = None
     closest_reason: str = ""
+    also: tuple[BudgetPick, ...] = ()
     package: PackageView | None = None
     wall_s: float = 0.0
     cpu_s: float = 0.0

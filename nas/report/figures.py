@@ -60,8 +60,8 @@ def front_figure(view: RunView) -> Figure | None:
         points = [p for p in view.points if p.on_front == on_front and p.latency.provenance == provenance]
         if points:
             traces.append(_points_trace(view, points, on_front, provenance == "measured"))
-    pick = [p for p in view.points if p.id == view.pick_id]
-    traces.append(_ring("Pick", view, pick, "@pick", 22))
+    picks = {view.pick_id, *(pick.student for pick in view.also)}
+    traces.append(_ring("Pick", view, [p for p in view.points if p.id in picks], "@pick", 22))
     traces.append({**_ring("Selected", view, [], "@ink", 30), "meta": "selected"})
     xs = [budget_latency_ms(view, p) for p in view.points] + [t.latency_ms for t in view.trials]
     ys = [100 * p.top1 for p in view.points] or [100 * t.top1 for t in view.trials]

@@ -17,9 +17,11 @@ import numpy as np
 from nas.core.errors import BudgetError, InterruptedRunError, StorageError, UsageError
 from nas.core.jsonio import read_record, read_text, write_record
 from nas.core.run import (
+    BudgetPick,
     DatasetView,
     LatencyKind,
     PackageView,
+    PipelineTimes,
     Point,
     RunView,
     TeacherView,
@@ -30,11 +32,12 @@ from nas.devices import open_device
 from nas.devices.base import Device
 from nas.export.manifest import Manifest
 from nas.export.package import Package
+from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
-from nas.search.experiment import Experiment, load_experiment, resolved_yaml
+from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
@@ -45,6 +48,7 @@ from nas.search.prepare import (
     fingerprint,
     load_inputs,
     open_table,
+    pipeline_times,
     prepare_training,
     scoring_plan,
     teacher_latency,
@@ -60,7 +64,16 @@ from nas.search.progress import (
 )
 from nas.search.rounds import SearchParts, check_budget, current_figures, run_rounds, write_study
 from nas.search.select import closest_to_budget, pick_for_budget
-from nas.search.view import CLOCK_FILE, OUTCOME_SCHEMA, Outcome, failed_candidates, load_outcome, load_view
+from nas.search.view import (
+    CLOCK_FILE,
+    OUTCOME_SCHEMA,
+    PIPELINE_FILE,
+    Outcome,
+    experiment_of,
+    failed_candidates,
+    load_outcome,
+    load_view,
+)
 from nas.train.teacher import Teacher
 
 
@@ -97,12 +110,28 @@ def run_search(
             space_yaml = read_text(Path(inputs.experiment.space))
             with open_run(run_dir, marks, resolved_yaml(inputs.experiment), space_yaml) as folder:
                 stop.tell_workers(folder.path / "stop")
-                return _run(inputs, folder, told, stop, start_workers)
+                return _run(_within_pipeline(inputs, folder, reporter), folder, told, stop, start_workers)
     except (InterruptedRunError, KeyboardInterrupt) as e:
         # The folder's own file holds every setting that was given, those of the command line too.
         again = run_dir / "experiment.yaml"
         command = f"nas search {quote(str(again))}" if again.exists() else "the same command"
         raise InterruptedRunError(f"stopped; finished work is kept. Go on with: {command}") from e
+
+
+def _within_pipeline(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> Inputs:
+    """The same with the network's own deadline; what else a pipeline takes is measured once and kept with the run."""
+    file = folder.path / PIPELINE_FILE
+    if not file.exists():
+        times = pipeline_times(inputs)
+        if times is None:
+            return inputs
+        write_record(file, times)
+    times = read_record(PipelineTimes, file)
+    reporter.say(
+        f"of {times.total_ms:g} ms: capture {times.capture_ms:g}, preprocess {times.preprocess_ms:.3g}, postprocess "
+        f"{times.postprocess_ms:.3g}; {times.network_ms:.4g} ms are left for the network"
+    )
+    return replace(inputs, experiment=with_deadline(inputs.experiment, times))
 
 
 def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs:
@@ -136,6 +165,7 @@ def _run(
             with WorkerPool(worker_count(e), start_workers) as pool:
                 _search(inputs, folder, reporter, stop, pool, clock)
         _export_pick(folder, inputs.device, reporter)
+        _export_others(folder, inputs.device, reporter)
     return load_view(folder.path)
 
 
@@ -218,6 +248,27 @@ def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
         write_record(folder.path / "outcome.json", changed)
 
 
+def _export_others(folder: RunFolder, device: Device, reporter: Reporter) -> None:
+    """The packages of the picks for shorter deadlines; each is recorded as soon as it is there."""
+    outcome = load_outcome(folder.path)
+    for i, pick in enumerate(outcome.also):
+        if pick.student is None or pick.package is not None:
+            continue
+        reporter.say(f"exporting the pick for {pick.budget_ms:g} ms, {pick.student}")
+        try:
+            exported = package_view(export_student(folder.path, reporter, best_under_ms=pick.budget_ms, device=device))
+        except BudgetError as e:
+            reporter.warn(str(e))
+            reason = "the exported files of all students that keep it by their own measurement were measured above it"
+            done = replace(pick, student=None, reason=reason)
+        else:
+            reason = f"the best student whose exported file keeps the budget; that of {pick.student} did not"
+            is_same = exported.student == pick.student
+            done = replace(pick, package=exported, student=exported.student, reason=pick.reason if is_same else reason)
+        outcome = replace(outcome, also=(*outcome.also[:i], done, *outcome.also[i + 1 :]))
+        write_record(folder.path / "outcome.json", outcome)
+
+
 def _exported_pick(folder: RunFolder, device: Device, reporter: Reporter) -> PackageView:
     found = package_view(export_student(folder.path, reporter, device=device))
     write_record(folder.path / "package.json", found)
@@ -274,6 +325,8 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         wall_s=0.0,
         cpu_s=0.0,
         provenance=_provenance(inputs, teacher),
+        also=tuple(_pick_for(points, ms, e.budget.of) for ms in e.budget.all_ms[1:]),
+        changes=() if parts.predictor.correction is None else table_changes(parts.predictor.correction),
     )
     return outcome, sum(s.cost_s for s in students)
 
@@ -293,6 +346,14 @@ def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> Bu
         f"was corrected; the closest, {complete[needed.index(fastest)].candidate.id}, needs about {fastest:.4g} ms. "
         f"Raise the budget: --set budget.ms={rounded_up(1.1 * fastest)} --fork"
     )
+
+
+def _pick_for(points: Sequence[Point], budget_ms: float, of: LatencyKind) -> BudgetPick:
+    picks = pick_for_budget(points, budget_ms, of)
+    if picks:
+        return BudgetPick(budget_ms, picks[0].id, _pick_reason(picks, budget_ms, of))
+    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], of)
+    return BudgetPick(budget_ms, None, "" if closest is None else _closest_reason(closest, budget_ms, of))
 
 
 def _pick_reason(picks: Sequence[Point], budget_ms: float, of: LatencyKind) -> str:
@@ -374,7 +435,7 @@ def export_student(
     """
     outcome = load_outcome(run_dir)
     view = load_view(run_dir)
-    experiment = load_experiment(run_dir / "experiment.yaml")
+    experiment = experiment_of(run_dir)
     if best_under_ms is not None:
         view = replace(view, budget_ms=best_under_ms, budget_of=of or view.budget_of)
     candidates = _selected(view, run_dir, student, trial)

@@ -20,6 +20,7 @@ from typing import Any
 
 from nas.core.errors import ConfigError, did_you_mean
 from nas.core.jsonio import to_plain
+from nas.core.run import PipelineTimes
 from nas.core.units import parse_ms
 from nas.data.records import DataSettings
 from nas.recipe.settings import StandaloneSettings, SupernetSettings
@@ -30,7 +31,7 @@ from nas.train.settings import DistillSettings, TeacherSettings
 
 INPUT_KEYS = ("space", "data.path", "teacher.weights")
 PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache", "run.foreign_table")
-TIME_KEYS = ("budget.ms",)  # may be written with a unit: 800us
+TIME_KEYS = ("budget.ms", "budget.also_ms", "budget.total_ms", "budget.capture_ms")  # may have a unit: 800us
 SPACES = Path(__file__).parents[2] / "search_spaces"
 
 
@@ -107,10 +108,34 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
         key, value = parse_set(text)
         _put(data, key, value, text)
         origins[key] = f"from --set {text}"
+    _check_one_deadline(data.get("budget"), origins, str(path))
     for key in TIME_KEYS:
         _change(data, key, partial(parse_ms, where=f"{path}: {key}"))
     experiment = checked(Experiment, data, str(path), origins)
     return dataclasses.replace(experiment, space=str(space_file(experiment.space, f"{path}: space")))
+
+
+def with_deadline(experiment: Experiment, times: PipelineTimes | None) -> Experiment:
+    """The experiment with the network's own deadline in `budget.ms`, where it has one of the whole pipeline."""
+    if times is None:
+        return experiment
+    return dataclasses.replace(experiment, budget=dataclasses.replace(experiment.budget, ms=times.network_ms))
+
+
+def _check_one_deadline(budget: Any, origins: dict[str, str], where: str) -> None:
+    """Refuses deadlines of network and pipeline together; that of the command line replaces that of a file."""
+    if not isinstance(budget, dict) or budget.get("total_ms") is None or "ms" not in budget:
+        return
+    given = [key for key in ("ms", "total_ms") if f"budget.{key}" in origins]
+    if len(given) != 1:
+        raise ConfigError(
+            f"{where}: budget.ms is the deadline of the network, budget.total_ms that of the whole pipeline, of which "
+            "the network gets the rest. Give one of them"
+        )
+    if given == ["ms"]:
+        budget["total_ms"] = None
+    else:
+        del budget["ms"]
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -167,13 +192,16 @@ def _put(data: dict[str, Any], key: str, value: Any, text: str) -> None:
 
 
 def _change(data: dict[str, Any], key: str, change: Callable[[str], Any]) -> None:
-    """Replaces the text at a key path, where there is text."""
+    """Replaces the text at a key path, where there is text, or a list with texts."""
     *sections, last = key.split(".")
     place: Any = data
     for name in sections:
         place = place.get(name) if isinstance(place, dict) else None
-    if isinstance(place, dict) and isinstance(place.get(last), str):
-        place[last] = change(place[last])
+    found = place.get(last) if isinstance(place, dict) else None
+    if isinstance(found, str):
+        place[last] = change(found)
+    elif isinstance(found, list):
+        place[last] = [change(v) if isinstance(v, str) else v for v in found]
 
 
 def _name_from(path: Path) -> str:
@@ -218,6 +246,8 @@ def resolved_yaml(experiment: Experiment) -> str:
     """All settings of an experiment, defaults included, as a file that gives the same experiment from any folder."""
     data = to_plain(experiment)
     data["run"]["dir"] = str(experiment.run_dir)
+    if experiment.budget.total_ms is not None:
+        del data["budget"]["ms"]  # what is left for the network is measured, and kept in the run folder
     for key in PATH_KEYS:
         _change(data, key, os.path.abspath)
     return f"# Settings of the run '{experiment.name}', defaults included.\n{dump_yaml(data)}"

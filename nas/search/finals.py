@@ -76,6 +76,7 @@ def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: 
     """Architectures whose scores, with every threshold setting, cover the front best; the most accurate among them."""
     top1: list[float] = []
     latency: list[float] = []
+    limited: list[float] = []
     groups: list[str] = []
     architectures: dict[str, Candidate] = {}
     for record in records:
@@ -85,13 +86,20 @@ def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: 
         architectures.setdefault(arch_id, record.candidate.architecture)
         for accuracy, now in _score_points(parts, record):
             if latency_of(now, parts.budget.of) <= parts.budget.ms:
+                limited.append(latency_of(now, parts.budget.of))
                 top1.append(accuracy)
                 latency.append(now.expected_ms)
                 groups.append(arch_id)
     # The last step in accuracy adds little area, but it is the one that a user with time to spare asks for.
-    best = [groups[max(range(len(top1)), key=lambda i: (top1[i], -latency[i]))]] if top1 else []
+    best = [groups[max(inside, key=lambda i: (top1[i], -latency[i]))] for inside in _inside(parts.budget, limited)]
     chosen = spread_choice(top1, latency, groups, count, parts.chance, parts.budget.ms, best)
     return [architectures[a] for a in chosen]
+
+
+def _inside(budget: BudgetSettings, limited_ms: Sequence[float]) -> list[list[int]]:
+    """Numbers of the points that keep each deadline, the longest first; deadlines that none keeps are left out."""
+    found = [[i for i, ms in enumerate(limited_ms) if ms <= limit] for limit in budget.all_ms]
+    return [inside for inside in found if inside]
 
 
 def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
@@ -288,11 +296,11 @@ def _predicted(
 def _for_deadline(
     swept: ThresholdSweep, estimate: LatencyEstimate, budget: BudgetSettings
 ) -> tuple[ThresholdSetting, ...]:
-    """The most accurate setting for a deadline on the mean or on the tail; none where thresholds cannot change it."""
+    """The most accurate setting for each deadline on the mean or the tail; none where thresholds cannot change it."""
     if budget.of == "worst":
         return ()
-    found = solve_for_deadline(swept, budget.ms, budget.of, estimate.exit_std_ms, budget.margin_std)
-    return () if found is None else (found,)
+    found = (solve_for_deadline(swept, ms, budget.of, estimate.exit_std_ms, budget.margin_std) for ms in budget.all_ms)
+    return tuple(dict.fromkeys(setting for setting in found if setting is not None))
 
 
 def _best_settings(

@@ -6,6 +6,7 @@
   batches.jsonl      proposed candidates          trials.jsonl       what became of each of them
   chosen.jsonl       networks to be measured      events.jsonl       rounds, with the networks that were measured
   measured.jsonl     finished students on the device, exit by exit
+  pipeline.json      what of a deadline of the whole pipeline is not the network's
   clock.json         time spent so far            study.db           the same trials for Optuna's tools
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
   outcome.json       finished students            space.yaml   the search space as it was
@@ -286,7 +287,7 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: s
     lines = fingerprint_diff(parse_json(read_text(file), str(file)), now) if file.exists() else []
     if lines and is_young(path):  # nothing to protect: the user mended a setting that the first call refused
         file.unlink()
-        for name in ("events.jsonl", "chosen.jsonl"):
+        for name in ("events.jsonl", "chosen.jsonl", "pipeline.json"):
             (path / name).unlink(missing_ok=True)
     elif lines:
         before = read_text(settings) if settings.exists() else ""

@@ -19,10 +19,10 @@ from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.measure.fill import SECONDS_PER_ROW
 from nas.models.teachers import ResNet, count_macs
-from nas.search.experiment import Experiment
+from nas.search.experiment import Experiment, with_deadline
 from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
 from nas.search.predictor import Predictor, fills_whole
-from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, worker_count
+from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, pipeline_times, worker_count
 from nas.search.progress import Reporter
 from nas.search.rounds import FIRST_ROWS_SAMPLES
 from nas.space.space import SearchSpace
@@ -83,6 +83,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         NasError: with what to mend, as a search would.
     """
     inputs = load_inputs(experiment, reporter)
+    experiment = with_deadline(experiment, pipeline_times(inputs))
     device, space = inputs.device.profile, inputs.space
     folder = Path(experiment.run.tables) / device.name
     table = open_table(experiment, device) if (folder / "device.json").exists() else None

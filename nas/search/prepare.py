@@ -6,21 +6,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nas.core.errors import DeviceError
+import numpy as np
+
+from nas.core.errors import BudgetError, DeviceError
 from nas.core.jsonio import content_hash, file_sha256, to_plain
 from nas.core.records import DeviceProfile
-from nas.core.run import FOREIGN_MARK
+from nas.core.run import FOREIGN_MARK, PipelineTimes
+from nas.core.units import rounded_up
 from nas.data import Dataset, load_dataset
+from nas.data.decode import read_image_file
 from nas.devices import open_device
 from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
+from nas.measure.pipeline import postprocess_ms, preprocess_ms
 from nas.recipe.context import write_context
 from nas.recipe.pool import usable_cores
 from nas.search.experiment import Experiment
 from nas.search.folder import Event, RunFolder
 from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
+from nas.search.settings import BudgetSettings
 from nas.space.space import SearchSpace, load_space
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
@@ -28,6 +34,7 @@ from nas.train.teacher import Teacher, prepare_teacher
 CHANCE_FACTOR = (
     1.5  # times the accuracy of guessing: a given teacher below it has another order of classes, most likely
 )
+PICTURES = 32  # whose preparation is measured where it is part of the deadline
 SCORE_IMAGES = 256  # training images for batch norm and int8 ranges of a score; more change it by less than its noise
 
 
@@ -72,6 +79,59 @@ def load_inputs(experiment: Experiment, reporter: Reporter, device: Device | Non
     return Inputs(experiment, space, tuple(datasets), device)
 
 
+def pipeline_times(inputs: Inputs) -> PipelineTimes | None:
+    """What of a deadline of the whole pipeline is not the network's; None where the deadline is the network's.
+
+    Raises:
+        BudgetError: nothing is left for the network.
+        DeviceError: a part is to be measured, and the device is not this machine.
+    """
+    budget, dataset = inputs.experiment.budget, inputs.dataset
+    if budget.total_ms is None:
+        return None
+    parts = {"preprocess": budget.preprocess, "postprocess": budget.postprocess}
+    measured = tuple(name for name, value in parts.items() if value == "measured")
+    if measured and inputs.device.profile.kind == "measured" and inputs.experiment.device != "cpu":
+        raise DeviceError(
+            f"budget.{measured[0]}: can be measured on this machine only, and the device is "
+            f"{inputs.device.profile.name}. Give milliseconds: --set budget.{measured[0]}=MS"
+        )
+    if budget.preprocess == "measured":
+        parts["preprocess"] = preprocess_ms(_pictures(inputs), dataset.resolution)
+    if budget.postprocess == "measured":
+        parts["postprocess"] = postprocess_ms(dataset.num_classes)
+    times = PipelineTimes(
+        budget.total_ms, budget.capture_ms, float(parts["preprocess"]), float(parts["postprocess"]), measured
+    )
+    if times.network_ms <= 0:
+        raise BudgetError(
+            f"budget.total_ms: nothing of {times.total_ms:g} ms is left for the network: capture {times.capture_ms:g}, "
+            f"preprocess {times.preprocess_ms:.3g}, postprocess {times.postprocess_ms:.3g} ms. Allow more time: "
+            f"--set budget.total_ms={rounded_up(2 * (times.total_ms - times.network_ms))}"
+        )
+    return times
+
+
+def _pictures(inputs: Inputs) -> list[bytes | np.ndarray]:
+    """Some pictures as they come: files of a folder, else pixels as the data set has them."""
+    train, settings = inputs.dataset.train, inputs.experiment.data
+    chosen = np.linspace(0, len(train) - 1, min(PICTURES, len(train))).astype(int)
+    if settings.name == "folder" and train.names is not None and settings.path is not None:
+        root = Path(settings.path).expanduser()
+        files = [root / train.names[i] for i in chosen]
+        return [read_image_file(file) for file in files if file.exists()]  # a name that cannot be shown is another
+    return [train.images[i] for i in chosen]
+
+
+def _deadline(budget: BudgetSettings) -> str:
+    if budget.total_ms is None:
+        return f"{', '.join(f'{ms:g}' for ms in budget.all_ms)} ms"
+    return (
+        f"{budget.total_ms:g} ms in all, capture {budget.capture_ms:g}, preprocess {budget.preprocess}, postprocess "
+        f"{budget.postprocess}"
+    )
+
+
 def fingerprint(inputs: Inputs) -> dict[str, str]:
     """Everything that decides what a run finds, as readable values."""
     e = inputs.experiment
@@ -86,7 +146,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "teacher": f"{e.teacher.kind} {content_hash({**to_plain(e.teacher), 'weights': weights})}",
         "distillation": content_hash(e.distill),
         "scorer": f"{e.search.scorer} {content_hash(scorer)}",
-        "budget": f"{e.budget.ms:g} ms ({e.budget.of}), margin of {e.budget.margin_std:g} deviations",
+        "budget": f"{_deadline(e.budget)} ({e.budget.of}), margin of {e.budget.margin_std:g} deviations",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
         "seed": str(s.seed),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}",

@@ -431,15 +431,19 @@ def _choose(parts: SearchParts, records: Sequence[TrialRecord]) -> tuple[Genotyp
     if not fresh or not count:
         return ()
     now = current_figures(parts, fresh)
-    indices = worth_measuring(
-        [r.top1 or 0.0 for r in fresh],
-        [f.expected_ms for f in now],
-        [latency_of(f, parts.budget.of) for f in now],
-        [f.std_ms for f in now],
-        parts.budget.ms,
-        count,
-    )
-    return tuple(fresh[i].genotype for i in indices)
+    for_each = [
+        worth_measuring(
+            [r.top1 or 0.0 for r in fresh],
+            [f.expected_ms for f in now],
+            [latency_of(f, parts.budget.of) for f in now],
+            [f.std_ms for f in now],
+            budget_ms,
+            count,
+        )
+        for budget_ms in parts.budget.all_ms
+    ]
+    in_turn = dict.fromkeys(i for chosen in zip(*for_each, strict=True) for i in chosen)
+    return tuple(fresh[i].genotype for i in list(in_turn)[:count])
 
 
 def _measured(parts: SearchParts, chosen: Chosen) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:

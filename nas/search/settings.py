@@ -21,18 +21,62 @@ class BudgetSettings:
     `margin_std`: a candidate is only trained when its prediction plus this many standard deviations keeps the budget.
     Before training it counts for `worst`; the others depend on the exits that images take, so only those candidates are
     refused that miss the budget even when every image leaves as early as it can. Afterwards thresholds are solved for
-    `expected` and `p99` with this margin, which then covers other images too.
+    `expected` and `p99` with this margin, which then covers other images too. `also_ms`: shorter deadlines of the same
+    kind; each gets a pick and a package of its own out of the same search.
+
+    `total_ms`: in place of `ms`, the deadline of the whole pipeline; the network gets what the next three leave of it.
+    `capture_ms`: the camera's part. `preprocess`: milliseconds from a picture to the network's input, or `measured`: as
+    `infer.py` of a package does it on this machine, with pictures of the data set. `postprocess`: milliseconds from
+    the network's output to a class, or `measured`.
     """
 
     ms: float = 1.0
     of: LatencyKind = "worst"
     margin_std: float = 1.0
+    also_ms: tuple[float, ...] = ()
+    total_ms: float | None = None
+    capture_ms: float = 0.0
+    preprocess: float | Literal["measured"] = "measured"
+    postprocess: float | Literal["measured"] = "measured"
 
     def __post_init__(self) -> None:
         if not self.ms > 0:
             raise ConfigError(f"budget.ms must be positive, got {self.ms}")
         if self.margin_std < 0:
             raise ConfigError(f"budget.margin_std must not be negative, got {self.margin_std}")
+        if self.total_ms is not None:
+            self._check_total(self.total_ms)
+        for ms in self.also_ms:
+            if not 0 < ms < self.ms:
+                raise ConfigError(
+                    f"budget.also_ms: {ms:g} must lie between 0 and budget.ms ({self.ms:g}): the search is for the "
+                    "longest deadline"
+                )
+        if len(set(self.also_ms)) < len(self.also_ms):
+            raise ConfigError(f"budget.also_ms: a deadline appears twice in {list(self.also_ms)}")
+
+    def _check_total(self, total_ms: float) -> None:
+        if not total_ms > 0:
+            raise ConfigError(f"budget.total_ms must be positive, got {total_ms}")
+        if self.also_ms:
+            raise ConfigError(
+                "budget.also_ms goes with budget.ms; of a total, what is left is known when it is measured"
+            )
+        parts = {"capture_ms": self.capture_ms, "preprocess": self.preprocess, "postprocess": self.postprocess}
+        for name, value in parts.items():
+            if value != "measured" and value < 0:
+                raise ConfigError(f"budget.{name} must not be negative, got {value}")
+        known_ms = sum(value for value in parts.values() if value != "measured")
+        if known_ms >= total_ms:
+            raise ConfigError(
+                f"budget.total_ms: {known_ms:g} of {total_ms:g} ms are gone before the network begins (capture_ms, "
+                "preprocess, postprocess)"
+            )
+
+    @property
+    def all_ms(self) -> tuple[float, ...]:
+        """Every deadline, the longest first."""
+        return (self.ms, *sorted(self.also_ms, reverse=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,24 +15,28 @@ from nas.core.errors import UsageError
 from nas.core.jsonio import from_plain, parse_json, read_record, read_text
 from nas.core.records import DeviceProfile
 from nas.core.run import (
+    BudgetPick,
     DatasetView,
     FailedCandidate,
     Importance,
     PackageView,
+    PipelineTimes,
     Point,
     RoundSummary,
     RunView,
+    TableChange,
     TeacherView,
     TrialPoint,
 )
 from nas.recipe.records import FinishedStudent
-from nas.search.experiment import Experiment, load_experiment
+from nas.search.experiment import Experiment, load_experiment, with_deadline
 from nas.search.folder import SPACE_FILE, Event, RunFolder, TrialRecord, is_running
 from nas.search.progress import time_spent
 from nas.space.space import load_space
 
 OUTCOME_SCHEMA = 1
 CLOCK_FILE = "clock.json"
+PIPELINE_FILE = "pipeline.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Outcome:
     wall_s: float
     cpu_s: float
     provenance: dict[str, str]
+    changes: tuple[TableChange, ...] = ()
+    also: tuple[BudgetPick, ...] = ()
 
 
 def load_view(run_dir: Path) -> RunView:
@@ -76,7 +82,8 @@ def load_view(run_dir: Path) -> RunView:
     if not file.exists():
         raise UsageError(f"{run_dir}: not a run folder (no fingerprint.json). Run: nas search EXPERIMENT.yaml")
     folder = RunFolder(run_dir)
-    experiment = load_experiment(run_dir / "experiment.yaml")
+    experiment = experiment_of(run_dir)
+    pipeline = run_dir / PIPELINE_FILE
     marks = parse_json(read_text(file), str(file))
     records, events = folder.trials(), folder.events()
     outcome_file = run_dir / "outcome.json"
@@ -88,6 +95,7 @@ def load_view(run_dir: Path) -> RunView:
         created_at=_created(file),
         budget_ms=experiment.budget.ms,
         budget_of=experiment.budget.of,
+        pipeline=read_record(PipelineTimes, pipeline) if pipeline.exists() else None,
         space_name=Path(experiment.space).stem,
         space_size=_space_size(experiment, run_dir),
         scorer=experiment.search.scorer,
@@ -117,12 +125,21 @@ def load_view(run_dir: Path) -> RunView:
         next_reason=outcome.next_reason,
         closest_id=outcome.closest_id,
         closest_reason=outcome.closest_reason,
+        also=outcome.also,
         package=read_record(PackageView, package) if package.exists() else None,
         wall_s=outcome.wall_s,
         cpu_s=outcome.cpu_s,
         provenance=outcome.provenance,
+        changes=outcome.changes,
         commands=(f"nas pareto {named}", f"nas export {named} --best-under {experiment.budget.ms:g}ms"),
     )
+
+
+def experiment_of(run_dir: Path) -> Experiment:
+    """The settings of a run; where its deadline is that of a whole pipeline, with what is left for the network."""
+    file = run_dir / PIPELINE_FILE
+    times = read_record(PipelineTimes, file) if file.exists() else None
+    return with_deadline(load_experiment(run_dir / "experiment.yaml"), times)
 
 
 def _created(file: Path) -> str:

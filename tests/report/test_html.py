@@ -12,7 +12,7 @@ import pytest
 from made_run import made_view
 
 from nas.core.errors import StorageError
-from nas.core.run import FailedCandidate, Point, RunView
+from nas.core.run import BudgetPick, FailedCandidate, Point, RunView, TableChange
 from nas.report.html import render_page, safe_json, write_report
 
 EVIL = '</script><img src=x onerror="window.evil = 1"><b>bold</b>\'{{ 7 * 7 }}'
@@ -44,6 +44,11 @@ def evil_view() -> RunView:
         scorer=EVIL,
         pick_reason=EVIL,
         next_reason=EVIL,
+        also=(BudgetPick(1.0, points[0].id, EVIL), BudgetPick(0.5, None, EVIL)),
+        changes=(
+            TableChange(EVIL, EVIL, "rows", 1.0, 0.1, 3, 2, 0.9, 1.1),
+            TableChange("fp32", EVIL, "cost", 1.0, 0.1, 3),
+        ),
         package=replace(view.package, path=EVIL, reason=EVIL),
         provenance={EVIL: EVIL},
         commands=(EVIL,),
@@ -58,6 +63,26 @@ def test_page_holds_pick_reason_and_every_student() -> None:
         assert f'data-select="{p.id}"' in page
     assert {c["id"] for c in data_of(page)["cards"]} == {p.id for p in view.points}
     assert data_of(page)["first"] == view.pick_id
+
+
+def test_page_shows_what_measured_networks_changed_in_the_table() -> None:
+    changes = (
+        TableChange("fp32", "inverted_residual fp32", "rows", 1.082, 0.011, 14, 96, 0.97, 1.31),
+        TableChange("fp32", "each layer", "cost", -0.0004, 0.0002, 14),
+    )
+    page = render_page(replace(made_view(), changes=changes))
+    row = page[page.index("inverted residual fp32") :]
+    assert row.index(">96<") < row.index("+8.2 &plusmn; 1.1 %") < row.index("-3.0 to +31.0 %") < row.index(">14<")
+    assert "-0.40 &plusmn; 0.20 us" in row
+    assert "What measured networks changed" not in render_page(made_view())
+
+
+def test_page_names_the_pick_of_every_deadline() -> None:
+    view = made_view()
+    also = (BudgetPick(1.5, view.points[0].id, "because"), BudgetPick(0.5, None, "fastest measured student: 0.9 ms"))
+    page = render_page(replace(view, also=also))
+    assert re.search(rf'1\.50 ms: <button [^>]*data-select="{re.escape(view.points[0].id)}".*because', page)
+    assert "0.500 ms: nothing keeps it; fastest measured student: 0.9 ms" in page
 
 
 def test_names_are_text_and_never_markup() -> None:

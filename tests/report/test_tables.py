@@ -10,7 +10,7 @@ import pytest
 from made_run import made_view
 
 from nas.core.jsonio import canonical_json
-from nas.core.run import RunView
+from nas.core.run import BudgetPick, RunView
 from nas.report.tables import (
     csv_cell,
     format_number,
@@ -43,6 +43,15 @@ def test_notes_say_what_is_wrong_with_a_student() -> None:
     view = made_view()
     slow = max(view.points, key=lambda p: p.latency.expected_ms)
     assert notes(view, replace(slow, is_finished=False)) == ["over budget", "not finished"]
+
+
+def test_a_pick_for_a_further_deadline_is_noted() -> None:
+    view = made_view()
+    point = view.front[0]
+    picked = replace(view, also=(BudgetPick(1.5, point.id, ""), BudgetPick(0.5, None, "")))
+    assert "pick for 1.5 ms" in notes(picked, point)
+    assert front_records(picked)[0]["pick_for_ms"] == [1.5]
+    assert all(not r["pick_for_ms"] for r in front_records(picked)[1:])
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1.4, "slower"), (0.7, "faster"), (1.01, "no gain")])

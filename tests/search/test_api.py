@@ -15,8 +15,9 @@ from search_examples import Notes, Zygote, write_experiment
 from nas.core.errors import BudgetError, InterruptedRunError, RunMismatchError, UsageError
 from nas.core.jsonio import file_sha256, read_record, write_record
 from nas.core.records import LatencyFigures
-from nas.core.run import PackageView, Point, SplitAccuracy
+from nas.core.run import BudgetPick, PackageView, Point, SplitAccuracy
 from nas.devices.base import MeasureJob
+from nas.export.manifest import Manifest
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
@@ -390,6 +391,82 @@ def test_a_pick_that_loses_accuracy_stays_the_pick(made: MadeRun) -> None:
     package = load_view(made.path).package
     assert package is not None
     assert (Path(package.path).name, package.is_good) == ("best", False)
+
+
+def _with_picks(made: MadeRun, *picks: BudgetPick) -> None:
+    file = made.path / "outcome.json"
+    write_record(file, replace(load_outcome(made.path), also=picks))
+
+
+def test_every_further_deadline_gets_a_package_of_its_own(made: MadeRun) -> None:
+    _with_picks(made, BudgetPick(0.0045, "second", "why"), BudgetPick(0.003, "third", "why"))
+    notes = Notes()
+    _go_on(made, made.device(), notes)
+    view = load_view(made.path)
+    assert view.pick_id == "best" and view.package is not None
+    assert [(p.budget_ms, p.student, p.reason) for p in view.also] == [
+        (0.0045, "second", "why"),
+        (0.003, "third", "why"),
+    ]
+    folders = [Path(p.package.path) for p in view.also if p.package is not None]
+    assert [f.name for f in folders] == ["second-worst-under-0.0045ms", "third-worst-under-0.003ms"]
+    for folder, limit in zip(folders, (0.0045, 0.003), strict=True):
+        manifest = read_record(Manifest, folder / "manifest.json")
+        assert manifest.budget_ms == limit and manifest.verdict != "over_budget"
+    _go_on(made, made.device(), notes)
+    assert notes.said.count("exporting the pick for 0.003 ms, third") == 1
+
+
+def test_a_further_deadline_whose_files_all_miss_it_has_no_pick_and_the_others_stay(made: MadeRun) -> None:
+    _with_picks(made, BudgetPick(0.0045, "second", "why"), BudgetPick(0.003, "third", "why"))
+    _go_on(made, made.device(third=0.0035), Notes())
+    second, third = load_view(made.path).also
+    assert second.package is not None and third.package is None
+    assert third.student is None and "were measured above it" in third.reason
+
+
+def test_a_search_for_several_deadlines_ends_with_a_pick_for_each(
+    zygote: Zygote, finished: Path, tmp_path: Path
+) -> None:
+    experiment = write_experiment(tmp_path, finished / "cache", finished / "tables")
+    fastest = min(p.latency.worst_ms for p in load_outcome(finished / "run").points)
+    limit = round(1.15 * fastest, 5)
+    life = zygote.run(tmp_path / "log", experiment, f"budget.also_ms=[{limit}]")
+    assert life.code == 0, (tmp_path / "log").read_text()
+    view = load_view(tmp_path / "run")
+    (pick,) = view.also
+    assert pick.budget_ms == limit and pick.student is not None and pick.package is not None
+    assert view.point(pick.student).latency.worst_ms <= limit
+    assert f"whose worst latency keeps {limit:g} ms" in pick.reason
+    assert kept_fingerprint(tmp_path / "run")["budget"].startswith(f"0.0068, {limit:g} ms (worst)")  # type: ignore[index]
+
+
+def test_a_deadline_of_the_whole_pipeline_leaves_the_rest_to_the_network(
+    zygote: Zygote, finished: Path, tmp_path: Path
+) -> None:
+    experiment = write_experiment(tmp_path, finished / "cache", finished / "tables")
+    text = experiment.read_text().replace(
+        "budget: {ms: 0.0068}", "budget: {total_ms: 2.0268, capture_ms: 2, preprocess: 0.02, postprocess: measured}"
+    )
+    experiment.write_text(text)
+    life = zygote.run(tmp_path / "log", experiment)
+    log = (tmp_path / "log").read_text()
+    assert life.code in (0, 3), log
+    assert "of 2.0268 ms: capture 2, preprocess 0.02, postprocess " in log
+    view = load_view(tmp_path / "run")
+    assert view.pipeline is not None and view.pipeline.measured == ("postprocess",)
+    assert view.budget_ms == pytest.approx(2.0268 - 2 - 0.02 - view.pipeline.postprocess_ms)
+    before = (tmp_path / "run" / "pipeline.json").read_bytes()
+    again = zygote.run(tmp_path / "log", tmp_path / "run" / "experiment.yaml")
+    assert again.code == life.code
+    assert (tmp_path / "run" / "pipeline.json").read_bytes() == before  # measured once
+
+
+def test_a_pipeline_that_leaves_nothing_for_the_network_ends_at_once(finished: Path, tmp_path: Path) -> None:
+    experiment = write_experiment(tmp_path, finished / "cache", finished / "tables")
+    sets = ["budget.total_ms=0.00001ms", "budget.preprocess=0", f"run.dir={tmp_path / 'none'}"]
+    with pytest.raises(BudgetError, match=r"nothing of 1e-05 ms is left for the network: .* --set budget\.total_ms="):
+        run_search(load_experiment(experiment, sets), Notes(), device=SimulatedDevice())
 
 
 def test_a_package_is_made_once(made: MadeRun) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,8 @@ def test_a_single_problem_is_one_line(tmp_path: Path) -> None:
         ("space: x.yaml\nspace: y.yaml\n", "key 'space' appears twice"),
         ("space: x.yaml\nbudget: {ms: .nan}\n", "not a finite number"),
         ("space: x.yaml\nbudget: {ms: 0}\n", "budget.ms must be positive, got 0.0"),
+        ("space: x.yaml\nbudget: {ms: 2, also_ms: [1, 3]}\n", "budget.also_ms: 3 must lie between 0 and budget.ms (2)"),
+        ("space: x.yaml\nbudget: {ms: 2, also_ms: [1, 1]}\n", "budget.also_ms: a deadline appears twice in [1.0, 1.0]"),
         ("space: x.yaml\nname: a/b\n", "name: 'a/b' cannot name a folder; allowed: letters, digits"),
         ("space: x.yaml\nname: ../up\n", "cannot name a folder"),
         ("space: no-such-space\n", "space: no space named 'no-such-space'"),
@@ -247,3 +250,49 @@ def test_meanings_are_read_from_both_kinds_of_docstrings() -> None:
 
     assert field_meanings(Listed) == {"a": "what a means, on two lines", "b": "what b means: 1-2"}
     assert field_meanings(Told) == {"a": "what a means", "b": "what b means"}
+
+
+def test_a_further_deadline_that_is_no_time_is_refused(tmp_path: Path) -> None:
+    path = _write(tmp_path, "space: x.yaml\nbudget: {ms: 2, also_ms: [1, quick]}\n")
+    with pytest.raises(UsageError, match=r"budget\.also_ms: 'quick' is not a time; allowed: a positive number"):
+        load_experiment(path)
+
+
+def test_several_deadlines_may_have_units_and_are_sorted(tmp_path: Path) -> None:
+    path = _write(tmp_path, "space: x.yaml\nbudget: {ms: 3ms, also_ms: [800us, 2]}\n")
+    assert load_experiment(path).budget.all_ms == (3.0, 2.0, 0.8)
+    assert load_experiment(path, ["budget.also_ms=[1ms]"]).budget.all_ms == (3.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ("{ms: 5, total_ms: 30}", "budget.ms is the deadline of the network, budget.total_ms that of the whole"),
+        ("{total_ms: 0}", "budget.total_ms must be positive, got 0.0"),
+        ("{total_ms: 30, capture_ms: 20, preprocess: 10}", "budget.total_ms: 30 of 30 ms are gone before the network"),
+        ("{total_ms: 30, preprocess: -1}", "budget.preprocess must not be negative, got -1.0"),
+        ("{total_ms: 30, also_ms: [0.5]}", "budget.also_ms goes with budget.ms"),
+        ("{total_ms: 30, preprocess: guessed}", "budget.preprocess"),
+    ],
+)
+def test_impossible_deadlines_of_a_pipeline_are_refused(tmp_path: Path, budget: str, message: str) -> None:
+    path = _write(tmp_path, f"space: x.yaml\nbudget: {budget}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_experiment(path)
+
+
+def test_a_deadline_of_the_command_line_replaces_the_other_kind_in_the_file(tmp_path: Path) -> None:
+    whole = _write(tmp_path, "space: x.yaml\nbudget: {total_ms: 30ms, capture_ms: 2}\n")
+    assert load_experiment(whole).budget.total_ms == 30.0
+    alone = load_experiment(whole, ["budget.ms=4"]).budget
+    assert (alone.ms, alone.total_ms) == (4.0, None)
+    network = _write(tmp_path, "space: x.yaml\nbudget: {ms: 4}\n", "network.yaml")
+    assert load_experiment(network, ["budget.total_ms=20ms"]).budget.total_ms == 20.0
+
+
+def test_settings_with_a_pipeline_read_back_as_they_were(tmp_path: Path) -> None:
+    path = _write(tmp_path, "space: tiny-32\nbudget: {total_ms: 30, capture_ms: 2, preprocess: 3.5}\n")
+    first = load_experiment(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved_yaml(first))
+    assert load_experiment(again).budget == first.budget
