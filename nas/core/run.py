@@ -14,6 +14,7 @@ from nas.core.walk import expand, total_macs, total_params
 
 Split = Literal["val", "test"]
 LatencyKind = Literal["expected", "worst", "p99"]
+INTERPOLATED_MARK = "interpolated rows"  # in the provenance of a run whose table was measured in part
 FOREIGN_MARK = "foreign table"  # in the provenance of a run that borrows rows from a table of another device state
 RunStatus = Literal["running", "interrupted", "finished", "failed"]
 

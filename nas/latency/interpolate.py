@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,6 +180,36 @@ def interpolate_rows(known: Mapping[str, float], wanted: Iterable[LayerSpec]) ->
         if rows:
             result |= _family_rows(rows, list(layers.values()))
     return result
+
+
+def spread_rows(layers: Iterable[LayerSpec], count: int) -> list[LayerSpec]:
+    """Rows to measure so that the others can be interpolated: of each family some, spread over its shapes.
+
+    Families get their share of `count`, at least one row each; within a family the corners come first, the largest row
+    before all, because estimates outside the hull are poor; then always the row that lies furthest from all before it.
+
+    Args:
+        layers: all rows.
+        count: how many to choose; more where there are more families.
+    """
+    families: dict[tuple[object, ...], dict[str, LayerSpec]] = {}
+    for layer in layers:
+        families.setdefault(family_of(layer), {})[layer.key] = layer
+    total = sum(len(family) for family in families.values())
+    chosen = []
+    for family in families.values():
+        rows = list(family.values())
+        share = min(len(rows), max(1, round(count * len(rows) / total)))
+        shapes = np.array([_shape(layer) for layer in rows])
+        varied = shapes[:, np.ptp(shapes, axis=0) > _FLAT]
+        corners = [int((varied @ np.array(signs)).argmax()) for signs in product((1, -1), repeat=varied.shape[1])]
+        picked = list(dict.fromkeys(corners))[:share]
+        distance = np.linalg.norm(shapes[:, None] - shapes[picked], axis=2).min(axis=1)
+        while len(picked) < share:
+            picked.append(int(distance.argmax()))
+            distance = np.minimum(distance, np.linalg.norm(shapes - shapes[picked[-1]], axis=1))
+        chosen += [rows[i] for i in picked]
+    return chosen
 
 
 def family_of(layer: LayerSpec) -> tuple[object, ...]:

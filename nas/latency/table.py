@@ -42,8 +42,9 @@ from nas.core.jsonio import (
     write_record,
     write_text,
 )
-from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, Measurement
+from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, LayerSpec, Measurement
 from nas.latency.correction import CORRECTION_VERSION, Correction
+from nas.latency.interpolate import InterpolatedRow, interpolate_rows
 from nas.latency.lines import (
     FIXED_KEYS,
     GATE_KEY,
@@ -112,6 +113,7 @@ class LatencyTable:
         self._unsynced: set[str] = set()  # files with lines that a power failure could take
         self._synced_s = -SYNC_EVERY_S
         self._foreign: LatencyTable | None = None
+        self._guessed: dict[str, InterpolatedRow] = {}
         self._foreign_scale = 1.0  # how much slower this device runs the reference network than the foreign one
         self._lock = filelock.FileLock(str(folder / ".lock"), thread_local=False)
         self.refresh()
@@ -195,6 +197,24 @@ class LatencyTable:
             )
         self._foreign = other
         self._foreign_scale = self._scale_to(other)
+
+    def interpolate(self, layers: Iterable[LayerSpec]) -> None:
+        """Answers for rows that were not measured with estimates from those that were, until it is closed.
+
+        They are as uncertain as measured rows are when they are left out; none is stored. Called again after more rows
+        were measured, all are estimated anew.
+
+        Args:
+            layers: the rows that are asked for; those that were measured, failed or are borrowed stay as they are.
+        """
+        asked = [x for x in dict.fromkeys(layers) if x.key not in self._rows and not self._borrows(x.key)]
+        known = {k: self.net_ms(k) for k, row in self._rows.items() if row.latency_ms is not None}
+        self._guessed = interpolate_rows(known, asked) if asked else {}
+
+    @property
+    def interpolated(self) -> frozenset[str]:
+        """Keys of the rows that are estimated from measured ones."""
+        return frozenset(k for k in self._guessed if k not in self._rows)
 
     @property
     def foreign(self) -> LatencyTable | None:
@@ -315,9 +335,9 @@ class LatencyTable:
         return bool(looks) and best is not None and looks[-1][1] > SLOW_STATE * best
 
     def has_row(self, key: str) -> bool:
-        """Whether a row has a latency, of this device or borrowed."""
+        """Whether a row has a latency: measured on this device, borrowed, or interpolated."""
         row = self._rows.get(key)
-        return self._borrows(key) if row is None else row.latency_ms is not None
+        return self._borrows(key) or key in self._guessed if row is None else row.latency_ms is not None
 
     def row_ms(self, key: str) -> float:
         """Latency of a row as measured, overhead included.
@@ -326,7 +346,7 @@ class LatencyTable:
             MissingRowError: it was never measured, or measuring failed; the message names the next command.
         """
         row = self._rows.get(key)
-        if row is None and self._borrows(key):
+        if row is None and (self._borrows(key) or key in self._guessed):
             return self.net_ms(key) + self.overhead_ms
         if row is None:
             raise MissingRowError(f"{key} has no row in {self._folder} ({len(self._rows)} rows). {self._command()}")
@@ -345,11 +365,13 @@ class LatencyTable:
         """
         if self._foreign is not None and self._borrows(key):
             return self._foreign.net_ms(key) * self._foreign_scale
+        if key not in self._rows and key in self._guessed:
+            return self._guessed[key].latency_ms
         value = self.row_ms(key)
         return max(value - self.overhead_ms, LEAST_NET_SHARE * value)
 
     def row_std_ms(self, key: str) -> float:
-        """Standard deviation of a row (`deviation_ms`); a borrowed one is far more uncertain.
+        """Standard deviation of a row (`deviation_ms`); borrowed and interpolated ones are far more uncertain.
 
         Raises:
             MissingRowError: the row is missing.
@@ -357,21 +379,24 @@ class LatencyTable:
         value = self.row_ms(key)
         if self._borrows(key):
             return FOREIGN_ROW_STD * value
+        if key not in self._rows:
+            return self._guessed[key].std_ms
         if key not in self._std:
             self._std[key] = deviation_ms(self._rows[key])
         return self._std[key]
 
-    def missing(self, keys: Iterable[str], *, again: bool = False) -> list[str]:
+    def missing(self, keys: Iterable[str], *, again: bool = False, interpolated: bool = False) -> list[str]:
         """Keys without a row, each once, in the order given.
 
         Args:
             keys: row keys.
             again: also those whose measuring failed, and those without a calm round.
+            interpolated: also those that are estimated from measured ones.
         """
         result = []
         for key in dict.fromkeys(keys):
             row = self._rows.get(key)
-            if row is None and self._borrows(key):
+            if row is None and (self._borrows(key) or (key in self._guessed and not interpolated)):
                 continue
             if row is None or (again and (row.latency_ms is None or not row.is_stable)):
                 result.append(key)

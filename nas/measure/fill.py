@@ -113,7 +113,7 @@ def fill(
     by_key = {layer.key: layer for layer in layers}
 
     def todo(more: bool, state_unknown: bool = False) -> list[LayerSpec]:
-        keys = table.missing(by_key, again=more)
+        keys = table.missing(by_key, again=more, interpolated=True)
         if state_unknown or not table.is_slow_now:
             keys = list(dict.fromkeys([*keys, *table.outdated(by_key)]))
         return [by_key[key] for key in keys]

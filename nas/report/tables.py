@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from nas.core.run import FOREIGN_MARK, Point, RunView, latency_of
+from nas.core.run import FOREIGN_MARK, INTERPOLATED_MARK, Point, RunView, latency_of
 from nas.core.units import format_bytes, format_count
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -152,14 +152,23 @@ def notes(view: RunView, point: Point) -> list[str]:
 
 
 def front_notes(view: RunView) -> tuple[str, ...]:
-    """What must be said beside the front, a sentence each: rows of another device state, then `precision_notes`."""
-    foreign = view.provenance.get(FOREIGN_MARK)
+    """What must be said beside the front, a sentence each: rows of another device state or interpolated ones, then
+    `precision_notes`.
+    """
+    foreign, guessed = view.provenance.get(FOREIGN_MARK), view.provenance.get(INTERPOLATED_MARK)
+    found = precision_notes(view)
+    if guessed is not None:
+        found = (
+            f"candidates were proposed by a table of which {guessed} rows are interpolated from measured ones; those "
+            "of finished students are measured",
+            *found,
+        )
     if foreign is None:
-        return precision_notes(view)
+        return found
     return (
         f"predicted latencies rest on rows that were measured in another device state ({foreign}), scaled to this one; "
         "measured latencies are this device's own",
-        *precision_notes(view),
+        *found,
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from nas.core.errors import BudgetError, InterruptedRunError, StorageError, UsageError
 from nas.core.jsonio import read_record, read_text, write_record
 from nas.core.run import (
+    INTERPOLATED_MARK,
     BudgetPick,
     DatasetView,
     LatencyKind,
@@ -180,7 +181,7 @@ def _search(
         reporter.warn(warning)
     if table.foreign is not None:
         _tell_foreign(inputs, table, table.foreign, reporter)
-    predictor = Predictor(inputs.space, table, inputs.device, reporter)
+    predictor = Predictor(inputs.space, table, inputs.device, reporter, e.feedback.max_rows)
     _tell_duration(inputs, predictor, folder, reporter)
     predictor.prepare()
     check_budget(predictor, e.budget, e.search.seed)
@@ -220,7 +221,8 @@ def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, repo
 
 
 def _tell_duration(inputs: Inputs, predictor: Predictor, folder: RunFolder, reporter: Reporter) -> None:
-    missing = len(missing_rows(inputs.space, predictor.table, inputs.experiment.search.trials))
+    e = inputs.experiment
+    missing = len(missing_rows(inputs.space, predictor.table, e.search.trials, e.feedback.max_rows))
     scored = sum(record.state != "failed" for record in folder.trials())
     about_s = sum(phase.about_s for phase in phases_of(inputs, missing, scored))
     reporter.say(f"roughly {format_duration(about_s)} in all, less where results are cached; parts: --dry-run")
@@ -324,11 +326,18 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         closest_reason="" if picks or closest is None else _closest_reason(closest, e.budget.ms, e.budget.of),
         wall_s=0.0,
         cpu_s=0.0,
-        provenance=_provenance(inputs, teacher),
+        provenance=_provenance(inputs, teacher) | _interpolated(parts),
         also=tuple(_pick_for(points, ms, e.budget.of) for ms in e.budget.all_ms[1:]),
         changes=() if parts.predictor.correction is None else table_changes(parts.predictor.correction),
     )
     return outcome, sum(s.cost_s for s in students)
+
+
+def _interpolated(parts: SearchParts) -> dict[str, str]:
+    """Says that candidates were proposed by a table that was measured in part."""
+    rows = {x.key for x in parts.space.layers()}
+    guessed = rows & parts.predictor.table.interpolated
+    return {INTERPOLATED_MARK: f"{len(guessed)} of {len(rows)}"} if guessed else {}
 
 
 def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> BudgetError:

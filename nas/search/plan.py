@@ -16,12 +16,13 @@ from nas.core.errors import RunMismatchError
 from nas.core.jsonio import parse_json, read_text
 from nas.core.walk import expand, total_macs
 from nas.devices.base import Device
+from nas.latency.interpolate import spread_rows
 from nas.latency.table import LatencyTable
 from nas.measure.fill import SECONDS_PER_ROW
 from nas.models.teachers import ResNet, count_macs
 from nas.search.experiment import Experiment, with_deadline
 from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
-from nas.search.predictor import Predictor, fills_whole
+from nas.search.predictor import Predictor, fills_whole, row_count
 from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, pipeline_times, worker_count
 from nas.search.progress import Reporter
 from nas.search.rounds import FIRST_ROWS_SAMPLES
@@ -88,8 +89,9 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     folder = Path(experiment.run.tables) / device.name
     table = open_table(experiment, device) if (folder / "device.json").exists() else None
     keys = list(dict.fromkeys(layer.key for layer in space.layers()))
-    missing = missing_rows(space, table, experiment.search.trials)
-    is_whole = fills_whole(space)
+    max_rows = experiment.feedback.max_rows
+    missing = missing_rows(space, table, experiment.search.trials, max_rows)
+    is_whole = fills_whole(space) and (max_rows is None or len(keys) <= max_rows)
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
     return Plan(
         run_dir=str(experiment.run_dir),
@@ -107,13 +109,15 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     )
 
 
-def missing_rows(space: SearchSpace, table: LatencyTable | None, trials: int) -> list[str]:
-    """Keys of the rows that a search of so many trials has to measure.
+def missing_rows(space: SearchSpace, table: LatencyTable | None, trials: int, max_rows: int | None = None) -> list[str]:
+    """Keys of the rows that a search of so many trials has to measure; `max_rows` at most where that is given.
 
     Of a space that is filled row by row those of as many random networks: about as many rows as the search will need.
     """
     layers = space.layers()
-    if not fills_whole(space):
+    if max_rows is not None and row_count(space) > max_rows:
+        layers = tuple(spread_rows(layers, max_rows))
+    elif not fills_whole(space):
         drawn = space.sample_many(np.random.default_rng(0), FIRST_ROWS_SAMPLES + trials)
         layers = tuple(x for genotype in drawn.tolist() for x in expand(space.decode(tuple(genotype))))
     keys = list(dict.fromkeys(x.key for x in layers))

@@ -18,6 +18,7 @@ from nas.devices.base import Device
 from nas.latency.correction import Correction
 from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator
 from nas.latency.fitting import Fitted, LabelFit, fit_again, fit_correction
+from nas.latency.interpolate import spread_rows
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.fill import WAIT_S, FillProgress, FillReport, fill, fp32_mb, measure_streaming
@@ -35,9 +36,14 @@ UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest network is 
 Genotype = tuple[int, ...]
 
 
+def row_count(space: SearchSpace) -> int:
+    """Rows that the networks of a space can need."""
+    return len({x.key for x in space.layers()})
+
+
 def fills_whole(space: SearchSpace) -> bool:
     """Whether the whole table of a space is filled at once; else row by row, as candidates need them."""
-    return len({x.key for x in space.layers()}) <= WHOLE_TABLE_ROWS
+    return row_count(space) <= WHOLE_TABLE_ROWS
 
 
 def deployed_form(candidate: Candidate) -> NetworkForm:
@@ -48,8 +54,25 @@ def deployed_form(candidate: Candidate) -> NetworkForm:
 class Predictor:
     """Predicted latency of genotypes and candidates of one space on one device."""
 
-    def __init__(self, space: SearchSpace, table: LatencyTable, device: Device, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        table: LatencyTable,
+        device: Device,
+        reporter: Reporter,
+        max_rows: int | None = None,
+    ) -> None:
+        """Measures nothing yet.
+
+        Args:
+            space: of the genotypes.
+            table: opened for the device's state.
+            device: measures.
+            reporter: is told about measuring.
+            max_rows: rows that `prepare` measures at most; the others are interpolated.
+        """
         self.space = space
+        self._max_rows = max_rows
         self.table = table
         self.device = device
         self._reporter = reporter
@@ -60,8 +83,12 @@ class Predictor:
 
     @property
     def is_whole(self) -> bool:
-        """True when the whole table of the space is filled at once."""
-        return fills_whole(self.space)
+        """True when every row of the space has an answer once it is prepared."""
+        return self._is_limited or fills_whole(self.space)
+
+    @property
+    def _is_limited(self) -> bool:
+        return self._max_rows is not None and row_count(self.space) > self._max_rows
 
     @property
     def correction(self) -> Correction | None:
@@ -69,14 +96,23 @@ class Predictor:
         return None if self._fitted is None else self._fitted.correction
 
     def prepare(self) -> None:
-        """Fills the whole table where it is small; a larger one as needed. Also what streaming the weights costs."""
+        """Fills the whole table where it is small; a larger one as needed, or in part, with the rest interpolated.
+
+        Also measures what streaming the weights costs.
+        """
         measure_streaming(
             self.table, self.device, fp32_mb(self.space.decode(self.space.largest())), progress=self._show_rows
         )
-        self.fill(self.space.layers() if self.is_whole else ())
-        if (
-            self._fitted is not None
-        ):  # with the rows as they are now, but the networks as stored: so a killed run goes on
+        if self._is_limited:
+            self.fill(spread_rows(self.space.layers(), self._max_rows or 0))
+            self._interpolate()
+            self._reporter.say(
+                f"{len(self.table.interpolated)} of {row_count(self.space)} rows are interpolated from measured ones; "
+                "those of networks that are measured are measured too"
+            )
+        else:
+            self.fill(self.space.layers() if self.is_whole else ())
+        if self._fitted is not None:  # the networks as stored, so that a killed run goes on; the rows as they are now
             self._fitted = fit_again(self.table, self._fitted.correction)
             self._vector = None
         elif self.table.foreign is not None and self.table.networks:
@@ -107,10 +143,16 @@ class Predictor:
         Raises:
             StorageError: the table cannot be written, or another process keeps it for very long.
         """
+        if self._is_limited:  # the rows of the networks were measured too, and say more of the others
+            self._interpolate()
         self._fit()
         if self._fitted is not None and self.table.foreign is None:
             with self.table.writing(WAIT_S, self._reporter.say):
                 self.table.save_correction(self._fitted.correction)
+
+    def _interpolate(self) -> None:
+        self.table.interpolate(self.space.layers())
+        self._vector = None
 
     def _fit(self) -> None:
         fitted = fit_correction(self.table)
@@ -183,8 +225,7 @@ class Predictor:
             return None
 
         def cost(layer: LayerSpec) -> float:
-            row = self.table.rows.get(layer.key)
-            return UNKNOWN_MS if row is None or row.latency_ms is None else self.table.net_ms(layer.key)
+            return self.table.net_ms(layer.key) if self.table.has_row(layer.key) else UNKNOWN_MS
 
         _, found = extreme_genotype(self.space.slots(), self.space.gene_sizes, cost, {}, largest=False)
         genotype = self.space.canonical(found)

@@ -151,7 +151,8 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "seed": str(s.seed),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}",
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round"
-        + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most"),
+        + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
+        + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
         "calibration": f"{finish.calibration_images} images",
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),

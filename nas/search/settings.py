@@ -114,15 +114,20 @@ class FeedbackSettings:
     `first_networks`: before the first round, spread over predicted latency. `networks_per_round`: after each round,
     from the front and near the budget. `max_engines`: whole networks built and measured in the search in all, where
     that is the expensive step; no limit by default. Finished students are measured on top of these.
+    `max_rows`: rows of the table that are measured before the first round, where each takes long; the others are
+    interpolated from them, and measured when a network that has them is. No limit by default.
     """
 
     first_networks: int = 8
     networks_per_round: int = 6
     max_engines: int | None = None
+    max_rows: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.first_networks, self.networks_per_round, self.max_engines or 0) < 0:
             raise ConfigError("feedback: numbers of networks must not be negative")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ConfigError(f"feedback.max_rows must be at least 1, got {self.max_rows}")
 
     def engines(self, rounds: int) -> int:
         """Whole networks that a search of so many rounds measures at most."""

@@ -20,6 +20,7 @@ from nas.latency.interpolate import (
     interpolate_log,
     interpolate_rows,
     left_out_errors,
+    spread_rows,
 )
 from nas.latency.keys import layer_of_key
 
@@ -171,3 +172,21 @@ def test_latencies_that_cannot_be_are_refused_by_key() -> None:
     with pytest.raises(RecordError, match="cannot interpolate"):
         interpolate_log(np.empty((0, 2)), np.empty(0), np.zeros((1, 2)), ONES)
     assert interpolate_rows({}, [block(16, 40, 96, 7)]) == {}
+
+
+def test_rows_to_measure_come_from_every_family_and_find_the_hull_first() -> None:
+    others = [block(16, 16, w, 7, use_se=True) for w in (32, 64)]
+    chosen = spread_rows([*grid(), *others], 12)
+    assert len({x.key for x in chosen}) == len(chosen) == 12
+    assert {family_of(x) for x in chosen} == {family_of(x) for x in [*grid(), *others]}
+    corners = {x.key for x in grid() if {x.in_channels, x.expanded_channels, x.in_size} <= {16, 64, 96, 384, 7, 28}}
+    assert corners <= {x.key for x in chosen}
+    found = interpolate_rows(known(chosen), grid())
+    assert all(found[x.key].is_inside for x in grid())
+    assert max(abs(found[x.key].latency_ms / power_law(x) - 1) for x in grid()) < 1e-6
+
+
+def test_every_family_has_a_row_even_beyond_the_number_asked_for() -> None:
+    families = [block(16, 16, 64, 7, kernel_size=k, activation=a) for k in (3, 5, 7) for a in ("relu", "hard_swish")]
+    assert len(spread_rows(families, 2)) == 6
+    assert len(spread_rows(grid(), 1000)) == 27

@@ -266,6 +266,26 @@ def test_a_row_that_failed_elsewhere_is_not_borrowed(tmp_path: Path) -> None:
     assert mine.missing([LAYERS[0].key]) == [LAYERS[0].key]
 
 
+def test_interpolated_rows_answer_until_they_are_measured_and_are_never_stored(tmp_path: Path) -> None:
+    widths = (16, 24, 32, 40)
+    layers = [next(x for x in expand(candidate(width=w)) if x.name == "stages.0.1") for w in widths]
+    table = filled(tmp_path, [candidate(width=16), candidate(width=40)])
+    wanted = layers[1]
+    assert not table.has_row(wanted.key)
+    table.interpolate(layers)
+    assert wanted.key in table.interpolated and table.has_row(wanted.key)
+    assert table.missing([wanted.key]) == []
+    assert table.missing([wanted.key], interpolated=True) == [wanted.key]
+    low, high = table.net_ms(layers[0].key), table.net_ms(layers[3].key)
+    assert min(low, high) < table.net_ms(wanted.key) < max(low, high)
+    assert table.row_ms(wanted.key) == pytest.approx(table.net_ms(wanted.key) + OVERHEAD_MS)
+    assert table.row_std_ms(wanted.key) > table.row_std_ms(layers[0].key)
+    assert wanted.key not in table.rows and not LatencyTable.read(tmp_path).has_row(wanted.key)
+    table.add(row(wanted, 0.5))
+    assert table.row_ms(wanted.key) == 0.5
+    assert wanted.key not in table.interpolated
+
+
 def test_a_table_of_the_same_state_is_not_foreign(tmp_path: Path) -> None:
     filled(tmp_path / "tables" / "theirs", [candidate()])
     mine = LatencyTable.open(tmp_path / "mine", profile())

@@ -66,7 +66,7 @@ run: {tables: null}
         "  search.rounds: expected a whole number, got 1.5",
         "  search.trails: unknown key; did you mean 'trials'? (keys: trials,",
         '  distill.exit_weights[1]: expected a number, got "x"',
-        "  feedback: expected a mapping with keys such as first_networks, networks_per_round, max_engines, got 3",
+        "  feedback: expected a mapping with keys such as first_networks, networks_per_round, max_engines,",
         "  data.augment.shift must be a number from 0 to 0.5, got 2.0",
         "  data.seed: expected a whole number, got true",
         "  teacher.epochs: must be at least 1, got 0",

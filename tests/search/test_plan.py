@@ -215,7 +215,7 @@ MATTERS = {
     "supernet.clip_norm=1.0 supernet.seed=1",
     "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random",
     "seed": "search.seed=1",
-    "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5",
+    "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
     "calibration": "finish.calibration_images=17",
     "foreign table": "run.foreign_table=x",

@@ -15,6 +15,7 @@ from nas.core.records import Candidate, Measurement
 from nas.core.run import LatencyKind
 from nas.core.walk import expand
 from nas.devices.base import MeasureJob, OnProgress, OnResult
+from nas.latency.interpolate import family_of
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.search.predictor import BudgetFilter, Predictor, deployed_form
@@ -111,6 +112,44 @@ def test_small_space_has_its_whole_table_filled_once(space: SearchSpace, tmp_pat
     predictor.worst(some(space, 50))
     Predictor(space, open_folder(tmp_path, device), device, Notes()).prepare()  # a later run with the same table
     assert asked(predictor) == []
+
+
+def test_with_a_limit_some_rows_are_measured_and_the_others_interpolated(space: SearchSpace, tmp_path: Path) -> None:
+    device, notes = Asked(), Notes()
+    predictor = Predictor(space, open_folder(tmp_path, device), device, notes, max_rows=30)
+    predictor.prepare()
+    first, rows = set(asked(predictor)), {x.key for x in space.layers()}
+    families = {family_of(x) for x in space.layers()}
+    assert len(first) <= 30 + len(families) < len(rows)
+    assert predictor.is_whole and predictor.table.interpolated == rows - first
+    assert f"{len(rows - first)} of {len(rows)} rows are interpolated from measured ones" in "\n".join(notes.said)
+    genotypes = some(space, 40)
+    worst, std = predictor.worst(genotypes)
+    assert not np.isnan(worst).any() and asked(predictor) == []
+    whole = Predictor(space, open_folder(tmp_path / "whole", device), device, Notes())
+    whole.prepare()
+    asked(whole)
+    exact, exact_std = whole.worst(genotypes)
+    assert np.abs(worst / exact - 1).mean() < 0.1
+    assert (std >= exact_std).all() and std.mean() > exact_std.mean()
+    assert len(LatencyTable.read(predictor.table.folder).rows) == len(first)
+
+
+def test_rows_of_a_measured_network_are_measured_where_they_were_interpolated(
+    space: SearchSpace, tmp_path: Path
+) -> None:
+    device = Asked()
+    predictor = Predictor(space, open_folder(tmp_path, device), device, Notes(), max_rows=30)
+    predictor.prepare()
+    candidate = next(
+        c for c in map(space.decode, some(space, 40)) if {x.key for x in expand(c)} & predictor.table.interpolated
+    )
+    guessed = {x.key for x in expand(candidate)} & predictor.table.interpolated
+    asked(predictor)
+    predictor.measure([candidate], 1)
+    assert guessed <= set(asked(predictor))
+    assert not guessed & predictor.table.interpolated
+    assert predictor.table.interpolated  # the others still are
 
 
 def test_rows_of_a_large_space_are_measured_when_a_candidate_needs_them(
