@@ -261,7 +261,7 @@ def _fit_label(table: LatencyTable, label: str, networks: Sequence[MeasuredNetwo
     measured = np.array([n.measurement.latency_ms or 0.0 for n in networks])
     doubt = [1.0 if n.measurement.is_stable else DISTURBED for n in networks]
     fit = feedback.fit(Networks(matrix, counts, descriptors), measured, group_of, prior=prior, doubt=doubt)
-    return LabelFit(_record(label, fit, groups, entries, networks, matrix.sum(axis=1)), fit, groups, entries)
+    return LabelFit(_record(label, fit, groups, entries, networks, matrix), fit, groups, entries)
 
 
 def whole_path(table: LatencyTable, layers: Sequence[LayerSpec], *, gated: bool) -> Paths:
@@ -313,25 +313,29 @@ def _record(
     groups: Mapping[str, int],
     entries: Mapping[str, int],
     networks: Sequence[MeasuredNetwork],
-    sums_ms: FloatArray,
+    contributions_ms: FloatArray,
 ) -> PrecisionFit:
     c = feedback.coefficients(fit)
     alone = len(networks) < 2
+    error = float(np.sqrt(fit.prior[-2:].sum())) * fit.calibration
+    of_scale = 0.0 if fit.method == "bayes" else error  # few networks: every row is as uncertain as the scale
+    sums_ms, used = contributions_ms.sum(axis=1), contributions_ms.any(axis=0)  # small networks stream no weights
     return PrecisionFit(
         precision=label,
         method="bayes" if fit.method == "bayes" else "scale",
         reason=fit.reason,
         scale=fit.scale,
-        constant=Finding("all", c.constant, c.constant_std),
+        constant=Finding("all", c.constant, c.constant_std + of_scale),
         groups=tuple(Finding(name, float(c.group[i]), float(c.group_std[i])) for name, i in groups.items()),
         costs=tuple(
             Finding(name, float(c.overhead_ms[i]), float(c.overhead_std_ms[i])) for i, name in enumerate(COSTS)
         ),
         rows=tuple(
-            Finding(key, fit.scale * float(c.factor[i]), fit.scale * float(c.factor_std[i]))
+            Finding(key, fit.scale * float(c.factor[i]), fit.scale * (float(c.factor_std[i]) + of_scale))
             for key, i in entries.items()
+            if used[i]
         ),
-        error=float(np.sqrt(fit.prior[-2:].sum())) * fit.calibration,
+        error=error,
         networks=tuple(
             NetworkEvidence(
                 n.measurement.key,

@@ -422,7 +422,7 @@ def test_rows_written_back_add_up_to_the_linear_part_of_an_estimate(
         # The decision at an exit is charged with its head, whose row does not contain it.
         total += sum(table.gate_ms * rows[x.key].value / table.net_ms(x.key) for x in layers if x.kind == "exit_head")
         total += factor["call"] * table.overhead_ms
-        total += factor["streaming"] * float(table.streaming_ms(path.weight_mb)[0])
+        total += factor.get("streaming", 1.0) * float(table.streaming_ms(path.weight_mb)[0])
         total += sum(f.value * n for f, n in zip(fit.costs, counts[0], strict=True))
         assert total == pytest.approx(linear_part(table, fitted, c), rel=1e-6)  # predicted in single precision
         moved.append(Estimator(table, fitted).estimate(c).worst_ms / total - 1)
@@ -479,7 +479,7 @@ def test_changes_of_a_table_are_told_by_group_and_by_cost(tmp_path: Path) -> Non
     changes = table_changes(correction)
     rows = {c.name: c for c in changes if c.kind == "rows"}
     assert set(rows) == {
-        *("call", "streaming", "stem fp32", "inverted_residual fp32", "inverted_residual_se fp32", "head fp32"),
+        *("call", "stem fp32", "inverted_residual fp32", "inverted_residual_se fp32", "head fp32"),
     }
     keys = [f.name for f in fit.rows if f.name not in ("call", "streaming")]
     blocks = [f.value for f in fit.rows if f.name in keys and layer_of_key(f.name).group == "inverted_residual"]
