@@ -1,4 +1,4 @@
-"""What tests of several packages share: a simulated device, and the contract that every device has to keep.
+"""What tests of several packages share: simulated devices, and the contract that every device has to keep.
 
 Simulated numbers say so (`profile.kind == "simulated"`): they are for tests of the programs around a device and never
 stand in a result.
@@ -10,7 +10,9 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -18,8 +20,10 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from nas.core.errors import DeviceError
-from nas.core.records import DeviceProfile, Measurement
+from nas.core.errors import DeviceError, RecordError
+from nas.core.jsonio import canonical_json, from_plain, parse_json
+from nas.core.records import Candidate, ConvSpec, DeviceProfile, LayerSpec, Measurement
+from nas.core.walk import expand
 from nas.devices.base import (
     GATE_KEY,
     OVERHEAD_KEY,
@@ -31,6 +35,8 @@ from nas.devices.base import (
     OnResult,
 )
 from nas.devices.graphs import IR_VERSION, OPSET, overhead_job, reference_job
+from nas.latency.keys import layer_of_key
+from nas.latency.lines import STREAMING_MB, NetworkForm, network_key, streaming_key
 
 # Multiply-adds per millisecond; about those of one thread of a server CPU.
 _MACS_PER_MS = {"fp32": 2e7, "fp16": 3e7, "int8": 4e7, "mixed": 2.7e7, "none": 2e7}
@@ -38,6 +44,20 @@ _OVERHEAD_MS = 0.003
 _GATE_MS = 0.002
 _STREAMING_MS = 0.2
 _REFERENCE_MS = 0.3
+
+# Of a simulated board. int8 is the faster one where channels are mixed and the slower one where they are not, as on
+# x86-64; a row is off from its multiply-adds by `_ROW_SPREAD`, as shapes are.
+_BOARD_MACS_PER_MS = {
+    "dense": {"fp32": 2e7, "fp16": 3e7, "int8": 5e7},
+    "depthwise": {"fp32": 8e6, "fp16": 8e6, "int8": 6e6},
+}
+_KERNEL_MS = 0.002
+_ROW_SPREAD = 0.1
+_BUILDS = 3  # fresh sessions of a network, each a build of its own
+_ROUNDS = (5, 4)  # rounds of a session, runs of a round
+_THROTTLED = (1.3, 1.6)  # times slower while the clock is lowered
+_COLD_C, _WARM_C, _HOT_C, _CLOCK_MHZ = 45.0, 60.0, 90.0, 1000.0
+_DESCRIBED = b"{"  # begins a description; no ONNX file begins so
 
 
 class SimulatedDevice:
@@ -75,14 +95,7 @@ class SimulatedDevice:
         self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
     ) -> list[Measurement]:
         """One measurement per job, at once; see `Device.measure`."""
-        results = []
-        for i, job in enumerate(jobs):
-            results.append(self._measurement(job))
-            if progress is not None:
-                progress((i + 1) / len(jobs))
-            if on_result is not None:
-                on_result(results[-1])
-        return results
+        return _in_turn(jobs, self._measurement, on_result, progress)
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs of the model, really computed; see `Device.run`."""
@@ -102,34 +115,314 @@ class SimulatedDevice:
         if job.kind == "overhead":
             fixed = {OVERHEAD_KEY: 0.0, GATE_KEY: _GATE_MS, REFERENCE_KEY: _REFERENCE_MS}
             return _OVERHEAD_MS + fixed.get(job.key, _STREAMING_MS)  # weights cost the same wherever they come from
-        digest = hashlib.sha256(f"{self._seed}/{job.key}".encode()).digest()
-        deviation = float(np.random.default_rng(int.from_bytes(digest[:8], "big")).normal(0, self._noise))
+        deviation = float(np.random.default_rng(_digest(f"{self._seed}/{job.key}")).normal(0, self._noise))
         factor = 1.0 if job.kind == "row" else self._network_factor
         work = (job.macs + 1000) / _MACS_PER_MS[job.precision]
         return round(_OVERHEAD_MS + work * factor * (1 + float(np.clip(deviation, -0.5, 0.5))), 9)
 
     def _measurement(self, job: MeasureJob) -> Measurement:
         self._sequence += 1
-        value: float | None = None
-        error: str | None = None
         try:
             onnx.load_model_from_string(job.model)
-            value = self.latency_ms(job)
         except DecodeError as e:
-            error = f"not an ONNX model: {e}"
-        return Measurement(
-            key=job.key,
-            kind=job.kind,
-            precision=job.precision,
-            latency_ms=value,
-            rounds_ms=() if value is None else ((value,) * 4,) * 3,
-            accepted=() if value is None else (True,) * 3,
-            clock="device_event",
-            measured_at="2000-01-01T00:00:00+00:00",
-            sequence=self._sequence,
-            error=error,
-            session_ms=() if value is None else (value,),
+            return _result(job, self._sequence, error=f"not an ONNX model: {e}")
+        value = self.latency_ms(job)
+        return _result(job, self._sequence, ((value,) * 4,) * 3, (value,))
+
+
+@dataclass(frozen=True, slots=True)
+class BoardEffects:
+    """What makes a whole network differ from the sum of its rows, and one measurement from the next; all off.
+
+    Of whole networks:
+        fusion_gain: share of a block's work that goes away beside its neighbours, the mean over operator groups (kind,
+            squeeze-and-excitation, precision); each has its own between 0 and twice this, at most 0.45.
+        launch_ms: of each kernel, ms; a row that runs alone hides it behind its call.
+        reformat_ms: of each change of precision between layers that follow each other, ms.
+        cache_mb, streaming_ms: 10^6 bytes of weights that stay in the cache, and ms for each 10^6 bytes beyond.
+        irregular: what no sum over layers explains, relative deviation, the same whenever a network is measured.
+
+    Of measurements:
+        build_std: relative deviation between builds of the same model.
+        noise: relative deviation of a run.
+        drift, drift_after: how much slower (ratio) a warm board is than a cold one, and after how many measurements
+            63 % of that is reached.
+        throttle_share, throttle_length: share of episodes in which the clock is lowered, and measurements in each.
+    """
+
+    fusion_gain: float = 0.0
+    launch_ms: float = 0.0
+    reformat_ms: float = 0.0
+    cache_mb: float = 0.0
+    streaming_ms: float = 0.0
+    irregular: float = 0.0
+    build_std: float = 0.0
+    noise: float = 0.0
+    drift: float = 0.0
+    drift_after: float = 100.0
+    throttle_share: float = 0.0
+    throttle_length: int = 8
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            if not getattr(self, f.name) >= 0:
+                raise RecordError(f"board: {f.name} must not be negative, got {getattr(self, f.name)}")
+        if self.fusion_gain > 0.45 or self.throttle_share > 1 or min(self.throttle_length, self.drift_after) < 1:
+            raise RecordError(
+                f"board: fusion_gain is at most 0.45, throttle_share at most 1, throttle_length and drift_after at "
+                f"least 1; got {self.fusion_gain}, {self.throttle_share}, {self.throttle_length}, {self.drift_after}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BoardState:
+    """A simulated board during one measurement: how many times slower than cold and calm, and what its sensors say."""
+
+    slowdown: float
+    is_throttled: bool
+    temperature_c: float
+    clock_mhz: float
+
+
+def described_network(candidate: Candidate, form: NetworkForm) -> bytes:
+    """What stands for the ONNX file of a network on a `SimulatedBoard`; `write` of `measure_networks`."""
+    return canonical_json({"candidate": candidate, "form": form}).encode()
+
+
+def described_layer(layer: LayerSpec) -> bytes:
+    """What stands for the ONNX file of a row on a `SimulatedBoard`; `write` of `fill`."""
+    return canonical_json({"row": layer.key}).encode()
+
+
+class SimulatedBoard:
+    """A device on which whole networks are not the sum of their rows, and which is never quite the same twice.
+
+    It has to know of which layers a network consists: give `described_network` and `described_layer` as `write` where
+    something is measured. Real ONNX is measured too, by its multiply-adds only. Every number follows from the seeds and
+    the number of measurements before.
+    """
+
+    def __init__(self, seed: int = 0, effects: BoardEffects | None = None, *, rows_seed: int | None = None) -> None:
+        """Makes a cold board.
+
+        Args:
+            seed: of everything that is drawn.
+            effects: what disturbs; nothing where not given, and a network is the exact sum of its rows.
+            rows_seed: of what rows alone take, by default `seed`; boards that share it can share a table of rows.
+        """
+        self.effects = effects or BoardEffects()
+        self._seed = seed
+        self._rows_seed = seed if rows_seed is None else rows_seed
+        self._measured = 0
+        self._work_ms: dict[str, float] = {}
+        self._gains: dict[str, float] = {}
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """A made-up device, labelled as such."""
+        return DeviceProfile(
+            name=f"simulated-board-{self._seed}-{self._rows_seed}",
+            board="simulated",
+            runtime="simulated",
+            runtime_version="1",
+            power_mode="none",
+            clocks_locked=True,
+            threads=1,
+            driver=f"board seed={self._seed} rows={self._rows_seed}",
+            precisions=("fp32", "int8"),
+            kind="simulated",
         )
+
+    @property
+    def state(self) -> BoardState:
+        """What the board is like during the next measurement."""
+        e, episode = self.effects, self._measured // self.effects.throttle_length
+        warm = 1 - float(np.exp(-self._measured / e.drift_after)) if e.drift else 0.0
+        rng = self._random("episode", str(episode))
+        is_throttled = bool(rng.random() < e.throttle_share)
+        factor = float(rng.uniform(*_THROTTLED)) if is_throttled else 1.0
+        return BoardState(
+            (1 + e.drift * warm) * factor,
+            is_throttled,
+            _HOT_C if is_throttled else _COLD_C + warm * (_WARM_C - _COLD_C),
+            round(_CLOCK_MHZ / factor, 1),
+        )
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        """One measurement per job, at once; see `Device.measure`."""
+        return _in_turn(jobs, self._measurement, on_result, progress)
+
+    def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+        """Outputs of the model, really computed; see `Device.run`."""
+        from nas.devices.onnxruntime_cpu import run_model
+
+        return run_model(model, images)
+
+    def expect_reference(self, reference_ms: float | None) -> None:
+        """Ignored: a round is calm exactly when the clock is not lowered."""
+
+    def calm(self, checks: int = 20) -> CalmReport:
+        """Calm unless the clock is lowered now."""
+        state = self.state
+        now_ms = _REFERENCE_MS * state.slowdown
+        return CalmReport(checks, checks if state.is_throttled else 0, _REFERENCE_MS, now_ms, now_ms, 1.0)
+
+    def row_ms(self, layer: LayerSpec) -> float:
+        """What a row alone takes on a cold and calm board, its call included, milliseconds."""
+        return _OVERHEAD_MS + self._work(layer)
+
+    def true_ms(self, candidate: Candidate, form: NetworkForm) -> float:
+        """What a whole network takes on a cold and calm board, the median of its builds, milliseconds.
+
+        Args:
+            candidate: the network; its thresholds do not matter, no image leaves early.
+            form: as in `measure_networks`.
+        """
+        e = self.effects
+        layers = [x for x in expand(candidate) if form != "plain" or x.kind != "exit_head"]
+        total = _OVERHEAD_MS + _GATE_MS * (len(candidate.exits) if form == "if" else 0)
+        before = layers[0].precision
+        for x in layers:
+            total += self._work(x) * (1 - self._gain(x)) + e.launch_ms * len(x.convolutions)
+            if x.precision != before:
+                total += e.reformat_ms
+            if x.kind != "exit_head":
+                before = x.precision
+        megabytes = sum(x.weight_bytes for x in layers) / 1e6
+        total += self._streaming(megabytes)
+        if e.irregular:
+            total *= float(np.exp(e.irregular * self._random("network", network_key(candidate, form)).normal()))
+        return total
+
+    def latency_ms(self, job: MeasureJob) -> float:
+        """What a job takes on a cold and calm board, milliseconds.
+
+        Raises:
+            RecordError: a description that fits no layer and no network.
+            google.protobuf.message.DecodeError: neither a description nor an ONNX model.
+        """
+        if job.kind == "overhead":
+            return _OVERHEAD_MS + self._fixed(job.key)
+        if not job.model.startswith(_DESCRIBED):
+            onnx.load_model_from_string(job.model)
+            return _OVERHEAD_MS + (job.macs + 1000) / _MACS_PER_MS[job.precision]
+        where = f"description of {job.key}"
+        told = parse_json(job.model.decode(errors="replace"), where)
+        if set(told) == {"row"}:
+            return self.row_ms(layer_of_key(told["row"]))
+        described = from_plain(_Described, told, where)
+        return self.true_ms(described.candidate, described.form)
+
+    def _fixed(self, key: str) -> float:
+        if key in (OVERHEAD_KEY, GATE_KEY, REFERENCE_KEY):
+            return {OVERHEAD_KEY: 0.0, GATE_KEY: _GATE_MS, REFERENCE_KEY: _REFERENCE_MS}[key]
+        streamed = {streaming_key(mb, cached=False): mb for mb in STREAMING_MB}
+        return _STREAMING_MS + (self._streaming(streamed[key]) if key in streamed else 0.0)
+
+    def _streaming(self, megabytes: float) -> float:
+        return self.effects.streaming_ms * max(0.0, megabytes - self.effects.cache_mb)
+
+    def _work(self, layer: LayerSpec) -> float:
+        key = layer.key
+        if key not in self._work_ms:
+            rng = np.random.default_rng(_digest(f"{self._rows_seed}/row/{key}"))
+            ms = sum(_KERNEL_MS + c.macs / _BOARD_MACS_PER_MS[_kind(c)][layer.precision] for c in layer.convolutions)
+            self._work_ms[key] = ms * float(np.exp(_ROW_SPREAD * rng.normal()))
+        return self._work_ms[key]
+
+    def _gain(self, layer: LayerSpec) -> float:
+        group = f"{layer.group} {layer.precision}"
+        if group not in self._gains:
+            self._gains[group] = self.effects.fusion_gain * float(self._random("group", group).uniform(0, 2))
+        return self._gains[group]
+
+    def _random(self, what: str, name: str) -> np.random.Generator:
+        return np.random.default_rng(_digest(f"{self._seed}/{what}/{name}"))
+
+    def _measurement(self, job: MeasureJob) -> Measurement:
+        state = self.state
+        self._measured += 1
+        try:
+            calm_ms = self.latency_ms(job)
+        except (DecodeError, RecordError) as e:
+            return _result(job, self._measured, error=f"not a model of this board: {e}")
+        rng = self._random(job.key, str(self._measured))
+        builds = 1 if job.kind == "row" else _BUILDS
+        build = np.exp(self.effects.build_std * rng.normal(size=(builds, 1, 1))) if job.kind != "overhead" else 1.0
+        run = np.exp(self.effects.noise * rng.normal(size=(builds, *_ROUNDS)))
+        samples = calm_ms * state.slowdown * build * run
+        sessions = np.quantile(samples, 0.2, axis=2).min(axis=1)
+        return _result(
+            job,
+            self._measured,
+            samples.reshape(-1, _ROUNDS[1]).tolist(),
+            sessions.tolist(),
+            is_calm=not state.is_throttled,
+            temperature_c=state.temperature_c,
+            clock_mhz=state.clock_mhz,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Described:
+    candidate: Candidate
+    form: NetworkForm
+
+
+def _kind(c: ConvSpec) -> Literal["depthwise", "dense"]:
+    return "depthwise" if c.groups > 1 else "dense"
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _in_turn(
+    jobs: Sequence[MeasureJob],
+    measure: Callable[[MeasureJob], Measurement],
+    on_result: OnResult | None,
+    progress: OnProgress | None,
+) -> list[Measurement]:
+    """Results of jobs that are measured one after the other, each reported as `Device.measure` promises."""
+    results = []
+    for i, job in enumerate(jobs):
+        results.append(measure(job))
+        if progress is not None:
+            progress((i + 1) / len(jobs))
+        if on_result is not None:
+            on_result(results[-1])
+    return results
+
+
+def _result(
+    job: MeasureJob,
+    sequence: int,
+    rounds_ms: Sequence[Sequence[float]] = (),
+    session_ms: Sequence[float] = (),
+    *,
+    is_calm: bool = True,
+    temperature_c: float | None = None,
+    clock_mhz: float | None = None,
+    error: str | None = None,
+) -> Measurement:
+    """A simulated result: its latency is that of the fastest session, all of its rounds are calm or none is."""
+    return Measurement(
+        key=job.key,
+        kind=job.kind,
+        precision=job.precision,
+        latency_ms=min(session_ms, default=None),
+        rounds_ms=tuple(map(tuple, rounds_ms)),
+        accepted=(is_calm,) * len(rounds_ms),
+        clock="device_event",
+        measured_at="2000-01-01T00:00:00+00:00",
+        sequence=sequence,
+        temperature_c=temperature_c,
+        clock_mhz=clock_mhz,
+        error=error,
+        session_ms=tuple(session_ms),
+    )
 
 
 def requires_path(path: Path, what: str) -> Path:

@@ -319,7 +319,7 @@ def _record(
     alone = len(networks) < 2
     error = float(np.sqrt(fit.prior[-2:].sum())) * fit.calibration
     of_scale = 0.0 if fit.method == "bayes" else error  # few networks: every row is as uncertain as the scale
-    sums_ms, used = contributions_ms.sum(axis=1), contributions_ms.any(axis=0)  # small networks stream no weights
+    sums_ms, used = contributions_ms.sum(axis=1), contributions_ms.sum(axis=0) > 0  # small networks stream no weights
     return PrecisionFit(
         precision=label,
         method="bayes" if fit.method == "bayes" else "scale",

@@ -35,6 +35,7 @@ POOL_SAMPLES = 2048  # random genotypes from which starts and networks to measur
 FIRST_ROWS_SAMPLES = 48  # where the table is filled lazily: candidates whose rows come first,
 FIRST_ROWS_DRAWN = 512  # spread over the multiply-adds of so many random ones
 FAILURES_IN_A_ROW = 6
+MEASURED_STD = 0.25  # of the deviation of an estimate: what is left of it for a network that corrected the table itself
 CLEAR_MISS = 1.25  # times the budget: further than any correction of the plain sum moves an estimate
 
 
@@ -421,29 +422,36 @@ def _kept(parts: SearchParts, number: int, genotypes: tuple[Genotype, ...]) -> C
 
 
 def _choose(parts: SearchParts, records: Sequence[TrialRecord]) -> tuple[Genotype, ...]:
-    """Scored candidates whose whole network is worth measuring now; thresholds do not make another network."""
+    """Scored candidates whose whole network is worth measuring now; thresholds do not make another network.
+
+    Every deadline has its share, the longest first.
+    """
     complete = {
         r.candidate.with_thresholds((None,) * len(r.candidate.exits)): r for r in records if r.state == "complete"
     }
-    fresh = [r for c, r in complete.items() if not _is_measured(parts.predictor, c)]
+    scored = list(complete.values())
+    taken = [i for i, c in enumerate(complete) if _is_measured(parts.predictor, c)]
     spent = sum(len(e.pairs) + len(e.failed) for e in parts.folder.events())
     count = parts.feedback.within(parts.feedback.networks_per_round, spent)
-    if not fresh or not count:
+    if len(taken) == len(scored) or not count:
         return ()
-    now = current_figures(parts, fresh)
-    for_each = [
-        worth_measuring(
-            [r.top1 or 0.0 for r in fresh],
+    now = current_figures(parts, scored)
+    known = set(taken)
+    std = [MEASURED_STD * f.std_ms if i in known else f.std_ms for i, f in enumerate(now)]
+    chosen: list[int] = []
+    for left, budget_ms in zip(range(len(parts.budget.all_ms), 0, -1), parts.budget.all_ms, strict=True):
+        found = worth_measuring(
+            [r.top1 or 0.0 for r in scored],
             [f.expected_ms for f in now],
             [latency_of(f, parts.budget.of) for f in now],
-            [f.std_ms for f in now],
+            std,
             budget_ms,
-            count,
+            -(-(count - len(chosen)) // left),
+            taken,
         )
-        for budget_ms in parts.budget.all_ms
-    ]
-    in_turn = dict.fromkeys(i for chosen in zip(*for_each, strict=True) for i in chosen)
-    return tuple(fresh[i].genotype for i in list(in_turn)[:count])
+        chosen += found
+        taken += found
+    return tuple(scored[i].genotype for i in chosen)
 
 
 def _measured(parts: SearchParts, chosen: Chosen) -> tuple[tuple[PredictedMeasured, ...], tuple[FailedCandidate, ...]]:

@@ -38,6 +38,7 @@ from nas.search.rounds import (
     write_study,
 )
 from nas.search.scoring import ScoringPlan
+from nas.search.select import worth_measuring
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
 from nas.space.space import SearchSpace, load_space, space_from_plain
 from nas.space.yamlio import parse_yaml
@@ -425,26 +426,39 @@ def test_networks_that_cannot_be_measured_are_rows_of_the_event(make: Make) -> N
     assert len(parts.folder.trials()) == 8
 
 
-@pytest.mark.parametrize(
-    ("of", "other"), [("worst", "expected"), ("expected", "worst"), ("p99", "worst"), ("p99", "expected")]
-)
-def test_networks_near_the_limit_of_the_budget_are_measured(make: Make, of: LatencyKind, other: LatencyKind) -> None:
-    """The second network of a round is the one whose limited latency is the budget, all being equally accurate."""
-    parts = make(ScriptedPool(lambda _: 1.0), trials=40, rounds=1, batch=40)
+@pytest.mark.parametrize("of", ["worst", "expected", "p99"])
+def test_networks_are_chosen_by_the_latency_that_the_budget_limits(
+    make: Make, monkeypatch: pytest.MonkeyPatch, of: LatencyKind
+) -> None:
+    parts = make(trials=40, rounds=1, batch=40)
     run_rounds(parts)
-    fresh = {_unset(r): r for r in parts.folder.trials()}
-    now = current_figures(parts, list(fresh.values()))
-    std = np.array([f.std_ms for f in now])
-    by_other = np.array([latency_of(f, other) for f in now])
-    fastest = int(np.argmin([f.expected_ms for f in now]))
-    cases = [(i, latency_of(f, of)) for i, f in enumerate(now)]
-    i, limit = next((i, ms) for i, ms in cases if int(np.argmin(np.abs(by_other - ms) / std)) != i != fastest)
-    limited = replace(parts, budget=BudgetSettings(ms=limit, of=of), feedback=FeedbackSettings(0, 2))
+    scored = {_unset(r): r for r in parts.folder.trials()}
+    now = current_figures(parts, list(scored.values()))
+    calls: list[tuple[Sequence[float], float, int, list[int]]] = []
+
+    def spy(
+        top1: Sequence[float],
+        latency_ms: Sequence[float],
+        limited_ms: Sequence[float],
+        std_ms: Sequence[float],
+        budget_ms: float,
+        count: int,
+        measured: Sequence[int],
+    ) -> list[int]:
+        calls.append((limited_ms, budget_ms, count, list(measured)))
+        return worth_measuring(top1, latency_ms, limited_ms, std_ms, budget_ms, count, measured)
+
+    monkeypatch.setattr("nas.search.rounds.worth_measuring", spy)
+    limited = replace(parts, budget=BudgetSettings(0.02, of, also_ms=(0.006,)), feedback=FeedbackSettings(0, 3))
     pairs, failed = _measure_chosen(limited, parts.folder.trials(), 1)
-    assert failed == ()
-    assert {p.candidate_id for p in pairs} == {list(fresh)[i].id, list(fresh)[fastest].id}
+    assert failed == () and len(pairs) == 3
+    (first, long_ms, long_count, before), (_, short_ms, short_count, then) = calls
+    assert first == pytest.approx([latency_of(f, of) for f in now])
+    assert (long_ms, long_count, short_ms, short_count) == (0.02, 2, 0.006, 1)
+    assert before == [] and len(then) == 2  # what one deadline takes counts for the next
     again, _ = _measure_chosen(limited, parts.folder.trials(), 2)
     assert not {p.candidate_id for p in again} & {p.candidate_id for p in pairs}
+    assert {list(scored)[i].id for i in calls[2][3]} == {p.candidate_id for p in pairs}  # known by now
 
 
 @pytest.mark.parametrize("kind", ["first networks", "round"])

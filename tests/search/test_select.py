@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from nas.core.records import BlockConfig, Candidate, HeadConfig, LatencyFigures, StageConfig, StemConfig
 from nas.core.run import Point, SplitAccuracy
 from nas.search.select import (
+    DEADLINES,
     closest_to_budget,
     front_indices,
     hypervolume,
@@ -129,6 +131,65 @@ def test_networks_worth_measuring_are_those_of_the_front_and_near_the_budget() -
     assert worth_measuring([0.9, 0.5, 0.4], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [0.1] * 3, 1.0, 2) == [0, 1]
     worst = [9.0, 8.0, 7.0, 5.0]  # what is near the budget is decided by the latency that it limits
     assert worth_measuring(top1, latency, worst, std, 5.0, 2) == [1, 3]
+
+
+def _expected_best(top1: list[float], keeps: list[float]) -> float:
+    """Accuracy of the best network that keeps a deadline, the mean over all outcomes; each keeps it independently."""
+    total = 0.0
+    for outcome in itertools.product((False, True), repeat=len(top1)):
+        chance = float(np.prod([p if kept else 1 - p for p, kept in zip(keeps, outcome, strict=True)]))
+        total += chance * max((a for a, kept in zip(top1, outcome, strict=True) if kept), default=0.0)
+    return total
+
+
+def _worth(top1: list[float], ms: list[float], limited: list[float], std: list[float], budget: float) -> float:
+    """What a set of networks is worth when all of them are measured, by all of their outcomes."""
+
+    def chance(deadline: float, own: float, deviation: float) -> float:
+        return NormalDist(0, deviation).cdf(deadline - own)
+
+    deadlines = np.linspace(min(budget, *(t - s for t, s in zip(ms, std, strict=True))), budget, DEADLINES + 1)[1:]
+    front = [_expected_best(top1, [chance(d, *pair) for pair in zip(ms, std, strict=True)]) for d in deadlines]
+    pick = _expected_best(top1, [chance(budget, *pair) for pair in zip(limited, std, strict=True)])
+    return float(np.mean(front)) + pick
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_networks_worth_measuring_add_most_to_the_expected_best(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    top1 = rng.uniform(0.3, 0.9, 6).tolist()
+    ms = rng.uniform(0.5, 1.1, 6).tolist()
+    limited = [t * 1.1 for t in ms]
+    std = rng.uniform(0.01, 0.2, 6).tolist()
+    slowest = [min(t - s for t, s in zip(ms, std, strict=True))]  # keeps the deadlines the same for every subset
+
+    def worth(chosen: list[int]) -> float:
+        values = ([v[i] for i in chosen] for v in (top1, ms, limited, std))
+        names = [[*v, extra] for v, extra in zip(values, (0.0, *slowest, 9.0, 1e-9), strict=True)]
+        return _worth(*names, 1.0)  # type: ignore[arg-type]
+
+    known = [0]
+    chosen = worth_measuring(top1, ms, limited, std, 1.0, 3, known)
+    for n in range(3):
+        left = [i for i in range(1, 6) if i not in chosen[:n]]
+        assert worth([*known, *chosen[: n + 1]]) == pytest.approx(max(worth([*known, *chosen[:n], i]) for i in left))
+
+
+def test_measured_networks_are_not_chosen_and_what_they_reach_is_not_worth_finding_again() -> None:
+    top1, ms, std = [0.9, 0.89, 0.91, 0.5], [0.8, 0.85, 1.0, 0.5], [0.01] * 4
+    assert worth_measuring(top1, ms, ms, std, 1.0, 1) == [0]
+    assert worth_measuring(top1, ms, ms, std, 1.0, 4, [0]) == [3, 2, 1]
+    assert worth_measuring(top1, ms, ms, std, 1.0, 4, [0, 1, 2, 3]) == []
+
+
+def test_network_that_resembles_a_chosen_one_waits() -> None:
+    top1, ms, std = [0.9, 0.899, 0.91, 0.5], [0.7, 0.71, 1.0, 0.4], [0.01] * 4
+    assert worth_measuring(top1, ms, ms, std, 1.0, 3) == [0, 3, 2]
+
+
+def test_network_that_may_keep_the_budget_comes_before_one_that_cannot_and_one_that_gains_nothing() -> None:
+    top1, ms, std = [0.80, 0.99, 0.85, 0.79], [0.90, 1.50, 1.01, 0.95], [0.02] * 4
+    assert worth_measuring(top1, ms, ms, std, 1.0, 1, [0]) == [2]
 
 
 def _point(
