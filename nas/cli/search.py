@@ -142,6 +142,11 @@ def _show_plan(console: Console, plan: Plan) -> None:
             console.say(f"            {key}")
         if len(plan.missing) > 3:
             console.say("            ... all of them with --json, measured now with: nas measure")
+    elif plan.is_interpolated:
+        console.say(
+            f"table:      {plan.table}: {len(plan.missing)} rows are to be measured, the others of {plan.rows} "
+            "interpolated"
+        )
     else:
         console.say(f"table:      {plan.table}: {plan.rows} rows in this space, measured as candidates need them")
     if plan.fastest_ms is not None:

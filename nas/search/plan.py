@@ -53,7 +53,8 @@ class Plan:
     """What a search would do.
 
     `rows` are all rows of the space and `missing` those that the table lacks; where the space has too many, only what
-    candidates need is measured, and `missing` is empty. `scored` trials of an earlier call are kept. `fastest_ms` is
+    candidates need is measured, and `missing` is empty. Where `is_interpolated`, `missing` are the rows to be measured
+    and the others are estimated from them. `scored` trials of an earlier call are kept. `fastest_ms` is
     the predicted worst case of the fastest network, None while rows are missing. `differences` are the lines of
     the fingerprint that would make the run folder refuse this experiment.
     """
@@ -66,6 +67,7 @@ class Plan:
     rows: int
     missing: tuple[str, ...]
     is_whole_table: bool
+    is_interpolated: bool
     fastest_ms: float | None
     budget_ms: float
     phases: tuple[Phase, ...]
@@ -91,7 +93,8 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     keys = list(dict.fromkeys(layer.key for layer in space.layers()))
     max_rows = experiment.feedback.max_rows
     missing = missing_rows(space, table, experiment.search.trials, max_rows)
-    is_whole = fills_whole(space) and (max_rows is None or len(keys) <= max_rows)
+    is_limited = max_rows is not None and len(keys) > max_rows
+    is_whole = fills_whole(space) and not is_limited
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
     return Plan(
         run_dir=str(experiment.run_dir),
@@ -100,8 +103,9 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         device=device.name,
         table=str(folder),
         rows=len(keys),
-        missing=tuple(missing) if is_whole else (),
+        missing=tuple(missing) if is_whole or is_limited else (),
         is_whole_table=is_whole,
+        is_interpolated=is_limited,
         fastest_ms=None if table is None else _fastest_ms(space, table, inputs.device, reporter),
         budget_ms=experiment.budget.ms,
         phases=() if status == "finished" else phases_of(inputs, len(missing), scored),

@@ -134,8 +134,9 @@ def worth_measuring(
     improvement of Gardner et al. 2014 (ICML, Bayesian Optimization with Inequality Constraints). Half of the worth is
     that for the budget, the other half the mean over shorter deadlines, which is the expected gain in hypervolume.
     Networks are chosen one by one; those before count with the probability that they keep a deadline, so a network that
-    resembles a chosen one adds little. Errors of different networks count as independent. Where nothing more can be
-    gained, the networks nearest to the budget follow: they teach the table where it matters.
+    resembles a chosen one adds little. Errors of different networks count as independent. Where no network keeps a
+    deadline, the accuracy counts that lies as far below the worst one as that below the best: only differences matter.
+    Where nothing more can be gained, the front and the networks near the budget follow in turn: they teach the table.
 
     Args:
         top1: accuracy, ratio.
@@ -159,7 +160,7 @@ def worth_measuring(
     )
     weights = np.append(np.full(DEADLINES, 1 / DEADLINES), 1.0)
     levels, place = np.unique(accuracy, return_inverse=True)
-    steps = np.diff(levels, prepend=0.0)[:, None]
+    steps = np.diff(levels, prepend=2 * levels[0] - levels[-1])[:, None]
     # Probability, for each step of accuracy and each deadline, that no network known or chosen reaches that step.
     unreached = np.ones((len(levels), len(weights)))
     for i in measured:
@@ -173,9 +174,12 @@ def worth_measuring(
         chosen.append(best)
         is_open[best] = False
         unreached[: place[best] + 1] *= 1 - keeps[best]
-    distance = np.abs(limited - budget_ms) / std - accuracy
-    rest = sorted(np.flatnonzero(is_open).tolist(), key=lambda i: float(distance[i]))
-    return [*chosen, *rest][:count]
+    rest = np.flatnonzero(is_open)
+    front = [int(rest[i]) for i in front_indices(accuracy[rest].tolist(), ms[rest].tolist())]
+    front.sort(key=lambda i: -std[i] / ms[i])
+    near = sorted(rest.tolist(), key=lambda i: abs(limited[i] - budget_ms) / std[i] - accuracy[i])
+    in_turn = [i for pair in zip(front + near, near + front, strict=True) for i in pair]
+    return list(dict.fromkeys([*chosen, *in_turn]))[:count]
 
 
 def pick_for_budget(points: Sequence[Point], budget_ms: float, of: LatencyKind) -> list[Point]:

@@ -15,6 +15,7 @@ from nas.core.errors import DeviceError, RunMismatchError
 from nas.core.records import DeviceProfile
 from nas.core.walk import expand, total_macs
 from nas.devices.base import MeasureJob
+from nas.latency.interpolate import family_of
 from nas.measure.fill import fill
 from nas.search.checked import key_paths
 from nas.search.experiment import Experiment, load_experiment
@@ -173,7 +174,7 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     assert alone["scores"].about_s > plain["scores"].about_s
     given = phases(0, 0, "teacher.kind=onnx", "teacher.weights=given.onnx")
     assert "teacher" not in given
-    plan = Plan("run", "new", 0, "d", "t", 1, (), True, None, 1.0, tuple(plain.values()), ())
+    plan = Plan("run", "new", 0, "d", "t", 1, (), True, False, None, 1.0, tuple(plain.values()), ())
     assert plan.about_s == pytest.approx(sum(phase.about_s for phase in plain.values()))
 
 
@@ -357,3 +358,14 @@ def test_score_jobs_share_the_training_of_their_scorer(inputs: Inputs, tmp_path:
     assert (plan.source, plan.rungs, plan.distill.epochs) == ("standalone", (1, 2), 2)
     assert worker_count(alone.experiment) == 3
     assert worker_count(replace(alone.experiment, search=replace(search, workers=0))) >= 1
+
+
+def test_with_a_limit_of_rows_the_plan_says_which_are_measured_and_that_others_are_interpolated(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    experiment = write_experiment(tmp_path)
+    plan = plan_search(load_experiment(experiment, ["feedback.max_rows=12"]), Notes())
+    assert plan.is_interpolated and not plan.is_whole_table
+    families = {family_of(layer) for layer in inputs.space.layers()}
+    assert 12 <= len(plan.missing) <= 12 + len(families) < plan.rows
+    assert not plan_search(load_experiment(experiment), Notes()).is_interpolated

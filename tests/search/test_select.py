@@ -133,43 +133,34 @@ def test_networks_worth_measuring_are_those_of_the_front_and_near_the_budget() -
     assert worth_measuring(top1, latency, worst, std, 5.0, 2) == [1, 3]
 
 
-def _expected_best(top1: list[float], keeps: list[float]) -> float:
-    """Accuracy of the best network that keeps a deadline, the mean over all outcomes; each keeps it independently."""
+def _expected_best(top1: list[float], keeps: list[float], none: float) -> float:
+    """Accuracy of the best network that keeps a deadline (`none` where there is none), the mean over all outcomes."""
     total = 0.0
     for outcome in itertools.product((False, True), repeat=len(top1)):
         chance = float(np.prod([p if kept else 1 - p for p, kept in zip(keeps, outcome, strict=True)]))
-        total += chance * max((a for a, kept in zip(top1, outcome, strict=True) if kept), default=0.0)
+        total += chance * max((a for a, kept in zip(top1, outcome, strict=True) if kept), default=none)
     return total
-
-
-def _worth(top1: list[float], ms: list[float], limited: list[float], std: list[float], budget: float) -> float:
-    """What a set of networks is worth when all of them are measured, by all of their outcomes."""
-
-    def chance(deadline: float, own: float, deviation: float) -> float:
-        return NormalDist(0, deviation).cdf(deadline - own)
-
-    deadlines = np.linspace(min(budget, *(t - s for t, s in zip(ms, std, strict=True))), budget, DEADLINES + 1)[1:]
-    front = [_expected_best(top1, [chance(d, *pair) for pair in zip(ms, std, strict=True)]) for d in deadlines]
-    pick = _expected_best(top1, [chance(budget, *pair) for pair in zip(limited, std, strict=True)])
-    return float(np.mean(front)) + pick
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_networks_worth_measuring_add_most_to_the_expected_best(seed: int) -> None:
+    """Against all outcomes of all networks, for the budget and the deadlines below it."""
     rng = np.random.default_rng(seed)
     top1 = rng.uniform(0.3, 0.9, 6).tolist()
-    ms = rng.uniform(0.5, 1.1, 6).tolist()
-    limited = [t * 1.1 for t in ms]
-    std = rng.uniform(0.01, 0.2, 6).tolist()
-    slowest = [min(t - s for t, s in zip(ms, std, strict=True))]  # keeps the deadlines the same for every subset
+    ms, std = rng.uniform(0.5, 1.1, 6), rng.uniform(0.01, 0.2, 6)
+    limited = 1.1 * ms
+    none = min(top1) - (max(top1) - min(top1))
+    deadlines = np.linspace((ms - std).min(), 1.0, DEADLINES + 1)[1:]
 
     def worth(chosen: list[int]) -> float:
-        values = ([v[i] for i in chosen] for v in (top1, ms, limited, std))
-        names = [[*v, extra] for v, extra in zip(values, (0.0, *slowest, 9.0, 1e-9), strict=True)]
-        return _worth(*names, 1.0)  # type: ignore[arg-type]
+        def best(deadline: float, axis: np.ndarray) -> float:
+            keeps = [NormalDist(axis[i], std[i]).cdf(deadline) for i in chosen]
+            return _expected_best([top1[i] for i in chosen], keeps, none)
+
+        return float(np.mean([best(d, ms) for d in deadlines])) + best(1.0, limited)
 
     known = [0]
-    chosen = worth_measuring(top1, ms, limited, std, 1.0, 3, known)
+    chosen = worth_measuring(top1, ms.tolist(), limited.tolist(), std.tolist(), 1.0, 3, known)
     for n in range(3):
         left = [i for i in range(1, 6) if i not in chosen[:n]]
         assert worth([*known, *chosen[: n + 1]]) == pytest.approx(max(worth([*known, *chosen[:n], i]) for i in left))
