@@ -173,6 +173,15 @@ def test_measured_networks_are_not_chosen_and_what_they_reach_is_not_worth_findi
     assert worth_measuring(top1, ms, ms, std, 1.0, 4, [0, 1, 2, 3]) == []
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_only_differences_of_accuracy_decide_what_is_worth_measuring(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    top1, ms = rng.uniform(0.2, 0.9, 20), rng.uniform(0.5, 1.2, 20).tolist()
+    std = rng.uniform(0.01, 0.1, 20).tolist()
+    chosen = worth_measuring(top1.tolist(), ms, ms, std, 1.0, 5, [3])
+    assert worth_measuring((0.5 + 0.5 * top1).tolist(), ms, ms, std, 1.0, 5, [3]) == chosen
+
+
 def test_network_that_resembles_a_chosen_one_waits() -> None:
     top1, ms, std = [0.9, 0.899, 0.91, 0.5], [0.7, 0.71, 1.0, 0.4], [0.01] * 4
     assert worth_measuring(top1, ms, ms, std, 1.0, 3) == [0, 3, 2]
