@@ -446,16 +446,16 @@ def test_a_deadline_of_the_whole_pipeline_leaves_the_rest_to_the_network(
 ) -> None:
     experiment = write_experiment(tmp_path, finished / "cache", finished / "tables")
     text = experiment.read_text().replace(
-        "budget: {ms: 0.0068}", "budget: {total_ms: 2.0268, capture_ms: 2, preprocess: 0.02, postprocess: measured}"
+        "budget: {ms: 0.0068}", "budget: {total_ms: 3.02, capture_ms: 2, preprocess: 0.02, postprocess: measured}"
     )
     experiment.write_text(text)
     life = zygote.run(tmp_path / "log", experiment)
     log = (tmp_path / "log").read_text()
-    assert life.code in (0, 3), log
-    assert "of 2.0268 ms: capture 2, preprocess 0.02, postprocess " in log
+    assert life.code == 0, log  # a millisecond is left: no host is too slow for these answers
+    assert "of 3.02 ms: capture 2, preprocess 0.02, postprocess " in log
     view = load_view(tmp_path / "run")
     assert view.pipeline is not None and view.pipeline.measured == ("postprocess",)
-    assert view.budget_ms == pytest.approx(2.0268 - 2 - 0.02 - view.pipeline.postprocess_ms)
+    assert view.budget_ms == pytest.approx(3.02 - 2 - 0.02 - view.pipeline.postprocess_ms)
     before = (tmp_path / "run" / "pipeline.json").read_bytes()
     again = zygote.run(tmp_path / "log", tmp_path / "run" / "experiment.yaml")
     assert again.code == life.code
