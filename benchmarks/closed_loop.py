@@ -10,9 +10,10 @@ The loop is made of the product's functions: a few networks spread over the pred
 those which decide the most (`worth_measuring`) and correct the table (`fit_correction`), then for each budget the most
 accurate candidate whose prediction keeps it. That one is measured as a package is; where the median of all its runs
 and a margin miss the budget, the next one is taken. Afterwards a user measures the export once more, in fresh builds.
-The oracle does the same after measuring the whole pool. `no margin` is the rule of `nas export`: the median alone.
-Regret is accuracy behind the best candidate that truly keeps the budget (below 0 where an export does not); a margin
-costs the oracle some, too. The error is that of the predictions of the networks which the rounds then measured.
+The oracle does the same after measuring the whole pool. The margin is that of `nas export`
+(`budget.package_margin_std`); `no margin` goes by the median alone. Regret is accuracy behind the best candidate that
+truly keeps the budget (below 0 where an export does not); a margin costs the oracle some, too. The error is that of the
+predictions of the networks which the rounds then measured.
 
 Goals: all exports within budget, hypervolume of the measured networks within 2 % of the whole pool's, at most 15 % of
 the oracle's builds.

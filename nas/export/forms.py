@@ -11,10 +11,12 @@ from dataclasses import replace
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec, Measurement
+from nas.core.run import LatencyKind
 from nas.core.walk import expand
 from nas.export.graph import forced_exit
 from nas.export.manifest import PackageForm, PathLatency
 from nas.latency.estimate import figures
+from nas.latency.table import deviation_ms
 
 MeasureLatency = Callable[[Sequence[bytes]], Sequence[Measurement]]
 
@@ -78,6 +80,17 @@ def median_figures(measurements: Sequence[Measurement], paths: Sequence[PathLate
     """
     medians = [replace(m, latency_ms=path.p50_ms) for m, path in zip(measurements, paths, strict=True)]
     return measured_figures(medians, tuple(path.share for path in paths))
+
+
+def limited_deviation_ms(measurements: Sequence[Measurement], shares: Sequence[float], of: LatencyKind) -> float:
+    """Standard deviation with which the latency that a budget limits comes out when the file is measured once more.
+
+    Of the mean over the images for `expected` (what disturbs one path disturbs all), else that of the worst path.
+    """
+    deviations = [deviation_ms(m) for m in measurements]
+    if of == "expected":
+        return float(sum(share * std for share, std in zip(shares, deviations, strict=True)))
+    return max(deviations)
 
 
 def path_shares(candidate: Candidate, form: PackageForm, exit_shares: Sequence[float]) -> dict[int, float]:

@@ -36,7 +36,15 @@ from nas.core.records import Candidate, DeviceProfile, QuantSpec
 from nas.core.run import LatencyKind
 from nas.export.card import model_card
 from nas.export.check import PackageError, checked_model, checked_names
-from nas.export.forms import MeasureLatency, deployed_layers, measured_figures, median_figures, path_models, path_shares
+from nas.export.forms import (
+    MeasureLatency,
+    deployed_layers,
+    limited_deviation_ms,
+    measured_figures,
+    median_figures,
+    path_models,
+    path_shares,
+)
 from nas.export.graph import OPSET, network_model
 from nas.export.manifest import (
     ArtefactAccuracy,
@@ -80,6 +88,7 @@ class PackagePlan:
         std: same.
         budget_ms: latency that must not be exceeded; None: no budget.
         budget_of: which latency the budget limits.
+        margin_std: standard deviations of the measurement by which its median must stay below the budget.
         reference_top1: accuracy (ratio, on the same images) that a loss is counted from; None: no gate.
         max_loss: accuracy that may be lost against it (ratio).
         provenance: readable names (run, trial, data set, hashes, seeds, commit) and their values.
@@ -93,6 +102,7 @@ class PackagePlan:
     std: tuple[float, ...]
     budget_ms: float | None = None
     budget_of: LatencyKind = "expected"
+    margin_std: float = 0.0
     reference_top1: float | None = None
     max_loss: float = 0.0
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -329,11 +339,13 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         raise DeviceError(f"{len(paths)} models were to be measured, {len(measurements)} results came back")
     figures = measured_figures(measurements, tuple(shares.values()))
     paths_latency = tuple(path_latency(m, k, share) for m, (k, share) in zip(measurements, shares.items(), strict=True))
+    margin_ms = plan.margin_std * limited_deviation_ms(measurements, tuple(shares.values()), plan.budget_of)
     verdict, reasons = judge(
         accuracy,
         median_figures(measurements, paths_latency),
         budget_ms=plan.budget_ms,
         budget_of=plan.budget_of,
+        margin_ms=margin_ms,
         reference_top1=plan.reference_top1,
         max_loss=plan.max_loss,
     )
@@ -383,6 +395,7 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         files={},
         budget_ms=plan.budget_ms,
         budget_of=plan.budget_of,
+        margin_ms=margin_ms,
         reference_top1=plan.reference_top1,
         max_loss=plan.max_loss,
         integer_convolutions=None if counts is None else counts.get("QLinearConv", 0),

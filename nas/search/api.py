@@ -476,6 +476,7 @@ def export_student(
             device,
             folder,
             max_loss=experiment.finish.int8_loss,
+            margin_std=experiment.budget.package_margin_std,
             overwrite=overwrite or (out is None and not is_named),
             accept=accept,
         )

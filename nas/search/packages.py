@@ -32,6 +32,7 @@ def export_point(
     folder: Path,
     *,
     max_loss: float,
+    margin_std: float = 0.0,
     overwrite: bool = False,
     accept: Callable[[Manifest], bool] = lambda _: True,
 ) -> Package:
@@ -45,6 +46,7 @@ def export_point(
         device: measures the exported file.
         folder: the package.
         max_loss: accuracy (ratio, test split) that the file may lose against the fp32 student with the same exits.
+        margin_std: standard deviations of its measurement by which the file must stay below the budget.
         overwrite: replaces an existing package.
         accept: looks at what was measured; False leaves the folder as it was.
 
@@ -71,6 +73,7 @@ def export_point(
         std=context.std,
         budget_ms=view.budget_ms,
         budget_of=view.budget_of,
+        margin_std=margin_std,
         reference_top1=reference,
         max_loss=max_loss,
         provenance={

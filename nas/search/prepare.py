@@ -146,7 +146,8 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "teacher": f"{e.teacher.kind} {content_hash({**to_plain(e.teacher), 'weights': weights})}",
         "distillation": content_hash(e.distill),
         "scorer": f"{e.search.scorer} {content_hash(scorer)}",
-        "budget": f"{_deadline(e.budget)} ({e.budget.of}), margin of {e.budget.margin_std:g} deviations",
+        "budget": f"{_deadline(e.budget)} ({e.budget.of}), margin of {e.budget.margin_std:g} deviations, of packages "
+        f"{e.budget.package_margin_std:g}",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
         "seed": str(s.seed),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}",

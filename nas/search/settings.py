@@ -21,7 +21,9 @@ class BudgetSettings:
     `margin_std`: a candidate is only trained when its prediction plus this many standard deviations keeps the budget.
     Before training it counts for `worst`; the others depend on the exits that images take, so only those candidates are
     refused that miss the budget even when every image leaves as early as it can. Afterwards thresholds are solved for
-    `expected` and `p99` with this margin, which then covers other images too. `also_ms`: shorter deadlines of the same
+    `expected` and `p99` with this margin, which then covers other images too. `package_margin_std`: a package is only
+    handed out when its median plus this many deviations of its measurement keeps the budget, so that it keeps it when
+    you measure it too. `also_ms`: shorter deadlines of the same
     kind; each gets a pick and a package of its own out of the same search.
 
     `total_ms`: in place of `ms`, the deadline of the whole pipeline; the network gets what the next three leave of it.
@@ -33,6 +35,7 @@ class BudgetSettings:
     ms: float = 1.0
     of: LatencyKind = "worst"
     margin_std: float = 1.0
+    package_margin_std: float = 1.5
     also_ms: tuple[float, ...] = ()
     total_ms: float | None = None
     capture_ms: float = 0.0
@@ -42,8 +45,9 @@ class BudgetSettings:
     def __post_init__(self) -> None:
         if not self.ms > 0:
             raise ConfigError(f"budget.ms must be positive, got {self.ms}")
-        if self.margin_std < 0:
-            raise ConfigError(f"budget.margin_std must not be negative, got {self.margin_std}")
+        for name in ("margin_std", "package_margin_std"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"budget.{name} must not be negative, got {getattr(self, name)}")
         if self.total_ms is not None:
             self._check_total(self.total_ms)
         for ms in self.also_ms:

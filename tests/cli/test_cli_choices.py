@@ -33,7 +33,7 @@ def hopeless(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(folder)
     path = folder / "runs" / "tiny"
     marks = json.loads((path / "fingerprint.json").read_text(encoding="utf-8"))
-    marks["budget"] = "0.001 ms (worst), margin of 1 deviations"
+    marks["budget"] = "0.001 ms (worst), margin of 1 deviations, of packages 1.5"
     write_record(path / "fingerprint.json", marks)
     outcome = load_outcome(path)
     measured = [p for p in outcome.points if p.latency.provenance == "measured"]

@@ -11,6 +11,7 @@ from nas.core.walk import expand
 from nas.export.check import all_graphs
 from nas.export.forms import (
     deployed_layers,
+    limited_deviation_ms,
     measured_figures,
     path_models,
     path_shares,
@@ -27,6 +28,14 @@ def measured(values_ms: Sequence[float]) -> list[Measurement]:
         Measurement(f"m{i}", "network", "fp32", v, ((v,),), (True,), "wall", "", i, session_ms=(v, 1.1 * v))
         for i, v in enumerate(values_ms)
     ]
+
+
+def test_deviation_is_that_of_the_latency_that_is_limited() -> None:
+    """Sessions differ by 10 % here; what slows one path slows all, so the deviations of a mean add up."""
+    paths = measured([1.0, 3.0])
+    assert limited_deviation_ms(paths, (0.75, 0.25), "worst") == pytest.approx(0.3)
+    assert limited_deviation_ms(paths, (0.75, 0.25), "p99") == pytest.approx(0.3)
+    assert limited_deviation_ms(paths, (0.75, 0.25), "expected") == pytest.approx(0.75 * 0.1 + 0.25 * 0.3)
 
 
 def test_failed_measurement_is_an_error() -> None:

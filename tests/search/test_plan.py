@@ -184,7 +184,8 @@ def test_a_plan_with_other_settings_than_the_folder_lists_what_differs(copied: P
         check_plan(plan)
     assert str(error.value) == (
         f"{copied.parent / 'run'}: this folder holds a run with other settings:\n"
-        "  budget: 0.0068 ms (worst), margin of 1 deviations -> 0.007 ms (worst), margin of 1 deviations\n"
+        "  budget: 0.0068 ms (worst), margin of 1 deviations, of packages 1.5 -> 0.007 ms (worst), margin of 1 "
+        "deviations, of packages 1.5\n"
         "  seed: 0 -> 3\n"
         "Start anew in another folder (--set run.dir=DIR), or keep what is still valid: --fork"
     )
@@ -200,7 +201,8 @@ def test_a_folder_in_which_nothing_was_scored_counts_as_new(tmp_path: Path) -> N
 
 # Part of the fingerprint -> settings that change it, and nothing else.
 MATTERS = {
-    "budget": "budget.ms=9 budget.of=p99 budget.margin_std=0.5 budget.also_ms=[0.001] budget.total_ms=9",
+    "budget": "budget.ms=9 budget.of=p99 budget.margin_std=0.5 budget.package_margin_std=0 budget.also_ms=[0.001] "
+    "budget.total_ms=9",
     "data": "data.train_images=41 data.val_images=41 data.test_images=31 data.seed=1",
     "augmentation": "data.augment.shift=0.1 data.augment.horizontal_flip=false data.augment.vertical_flip=true "
     "data.augment.quarter_turns=true data.augment.brightness=0.1 data.augment.contrast=0.1 data.augment.cutout=0.1",

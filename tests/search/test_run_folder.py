@@ -269,7 +269,10 @@ def test_forked_search_repeats_no_training(zygote: Zygote, finished: Path, tmp_p
     times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").glob("supernet/*")}
     refused = zygote.run(tmp_path / "refused", experiment, "budget.ms=0.007")
     assert refused.code == 2
-    assert "budget: 0.0068 ms (worst), margin of 1 deviations -> 0.007 ms" in (tmp_path / "refused").read_text()
+    assert (
+        "budget: 0.0068 ms (worst), margin of 1 deviations, of packages 1.5 -> 0.007 ms"
+        in (tmp_path / "refused").read_text()
+    )
     life = zygote.run(tmp_path / "log", experiment, "budget.ms=0.007", "--fork")
     log = (tmp_path / "log").read_text()
     assert life.code == 0, log
