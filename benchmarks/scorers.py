@@ -132,15 +132,15 @@ def _score(
     worst = bench.predictor.worst(genotypes)[0].tolist()
     spent = 0.0
     outcomes: dict[int, Scored | None] = {}
-    for i, result in score_batch(plan, bench.pool, candidates, worst, bench.reporter, lambda: False):
+    for i, result in score_batch(plan, bench.pool, candidates, [(ms,) for ms in worst], bench.reporter, lambda: False):
         outcomes[i] = None
         if not isinstance(result, ScoredCandidate):
             continue
         spent += result.cost_s
         if result.is_complete:
             known[candidates[i]] = (result.top1, worst[i])
-            excess = worst[i] - bench.experiment.budget.ms
-            outcomes[i] = Scored(genotypes[i], result.top1, worst[i], excess, candidates[i].id)
+            excess = worst[i] / bench.experiment.budget.ms - 1
+            outcomes[i] = Scored(genotypes[i], result.top1, (worst[i],), excess, candidates[i].id)
     for i, (number, _) in enumerate(asked):
         scored = outcomes[i]
         if number is not None:

@@ -22,11 +22,13 @@ from nas.core.units import format_bytes, format_ms
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that --best-under limits.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [RUN/packages/ID].")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
+@click.option("--on", metavar="DEVICE", default="", help="Of a run for several devices: which one [the first].")
 @common_options
 @click.pass_obj
 def command(
     console: Console,
     run: Path | None,
+    on: str,
     student: str | None,
     trial: int | None,
     best_under: float | None,
@@ -41,13 +43,16 @@ def command(
     exported as it is. The exit code is 3 where a package misses the budget or loses too much accuracy.
     """
     from nas.search.api import export_student
+    from nas.search.folder import RunFolder
+    from nas.search.view import experiment_of, further_name
 
     if sum(value is not None for value in (student, trial, best_under)) > 1:
         raise UsageError("give one of --student, --trial and --best-under")
     if of is not None and best_under is None:
         raise UsageError("--of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99")
     folder = find_run(run)
-    target = output or (folder / "packages" / student if student is not None else None)
+    device_path = RunFolder(folder, further_name(experiment_of(folder), on)).device_path
+    target = output or (device_path / "packages" / student if student is not None else None)
     if target is not None and target.exists() and not force:
         raise UsageError(f"{target} exists already; choose another folder (--output DIR), or replace it: --force")
     with console.reporter() as reporter:
@@ -58,6 +63,7 @@ def command(
             trial=trial,
             best_under_ms=best_under,
             of=of,
+            on=on,
             out=output,
             overwrite=force,
         )

@@ -31,11 +31,13 @@ LESS_IMPORTANT = ("trial", "params", "MACs", "split", "size", "exits used %", "l
 @click.option(
     "--format", "form", type=click.Choice(["table", "csv", "json"]), default="table", show_default=True, help="Form."
 )
+@click.option("--on", metavar="DEVICE", default="", help="Of a run for several devices: which one [the first].")
 @common_options
 @click.pass_obj
 def command(
     console: Console,
     run: Path | None,
+    on: str,
     limit: float | None,
     of: LatencyKind | None,
     show_all: bool,
@@ -54,7 +56,7 @@ def command(
         raise UsageError("--of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99")
     if form == "json":
         console.as_json = True
-    view = load_view(find_run(run))
+    view = load_view(find_run(run), on)
     points = [*view.front, *(p for p in view.points if show_all and not p.on_front)]
     chosen, reason = None, ""
     if limit is not None:
@@ -67,6 +69,7 @@ def command(
     columns, rows = front_table(view, points)
     if chosen is None:
         show_front(console, view, (columns, rows))
+        show_common(console, view)
     else:
         console.table(columns, rows, LESS_IMPORTANT)
         console.say(f"take {chosen.id}: {reason}")
@@ -86,8 +89,16 @@ def command(
             "pick_reason": view.pick_reason,
             "closest": view.closest_id,
             "also": view.also,
+            "device": view.device_name,
+            "common": view.common,
         }
     )
+
+
+def show_common(console: Console, view: RunView) -> None:
+    """The student for all devices of a run for several, and why it is this one."""
+    if view.common is not None:
+        console.say(f"for all devices: {view.common.student or 'none'}: {view.common.reason}")
 
 
 def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], list[tuple[str, ...]]]) -> None:

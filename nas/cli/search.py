@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 import click
 
 from nas.cli.options import Milliseconds, common_options, set_option
 from nas.cli.output import Console
-from nas.cli.pareto import show_front
+from nas.cli.pareto import show_common, show_front
 from nas.core.errors import BudgetError
 from nas.core.run import FOREIGN_MARK
 from nas.core.units import format_duration, format_ms, rounded_up
 
 if TYPE_CHECKING:
+    from nas.core.run import PackageView, RunView
     from nas.search.experiment import Experiment
     from nas.search.plan import Plan
 
@@ -68,13 +70,17 @@ def command(
     show_front(console, view, front_table(view))
     console.say(f"report:  {page}")
     if view.package is not None:
-        verdict = "good" if view.package.is_good else f"not good: {view.package.reason}"
-        console.say(f"package: {view.package.path} ({verdict})")
+        console.say(f"package: {view.package.path} ({_verdict(view.package)})")
     for pick in view.also:
         if pick.package is not None:
-            verdict = "good" if pick.package.is_good else f"not good: {pick.package.reason}"
-            console.say(f"package for {pick.budget_ms:g} ms: {pick.package.path} ({verdict})")
-    for line in view.commands:
+            console.say(f"package for {pick.budget_ms:g} ms: {pick.package.path} ({_verdict(pick.package)})")
+    for other in view.others:
+        _show_device(console, other)
+    show_common(console, view)
+    if view.common is not None:
+        for package in view.common.packages:
+            console.say(f"package for all: {package.path} ({_verdict(package)})")
+    for line in (*view.commands, *(line for other in view.others for line in other.commands)):
         console.say(f"next:    {line}")
     console.result(
         {
@@ -89,6 +95,8 @@ def command(
             "closest": view.closest_id,
             "also": view.also,
             "points": front_records(view),
+            "devices": [_device_result(own) for own in (view, *view.others)] if view.others else [],
+            "common": view.common,
             "foreign_table": view.provenance.get(FOREIGN_MARK),
             "report": str(page),
             "package": view.package,
@@ -96,20 +104,61 @@ def command(
             "cpu_s": view.cpu_s,
         }
     )
-    for package in (view.package, *(pick.package for pick in view.also)):
-        if package is not None and not package.is_good:
-            raise BudgetError(f"{package.path} is not good: {package.reason}")
-    if view.pick_id is None:
-        raise BudgetError(
-            f"no finished student keeps {format_ms(view.budget_ms or 0)} ({view.budget_of}). "
-            f"{view.closest_id}: {view.closest_reason}. Allow more time: --set budget.ms=MS --fork"
-        )
+    _check_packages(view)
+    for own in (view, *view.others):
+        if own.pick_id is None:
+            where = f" on {own.device_name}" if own is not view else ""
+            change = f"also_on=[{{device: {own.device_name}, ms: MS}}]" if own is not view else "budget.ms=MS"
+            raise BudgetError(
+                f"no finished student keeps {format_ms(own.budget_ms or 0)} ({own.budget_of}){where}. "
+                f"{own.closest_id}: {own.closest_reason}. Allow more time: --set {quote(change)} --fork"
+            )
     for pick in view.also:
         if pick.student is None:
             raise BudgetError(
                 f"no finished student keeps {format_ms(pick.budget_ms)} ({view.budget_of}): {pick.reason}. "
                 "Allow more time: --set budget.also_ms=[MS] --fork"
             )
+
+
+def _show_device(console: Console, view: RunView) -> None:
+    """The front and the package on a further device."""
+    from nas.report.tables import front_table
+
+    console.say()
+    console.say(f"on {view.device_name}:")
+    show_front(console, view, front_table(view))
+    if view.package is not None:
+        console.say(f"package: {view.package.path} ({_verdict(view.package)})")
+
+
+def _device_result(view: RunView) -> dict[str, object]:
+    from nas.report.tables import front_records
+
+    return {
+        "device": view.device_name,
+        "budget_ms": view.budget_ms,
+        "pick": view.pick_id,
+        "pick_reason": view.pick_reason,
+        "closest": view.closest_id,
+        "points": front_records(view),
+        "package": view.package,
+    }
+
+
+def _verdict(package: PackageView) -> str:
+    return "good" if package.is_good else f"not good: {package.reason}"
+
+
+def _check_packages(view: RunView) -> None:
+    """Raises:
+    BudgetError: a package of the run, on any of its devices, is not good.
+    """
+    picked = [own.package for own in (view, *view.others)]
+    common = () if view.common is None else view.common.packages
+    for package in (*picked, *(pick.package for pick in view.also), *common):
+        if package is not None and not package.is_good:
+            raise BudgetError(f"{package.path} is not good: {package.reason}")
 
 
 def _dry_run(console: Console, experiment: Experiment) -> None:
@@ -123,13 +172,15 @@ def _dry_run(console: Console, experiment: Experiment) -> None:
     _show_plan(console, plan)
     check_plan(plan)
     # Expected and p99 depend on the exits that images take, which is known after scoring only.
-    fastest_ms = plan.fastest_ms if experiment.budget.of == "worst" else None
-    if fastest_ms is not None and is_clear_miss(fastest_ms, plan.budget_ms):
-        raise BudgetError(
-            f"the fastest network of this space is predicted to need {format_ms(fastest_ms)}, the budget is "
-            f"{format_ms(plan.budget_ms)}. Allow more time (--set budget.ms={rounded_up(1.1 * fastest_ms)}), or "
-            "use a space with smaller networks (--set space=NAME)"
-        )
+    for own in (plan, *plan.others) if experiment.budget.of == "worst" else ():
+        if own.fastest_ms is not None and is_clear_miss(own.fastest_ms, own.budget_ms):
+            needed = rounded_up(1.1 * own.fastest_ms)
+            change = f"--set budget.ms={needed}" if own is plan else f"ms: {needed} in also_on"
+            raise BudgetError(
+                f"the fastest network of this space is predicted to need {format_ms(own.fastest_ms)} on {own.device}, "
+                f"the budget is {format_ms(own.budget_ms)}. Allow more time ({change}), or use a space with smaller "
+                "networks (--set space=NAME)"
+            )
     console.result({"experiment": experiment, "plan": plan, "about_s": plan.about_s})
 
 
@@ -151,6 +202,11 @@ def _show_plan(console: Console, plan: Plan) -> None:
         console.say(f"table:      {plan.table}: {plan.rows} rows in this space, measured as candidates need them")
     if plan.fastest_ms is not None:
         console.say(f"fastest:    {format_ms(plan.fastest_ms)} predicted, budget {format_ms(plan.budget_ms)}")
+    for other in plan.others:
+        console.say(f"device:     {other.device}")
+        console.say(f"table:      {other.table}: {other.missing} rows are to be measured")
+        if other.fastest_ms is not None:
+            console.say(f"fastest:    {format_ms(other.fastest_ms)} predicted, budget {format_ms(other.budget_ms)}")
     if not plan.phases:
         console.say("nothing to do: this run is finished")
         return

@@ -300,6 +300,19 @@ class BudgetPick:
 
 
 @dataclass(frozen=True, slots=True)
+class CommonPick:
+    """The student for all devices of a search: it keeps the deadline of each.
+
+    `student` is None where none does, and `reason` says why. `packages` has one for each device, the first one first:
+    the same model file, measured and judged on that device.
+    """
+
+    student: str | None
+    reason: str
+    packages: tuple[PackageView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class RunView:
     """A whole run. Everything but name, dates and budget has a default, so that a young run can be shown too.
 
@@ -307,6 +320,9 @@ class RunView:
     `next_id` the runner-up, `closest_id` the nearest student when nothing meets the budget; each with its reason as
     text; `also` has the picks for shorter deadlines. `provenance` maps readable names (versions, seeds, hashes) to
     values; `commands` are what to run next.
+
+    A search for several devices has a view for each, with the student for all of them in `common`; that of the first
+    one has those of the further ones in `others`. `device_name` is what the experiment calls the device.
     """
 
     name: str
@@ -340,6 +356,9 @@ class RunView:
     cpu_s: float = 0.0
     provenance: dict[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
+    device_name: str = ""
+    common: CommonPick | None = None
+    others: tuple[RunView, ...] = ()
 
     def __post_init__(self) -> None:
         if self.budget_ms is not None and not self.budget_ms > 0:

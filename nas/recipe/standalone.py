@@ -21,11 +21,12 @@ def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[
     Students are taken front by front (non-dominated rank). Of the front that does not fit as a whole, those with the
     largest hypervolume contribution are taken, one at a time, the contributions of the rest being computed anew after
     the one with the smallest has left. Both axes are scaled to the range of that front, so that neither unit rules, and
-    the reference lies one range behind both worst ends. Ties go to the lower index.
+    the reference lies one range behind both worst ends. Ties go to the lower index. With the latencies on several
+    devices the contributions to the front of each device add up.
 
     Args:
         accuracy: [N], more is better.
-        latency_ms: [N], less is better.
+        latency_ms: [N], less is better; [N, D] on D devices.
         count: how many go on; all do when there are fewer.
 
     Raises:
@@ -35,7 +36,7 @@ def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[
     chosen: list[int] = []
     rest = np.arange(len(points))
     while len(chosen) < count and len(rest):
-        on_front = non_dominated(points[rest], (True, False))
+        on_front = non_dominated(points[rest], (True, *(False,) * (points.shape[1] - 1)))
         front = rest[on_front]
         rest = rest[~on_front]
         front = _by_contribution(points, front)
@@ -45,9 +46,9 @@ def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[
 
 def _points(accuracy: ArrayLike, latency_ms: ArrayLike) -> NDArray[np.float64]:
     a, b = np.asarray(accuracy, dtype=np.float64), np.asarray(latency_ms, dtype=np.float64)
-    if a.ndim != 1 or a.shape != b.shape:
+    if a.ndim != 1 or b.ndim not in (1, 2) or len(a) != len(b):
         raise RecordError(f"promotion needs one accuracy and one latency per student, got {a.shape} and {b.shape}")
-    points = np.stack([a, b], axis=1)
+    points = np.column_stack([a, b])
     if not np.isfinite(points).all():
         row = int(np.flatnonzero(~np.isfinite(points).all(axis=1))[0])
         raise RecordError(f"promotion: student {row} has a value that is not finite: {points[row].tolist()}")
@@ -63,7 +64,9 @@ def _by_contribution(points: NDArray[np.float64], front: NDArray[np.int64]) -> l
         low, high = scaled.min(axis=0), scaled.max(axis=0)
         scaled = (scaled - low) / np.where(high > low, high - low, 1.0)
         # One range behind the worst ends: an end contributes its lead over the next one, times a whole range.
-        contribution = hypervolume_contributions(scaled, (-1.0, 2.0), (True, False))
+        axes = range(1, scaled.shape[1])
+        each = [hypervolume_contributions(scaled[:, [0, axis]], (-1.0, 2.0), (True, False)) for axis in axes]
+        contribution = np.sum(each, axis=0)
         worst = max(range(len(left)), key=lambda i: (-contribution[i], left[i]))
         removed.append(int(left.pop(worst)))
     return [int(i) for i in left] + removed[::-1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,14 @@ SCRIPT_NAME = "plotly.min.js"  # the name that plotly's own include_plotlyjs="di
 # JavaScript does not allow in strings.
 _JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
+_NO_FILE_NAME = r"[^A-Za-z0-9._-]+"
 _PRIVATE_DETAILS = ("host", "hostname", "user", "username", "node", "serial")
 
 
 def write_report(view: RunView, folder: Path) -> Path:
     """Writes `index.html` and, once, `plotly.min.js` into a folder; the path of the page.
+
+    Each further device of the run has a page beside it; all pages link to each other.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -47,13 +52,19 @@ def write_report(view: RunView, folder: Path) -> Path:
     beside = folder / SCRIPT_NAME
     if not beside.is_file() or beside.read_bytes() != script:
         write_bytes(beside, script)
-    page = folder / PAGE_NAME
-    write_text(page, render_page(view))
-    return page
+    pages = {PAGE_NAME: view} | {f"on-{re.sub(_NO_FILE_NAME, '-', own.device_name)}.html": own for own in view.others}
+    links = tuple((own, name) for name, own in pages.items()) if view.others else ()
+    for name, own in pages.items():
+        write_text(folder / name, render_page(own, links))
+    return folder / PAGE_NAME
 
 
-def render_page(view: RunView) -> str:
+def render_page(view: RunView, devices: Sequence[tuple[RunView, str]] = ()) -> str:
     """The page as text; it expects `plotly.min.js` beside it.
+
+    Args:
+        view: the run on one device.
+        devices: the views of all its devices, and the names of their pages; empty where there is one.
 
     Equal runs give equal pages. Logins, tokens and the home folder are taken out of every text.
     """
@@ -88,6 +99,7 @@ def render_page(view: RunView) -> str:
         errors=_error_rows(view),
         charts=data["figures"],
         device_rows=_device_rows(view),
+        devices=[(redacted_deep(own.device_name), own, name) for own, name in devices],
         name_of=name_of,
         format_spread=format_spread,
         notes=notes,

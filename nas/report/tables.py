@@ -90,6 +90,7 @@ def front_records(view: RunView, points: Sequence[Point] | None = None) -> list[
             "is_finished": p.is_finished,
             "on_front": p.on_front,
             "is_pick": p.id == view.pick_id,
+            "is_for_all_devices": view.common is not None and p.id == view.common.student,
             "pick_for_ms": [pick.budget_ms for pick in view.also if pick.student == p.id],
             "meets_budget": view.meets_budget(p),
         }
@@ -140,6 +141,8 @@ def notes(view: RunView, point: Point) -> list[str]:
     if point.id == view.pick_id:
         result.append("pick")
     result += [f"pick for {pick.budget_ms:g} ms" for pick in view.also if pick.student == point.id]
+    if view.common is not None and point.id == view.common.student:
+        result.append("for all devices")
     if point.id == view.next_id:
         result.append("next best")
     if point.id == view.closest_id:

@@ -19,7 +19,9 @@ from nas.core.jsonio import read_record, read_text, write_record
 from nas.core.run import (
     INTERPOLATED_MARK,
     BudgetPick,
+    CommonPick,
     DatasetView,
+    FailedCandidate,
     LatencyKind,
     PackageView,
     PipelineTimes,
@@ -39,7 +41,7 @@ from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, resolved_yaml, with_deadline
-from nas.search.finals import build_points, choose_finalists, finish
+from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
 from nas.search.plan import missing_rows, phases_of
@@ -63,15 +65,17 @@ from nas.search.progress import (
     kept_clock,
     stop_on_signals,
 )
-from nas.search.rounds import SearchParts, check_budget, current_figures, run_rounds, write_study
-from nas.search.select import closest_to_budget, pick_for_budget
+from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
+from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
 from nas.search.view import (
     CLOCK_FILE,
     OUTCOME_SCHEMA,
     PIPELINE_FILE,
     Outcome,
+    PointSource,
     experiment_of,
     failed_candidates,
+    further_name,
     load_outcome,
     load_view,
 )
@@ -84,6 +88,7 @@ def run_search(
     *,
     fork: bool = False,
     device: Device | None = None,
+    others: Sequence[Device] | None = None,
     start_workers: StartMethod = "spawn",
 ) -> RunView:
     """Searches, or resumes the search of the experiment's run folder, to its end.
@@ -93,6 +98,7 @@ def run_search(
         reporter: what is told to the user.
         fork: starts a new run folder from the experiment's one, keeping the scores that stay valid.
         device: measures; by default the one that the experiment names.
+        others: the further devices; by default those that the experiment names.
         start_workers: how worker processes come to life, see `WorkerPool`.
 
     Raises:
@@ -103,7 +109,7 @@ def run_search(
     run_dir = experiment.run_dir
     try:
         with stop_on_signals(stop, reporter):
-            inputs = load_inputs(experiment, told, device)
+            inputs = load_inputs(experiment, told, device, others)
             marks = fingerprint(inputs)
             if fork:
                 inputs = _forked(inputs, marks, reporter)
@@ -162,11 +168,14 @@ def _run(
         if (folder.path / "outcome.json").exists():
             reporter.say(f"{folder.path}: this run is finished; showing its result")
         else:
-            reporter.say(f"device {inputs.device.profile.name}")
+            for _, device in inputs.each:
+                reporter.say(f"device {device.profile.name}")
             with WorkerPool(worker_count(e), start_workers) as pool:
                 _search(inputs, folder, reporter, stop, pool, clock)
-        _export_pick(folder, inputs.device, reporter)
-        _export_others(folder, inputs.device, reporter)
+        for name, device in inputs.each:
+            _export_pick(folder.on(name), device, reporter)
+            _export_others(folder.on(name), device, reporter)
+        _export_common(folder, inputs.each, reporter)
     return load_view(folder.path)
 
 
@@ -177,38 +186,43 @@ def _search(
     e = inputs.experiment
     # The table comes first: a budget that nothing can keep shows before hours of training.
     table = open_table(e, inputs.device.profile)
-    for warning in table.warnings:
-        reporter.warn(warning)
     if table.foreign is not None:
         _tell_foreign(inputs, table, table.foreign, reporter)
-    predictor = Predictor(inputs.space, table, inputs.device, reporter, e.feedback.max_rows)
-    _tell_duration(inputs, predictor, folder, reporter)
-    predictor.prepare()
-    check_budget(predictor, e.budget, e.search.seed)
+    tables = [table, *(LatencyTable.open(Path(e.run.tables) / d.profile.name, d.profile) for d in inputs.others)]
+    _tell_duration(inputs, tables, folder, reporter)
+    targets: list[Target] = []
+    for (name, device), rows in zip(inputs.each, tables, strict=True):
+        for warning in rows.warnings:
+            reporter.warn(warning)
+        predictor = Predictor(inputs.space, rows, device, reporter, e.feedback.max_rows)
+        predictor.prepare()
+        targets.append(Target(folder.on(name), predictor, e.budget_on(name)))
+        check_budget(predictor, targets[-1].budget, e.search.seed)
     teacher, _, context = prepare_training(inputs, folder, reporter)
-    teacher_ms = teacher_latency(teacher, inputs.device, folder)
+    teacher_ms = [teacher_latency(teacher, device, folder.on(name)) for name, device in inputs.each]
+    first, *others = targets
     parts = SearchParts(
         folder,
         inputs.space,
-        predictor,
+        first.predictor,
         scoring_plan(inputs, folder, context),
         pool,
         inputs.dataset.val.labels,
-        e.budget,
+        first.budget,
         e.search,
         e.feedback,
         reporter,
         stop,
+        tuple(others),
     )
     _prepare_scorer(inputs, parts)
     run_rounds(parts)
-    outcome, students_s = _finish(inputs, parts, teacher, teacher_ms)
+    outcomes, students_s = _finish(inputs, parts, teacher, teacher_ms)
     write_study(parts)
     spent = clock.spent
-    scores_s = sum(r.cost_s for r in folder.trials())
-    write_record(
-        folder.path / "outcome.json", replace(outcome, wall_s=spent.wall_s, cpu_s=spent.cpu_s + scores_s + students_s)
-    )
+    cpu_s = spent.cpu_s + sum(r.cost_s for r in folder.trials()) + students_s
+    for own, outcome in reversed(list(zip(parts.each, outcomes, strict=True))):  # that of the first device: all is done
+        write_record(own.folder.device_path / "outcome.json", replace(outcome, wall_s=spent.wall_s, cpu_s=cpu_s))
 
 
 def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, reporter: Reporter) -> None:
@@ -220,9 +234,9 @@ def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, repo
     )
 
 
-def _tell_duration(inputs: Inputs, predictor: Predictor, folder: RunFolder, reporter: Reporter) -> None:
+def _tell_duration(inputs: Inputs, tables: Sequence[LatencyTable], folder: RunFolder, reporter: Reporter) -> None:
     e = inputs.experiment
-    missing = len(missing_rows(inputs.space, predictor.table, e.search.trials, e.feedback.max_rows))
+    missing = sum(len(missing_rows(inputs.space, t, e.search.trials, e.feedback.max_rows)) for t in tables)
     scored = sum(record.state != "failed" for record in folder.trials())
     about_s = sum(phase.about_s for phase in phases_of(inputs, missing, scored))
     reporter.say(f"roughly {format_duration(about_s)} in all, less where results are cached; parts: --dry-run")
@@ -230,35 +244,43 @@ def _tell_duration(inputs: Inputs, predictor: Predictor, folder: RunFolder, repo
 
 def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
     """The package of the pick; where its own file misses the budget, the next student becomes the pick."""
-    outcome = load_outcome(folder.path)
+    outcome = load_outcome(folder.path, folder.device)
     if outcome.pick_id is None:
         return
-    file = folder.path / "package.json"
+    file = folder.device_path / "package.json"
     if not file.exists():
-        reporter.say(f"exporting the pick {outcome.pick_id}")
+        reporter.say(f"exporting the pick {outcome.pick_id}{_on(folder)}")
     try:
         exported = read_record(PackageView, file) if file.exists() else _exported_pick(folder, device, reporter)
     except BudgetError as e:
         reporter.warn(str(e))
         reason = "its exported file, and those of all others, were measured above the budget"
         changed = replace(outcome, pick_id=None, pick_reason="", next_id=None, next_reason="")
-        write_record(folder.path / "outcome.json", replace(changed, closest_id=outcome.pick_id, closest_reason=reason))
+        changed = replace(changed, closest_id=outcome.pick_id, closest_reason=reason)
+        write_record(folder.device_path / "outcome.json", changed)
         return
     if exported.student != outcome.pick_id:  # also where an earlier call was killed between the two files
         reason = f"the best student whose exported file keeps the budget; that of {outcome.pick_id} did not"
         changed = replace(outcome, pick_id=exported.student, pick_reason=reason, next_id=None, next_reason="")
-        write_record(folder.path / "outcome.json", changed)
+        write_record(folder.device_path / "outcome.json", changed)
+
+
+def _on(folder: RunFolder) -> str:
+    return f" on {folder.device}" if folder.device else ""
 
 
 def _export_others(folder: RunFolder, device: Device, reporter: Reporter) -> None:
     """The packages of the picks for shorter deadlines; each is recorded as soon as it is there."""
-    outcome = load_outcome(folder.path)
+    outcome = load_outcome(folder.path, folder.device)
     for i, pick in enumerate(outcome.also):
         if pick.student is None or pick.package is not None:
             continue
         reporter.say(f"exporting the pick for {pick.budget_ms:g} ms, {pick.student}")
         try:
-            exported = package_view(export_student(folder.path, reporter, best_under_ms=pick.budget_ms, device=device))
+            package = export_student(
+                folder.path, reporter, best_under_ms=pick.budget_ms, on=folder.device, device=device
+            )
+            exported = package_view(package)
         except BudgetError as e:
             reporter.warn(str(e))
             reason = "the exported files of all students that keep it by their own measurement were measured above it"
@@ -268,12 +290,57 @@ def _export_others(folder: RunFolder, device: Device, reporter: Reporter) -> Non
             is_same = exported.student == pick.student
             done = replace(pick, package=exported, student=exported.student, reason=pick.reason if is_same else reason)
         outcome = replace(outcome, also=(*outcome.also[:i], done, *outcome.also[i + 1 :]))
-        write_record(folder.path / "outcome.json", outcome)
+        write_record(folder.device_path / "outcome.json", outcome)
+
+
+def _export_common(folder: RunFolder, devices: Sequence[tuple[str, Device]], reporter: Reporter) -> None:
+    """The student for all devices, as a package on each; where a file misses a deadline, the next student is taken."""
+    outcome = load_outcome(folder.path)
+    if outcome.common is None or outcome.common.student is None or outcome.common.packages:
+        return
+    views = [load_view(folder.path, name) for name, _ in devices]
+    points = [view.points for view in views]
+    budgets = [view.budget_ms or 0.0 for view in views]
+    candidates = [p.id for p in pick_for_all(points, budgets, views[0].budget_of)]
+    tried: list[str] = []
+    for student in candidates:
+        reporter.say(f"exporting {student} for all devices")
+        packages = []
+        for view, (name, device) in zip(views, devices, strict=True):
+            made = view.package if view.package is not None and view.package.student == student else None
+            package = made or _package_for_all(folder, name, device, student, reporter)
+            if isinstance(package, str):
+                tried.append(package)
+                reporter.say(f"taking the next one: {package}")
+                break
+            packages.append(package)
+        else:
+            reason = outcome.common.reason
+            if student != outcome.common.student:
+                reason = f"the best student whose exported file keeps every deadline; that of {candidates[0]} did not"
+            break
+    else:
+        student, packages = None, []
+        reason = f"no exported file keeps the deadline of every device; tried: {'; '.join(tried)}"
+        reporter.warn(reason)
+    common = CommonPick(student, reason, tuple(packages))
+    write_record(folder.path / "outcome.json", replace(outcome, common=common))
+
+
+def _package_for_all(
+    folder: RunFolder, name: str, device: Device, student: str, reporter: Reporter
+) -> PackageView | str:
+    """The package of a student on one device, or why its file misses the deadline there."""
+    try:
+        package = export_student(folder.path, reporter, only=student, on=name, device=device)
+    except BudgetError as e:
+        return f"{e}"
+    return package_view(package)
 
 
 def _exported_pick(folder: RunFolder, device: Device, reporter: Reporter) -> PackageView:
-    found = package_view(export_student(folder.path, reporter, device=device))
-    write_record(folder.path / "package.json", found)
+    found = package_view(export_student(folder.path, reporter, on=folder.device, device=device))
+    write_record(folder.device_path / "package.json", found)
     return found
 
 
@@ -291,8 +358,10 @@ def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
         )
 
 
-def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: float) -> tuple[Outcome, float]:
-    """The outcome, without its times, and the CPU seconds of the finished students."""
+def _finish(
+    inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: Sequence[float]
+) -> tuple[list[Outcome], float]:
+    """The outcome on each device, without its times, and the CPU seconds of the finished students."""
     e = inputs.experiment
     records = parts.folder.trials()
     finalists = choose_finalists(parts, records, e.finish.students)
@@ -304,33 +373,69 @@ def _finish(inputs: Inputs, parts: SearchParts, teacher: Teacher, teacher_ms: fl
         trial_of.setdefault(record.candidate.arch_id, record)
     context = open_context(parts.plan.context, inputs.dataset.resolution)
     labels = (np.asarray(context.val_labels), np.asarray(context.test_labels))
-    points, refused, sources = build_points(parts, students, e.finish, labels, trial_of)
-    picks = pick_for_budget(points, e.budget.ms, e.budget.of)
-    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], e.budget.of)
-    outcome = Outcome(
+    found, sources = build_points(parts, students, e.finish, labels, trial_of)
+    outcomes = [
+        _outcome(inputs, own, points, sources, teacher, ms, (*failed_candidates(records, own.folder.events()), *failed))
+        for own, points, ms in zip(parts.each, found, teacher_ms, strict=True)
+    ]
+    if parts.others:
+        outcomes[0] = replace(outcomes[0], common=_common_pick(parts, found))
+    return outcomes, sum(s.cost_s for s in students)
+
+
+def _outcome(
+    inputs: Inputs,
+    parts: SearchParts,
+    found: DevicePoints,
+    sources: dict[str, PointSource],
+    teacher: Teacher,
+    teacher_ms: float,
+    failed: tuple[FailedCandidate, ...],
+) -> Outcome:
+    """What the search found on one device; its times are not known yet."""
+    budget, points = parts.budget, found.points
+    picks = pick_for_budget(points, budget.ms, budget.of)
+    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], budget.of)
+    return Outcome(
         schema=OUTCOME_SCHEMA,
         status="finished",
         points=tuple(points),
-        sources=sources,
-        failed=(*failed_candidates(records, parts.folder.events()), *failed, *refused),
+        sources={p.id: sources[p.id] for p in points},
+        failed=(*failed, *found.failed),
         teacher=TeacherView(
             teacher.name, teacher.test_accuracy, "test", teacher_ms, teacher.params, teacher.macs, teacher.sha256
         ),
         dataset=_dataset_view(inputs),
-        device=inputs.device.profile,
+        device=parts.predictor.device.profile,
         pick_id=picks[0].id if picks else None,
-        pick_reason=_pick_reason(picks, e.budget.ms, e.budget.of) if picks else "",
+        pick_reason=_pick_reason(picks, budget.ms, budget.of) if picks else "",
         next_id=picks[1].id if len(picks) > 1 else None,
-        next_reason=_next_reason(picks[0], picks[1], e.budget.of) if len(picks) > 1 else "",
+        next_reason=_next_reason(picks[0], picks[1], budget.of) if len(picks) > 1 else "",
         closest_id=None if picks or closest is None else closest.id,
-        closest_reason="" if picks or closest is None else _closest_reason(closest, e.budget.ms, e.budget.of),
+        closest_reason="" if picks or closest is None else _closest_reason(closest, budget.ms, budget.of),
         wall_s=0.0,
         cpu_s=0.0,
         provenance=_provenance(inputs, teacher) | _interpolated(parts),
-        also=tuple(_pick_for(points, ms, e.budget.of) for ms in e.budget.all_ms[1:]),
+        also=tuple(_pick_for(points, ms, budget.of) for ms in budget.all_ms[1:]),
         changes=() if parts.predictor.correction is None else table_changes(parts.predictor.correction),
     )
-    return outcome, sum(s.cost_s for s in students)
+
+
+def _common_pick(parts: SearchParts, found: Sequence[DevicePoints]) -> CommonPick:
+    """The student for all devices, before it is exported."""
+    budgets = [own.budget for own in parts.each]
+    picks = pick_for_all([d.points for d in found], [b.ms for b in budgets], parts.budget.of)
+    if not picks:
+        return CommonPick(None, "no measured student keeps the deadline of every device")
+    names = [parts.predictor.device.profile.name, *(t.folder.device for t in parts.others)]
+    by_id = [{p.id: p for p in d.points} for d in found]
+    times = [
+        f"{latency_of(own[picks[0].id].latency, b.of):.4f} of {b.ms:g} ms on {name}"
+        for own, b, name in zip(by_id, budgets, names, strict=True)
+    ]
+    accuracy = 100 * (picks[0].val.top1 if picks[0].val else 0.0)
+    reason = f"{accuracy:.1f} % on validation, best of {len(picks)} that keep every deadline: {', '.join(times)}"
+    return CommonPick(picks[0].id, reason)
 
 
 def _interpolated(parts: SearchParts) -> dict[str, str]:
@@ -417,6 +522,8 @@ def export_student(
     trial: int | None = None,
     best_under_ms: float | None = None,
     of: LatencyKind | None = None,
+    only: str | None = None,
+    on: str = "",
     out: Path | None = None,
     overwrite: bool = False,
     device: Device | None = None,
@@ -433,22 +540,26 @@ def export_student(
         student: id of a point.
         trial: number of a trial whose architecture was finished.
         best_under_ms: budget, ms.
+        only: id of a point that is exported only if its file keeps the run's deadline.
+        on: the device of the run that it is for, as the experiment names it; by default the first one.
         of: which latency it limits; None: that of the run's budget.
         out: folder of the package; default `<run>/packages/<student>`, with the budget where it is not the run's.
         overwrite: replaces an existing package.
-        device: measures; by default the one that the run's experiment names.
+        device: measures; by default the one that is named by `on`.
 
     Raises:
         BudgetError: no student keeps the latency; the message names the closest.
         UsageError: nothing fits the selection.
     """
-    outcome = load_outcome(run_dir)
-    view = load_view(run_dir)
     experiment = experiment_of(run_dir)
+    budget = experiment.budget_on(on)
+    folder = RunFolder(run_dir, further_name(experiment, on))
+    outcome = load_outcome(run_dir, folder.device)
+    view = load_view(run_dir, on)
     if best_under_ms is not None:
         view = replace(view, budget_ms=best_under_ms, budget_of=of or view.budget_of)
-    candidates = _selected(view, run_dir, student, trial)
-    device = device or open_device(experiment.device)
+    candidates = [view.point(only)] if only is not None else _selected(view, run_dir, student, trial)
+    device = device or open_device(on or experiment.device)
     if device.profile.fingerprint != outcome.device.fingerprint:
         reporter.warn(
             f"this device ({device.profile.name}) is in another state than the run's ({outcome.device.name}): "
@@ -460,21 +571,21 @@ def export_student(
         return is_named or manifest.verdict != "over_budget"
 
     _rebuild_arrays(run_dir, experiment, reporter)
-    own_budget = (view.budget_ms, view.budget_of) == (experiment.budget.ms, experiment.budget.of)
+    own_budget = (view.budget_ms, view.budget_of) == (budget.ms, budget.of)
     suffix = "" if own_budget else f"-{view.budget_of}-under-{view.budget_ms:g}ms"
     missed: list[str] = []
     fastest_miss_ms = float("inf")
     for point in candidates:
         if latency_of(point.latency, view.budget_of) >= fastest_miss_ms:
             continue  # slower than one whose file missed the budget
-        folder = out or run_dir / "packages" / f"{point.id}{suffix}"
+        place = out or folder.device_path / "packages" / f"{point.id}{suffix}"
         package = export_point(
             view,
             run_dir,
             point,
             source_of(outcome.sources, point),
             device,
-            folder,
+            place,
             max_loss=experiment.finish.int8_loss,
             margin_std=experiment.budget.package_margin_std,
             overwrite=overwrite or (out is None and not is_named),

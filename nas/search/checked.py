@@ -106,6 +106,21 @@ def section_type(cls: type, keys: Sequence[str]) -> Any:
     return kind
 
 
+def _within_lists(cls: type, keys: Sequence[str]) -> Any:
+    """As `section_type`, through lists of records too: what a problem in one of them is about."""
+    kind: Any = cls
+    for key in keys:
+        kind = _hints(_record_in(kind)).get(key)
+    return _record_in(kind)
+
+
+def _record_in(kind: Any) -> Any:
+    """The record of a tuple of records; anything else is itself."""
+    inside = typing.get_args(kind)
+    is_list = typing.get_origin(kind) is tuple and inside and dataclasses.is_dataclass(inside[0])
+    return inside[0] if is_list else kind
+
+
 def key_paths(cls: type, prefix: str = "") -> list[str]:
     """All keys of a record with their path, sections included: `search`, `search.trials`, ..."""
     paths = []
@@ -123,7 +138,8 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _sections(cls: type) -> list[type]:
-    below = [kind for kind in _hints(cls).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+    kinds = [_record_in(kind) for kind in _hints(cls).values()]
+    below = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
     return [cls, *(section for kind in below for section in _sections(kind))]
 
 
@@ -139,7 +155,9 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 def _problems(cls: type, errors: Sequence[ErrorDetails], origins: Mapping[str, str]) -> list[str]:
     problems: dict[str, str] = {}  # by key: of a union's complaints about one value the first is enough
     for error in errors:
-        keys = [part for part in error["loc"][1:] if _is_key(part)]
+        *above, last = error["loc"][1:] or ("",)
+        is_unknown = error["type"] == "unexpected_keyword_argument"  # its name may be anything
+        keys = [part for part in above if _is_key(part)] + ([last] if is_unknown or _is_key(last) else [])
         path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
         message = _message(cls, error, [k for k in keys if isinstance(k, str)])
         origin = f" ({origins[path]})" if path in origins else ""
@@ -157,13 +175,13 @@ def _is_key(part: int | str) -> bool:
 def _message(cls: type, error: ErrorDetails, keys: list[str]) -> str:
     kind, given = error["type"], error["input"]
     if kind == "unexpected_keyword_argument":
-        allowed = list(_hints(section_type(cls, keys[:-1])))
+        allowed = list(_hints(_within_lists(cls, keys[:-1])))
         return f"unknown key{did_you_mean(keys[-1], allowed)} (keys: {', '.join(allowed)})"
     if kind == "missing":
-        meaning = field_meanings(section_type(cls, keys[:-1])).get(keys[-1], "")
+        meaning = field_meanings(_within_lists(cls, keys[:-1])).get(keys[-1], "")
         return f"is missing{f'; it is: {meaning}' if meaning else ''}"
     if kind == "dataclass_type":
-        allowed = list(_hints(section_type(cls, keys)))
+        allowed = list(_hints(_within_lists(cls, keys)))
         return f"expected a mapping with keys such as {', '.join(allowed[:4])}, got {_shown(given)}"
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])

@@ -18,14 +18,21 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from nas.core.errors import ConfigError, did_you_mean
+from nas.core.errors import ConfigError, UsageError, did_you_mean
 from nas.core.jsonio import to_plain
 from nas.core.run import PipelineTimes
 from nas.core.units import parse_ms
 from nas.data.records import DataSettings
 from nas.recipe.settings import StandaloneSettings, SupernetSettings
 from nas.search.checked import checked, key_paths, schema, section_type
-from nas.search.settings import BudgetSettings, FeedbackSettings, FinishSettings, RunSettings, SearchSettings
+from nas.search.settings import (
+    BudgetSettings,
+    DeviceBudget,
+    FeedbackSettings,
+    FinishSettings,
+    RunSettings,
+    SearchSettings,
+)
 from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
@@ -44,6 +51,7 @@ class Experiment:
         name: names the run and its default folder; the file's name when absent. Letters, digits, `-`, `_` and `.`.
         device: where latencies are measured; `cpu` is this machine through ONNX Runtime, one thread.
         budget: the deadline.
+        also_on: further devices and their deadlines; each has a table, a front and a pick of its own.
         data: the images.
         teacher: the accurate, slow network.
         distill: how students learn from it.
@@ -59,6 +67,7 @@ class Experiment:
     name: str = "experiment"
     device: str = "cpu"
     budget: BudgetSettings = field(default_factory=BudgetSettings)
+    also_on: tuple[DeviceBudget, ...] = ()
     data: DataSettings = field(default_factory=DataSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
@@ -74,11 +83,34 @@ class Experiment:
             raise ConfigError(
                 f"name: {self.name!r} cannot name a folder; allowed: letters, digits, '-', '_' and '.', at most 100"
             )
+        names = [self.device, *(other.device for other in self.also_on)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(
+                f"also_on: device {twice!r} appears twice; several deadlines on one device: --set budget.also_ms=[MS]"
+            )
 
     @property
     def run_dir(self) -> Path:
         """The run folder."""
         return Path(self.run.dir if self.run.dir is not None else f"runs/{self.name}")
+
+    def budget_on(self, device: str) -> BudgetSettings:
+        """The deadline on one of the run's devices; the empty name is the first one.
+
+        Raises:
+            UsageError: the run is not for this device; the message names those that it is for.
+        """
+        if device in ("", self.device):
+            return self.budget
+        for other in self.also_on:
+            if other.device == device:
+                return dataclasses.replace(self.budget, ms=other.ms, also_ms=(), total_ms=None)
+        names = [self.device, *(other.device for other in self.also_on)]
+        raise UsageError(
+            f"run {self.name} is not for device {device!r}{did_you_mean(device, names)}; its devices: "
+            f"{', '.join(names)}"
+        )
 
 
 def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
@@ -111,6 +143,10 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
     _check_one_deadline(data.get("budget"), origins, str(path))
     for key in TIME_KEYS:
         _change(data, key, partial(parse_ms, where=f"{path}: {key}"))
+    further = data.get("also_on")
+    for i, other in enumerate(further if isinstance(further, list) else ()):
+        if isinstance(other, dict):
+            _change(other, "ms", partial(parse_ms, where=f"{path}: also_on[{i}].ms"))
     experiment = checked(Experiment, data, str(path), origins)
     return dataclasses.replace(experiment, space=str(space_file(experiment.space, f"{path}: space")))
 

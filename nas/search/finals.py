@@ -6,7 +6,8 @@ Choices are made on the search validation split; the test split is read once, fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,7 +41,7 @@ from nas.recipe.finish import (
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.folder import MeasuredExit, TrialRecord
-from nas.search.rounds import SearchParts
+from nas.search.rounds import SearchParts, current_figures
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
@@ -72,8 +73,39 @@ class Variant:
         return "if" if self.candidate.exits else "plain"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class DevicePoints:
+    """The finished students as one device runs them, and those that it cannot run or measure."""
+
+    points: list[Point]
+    failed: list[FailedCandidate]
+
+
 def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
-    """Architectures whose scores, with every threshold setting, cover the front best; the most accurate among them."""
+    """Architectures whose scores, with every threshold setting, cover the front best; the most accurate among them.
+
+    Of several devices the fronts take turns, after the most accurate one that keeps the deadline of each.
+    """
+    rankings = [_ranked(own, records, count) for own in parts.each]
+    if len(rankings) > 1:
+        rankings.insert(0, _best_everywhere(parts, records))
+    in_turn = (c for place in itertools.zip_longest(*rankings) for c in place if c is not None)
+    return list(dict.fromkeys(in_turn))[:count]
+
+
+def _best_everywhere(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Candidate]:
+    """The architecture of the most accurate score that keeps the deadline of every device; empty where none does."""
+    complete = [r for r in records if r.state == "complete"]
+    late = np.zeros(len(complete), bool)
+    for own in parts.each:
+        ms = np.array([latency_of(now, own.budget.of) for now in current_figures(own, complete)])
+        late |= ms > own.budget.ms
+    inside = [r for r, is_late in zip(complete, late, strict=True) if not is_late]
+    return [max(inside, key=lambda r: r.top1 or 0.0).candidate.architecture] if inside else []
+
+
+def _ranked(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
+    """The choice for the front of one device, the most valuable first."""
     top1: list[float] = []
     latency: list[float] = []
     limited: list[float] = []
@@ -238,8 +270,11 @@ def build_points(
     settings: FinishSettings,
     split_labels: tuple[np.ndarray, np.ndarray],
     trial_of: dict[str, TrialRecord],
-) -> tuple[list[Point], list[FailedCandidate], dict[str, PointSource]]:
-    """Points of all finished students: predicted first, then measured where they may be on the front.
+) -> tuple[list[DevicePoints], dict[str, PointSource]]:
+    """Points of all finished students on each device: predicted first, then measured where they may be on a front.
+
+    What may be on the front of one device is measured on all, under the thresholds that suit any of them: the student
+    for all devices is chosen among the same points.
 
     Args:
         students: finished students.
@@ -248,49 +283,63 @@ def build_points(
         trial_of: first trial of each architecture.
     """
     everything: list[Variant] = []
-    failed: list[FailedCandidate] = []
+    refused: list[FailedCandidate] = []
     mixes = scored_mixes(parts.folder.trials())
     for student in students:
-        found, refused = variants(parts, student, settings.int8_loss, mixes)
+        found, bad = variants(parts, student, settings.int8_loss, mixes)
         everything += found
-        failed += refused
-    everything, predicted, unknown = _predicted(parts, everything)
-    failed += unknown
-    if not everything and not unknown:
+        refused += bad
+    if not everything:
         raise TrainingError(
-            f"every precision of every finished student is refused; the first: {failed[0].reason}. Allow more "
+            f"every precision of every finished student is refused; the first: {refused[0].reason}. Allow more "
             "(--set finish.int8_loss=RATIO --fork), or add fp32 to the precisions of the space"
         )
-    if not everything:
-        raise DeviceError(f"not one finished student has a latency; the first: {unknown[0].reason}. Run: nas doctor")
-    chosen = _worth_measuring(parts, everything, predicted, settings)
-    measured, broken = _measure(parts, [everything[i] for i in chosen])
-    failed += broken
-    exits = dict(zip(chosen, measured, strict=True))
-    points: dict[str, Point] = {}
+    everywhere = parts.each
+    predicted, unknown = zip(*(_predicted(own, everything) for own in everywhere), strict=True)
+    chosen: dict[int, None] = {}
+    for own, estimates in zip(everywhere, predicted, strict=True):
+        chosen |= dict.fromkeys(_worth_measuring(own, everything, estimates, settings))
+    measured, broken = zip(*(_measure(own, everything, list(chosen)) for own in everywhere), strict=True)
+    points: list[dict[str, Point]] = [{} for _ in everywhere]
     sources: dict[str, PointSource] = {}
     for i, variant in enumerate(everything):
-        for point in _points(parts.budget, variant, predicted[i], exits.get(i), settings, split_labels, trial_of):
-            points[point.id] = point
-            sources[point.id] = PointSource(variant.student, variant.cut)
-    return mark_front(list(points.values()), parts.budget.of), failed, sources
+        able = [k for k, estimates in enumerate(predicted) if i in estimates]
+        by_thresholds: dict[tuple[float, ...], ThresholdSetting] = {}
+        for k in able:
+            now = measured[k].get(i, predicted[k][i])
+            budget = everywhere[k].budget
+            for setting in _best_settings(variant.val_logits, split_labels[0], now, settings, budget):
+                by_thresholds.setdefault(setting.thresholds, setting)
+        for k in able:
+            wanted = by_thresholds.values()
+            for point in _points(variant, wanted, predicted[k][i], measured[k].get(i), split_labels, trial_of):
+                points[k][point.id] = point
+                sources[point.id] = PointSource(variant.student, variant.cut)
+    found_on = zip(everywhere, points, unknown, broken, strict=True)
+    return [
+        DevicePoints(mark_front(list(own.values()), at.budget.of), [*refused, *a, *b]) for at, own, a, b in found_on
+    ], sources
 
 
 def _predicted(
     parts: SearchParts, everything: Sequence[Variant]
-) -> tuple[list[Variant], list[LatencyEstimate], list[FailedCandidate]]:
-    """Variants with their estimates, and those that have none because a row could not be measured."""
-    kept: list[Variant] = []
-    predicted: list[LatencyEstimate] = []
+) -> tuple[dict[int, LatencyEstimate], list[FailedCandidate]]:
+    """Estimates by the number of the variant, and those that have none because a row could not be measured.
+
+    Raises:
+        DeviceError: none of them has one.
+    """
+    predicted: dict[int, LatencyEstimate] = {}
     failed: list[FailedCandidate] = []
     parts.predictor.fill([layer for variant in everything for layer in expand(variant.candidate)])  # all at once
-    for variant in everything:
+    for i, variant in enumerate(everything):
         try:
-            predicted.append(parts.predictor.estimate(variant.candidate))
-            kept.append(variant)
+            predicted[i] = parts.predictor.estimate(variant.candidate)
         except MissingRowError as e:
             failed.append(FailedCandidate(variant.candidate.id, "measuring", str(e)))
-    return kept, predicted, failed
+    if not predicted:
+        raise DeviceError(f"not one finished student has a latency; the first: {failed[0].reason}. Run: nas doctor")
+    return predicted, failed
 
 
 def _for_deadline(
@@ -328,7 +377,10 @@ def _best_settings(
 
 
 def _worth_measuring(
-    parts: SearchParts, everything: Sequence[Variant], predicted: Sequence[LatencyEstimate], settings: FinishSettings
+    parts: SearchParts,
+    everything: Sequence[Variant],
+    predicted: Mapping[int, LatencyEstimate],
+    settings: FinishSettings,
 ) -> list[int]:
     """Variants whose prediction is on the front or close behind it, those nearest to it first; then the most accurate
     student in every precision, so that what a precision gains or costs on this device is measured and not assumed.
@@ -336,8 +388,8 @@ def _worth_measuring(
     top1: list[float] = []
     latency: list[LatencyFigures] = []
     owner: list[int] = []
-    for i, (variant, estimate) in enumerate(zip(everything, predicted, strict=True)):
-        for setting in _best_settings(variant.val_logits, parts.labels, estimate, settings, parts.budget):
+    for i, estimate in predicted.items():
+        for setting in _best_settings(everything[i].val_logits, parts.labels, estimate, settings, parts.budget):
             top1.append(setting.top1)
             latency.append(figures(estimate, setting.shares))
             owner.append(i)
@@ -358,9 +410,9 @@ def _worth_measuring(
 
 
 def _measure(
-    parts: SearchParts, chosen: Sequence[Variant]
-) -> tuple[list[LatencyEstimate | None], list[FailedCandidate]]:
-    """Latency per exit of each variant with its spread, measured on the file to be deployed; None where it failed.
+    parts: SearchParts, everything: Sequence[Variant], chosen: Sequence[int]
+) -> tuple[dict[int, LatencyEstimate], list[FailedCandidate]]:
+    """Latency per exit of chosen variants with its spread, measured on the file to be deployed; those that failed.
 
     Results are kept in the run folder one by one. Students that were cut to the same network share them: latency does
     not depend on the values of weights.
@@ -368,8 +420,9 @@ def _measure(
     # What failed is tried again: the cause may have been the device, and the user may have mended it.
     known = {key: m for key, m in parts.folder.measured().items() if m.latency_ms is not None}
     jobs: dict[str, MeasureJob] = {}
-    keys = [[_exit_key(variant, k) for k in range(len(variant.candidate.exits) + 1)] for variant in chosen]
-    for variant, own in zip(chosen, keys, strict=True):
+    keys = {i: [_exit_key(everything[i], k) for k in range(len(everything[i].candidate.exits) + 1)] for i in chosen}
+    for i, own in keys.items():
+        variant = everything[i]
         if known.keys() >= set(own):
             continue
         candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
@@ -388,20 +441,19 @@ def _measure(
         parts.reporter.progress("finished students on the device", round(share * len(jobs), 1), len(jobs))
 
     parts.predictor.device.measure(list(jobs.values()), on_result=keep, progress=show)
-    times: list[LatencyEstimate | None] = []
+    times: dict[int, LatencyEstimate] = {}
     failed: list[FailedCandidate] = []
-    for variant, own in zip(chosen, keys, strict=True):
+    for i, own in keys.items():
         found = [known[key].latency_ms for key in own]
         there = [ms for ms in found if ms is not None]
         if len(there) == len(found):
             # Leaving later never takes less time; a small disorder is noise of the measurement.
             rising = tuple(float(v) for v in np.maximum.accumulate(there))
-            times.append(LatencyEstimate(rising, tuple(known[key].std_ms for key in own), 0, "measured"))
+            times[i] = LatencyEstimate(rising, tuple(known[key].std_ms for key in own), 0, "measured")
         else:
-            times.append(None)
             reason = next(known[key].error for key in own if known[key].latency_ms is None)
-            failed.append(FailedCandidate(variant.candidate.id, "measuring", reason or "no latency"))
-    if chosen and not any(times):
+            failed.append(FailedCandidate(everything[i].candidate.id, "measuring", reason or "no latency"))
+    if chosen and not times:
         raise DeviceError(f"not one finished student could be measured; the first: {failed[0].reason}. Run: nas doctor")
     return times, failed
 
@@ -411,11 +463,10 @@ def _exit_key(variant: Variant, exit_index: int) -> str:
 
 
 def _points(
-    budget: BudgetSettings,
     variant: Variant,
+    wanted: Iterable[ThresholdSetting],
     predicted: LatencyEstimate,
     measured: LatencyEstimate | None,
-    settings: FinishSettings,
     labels: tuple[np.ndarray, np.ndarray],
     trial_of: dict[str, TrialRecord],
 ) -> list[Point]:
@@ -427,7 +478,7 @@ def _points(
     if len(exit_ms) > 1:
         curve = _curve(variant, val_labels, exit_ms)
     points = []
-    for setting in _best_settings(variant.val_logits, val_labels, estimate, settings, budget):
+    for setting in wanted:
         candidate = variant.candidate.with_thresholds(setting.thresholds)
         latency = figures(estimate, setting.shares)
         if measured is not None:

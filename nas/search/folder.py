@@ -11,12 +11,14 @@
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
   outcome.json       finished students            space.yaml   the search space as it was
   report/  packages/                              package.json the package of the pick
+  devices/<name>/    of each further device: its chosen, events, measured, outcome, package and packages
 ```
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -53,7 +55,8 @@ class TrialRecord:
     """One candidate that was scored, stopped early or failed; written once, when it is decided.
 
     `exit_shares` and `exit_top1` are of the search validation split under the candidate's thresholds. `latency_ms` is
-    what was predicted when it was proposed (worst case); later estimates are computed anew from the candidate.
+    what was predicted when it was proposed (worst case), `elsewhere_ms` the same on further devices; later estimates
+    are computed anew from the candidate.
     """
 
     number: int
@@ -69,6 +72,7 @@ class TrialRecord:
     epochs: int = 0
     cost_s: float = 0.0
     reason: str = ""
+    elsewhere_ms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +93,8 @@ class Event:
 class Batch:
     """Candidates proposed together, written before they are scored: after a kill the same ones are scored to the end.
 
-    Trial numbers begin at `first` and follow the order of `genotypes`. `latency_ms` is the worst case predicted then;
-    `proposers` names what proposed each.
+    Trial numbers begin at `first` and follow the order of `genotypes`. `latency_ms` is the worst case predicted then,
+    `elsewhere_ms` that of each on every further device; `proposers` names what proposed each.
     """
 
     first: int
@@ -98,6 +102,7 @@ class Batch:
     genotypes: tuple[tuple[int, ...], ...]
     latency_ms: tuple[float, ...]
     proposers: tuple[str, ...]
+    elsewhere_ms: tuple[tuple[float, ...], ...] = ()
 
     @property
     def numbers(self) -> range:
@@ -130,10 +135,27 @@ class MeasuredExit:
 
 
 class RunFolder:
-    """Paths and append-only records of one run; made by `open_run`, which holds its lock."""
+    """Paths and append-only records of one run as one device sees it; made by `open_run`, which holds its lock.
 
-    def __init__(self, path: Path) -> None:
+    Candidates, scores and students are those of the run. What was measured, and what it led to, is the device's own.
+    """
+
+    def __init__(self, path: Path, device: str = "") -> None:
+        """Args:
+        path: the run folder.
+        device: name of a further device; the empty name is the first one.
+        """
         self.path = path
+        self.device = device
+
+    def on(self, device: str) -> RunFolder:
+        """The same run as a further device sees it."""
+        return RunFolder(self.path, device)
+
+    @property
+    def device_path(self) -> Path:
+        """Folder of the device's own records: that of the run for the first device."""
+        return self.path / "devices" / re.sub(r"[^A-Za-z0-9._-]+", "-", self.device) if self.device else self.path
 
     @property
     def students(self) -> Path:
@@ -161,28 +183,28 @@ class RunFolder:
 
     def chosen(self, round_number: int) -> Chosen | None:
         """The networks that a round measures; None where it has not come to choose them."""
-        found = read_lines(Chosen, self.path / "chosen.jsonl")
+        found = read_lines(Chosen, self.device_path / "chosen.jsonl")
         return next((c for c in found if c.round == round_number), None)
 
     def add_chosen(self, chosen: Chosen) -> None:
         """Appends a choice durably."""
-        append_line(self.path / "chosen.jsonl", chosen)
+        append_line(self.device_path / "chosen.jsonl", chosen)
 
     def measured(self) -> dict[str, MeasuredExit]:
         """Measured exits of finished students by key."""
-        return {m.key: m for m in read_lines(MeasuredExit, self.path / "measured.jsonl")}
+        return {m.key: m for m in read_lines(MeasuredExit, self.device_path / "measured.jsonl")}
 
     def add_measured(self, measured: MeasuredExit) -> None:
         """Appends a measured exit durably."""
-        append_line(self.path / "measured.jsonl", measured)
+        append_line(self.device_path / "measured.jsonl", measured)
 
     def events(self) -> tuple[Event, ...]:
         """All events, in order."""
-        return tuple(read_lines(Event, self.path / "events.jsonl"))
+        return tuple(read_lines(Event, self.device_path / "events.jsonl"))
 
     def add_event(self, event: Event) -> None:
         """Appends an event durably."""
-        append_line(self.path / "events.jsonl", event)
+        append_line(self.device_path / "events.jsonl", event)
 
 
 @contextmanager
@@ -289,6 +311,7 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: s
         file.unlink()
         for name in ("events.jsonl", "chosen.jsonl", "pipeline.json"):
             (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / "devices", ignore_errors=True)
     elif lines:
         before = read_text(settings) if settings.exists() else ""
         raise RunMismatchError(

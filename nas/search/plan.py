@@ -49,6 +49,17 @@ class Phase:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """What a search would measure on a further device, as the fields of the same names in `Plan`."""
+
+    device: str
+    table: str
+    missing: int
+    fastest_ms: float | None
+    budget_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a search would do.
 
@@ -72,6 +83,7 @@ class Plan:
     budget_ms: float
     phases: tuple[Phase, ...]
     differences: tuple[str, ...]
+    others: tuple[DevicePlan, ...] = ()
 
     @property
     def about_s(self) -> float:
@@ -96,6 +108,8 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     is_limited = max_rows is not None and len(keys) > max_rows
     is_whole = fills_whole(space) and not is_limited
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
+    others = tuple(_device_plan(inputs, name, other, reporter) for name, other in inputs.each[1:])
+    to_measure = len(missing) + sum(other.missing for other in others)
     return Plan(
         run_dir=str(experiment.run_dir),
         status=status,
@@ -108,8 +122,22 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         is_interpolated=is_limited,
         fastest_ms=None if table is None else _fastest_ms(space, table, inputs.device, reporter),
         budget_ms=experiment.budget.ms,
-        phases=() if status == "finished" else phases_of(inputs, len(missing), scored),
+        phases=() if status == "finished" else phases_of(inputs, to_measure, scored),
         differences=differences,
+        others=others,
+    )
+
+
+def _device_plan(inputs: Inputs, name: str, device: Device, reporter: Reporter) -> DevicePlan:
+    e = inputs.experiment
+    folder = Path(e.run.tables) / device.profile.name
+    table = LatencyTable.open(folder, device.profile) if (folder / "device.json").exists() else None
+    return DevicePlan(
+        device=device.profile.name,
+        table=str(folder),
+        missing=len(missing_rows(inputs.space, table, e.search.trials, e.feedback.max_rows)),
+        fastest_ms=None if table is None else _fastest_ms(inputs.space, table, device, reporter),
+        budget_ms=e.budget_on(name).ms,
     )
 
 
@@ -199,8 +227,9 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
         score_s = SCORE_OVERHEAD_S + kept * images * macs / STUDENT_TRAINING
     score_s += len(dataset.val) * macs / STUDENT_ANSWERS
     phases.append(Phase("scores", f"{todo} of {e.search.trials} candidates", todo * score_s / workers))
-    networks = e.feedback.engines(e.search.rounds)
-    phases.append(Phase("networks", f"{networks} whole networks on the device", networks * NETWORK_S))
+    networks = e.feedback.engines(e.search.rounds) * len(inputs.each)
+    where = "the device" if len(inputs.each) == 1 else f"{len(inputs.each)} devices"
+    phases.append(Phase("networks", f"{networks} whole networks on {where}", networks * NETWORK_S))
     about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
     phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
     return tuple(phases)

@@ -367,3 +367,27 @@ class BudgetFilter:
             worst, std = self.predictor.known_worst(genotypes)
             return worst + self.margin_std * std <= self.budget_ms
         return self.predictor.known_first_exit(genotypes) <= self.budget_ms
+
+
+@dataclass(frozen=True, slots=True)
+class AnyBudget:
+    """Which genotypes may be trained for several devices: those that keep the deadline of one, and run on each.
+
+    The front of each device then reaches up to its own deadline; which students keep all of them shows in the end.
+    """
+
+    filters: tuple[BudgetFilter, ...]
+
+    def keeps(self, genotype: Genotype) -> bool:
+        """Whether a genotype may be trained; rows that it needs are measured on every device."""
+        kept = [f.keeps(genotype) for f in self.filters]
+        return any(kept) and bool(self._runs(np.array([genotype]))[0])
+
+    def known(self, genotypes: np.ndarray) -> np.ndarray:
+        """The same for genotypes [N, G] at once; False where a row is missing on any device."""
+        return np.any([f.known(genotypes) for f in self.filters], axis=0) & self._runs(genotypes)
+
+    def _runs(self, genotypes: np.ndarray) -> np.ndarray:
+        if len(self.filters) == 1:
+            return np.ones(len(genotypes), bool)  # what keeps the only deadline has a latency
+        return np.all([~np.isnan(f.predictor.known_worst(genotypes)[0]) for f in self.filters], axis=0)

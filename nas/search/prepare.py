@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,12 +40,22 @@ SCORE_IMAGES = 256  # training images for batch norm and int8 ranges of a score;
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """What a run is about, before anything is trained or measured. `datasets` has one entry per resolution, rising."""
+    """What a run is about, before anything is trained or measured.
+
+    `datasets` has one entry per resolution, rising; `others` are the further devices, in the experiment's order.
+    """
 
     experiment: Experiment
     space: SearchSpace
     datasets: tuple[Dataset, ...]
     device: Device
+    others: tuple[Device, ...] = ()
+
+    @property
+    def each(self) -> tuple[tuple[str, Device], ...]:
+        """Every device with its name in the run folder, which is empty for the first one."""
+        names = (other.device for other in self.experiment.also_on)
+        return (("", self.device), *zip(names, self.others, strict=True))
 
     @property
     def dataset(self) -> Dataset:
@@ -53,30 +63,38 @@ class Inputs:
         return self.datasets[-1]
 
 
-def load_inputs(experiment: Experiment, reporter: Reporter, device: Device | None = None) -> Inputs:
+def load_inputs(
+    experiment: Experiment, reporter: Reporter, device: Device | None = None, others: Sequence[Device] | None = None
+) -> Inputs:
     """Space, data and device; all that a user can have got wrong shows here, before any long work.
 
     Args:
         experiment: from `load_experiment`.
         reporter: told how far it is.
         device: measures; by default the one that the experiment names.
+        others: the further devices; by default those that the experiment names.
 
     Raises:
         ConfigError, DataError, UsageError, DeviceError: with what to mend.
     """
     device = device or open_device(experiment.device)
+    further = [open_device(other.device) for other in experiment.also_on] if others is None else list(others)
     draft = load_space(Path(experiment.space), 2)
     datasets = []
     for resolution in sorted(draft.resolution):
         reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
         datasets.append(load_dataset(experiment.data, resolution))
     reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
-    space = replace(draft, num_classes=datasets[-1].num_classes).restricted(device.profile.precisions)
-    if space.dropped:
-        reporter.say(f"{device.profile.name} does not offer {', '.join(space.dropped)}: dropped from the space")
+    space = replace(draft, num_classes=datasets[-1].num_classes)
+    for each in (device, *further):
+        dropped = space.dropped
+        space = space.restricted(each.profile.precisions)
+        if space.dropped != dropped:
+            new = [p for p in space.dropped if p not in dropped]
+            reporter.say(f"{each.profile.name} does not offer {', '.join(new)}: dropped from the space")
     for warning in datasets[-1].warnings:
         reporter.warn(warning)
-    return Inputs(experiment, space, tuple(datasets), device)
+    return Inputs(experiment, space, tuple(datasets), device, tuple(further))
 
 
 def pipeline_times(inputs: Inputs) -> PipelineTimes | None:
@@ -91,7 +109,7 @@ def pipeline_times(inputs: Inputs) -> PipelineTimes | None:
         return None
     parts = {"preprocess": budget.preprocess, "postprocess": budget.postprocess}
     measured = tuple(name for name, value in parts.items() if value == "measured")
-    if measured and inputs.device.profile.kind == "measured" and inputs.experiment.device != "cpu":
+    if measured and inputs.device.profile.kind == "measured" and inputs.experiment.device.partition(":")[0] != "cpu":
         raise DeviceError(
             f"budget.{measured[0]}: can be measured on this machine only, and the device is "
             f"{inputs.device.profile.name}. Give milliseconds: --set budget.{measured[0]}=MS"
@@ -156,8 +174,15 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
         "calibration": f"{finish.calibration_images} images",
+        **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),
     }
+
+
+def _further(inputs: Inputs) -> dict[str, str]:
+    pairs = zip(inputs.experiment.also_on, inputs.others, strict=True)
+    lines = [f"{other.ms:g} ms on {device.profile.name} {device.profile.fingerprint}" for other, device in pairs]
+    return {"also on": "; ".join(lines)} if lines else {}
 
 
 def open_table(experiment: Experiment, profile: DeviceProfile) -> LatencyTable:

@@ -22,7 +22,7 @@ from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import WorkerPool
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord
-from nas.search.predictor import BudgetFilter, Predictor, deployed_form
+from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.select import hypervolume, stratified, worth_measuring
@@ -40,8 +40,17 @@ CLEAR_MISS = 1.25  # times the budget: further than any correction of the plain 
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """A further device of a search: its records in the run folder, its predictor, its deadline."""
+
+    folder: RunFolder
+    predictor: Predictor
+    budget: BudgetSettings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class SearchParts:
-    """What the rounds work with."""
+    """What the rounds work with; `folder`, `predictor` and `budget` are those of the first device."""
 
     folder: RunFolder
     space: SearchSpace
@@ -54,6 +63,18 @@ class SearchParts:
     feedback: FeedbackSettings
     reporter: StoppableReporter
     stop: StopFlag
+    others: tuple[Target, ...] = ()
+
+    @property
+    def each(self) -> tuple[SearchParts, ...]:
+        """The same as each device sees it, the first device first."""
+        seen = (replace(self, folder=t.folder, predictor=t.predictor, budget=t.budget, others=()) for t in self.others)
+        return (replace(self, others=()), *seen)
+
+    @property
+    def device(self) -> str:
+        """Words that name the device in messages where there are several; empty for the first one."""
+        return f" on {self.folder.device}" if self.folder.device else ""
 
     @property
     def chance(self) -> float:
@@ -70,10 +91,10 @@ def run_rounds(parts: SearchParts) -> None:
         TrainingError: several candidates in a row failed for the same reason.
         DeviceError: not one network could be measured.
     """
-    events = parts.folder.events()
-    if not any(e.kind == "first networks" for e in events):
-        _first_networks(parts)
-    finished = {e.values["round"] for e in events if e.kind == "round"}
+    for own in parts.each:
+        if not any(e.kind == "first networks" for e in own.folder.events()):
+            _first_networks(own)
+    finished = {e.values["round"] for e in parts.folder.events() if e.kind == "round"}
     sampler, reason = choose_sampler(parts.search.sampler, parts.search.trials)
     parts.reporter.say(f"sampler: {sampler} ({reason}); scorer: {parts.search.scorer}")
     for number in range(1, parts.search.rounds + 1):
@@ -165,14 +186,21 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
         records = sorted([*records, *decided], key=lambda r: r.number)
         batch = None
         _break_circuit(failures)
+    for own in reversed(parts.each):  # the first device last: its event says that the round is over
+        if not any(e.kind == "round" and e.values["round"] == number for e in own.folder.events()):
+            _end_round(own, number, records, started)
+
+
+def _end_round(parts: SearchParts, number: int, records: Sequence[TrialRecord], started: float) -> None:
+    """Measures the networks that are worth it on one device, and records the round."""
     pairs, failed = _measure_chosen(parts, records, number)
     value = search_hypervolume(parts, records)
     count = sum(r.state == "failed" for r in records)
     spent = time.monotonic() - started
     parts.folder.add_event(_round_event("round", number, len(records), count, pairs, value, spent, failed))
     parts.reporter.say(
-        f"round {number} of {parts.search.rounds}: {len(records)} candidates, hypervolume {value:.3f} (scores of "
-        "validation images, not final accuracy)"
+        f"round {number} of {parts.search.rounds}{parts.device}: {len(records)} candidates, hypervolume {value:.3f} "
+        "(scores of validation images, not final accuracy)"
     )
     _tell_measured(parts, pairs, failed)
 
@@ -181,7 +209,7 @@ def _proposer(
     parts: SearchParts, number: int, sampler: str, records: Sequence[TrialRecord], batches: Sequence[Batch]
 ) -> Proposer:
     complete = [r for r in records if r.state == "complete"]
-    budget = _budget_filter(parts)
+    budget = AnyBudget(tuple(_budget_filter(own) for own in parts.each))
     return Proposer(
         parts.space,
         sampler,
@@ -191,6 +219,7 @@ def _proposer(
         budget.known,
         _outcomes(parts, complete),
         [*(r.genotype for r in records), *(g for batch in batches for g in batch.genotypes)],
+        1 + len(parts.others),
     )
 
 
@@ -217,7 +246,8 @@ def _proposed(
     proposers: list[str] = []
     asked: dict[int, int] = {}
     if first == 0:
-        genotypes = [g for g in _ends(parts) if not proposer.seen(g)][:wanted]
+        ends = dict.fromkeys(g for own in parts.each for g in _ends(own))
+        genotypes = [g for g in ends if not proposer.seen(g)][:wanted]
         proposers = ["first"] * len(genotypes)
         proposer.mark(genotypes)
     while len(genotypes) < wanted:
@@ -229,8 +259,9 @@ def _proposed(
         proposers.append(sampler)
     if not genotypes:
         return None, {}
-    worst, _ = parts.predictor.worst(genotypes)
-    return Batch(first, round_number, tuple(genotypes), tuple(worst.tolist()), tuple(proposers)), asked
+    worst, *others = (own.predictor.worst(genotypes)[0].tolist() for own in parts.each)
+    elsewhere = tuple(zip(*others, strict=True))
+    return Batch(first, round_number, tuple(genotypes), tuple(worst), tuple(proposers), elsewhere), asked
 
 
 def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int) -> None:
@@ -317,7 +348,7 @@ def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) ->
         parts.plan,
         parts.pool,
         candidates,
-        batch.latency_ms,
+        [(ms, *elsewhere) for ms, elsewhere in zip(batch.latency_ms, _elsewhere(batch), strict=True)],
         parts.reporter.plain,
         lambda: parts.stop.is_set,
         batch.first,
@@ -332,6 +363,10 @@ def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) ->
     return decided
 
 
+def _elsewhere(batch: Batch) -> tuple[tuple[float, ...], ...]:
+    return batch.elsewhere_ms or ((),) * len(batch.genotypes)
+
+
 def _record(
     parts: SearchParts, batch: Batch, i: int, candidate: Candidate, estimate: LatencyEstimate, result: Result
 ) -> TrialRecord:
@@ -344,6 +379,7 @@ def _record(
         batch.proposers[i],
         batch.latency_ms[i],
         epochs=result.epochs,
+        elsewhere_ms=_elsewhere(batch)[i],
     )
     if isinstance(result, ScoreFailure):
         return replace(decided, reason=result.reason)
@@ -366,16 +402,17 @@ def current_figures(parts: SearchParts, records: Sequence[TrialRecord]) -> list[
 
 
 def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored]:
-    """What the sampler learns of scored candidates: accuracy and expected latency as estimated now."""
+    """What the sampler learns of scored candidates: accuracy and expected latency on each device as estimated now."""
+    everywhere = parts.each
     return [
         Scored(
             r.genotype,
             r.top1 or 0.0,
-            now.expected_ms,
-            latency_of(now, parts.budget.of) - parts.budget.ms,
+            tuple(f.expected_ms for f in now),
+            min(latency_of(f, own.budget.of) / own.budget.ms - 1 for f, own in zip(now, everywhere, strict=True)),
             r.candidate.id,
         )
-        for r, now in zip(records, current_figures(parts, records), strict=True)
+        for r, *now in zip(records, *(current_figures(own, records) for own in everywhere), strict=True)
     ]
 
 
@@ -394,7 +431,8 @@ def write_study(parts: SearchParts) -> None:
         for r in complete
     ]
     path = parts.folder.path
-    mirror(path / "study.db", path.name, parts.space, list(zip(scored, notes, strict=True)))
+    names = [own.folder.device for own in parts.each]
+    mirror(path / "study.db", path.name, parts.space, list(zip(scored, notes, strict=True)), names)
     write_record(path / "importances.json", importances(parts.space, scored))
 
 
@@ -491,7 +529,9 @@ def _round_event(
 def _tell_measured(parts: SearchParts, pairs: Sequence[PredictedMeasured], failed: Sequence[FailedCandidate]) -> None:
     if pairs:
         mape = 100 * float(np.mean([abs(p.error) for p in pairs]))
-        parts.reporter.say(f"{len(pairs)} networks measured; they had been predicted with {mape:.1f} % mean error")
+        parts.reporter.say(
+            f"{len(pairs)} networks measured{parts.device}; they had been predicted with {mape:.1f} % mean error"
+        )
     if failed:
         parts.reporter.warn(
             f"{len(failed)} networks could not be measured, the first: {failed[0].id}: {failed[0].reason}"

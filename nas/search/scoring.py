@@ -78,7 +78,7 @@ def score_batch(
     plan: ScoringPlan,
     pool: WorkerPool,
     candidates: Sequence[Candidate],
-    latency_ms: Sequence[float],
+    latency_ms: Sequence[Sequence[float]],
     reporter: Reporter,
     should_stop: Callable[[], bool],
     before: int = 0,
@@ -95,7 +95,7 @@ def score_batch(
         plan: what all jobs share.
         pool: runs them.
         candidates: the batch.
-        latency_ms: predicted worst case of each.
+        latency_ms: predicted worst case of each on every device [N, D].
         reporter: told how far it is; its `progress` must not raise, the pool looks at `should_stop`.
         should_stop: True ends the batch after the jobs that are running.
         before: candidates of earlier batches, of `planned` in all: with the supernet progress counts them too.

@@ -209,6 +209,20 @@ def pick_for_budget(points: Sequence[Point], budget_ms: float, of: LatencyKind) 
     return [p for _, _, p, _ in order]
 
 
+def pick_for_all(points: Sequence[Sequence[Point]], budgets_ms: Sequence[float], of: LatencyKind) -> list[Point]:
+    """Points of the first device that keep their budget on every device, best first: the pick for all, its runners-up.
+
+    Args:
+        points: of each device; one with the same id on two devices is the same student under the same thresholds.
+        budgets_ms: of each device.
+        of: which latency the budgets limit.
+    """
+    first, *others = (pick_for_budget(p, ms, of) for p, ms in zip(points, budgets_ms, strict=True))
+    kept = set[str].intersection({p.id for p in first}, *({p.id for p in own} for own in others))
+    # Chosen anew among those that are left: which accuracies are equal depends on the best one.
+    return pick_for_budget([p for p in first if p.id in kept], budgets_ms[0], of)
+
+
 def closest_to_budget(points: Sequence[Point], of: LatencyKind) -> Point | None:
     """The fastest point: what comes nearest when nothing keeps the budget."""
     return min(points, key=lambda p: latency_of(p.latency, of), default=None)

@@ -84,6 +84,22 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceBudget:
+    """A further device that students are searched for, with its own deadline.
+
+    `device`: where latencies are measured, named like the experiment's first device. `ms`: milliseconds of one
+    inference at batch 1; which latency that limits, and with which margins, is said in the section `budget`.
+    """
+
+    device: str
+    ms: float
+
+    def __post_init__(self) -> None:
+        if not self.ms > 0:
+            raise ConfigError(f"ms must be positive, got {self.ms}")
+
+
+@dataclass(frozen=True, slots=True)
 class SearchSettings:
     """How candidates are proposed and scored.
 

@@ -40,23 +40,36 @@ TPE_MAX_TRIALS = 300  # multivariate TPE costs 40 ms a trial at 1,000 trials and
 MAX_ASKS_PER_PROPOSAL = 30
 MAX_REFUSED_PER_SCORE = 2  # proposals over the budget that the sampler is told of, per scored candidate
 RANDOM_DRAWS = 2048  # looked at together where the sampler finds nothing: 10 ms
-CONSTRAINT = "over_budget_ms"
+CONSTRAINT = "over_budget"
 GENERATION = "NSGAIISampler:generation"  # Optuna's key of a trial's generation
 RDB_SCHEMA = 12  # layout of Optuna's database that `mirror` writes
-METRICS = ("top1", "latency_ms")
 
 optuna.logging.set_verbosity(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What the sampler learns of a scored candidate: share of right answers (maximised), milliseconds (minimised)."""
+    """What the sampler learns of a scored candidate.
+
+    `top1` is the share of right answers (maximised), `latency_ms` has the milliseconds on each device (minimised),
+    `excess` what it is over the budget, as a share of it; with several devices that of the one where it fits best.
+    """
 
     genotype: Genotype
     top1: float
-    latency_ms: float
-    excess_ms: float
+    latency_ms: tuple[float, ...]
+    excess: float
     label: str
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """One value for each objective."""
+        return (self.top1, *self.latency_ms)
+
+
+def directions(devices: int) -> list[str]:
+    """Optuna's directions of accuracy and of the latency on each device."""
+    return ["maximize", *["minimize"] * devices]
 
 
 def choose_sampler(name: SamplerName, trials: int) -> tuple[str, str]:
@@ -115,6 +128,7 @@ class Proposer:
         known_in_budget: the same for many genotypes [N, G] at once, False where the latency is not known yet.
         known: candidates scored before, with re-estimated latencies.
         seen: candidates that were proposed before, whatever became of them.
+        devices: on how many latency is an objective.
     """
 
     def __init__(
@@ -127,6 +141,7 @@ class Proposer:
         known_in_budget: Callable[[np.ndarray], np.ndarray],
         known: Iterable[Scored],
         seen: Iterable[Genotype] = (),
+        devices: int = 1,
     ) -> None:
         self.space = space
         self._distributions = distributions(space)
@@ -140,7 +155,7 @@ class Proposer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
-                directions=["maximize", "minimize"],
+                directions=directions(devices),
                 sampler=_sampler(sampler, int(self._rng.integers(2**31)), planned),
             )
         for scored in known:
@@ -219,8 +234,8 @@ class Proposer:
             self._study.tell(trial, state=TrialState.PRUNED)
             return
         self._learnt += 1
-        trial.set_constraint(CONSTRAINT, scored.excess_ms)
-        self._study.tell(trial, (scored.top1, scored.latency_ms))
+        trial.set_constraint(CONSTRAINT, scored.excess)
+        self._study.tell(trial, scored.values)
 
 
 def _sampler(name: str, seed: int, planned: int) -> optuna.samplers.BaseSampler:
@@ -235,18 +250,26 @@ def _frozen(
     space: SearchSpace, known: dict[str, BaseDistribution], scored: Scored, attributes: dict[str, Any] | None = None
 ) -> optuna.trial.FrozenTrial:
     return optuna.trial.create_trial(
-        values=(scored.top1, scored.latency_ms),
+        values=scored.values,
         params=to_params(space, scored.genotype),
         distributions=known,
-        constraints={CONSTRAINT: scored.excess_ms},
+        constraints={CONSTRAINT: scored.excess},
         user_attrs={"candidate": scored.label, **(attributes or {})},
         # NSGA-II breeds from generations; a trial without one is invisible to it, so earlier rounds would be forgotten.
         system_attrs={GENERATION: 0},
     )
 
 
-def mirror(path: Path, name: str, space: SearchSpace, trials: Sequence[tuple[Scored, dict[str, Any]]]) -> None:
+def mirror(
+    path: Path,
+    name: str,
+    space: SearchSpace,
+    trials: Sequence[tuple[Scored, dict[str, Any]]],
+    devices: Sequence[str] = ("",),
+) -> None:
     """Writes all trials as an Optuna study (SQLite), replacing the file when it is whole.
+
+    The latency on the first of `devices` is named `latency_ms`, that on any other one with the device.
 
     Rows are inserted directly where the database has the layout that this was written for: 30 trials a second are what
     `Study.add_trial` manages with 26 parameters (2026-11, Optuna 5.0), and a search of 1,000 trials would wait half a
@@ -261,10 +284,10 @@ def mirror(path: Path, name: str, space: SearchSpace, trials: Sequence[tuple[Sco
         temporary.unlink(missing_ok=True)
         storage = optuna.storages.RDBStorage(f"sqlite:///{temporary}")
         try:
-            study = optuna.create_study(storage=storage, study_name=name, directions=["maximize", "minimize"])
+            study = optuna.create_study(storage=storage, study_name=name, directions=directions(len(devices)))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(list(METRICS))
+                study.set_metric_names(["top1", "latency_ms", *(f"latency_ms on {d}" for d in devices[1:])])
         finally:
             storage.engine.dispose()
         frozen = [_frozen(space, known, scored, attributes) for scored, attributes in trials]
@@ -316,12 +339,14 @@ def _insert_rows(path: Path, trials: Sequence[optuna.trial.FrozenTrial]) -> bool
 def importances(space: SearchSpace, trials: Sequence[Scored]) -> tuple[Importance, ...]:
     """Share of each gene in the spread of accuracy and latency over the trials (PED-ANOVA); empty below 10 trials.
 
+    Of several devices it is the latency on the first one.
+
     Source: Watanabe et al. 2023, arXiv 2304.10255, as in Optuna.
     """
     if len(trials) < 10:
         return ()
     known = distributions(space)
-    study = optuna.create_study(directions=["maximize", "minimize"])
+    study = optuna.create_study(directions=directions(len(trials[0].latency_ms)))
     for scored in trials:
         study.add_trial(_frozen(space, known, scored))
     shares: list[dict[str, float]] = []

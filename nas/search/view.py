@@ -16,6 +16,7 @@ from nas.core.jsonio import from_plain, parse_json, read_record, read_text
 from nas.core.records import DeviceProfile
 from nas.core.run import (
     BudgetPick,
+    CommonPick,
     DatasetView,
     FailedCandidate,
     Importance,
@@ -70,47 +71,58 @@ class Outcome:
     provenance: dict[str, str]
     changes: tuple[TableChange, ...] = ()
     also: tuple[BudgetPick, ...] = ()
+    common: CommonPick | None = None
 
 
-def load_view(run_dir: Path) -> RunView:
+def load_view(run_dir: Path, on: str = "") -> RunView:
     """The run as its report shows it; also while it is running or after it was stopped.
 
+    Args:
+        run_dir: the run.
+        on: the device, as the experiment names it; without a name the first one, with the views of the others.
+
     Raises:
-        UsageError: the folder holds no run.
+        UsageError: the folder holds no run, or it is not for this device.
     """
     file = run_dir / "fingerprint.json"
     if not file.exists():
         raise UsageError(f"{run_dir}: not a run folder (no fingerprint.json). Run: nas search EXPERIMENT.yaml")
-    folder = RunFolder(run_dir)
     experiment = experiment_of(run_dir)
+    budget = experiment.budget_on(on)
+    folder = RunFolder(run_dir).on(further_name(experiment, on))
+    place = [other.device for other in experiment.also_on].index(on) if folder.device else None
     pipeline = run_dir / PIPELINE_FILE
     marks = parse_json(read_text(file), str(file))
     records, events = folder.trials(), folder.events()
-    outcome_file = run_dir / "outcome.json"
+    outcome_file = folder.device_path / "outcome.json"
     outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
     importance_file = run_dir / "importances.json"
     view = RunView(
         name=run_dir.name,
-        status="finished" if outcome else ("running" if is_running(run_dir) else "interrupted"),
+        status="finished"
+        if (run_dir / "outcome.json").exists()
+        else ("running" if is_running(run_dir) else "interrupted"),
         created_at=_created(file),
-        budget_ms=experiment.budget.ms,
-        budget_of=experiment.budget.of,
-        pipeline=read_record(PipelineTimes, pipeline) if pipeline.exists() else None,
+        budget_ms=budget.ms,
+        budget_of=budget.of,
+        pipeline=read_record(PipelineTimes, pipeline) if pipeline.exists() and not folder.device else None,
         space_name=Path(experiment.space).stem,
         space_size=_space_size(experiment, run_dir),
         scorer=experiment.search.scorer,
-        trials=tuple(_trial_point(r) for r in records if r.state != "failed"),
+        trials=tuple(_trial_point(r, place) for r in records if r.state != "failed"),
         failed=failed_candidates(records, events),
         predictions=tuple(pair for e in events for pair in e.pairs),
         rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
         wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
         provenance={k: str(v) for k, v in marks.items()},
         commands=(f"nas search {quote(str(run_dir / 'experiment.yaml'))}",),
+        device_name=folder.device or experiment.device,
+        others=() if folder.device else tuple(load_view(run_dir, other.device) for other in experiment.also_on),
     )
-    if outcome is None:
+    if outcome is None or view.status != "finished":
         return view
-    package = run_dir / "package.json"
-    named = quote(str(run_dir))
+    package = folder.device_path / "package.json"
+    named = quote(str(run_dir)) + (f" --on {quote(folder.device)}" if folder.device else "")
     return replace(
         view,
         device=outcome.device,
@@ -131,8 +143,14 @@ def load_view(run_dir: Path) -> RunView:
         cpu_s=outcome.cpu_s,
         provenance=outcome.provenance,
         changes=outcome.changes,
-        commands=(f"nas pareto {named}", f"nas export {named} --best-under {experiment.budget.ms:g}ms"),
+        commands=(f"nas pareto {named}", f"nas export {named} --best-under {budget.ms:g}ms"),
+        common=load_outcome(run_dir).common if folder.device else outcome.common,
     )
+
+
+def further_name(experiment: Experiment, on: str) -> str:
+    """The name of a device as run folders take it: empty for the first one."""
+    return "" if on == experiment.device else on
 
 
 def experiment_of(run_dir: Path) -> Experiment:
@@ -152,12 +170,13 @@ def _space_size(experiment: Experiment, run_dir: Path) -> int:
     return load_space(kept if kept.exists() else Path(experiment.space), 2).size
 
 
-def _trial_point(record: TrialRecord) -> TrialPoint:
+def _trial_point(record: TrialRecord, place: int | None) -> TrialPoint:
+    """A trial with its latency on the first device, or on the further device of this place."""
     return TrialPoint(
         record.number,
         record.candidate.arch_id,
         record.top1 or 0.0,
-        record.latency_ms,
+        record.latency_ms if place is None else record.elsewhere_ms[place],
         record.candidate.precision_label,
         record.epochs,
         record.round,
@@ -186,13 +205,13 @@ def _importances(file: Path) -> tuple[Importance, ...]:
     return from_plain(tuple[Importance, ...], parse_json(read_text(file), str(file)), str(file))
 
 
-def load_outcome(run_dir: Path) -> Outcome:
-    """The finished students of a run.
+def load_outcome(run_dir: Path, device: str = "") -> Outcome:
+    """The finished students of a run on its first device, or on the further device of this name.
 
     Raises:
         UsageError: the run is not finished.
     """
-    file = run_dir / "outcome.json"
+    file = RunFolder(run_dir, device).device_path / "outcome.json"
     if not file.exists():
         view = load_view(run_dir)
         raise UsageError(f"{run_dir}: this run is not finished. Go on with it: {view.commands[0]}")

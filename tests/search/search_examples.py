@@ -77,6 +77,11 @@ def write_experiment(folder: Path, cache: Path | None = None, tables: Path | Non
     return folder / "experiment.yaml"
 
 
+def simulated(name: str) -> SimulatedDevice:
+    """A further device by its name, `simulated:SEED`; rows differ by a tenth from those of the first one."""
+    return SimulatedDevice(int(name.partition(":")[2]), noise=0.1)
+
+
 @dataclass
 class Notes:
     """A reporter that remembers; `on_progress` may raise."""

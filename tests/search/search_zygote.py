@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from search_examples import simulated
 
 import nas.cli.search
 import nas.report.html
@@ -48,6 +49,7 @@ def search(arguments: Sequence[str]) -> int:
             PrintingReporter(),
             fork="--fork" in arguments,
             device=SimulatedDevice(),
+            others=[simulated(other.device) for other in experiment.also_on],
             start_workers="fork",
         )
     except NasError as e:

@@ -145,7 +145,8 @@ def finished(
 
 def built(parts: SearchParts, students: Sequence[FinishedStudent], settings: FinishSettings | None = None) -> Built:
     labels = parts.labels, np.arange(TEST) % parts.space.num_classes
-    return build_points(parts, students, settings or FinishSettings(), labels, {})
+    (found,), sources = build_points(parts, students, settings or FinishSettings(), labels, {})
+    return found.points, found.failed, sources
 
 
 def networks(parts: SearchParts) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from search_examples import Notes, write_experiment
+from search_examples import Notes, simulated, write_experiment
 
 from nas.core.errors import DeviceError, RunMismatchError
 from nas.core.records import DeviceProfile
@@ -222,6 +222,7 @@ MATTERS = {
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
     "calibration": "finish.calibration_images=17",
     "foreign table": "run.foreign_table=x",
+    "also on": 'also_on=[{"device":"simulated:1","ms":0.01}]',
 }
 # Where results go, how many processes work, and what another scorer or data set would read.
 MATTERS_NOT = (
@@ -243,7 +244,8 @@ def _marks(inputs: Inputs, *sets: str) -> dict[str, str]:
     experiment = load_experiment(Path(inputs.experiment.space).with_name("experiment.yaml"), sets)
     if any(text.startswith("data.") for text in sets):
         return fingerprint(load_inputs(experiment, Notes(), inputs.device))
-    return fingerprint(replace(inputs, experiment=experiment))
+    others = tuple(simulated(other.device) for other in experiment.also_on)
+    return fingerprint(replace(inputs, experiment=experiment, others=others))
 
 
 def _changed(before: dict[str, str], after: dict[str, str]) -> list[str]:

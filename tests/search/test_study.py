@@ -65,7 +65,7 @@ def proposer(
 def scored(space: SearchSpace, genotype: Genotype, top1: float | None = None) -> Scored:
     """Accuracy grows with the work, unless it is given."""
     work = macs(space, genotype)
-    return Scored(genotype, min(1.0, work / 8e4) if top1 is None else top1, work / 1e6, -1.0, str(genotype))
+    return Scored(genotype, min(1.0, work / 8e4) if top1 is None else top1, (work / 1e6,), -1.0, str(genotype))
 
 
 def proposals(source: Proposer, count: int, space: SearchSpace) -> list[Genotype]:
@@ -119,8 +119,8 @@ def test_earlier_outcomes_and_their_estimated_latencies_reach_the_sampler(space:
     gene = next(i for i, g in enumerate(space.genes) if g.name == "b.width")
     rng = np.random.default_rng(0)
     genotypes = list({space.sample(rng) for _ in range(60)})
-    good = [Scored(g, 0.9 if g[gene] else 0.1, 1.0, -1.0, "") for g in genotypes]
-    corrected = [Scored(g, 0.5, 9.0 if g[gene] else 1.0, -1.0, "") for g in genotypes]
+    good = [Scored(g, 0.9 if g[gene] else 0.1, (1.0,), -1.0, "") for g in genotypes]
+    corrected = [Scored(g, 0.5, (9.0 if g[gene] else 1.0,), -1.0, "") for g in genotypes]
     assert _share_of(space, sampler, good, gene, 1) > 0.7
     assert _share_of(space, sampler, corrected, gene, 1) < 0.35
 
@@ -128,8 +128,8 @@ def test_earlier_outcomes_and_their_estimated_latencies_reach_the_sampler(space:
 def test_infeasible_outcomes_lose_against_feasible_ones(space: SearchSpace) -> None:
     gene = next(i for i, g in enumerate(space.genes) if g.name == "b.width")
     rng = np.random.default_rng(1)
-    known = [Scored(g, 0.5 + 0.4 * g[gene], 1.0, 1.0 if g[gene] else -1.0, "") for g in space.sample_many(rng, 60)]
-    known = [Scored(tuple(int(v) for v in s.genotype), s.top1, s.latency_ms, s.excess_ms, "") for s in known]
+    known = [Scored(g, 0.5 + 0.4 * g[gene], (1.0,), 1.0 if g[gene] else -1.0, "") for g in space.sample_many(rng, 60)]
+    known = [Scored(tuple(int(v) for v in s.genotype), s.top1, s.latency_ms, s.excess, "") for s in known]
     assert _share_of(space, "nsga2", known, gene, 1) < 0.4
 
 
@@ -195,7 +195,7 @@ def test_mirrored_study_is_what_optuna_itself_would_have_written(
     assert [t.number for t in study.trials] == list(range(12))
     for (one, attributes), trial in zip(rows, study.trials, strict=True):
         assert trial.state == optuna.trial.TrialState.COMPLETE
-        assert trial.values == [one.top1, one.latency_ms]
+        assert trial.values == [one.top1, *one.latency_ms]
         assert trial.params == to_params(space, one.genotype)
         assert trial.distributions == distributions(space)
         assert trial.user_attrs == {"candidate": one.label, **attributes}
@@ -208,7 +208,7 @@ def test_mirror_that_cannot_be_written_leaves_the_old_one(space: SearchSpace, tm
     path = tmp_path / "study.db"
     mirror(path, "mini", space, _rows(space, 2))
     before = path.read_bytes()
-    bad = [(Scored(space.smallest(), 0.5, 1.0, -1.0, "x"), {"note": object()})]
+    bad = [(Scored(space.smallest(), 0.5, (1.0,), -1.0, "x"), {"note": object()})]
     with pytest.raises(StorageError, match=r"study\.db: the study cannot be written: .*not JSON serializable"):
         mirror(path, "mini", space, bad)
     assert path.read_bytes() == before
@@ -227,7 +227,7 @@ def test_empty_study_can_be_mirrored(space: SearchSpace, tmp_path: Path) -> None
 def test_importances_name_the_genes_that_decide(space: SearchSpace) -> None:
     gene = next(i for i, g in enumerate(space.genes) if g.name == "b.width")
     rng = np.random.default_rng(2)
-    trials = [Scored(g, 0.2 + 0.6 * g[gene], 1.0 + g[0], -1.0, "") for g in (space.sample(rng) for _ in range(60))]
+    trials = [Scored(g, 0.2 + 0.6 * g[gene], (1.0 + g[0],), -1.0, "") for g in (space.sample(rng) for _ in range(60))]
     found = importances(space, trials)
     assert max(found, key=lambda i: i.accuracy).gene == "b.width"
     assert max(found, key=lambda i: i.latency).gene == space.genes[0].name

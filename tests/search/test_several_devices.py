@@ -1,0 +1,192 @@
+"""A search for two devices at once: tables, deadlines, fronts and picks of each, and the student for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+from search_examples import Notes, Zygote, simulated, write_experiment
+
+from nas.core.errors import BudgetError, ConfigError, UsageError
+from nas.core.run import RunView, latency_of
+from nas.export.package import verify_package
+from nas.recipe.standalone import promoted
+from nas.search.api import export_student, run_search
+from nas.search.experiment import load_experiment
+from nas.search.folder import RunFolder
+from nas.search.view import load_outcome, load_view
+from nas.testing import SimulatedDevice
+
+SECOND = "simulated:1"
+FIRST_MS, SECOND_MS = 0.0068, 0.0066
+ALSO_ON = f"also_on: [{{device: '{SECOND}', ms: {SECOND_MS}}}]\n"
+
+
+def write_both(folder: Path, cache: Path | None = None) -> Path:
+    file = write_experiment(folder, cache)
+    file.write_text(file.read_text() + ALSO_ON)
+    return file
+
+
+@pytest.fixture(scope="module")
+def both(zygote: Zygote, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run for two devices."""
+    folder = tmp_path_factory.mktemp("both")
+    life = zygote.run(folder / "log", write_both(folder, finished / "cache"))
+    assert life.code == 0, (folder / "log").read_text()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def views(both: Path) -> tuple[RunView, RunView]:
+    first = load_view(both / "run")
+    (second,) = first.others
+    return first, second
+
+
+def test_each_device_has_a_table_of_its_own(both: Path) -> None:
+    rows = {p.name: (p / "rows.jsonl").read_bytes() for p in (both / "tables").iterdir()}
+    assert set(rows) == {"simulated-0", "simulated-1"}
+    assert rows["simulated-0"] != rows["simulated-1"]
+
+
+def test_the_sampler_sees_accuracy_and_the_latency_on_each_device(both: Path) -> None:
+    study = optuna.load_study(study_name="run", storage=f"sqlite:///{both / 'run' / 'study.db'}")
+    assert study.metric_names == ["top1", "latency_ms", f"latency_ms on {SECOND}"]
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
+    assert all(t.values[1] != t.values[2] for t in study.trials)
+
+
+def test_a_candidate_is_trained_when_it_keeps_the_deadline_of_one_device(both: Path) -> None:
+    records = RunFolder(both / "run").trials()
+    assert all(r.latency_ms <= FIRST_MS or r.elsewhere_ms[0] <= SECOND_MS for r in records)
+    assert all(len(r.elsewhere_ms) == 1 for r in records)
+
+
+def test_networks_are_measured_on_each_device(both: Path, views: tuple[RunView, RunView]) -> None:
+    for view, device in zip(views, ("", SECOND), strict=True):
+        events = RunFolder(both / "run", device).events()
+        assert [e.kind for e in events if e.kind != "teacher"] == ["first networks", "round", "round"]
+        assert len(view.predictions) >= 3
+    assert {p.measured_ms for p in views[0].predictions}.isdisjoint(p.measured_ms for p in views[1].predictions)
+
+
+def test_each_device_has_a_front_and_a_pick_that_keeps_its_deadline(views: tuple[RunView, RunView]) -> None:
+    for view, name, budget_ms in zip(views, ("cpu", SECOND), (FIRST_MS, SECOND_MS), strict=True):
+        assert (view.device_name, view.budget_ms, view.status) == (name, budget_ms, "finished")
+        assert view.pick_id is not None
+        pick = view.point(view.pick_id)
+        assert pick.on_front
+        assert latency_of(pick.latency, "worst") <= budget_ms
+        assert view.package is not None
+        assert view.package.student == view.pick_id
+        assert view.teacher is not None
+    assert views[0].teacher.latency_ms != views[1].teacher.latency_ms  # type: ignore[union-attr]
+    assert f"--on {SECOND}" in views[1].commands[0]
+    assert f"--on {SECOND}" in views[1].points[0].export_command
+
+
+def test_what_may_be_on_one_front_is_measured_on_both_devices(views: tuple[RunView, RunView]) -> None:
+    measured = [{p.id for p in view.points if p.latency.provenance == "measured"} for view in views]
+    assert measured[0] == measured[1] != set()
+    times = [{p.id: p.latency.worst_ms for p in view.points} for view in views]
+    assert all(times[0][i] != times[1][i] for i in measured[0])
+
+
+def test_the_student_for_all_keeps_every_deadline_with_the_same_file(views: tuple[RunView, RunView]) -> None:
+    common = views[0].common
+    assert common is not None
+    assert common.student is not None
+    for view in views:
+        assert latency_of(view.point(common.student).latency, "worst") <= (view.budget_ms or 0)
+    manifests = [verify_package(Path(p.path)).package.manifest for p in common.packages]
+    assert [m.latency.device.name for m in manifests] == ["simulated-0", "simulated-1"]
+    assert [m.budget_ms for m in manifests] == [FIRST_MS, SECOND_MS]
+    assert len({m.files["model.onnx"] for m in manifests}) == 1
+    assert all(m.verdict != "over_budget" for m in manifests)
+    assert f"of {FIRST_MS:g} ms on simulated-0" in common.reason
+    assert f"of {SECOND_MS:g} ms on {SECOND}" in common.reason
+
+
+def test_a_finished_run_shows_its_result_again_and_repeats_nothing(both: Path) -> None:
+    before = _files(both / "run")
+    notes = Notes()
+    again = run_search(
+        load_experiment(both / "run" / "experiment.yaml"),
+        notes,
+        device=SimulatedDevice(),
+        others=[simulated(SECOND)],
+    )
+    assert again.common == load_view(both / "run").common
+    assert _files(both / "run") == before
+    assert notes.said == [f"{both / 'run'}: this run is finished; showing its result"]
+
+
+def _files(folder: Path) -> Mapping[str, int]:
+    volatile = {"clock.json", "experiment.yaml", "space.yaml", "run.lock"}
+    return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in volatile}
+
+
+def test_a_student_is_exported_for_the_device_that_is_named(both: Path, tmp_path: Path) -> None:
+    student = load_outcome(both / "run", SECOND).pick_id
+    package = export_student(
+        both / "run", Notes(), student=student, on=SECOND, device=simulated(SECOND), out=tmp_path / "p"
+    )
+    assert package.manifest.latency.device.name == "simulated-1"
+    assert package.manifest.budget_ms == SECOND_MS
+
+
+def test_a_device_that_the_run_is_not_for_is_refused_with_those_that_it_is_for(both: Path) -> None:
+    with pytest.raises(UsageError, match=r"not for device 'simulated:2'; did you mean 'simulated:1'\?.*: cpu, simul"):
+        load_view(both / "run", "simulated:2")
+
+
+def test_a_deadline_that_nothing_keeps_on_the_second_device_ends_the_search_before_any_training(
+    finished: Path, tmp_path: Path
+) -> None:
+    experiment = load_experiment(
+        write_both(tmp_path, finished / "cache"), [f"also_on=[{{device: '{SECOND}', ms: 0.0001}}]"]
+    )
+    with pytest.raises(BudgetError, match=r"no candidate of space mini-16 keeps 0.0001 ms \(worst\) on simulated-1"):
+        run_search(experiment, Notes(), device=SimulatedDevice(), others=[simulated(SECOND)])
+    assert not (tmp_path / "run" / "trials.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ("{device: cpu, ms: 1}", r"also_on: device 'cpu' appears twice"),
+        ("{device: x, ms: 0}", r"also_on\[0\]: ms must be positive, got 0"),
+        (
+            "{devise: x, device: x, ms: 1}",
+            r"also_on\[0\].devise: unknown key; did you mean 'device'\? \(keys: device, ms\)",
+        ),
+        ("{device: x}", r"also_on\[0\].ms: is missing; it is: milliseconds of one inference"),
+        ("cpu:2", r"also_on\[0\]: expected a mapping with keys such as device, ms, got \"cpu:2\""),
+        ("{device: x, ms: 3 parsec}", r"also_on\[0\].ms: .*3 parsec"),
+    ],
+)
+def test_a_mistake_in_a_further_device_is_told_with_its_place(tmp_path: Path, given: str, problem: str) -> None:
+    with pytest.raises((ConfigError, UsageError), match=problem):
+        load_experiment(write_experiment(tmp_path), [f"also_on=[{given}]"])
+
+
+def test_deadlines_of_further_devices_may_have_units(tmp_path: Path) -> None:
+    experiment = load_experiment(write_experiment(tmp_path), ["also_on=[{device: x, ms: 800us}]"])
+    assert experiment.budget_on("x").ms == pytest.approx(0.8)
+    assert experiment.budget_on("") is experiment.budget
+
+
+def test_the_latency_that_counts_for_promotion_is_that_of_every_device() -> None:
+    top1 = [0.9, 0.8, 0.8, 0.7]
+    assert sorted(promoted(top1, [4.0, 2.0, 3.0, 1.0], 3)) == [0, 1, 3]
+    on_both = np.array([[4.0, 4.0], [2.0, 3.0], [3.0, 2.0], [2.5, 3.5]])
+    assert sorted(promoted(top1, on_both, 3)) == [0, 1, 2]  # the last one is slower than the second on both
+
+
+def test_resolved_settings_name_the_further_devices(both: Path) -> None:
+    resolved = load_experiment(both / "run" / "experiment.yaml")
+    assert [(o.device, o.ms) for o in resolved.also_on] == [(SECOND, SECOND_MS)]
