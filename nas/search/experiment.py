@@ -108,8 +108,8 @@ class Experiment:
                 return dataclasses.replace(self.budget, ms=other.ms, also_ms=(), total_ms=None)
         names = [self.device, *(other.device for other in self.also_on)]
         raise UsageError(
-            f"run {self.name} is not for device {device!r}{did_you_mean(device, names)}; its devices: "
-            f"{', '.join(names)}"
+            f"run {self.name} is not for device {device!r}{did_you_mean(device, names)} (its devices: "
+            f"{', '.join(names)})"
         )
 
 

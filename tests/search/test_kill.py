@@ -56,11 +56,13 @@ class Watch:
         for path in self._files("*.json"):
             parse_json(path.read_text(), str(path))
         for name, kind in LINES.items():
-            list(read_lines(kind, self.folder / "run" / name))
+            for path in self._files(f"run/**/{name}"):
+                list(read_lines(kind, path))
         numbers = [r.number for r in RunFolder(self.folder / "run").trials()]
         assert numbers == sorted(set(numbers)), "a trial was recorded twice"
-        keys = [m.key for m in read_lines(MeasuredExit, self.folder / "run" / "measured.jsonl")]
-        assert len(keys) == len(set(keys)), "a finished student was measured twice"
+        for path in self._files("run/**/measured.jsonl"):
+            keys = [m.key for m in read_lines(MeasuredExit, path)]
+            assert len(keys) == len(set(keys)), "a finished student was measured twice"
         genotypes = [g for b in RunFolder(self.folder / "run").batches() for g in b.genotypes]
         assert len(genotypes) == len(set(genotypes)), "a candidate was proposed twice"
 
@@ -94,7 +96,7 @@ class Watch:
                 assert len(once) == len(set(once)), f"{name}: measured twice"
 
     def _packages_are_whole(self) -> None:
-        for folder in self._files("run/packages/*"):
+        for folder in self._files("run/**/packages/*"):
             manifest = read_record(Manifest, folder / "manifest.json")
             for name, sha256 in manifest.files.items():
                 assert file_sha256(folder / name) == sha256, f"{folder.name}/{name}"
@@ -103,7 +105,8 @@ class Watch:
 def _counts(folder: Path) -> dict[str, object]:
     """What a run has at its end, whatever its proposals were."""
     run = folder / "run"
-    view, trials, events = load_view(run), RunFolder(run).trials(), RunFolder(run).events()
+    view, trials = load_view(run), RunFolder(run).trials()
+    events = [e for name in ("", *(own.device_name for own in view.others)) for e in RunFolder(run, name).events()]
     return {
         "status": view.status,
         "trials": len(trials),
@@ -112,7 +115,8 @@ def _counts(folder: Path) -> dict[str, object]:
         "events": [e.kind for e in events],
         "measured": [len(e.pairs) for e in events],
         "students": len(list(run.glob("students/*/finished.json"))),
-        "package": view.package is not None,
+        "packages": [own.package is not None for own in (view, *view.others)],
+        "for all": 0 if view.common is None else len(view.common.packages),
         "study": (run / "study.db").exists(),
         "left": sorted(p.name for p in run.rglob(".*.tmp-*")),
         "owner": (run / "run.owner.json").exists(),
@@ -120,12 +124,19 @@ def _counts(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize(("scorer", "kills_wanted"), [("supernet", 14), ("standalone", 8)])
+@pytest.mark.parametrize(
+    ("setting", "kills_wanted"),
+    [
+        ("search.scorer=supernet", 14),
+        ("search.scorer=standalone", 8),
+        ("also_on=[{device: 'simulated:1', ms: 0.0066}]", 10),
+    ],
+)
 def test_search_that_is_killed_again_and_again_ends_like_one_that_was_not(
-    zygote: Zygote, finished: Path, tmp_path: Path, scorer: str, kills_wanted: int
+    zygote: Zygote, finished: Path, tmp_path: Path, setting: str, kills_wanted: int
 ) -> None:
-    whole, settings = finished, [f"search.scorer={scorer}"]
-    if scorer != "supernet":
+    whole, settings = finished, [setting]
+    if setting != "search.scorer=supernet":
         whole = tmp_path / "whole"
         assert zygote.run(tmp_path / "log", write_experiment(whole), *settings).code == 0
     expected = _counts(whole)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,13 @@ import optuna
 import pytest
 from search_examples import Notes, Zygote, simulated, write_experiment
 
+from nas.cli.main import run
 from nas.core.errors import BudgetError, ConfigError, UsageError
+from nas.core.jsonio import write_record
 from nas.core.run import RunView, latency_of
 from nas.export.package import verify_package
 from nas.recipe.standalone import promoted
+from nas.report.html import write_report
 from nas.search.api import export_student, run_search
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder
@@ -130,6 +136,89 @@ def _files(folder: Path) -> Mapping[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name not in volatile}
 
 
+@pytest.mark.parametrize("place", ["after the further device's round", "before the packages"])
+def test_a_search_that_was_stopped_between_two_devices_measures_nothing_twice(
+    zygote: Zygote, finished: Path, both: Path, tmp_path: Path, place: str
+) -> None:
+    """What was there at that moment is put together from the finished run."""
+    file = write_both(tmp_path, finished / "cache")
+    shutil.copytree(both / "tables", tmp_path / "tables")
+    shutil.copytree(both / "run", tmp_path / "run")
+    main, further = tmp_path / "run", RunFolder(tmp_path / "run", SECOND).device_path
+    if place == "before the packages":
+        for folder in (main, further):
+            shutil.rmtree(folder / "packages")
+            (folder / "package.json").unlink()
+        outcome = load_outcome(main)
+        write_record(main / "outcome.json", replace(outcome, common=replace(outcome.common, packages=())))  # type: ignore[type-var]
+    else:
+        for path in (main / "outcome.json", further / "outcome.json", main / "chosen.jsonl"):
+            path.unlink()
+        lines = (main / "events.jsonl").read_text().splitlines(keepends=True)
+        (main / "events.jsonl").write_text("".join(x for x in lines if '"round":2' not in x.replace(" ", "")))
+    rows = (tmp_path / "tables" / "simulated-1" / "rows.jsonl").read_bytes()
+    before = (further / "events.jsonl").read_bytes()
+    life = zygote.run(tmp_path / "log", file)
+    assert life.code == 0, (tmp_path / "log").read_text()
+    assert (further / "events.jsonl").read_bytes() == before
+    assert (tmp_path / "tables" / "simulated-1" / "rows.jsonl").read_bytes() == rows
+    again = load_view(main)
+    assert [e.kind for e in RunFolder(main).events() if e.kind == "round"] == ["round", "round"]
+    assert again.common is not None
+    assert len(again.common.packages) == 2
+    assert all((Path(p.path) / "manifest.json").exists() for p in again.common.packages)
+
+
+def test_when_no_file_keeps_every_deadline_the_student_for_all_is_none_and_the_picks_stay(
+    both: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(both / "run", folder, ignore=shutil.ignore_patterns("packages"))
+    outcome = load_outcome(folder)
+    assert outcome.common is not None
+    write_record(folder / "outcome.json", replace(outcome, common=replace(outcome.common, packages=())))
+    (folder / "devices" / "simulated-1" / "package.json").unlink()
+    (folder / "package.json").unlink()
+    slow = SimulatedDevice(1, noise=0.1, network_factor=9.0)
+    notes = Notes()
+    experiment = load_experiment(folder / "experiment.yaml", [f"run.dir={folder}"])
+    view = run_search(experiment, notes, device=SimulatedDevice(), others=[slow])
+    assert view.common is not None
+    assert (view.common.student, view.common.packages) == (None, ())
+    assert view.common.reason.startswith("no exported file keeps the deadline of every device; tried: ")
+    assert view.pick_id is not None
+    assert view.others[0].pick_id is None
+    assert view.others[0].closest_reason == "its exported file, and those of all others, were measured above the budget"
+
+
+def test_each_device_has_a_page_of_the_report_and_they_link_to_each_other(
+    views: tuple[RunView, RunView], tmp_path: Path
+) -> None:
+    page = write_report(views[0], tmp_path)
+    texts = {p.name: p.read_text() for p in tmp_path.glob("*.html")}
+    assert page.name == "index.html"
+    assert set(texts) == {"index.html", "on-simulated-1.html"}
+    for text in texts.values():
+        assert 'href="on-simulated-1.html"' in text
+        assert 'href="index.html"' in text
+        assert "for all devices" in text
+    assert texts["index.html"].count("aria-current") == texts["on-simulated-1.html"].count("aria-current")
+    assert "simulated-1" in texts["on-simulated-1.html"]
+
+
+def test_the_front_of_each_device_is_shown_by_its_name(both: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = {}
+    for name in ("cpu", SECOND):
+        assert run(["pareto", str(both / "run"), "--on", name, "--json"]) == 0
+        shown[name] = json.loads(capsys.readouterr().out)
+    assert [shown[n]["budget_ms"] for n in shown] == [FIRST_MS, SECOND_MS]
+    assert shown["cpu"]["common"] == shown[SECOND]["common"] is not None
+    times = [{p["id"]: p["worst_ms"] for p in shown[n]["points"]} for n in shown]
+    assert all(times[0][i] != times[1][i] for i in times[0].keys() & times[1].keys())
+    assert run(["pareto", str(both / "run"), "--on", "gpu"]) == 2
+    assert f"(its devices: cpu, {SECOND})" in capsys.readouterr().err
+
+
 def test_a_student_is_exported_for_the_device_that_is_named(both: Path, tmp_path: Path) -> None:
     student = load_outcome(both / "run", SECOND).pick_id
     package = export_student(
@@ -140,7 +229,7 @@ def test_a_student_is_exported_for_the_device_that_is_named(both: Path, tmp_path
 
 
 def test_a_device_that_the_run_is_not_for_is_refused_with_those_that_it_is_for(both: Path) -> None:
-    with pytest.raises(UsageError, match=r"not for device 'simulated:2'; did you mean 'simulated:1'\?.*: cpu, simul"):
+    with pytest.raises(UsageError, match=r"not for device 'simulated:2'; did you mean 'simulated:1'\? \(its devices: cpu, simul"):
         load_view(both / "run", "simulated:2")
 
 
