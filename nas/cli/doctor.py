@@ -154,7 +154,7 @@ def check_extras() -> Check:
 
 def check_processors() -> Check:
     """Processors that this process may use."""
-    from nas.recipe.pool import usable_cores
+    from nas.devices import usable_cores
 
     count = usable_cores()
     return Check("processors", "OK", f"{count} usable; students are trained on one each (search.workers)")

@@ -145,9 +145,13 @@ def _convert_scalar(kind: Any, data: Any, where: str) -> Any:
     if kind is int and isinstance(data, int) and not isinstance(data, bool):
         return data
     if kind is float and isinstance(data, int | float) and not isinstance(data, bool):
-        if not math.isfinite(data):
+        try:
+            value = float(data)
+        except OverflowError as e:
+            raise RecordError(f"{where}: {_shown(data)} is too large") from e
+        if not math.isfinite(value):
             raise RecordError(f"{where}: {data!r} is not a finite number")
-        return float(data)
+        return value
     if kind is str and isinstance(data, str):
         return data
     if kind is type(None) and data is None:
@@ -200,6 +204,8 @@ def parse_json(text: str, where: str) -> Any:
         raise RecordError(f"{where}: not valid JSON: {e.msg} at line {e.lineno}, column {e.colno}") from e
     except RecursionError as e:
         raise RecordError(f"{where}: nested too deeply") from e
+    except ValueError as e:  # Python refuses to read whole numbers of thousands of digits
+        raise RecordError(f"{where}: {e}") from e
 
 
 def read_text(path: Path) -> str:

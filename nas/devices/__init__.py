@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+
 from nas.core.errors import UsageError, did_you_mean
 from nas.devices.base import Device
 
@@ -12,16 +15,36 @@ def open_device(name: str) -> Device:
     """The device with this name.
 
     Args:
-        name: `cpu`: the host CPU through ONNX Runtime, one thread.
+        name: `cpu`: the host CPU through ONNX Runtime, one thread; `cpu:N`: the same with N threads.
 
     Raises:
-        UsageError: there is no such device; the message names those that exist.
+        UsageError: there is no such device, or it has fewer cores; the message says what there is.
     """
-    if name == "cpu":
+    kind, colon, given = name.partition(":")
+    if kind == "cpu":
+        threads = _threads(name, given) if colon else 1
         from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu  # heavy: not needed by a command's help
 
-        return OnnxRuntimeCpu()
+        return OnnxRuntimeCpu(threads=threads)
     raise UsageError(
-        f"device {name!r} does not exist{did_you_mean(name, DEVICE_NAMES)}; devices: {', '.join(DEVICE_NAMES)}."
-        " Run: nas doctor"
+        f"device {name!r} does not exist{did_you_mean(name, DEVICE_NAMES)}; devices: {', '.join(DEVICE_NAMES)}, and "
+        "cpu:N for N threads. Run: nas doctor"
+    )
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use; those of the machine where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads(name: str, given: str) -> int:
+    cores = usable_cores()
+    if re.fullmatch("[0-9]{1,9}", given) and 1 <= int(given) <= cores:
+        return int(given)
+    more = f", or cpu:{cores} for all cores" if cores > 1 else ""
+    raise UsageError(
+        f"device {name!r}: after cpu: comes a number of threads from 1 to {cores} (the cores that this process may "
+        f"use), got {given!r}. Give cpu for one thread{more}"
     )

@@ -1,13 +1,16 @@
 """The host CPU through ONNX Runtime: every session of that runtime in this project is made here.
 
-One intra-op thread: all work is on the calling thread, so its CPU time is the latency. Two threads on a shared two-core
-host ran at 0.5-0.9 of the speed of one.
+With one intra-op thread, which is the default, all work is on the calling thread and its CPU time is the latency; more
+threads are timed by the wall clock. `run` and `op_counts` give answers and not times: they take one thread whatever the
+device has, so that the same file has the same accuracy on each of them and what works beside them keeps its cores.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +38,14 @@ from nas.devices.protocol import (
     one_line,
     session_value,
 )
+from nas.devices.watchdog import watched
 
-THREADS = 1
 PROVIDER = "CPUExecutionProvider"
 _FATAL_ONLY = 4  # log severity: errors come as exceptions, the runtime's own log would only repeat them
+_SPINNING_US = 200
+# Rounds of a row with several threads: each thread needs its core at the same time. Two fills of 120 rows differed by
+# 6-10 % (standard deviation) with 3 rounds, by 4-6 % with 6, on two cores that other programs used now and then.
+_ROW_ROUNDS = 6
 _BATCH = 64  # images in one call of `run` where the batch is dynamic: bounds the memory
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -57,24 +64,27 @@ class OnnxRuntimeCpu:
     """The host CPU as a Device. Precisions: fp32 and int8 (fp16 would run in fp32 with casts around it)."""
 
     def __init__(
-        self, settings: ProtocolSettings | None = None, *, clock: Clock | None = None, root: Path = Path("/")
+        self,
+        settings: ProtocolSettings | None = None,
+        *,
+        threads: int = 1,
+        clock: Clock | None = None,
+        root: Path = Path("/"),
     ) -> None:
         """Probes the host; the reference network is built at the first measurement.
 
         Args:
-            settings: numbers of the measuring protocol.
+            settings: numbers of the measuring protocol; its clock follows from `threads`.
+            threads: threads of one measured inference; at most the cores that this process may use.
             clock: time; tests set it.
             root: where the machine's description is read (`/proc`, `/sys`).
         """
-        self._settings = settings or ProtocolSettings()
+        if threads == 1:
+            self._settings = replace(settings or ProtocolSettings(), clock="thread_cpu")
+        else:
+            self._settings = replace(settings or ProtocolSettings(row_rounds=_ROW_ROUNDS), clock="wall")
+        self._threads = threads
         self._clock: Clock = clock or SystemClock()
-        self._profile = host_profile(
-            probe_host(root),
-            runtime="ort",
-            runtime_version=ort.__version__,
-            threads=THREADS,
-            precisions=("fp32", "int8"),
-        )
         self._root = root
         self._gate: Gate | None = None
         self._expected_ms: float | None = None
@@ -82,8 +92,14 @@ class OnnxRuntimeCpu:
 
     @property
     def profile(self) -> DeviceProfile:
-        """State of this host and runtime."""
-        return self._profile
+        """State of this host and runtime, as it is now: the governor of the clock may change at any time."""
+        return host_profile(
+            probe_host(self._root),
+            runtime="ort",
+            runtime_version=ort.__version__,
+            threads=self._threads,
+            precisions=("fp32", "int8"),
+        )
 
     def expect_reference(self, reference_ms: float | None) -> None:
         """Sets the reference network's time in earlier sessions; the gate then rejects rounds in a slower state."""
@@ -110,11 +126,17 @@ class OnnxRuntimeCpu:
             if progress is not None:
                 progress(min(1.0, steps_done / steps_total))
 
-        for batch in self._batches(jobs):
-            for index, result in self._measure_batch([(i, jobs[i]) for i in batch], gate, step):
-                results[index] = result
-                if on_result is not None:
-                    on_result(result)
+        def hung(key: str) -> None:
+            job = next(job for job in jobs if job.key == key)
+            if on_result is not None:
+                on_result(self._failed(job, f"did not return within {self._settings.hang_s:g} s"))
+
+        with watched(self._settings.hang_s, hung) as begin:
+            for batch in self._batches(jobs):
+                for index, result in self._measure_batch([(i, jobs[i]) for i in batch], gate, step, begin):
+                    results[index] = result
+                    if on_result is not None:
+                        on_result(result)
         return [results[i] for i in range(len(jobs))]
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
@@ -123,7 +145,7 @@ class OnnxRuntimeCpu:
 
     def _ready_gate(self) -> Gate:
         if self._gate is None:
-            self._gate = Gate(bound_run(reference_model(), {}), self._settings, self._clock)
+            self._gate = Gate(bound_run(reference_model(), {}, self._threads), self._settings, self._clock)
             self._gate.expect(self._expected_ms)
         return self._gate
 
@@ -139,7 +161,7 @@ class OnnxRuntimeCpu:
         return batches
 
     def _measure_batch(
-        self, batch: list[tuple[int, MeasureJob]], gate: Gate, step: Callable[[], None]
+        self, batch: list[tuple[int, MeasureJob]], gate: Gate, step: Callable[[], None], begin: Callable[[str], None]
     ) -> list[tuple[int, Measurement]]:
         sessions: dict[int, list[list[Attempt]]] = {i: [] for i, _ in batch}
         errors: dict[int, str] = {}
@@ -151,12 +173,14 @@ class OnnxRuntimeCpu:
                 left = [(i, job) for i, job in left if not agrees(self._session_ms(sessions[i]), self._settings)]
             subjects: dict[int, Subject] = {}
             for i, job in left:
+                begin(job.key)
                 try:
-                    subjects[i] = Subject(job.key, job.kind, bound_run(job.model, job.feeds))
+                    subjects[i] = Subject(job.key, job.kind, bound_run(job.model, job.feeds, self._threads))
                 except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
                     errors[i] = one_line(e)
             after_round = step if planned else None
-            measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round)
+            measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round, begin)
+            begin("")
             for i, subject in subjects.items():
                 if subject.error is not None:
                     errors[i] = subject.error
@@ -176,23 +200,42 @@ class OnnxRuntimeCpu:
         gate: Gate,
         state: tuple[float | None, float | None],
     ) -> Measurement:
+        values = () if error else self._session_ms(sessions)
+        if values and min(values) <= 0:  # coarser than a round: no latency can be told
+            error = "the clock shows no time for a whole round"
+        if error is not None:
+            return self._failed(job, error)
         self._sequence += 1
         attempts = [attempt for session in sessions for attempt in session]
-        values = () if error else self._session_ms(sessions)
         return Measurement(
             key=job.key,
             kind=job.kind,
             precision=job.precision,
-            latency_ms=None if error else min(values),
+            latency_ms=min(values),
             rounds_ms=tuple(a.samples_ms for a in attempts),
             accepted=tuple(is_accepted(a, gate, self._settings) for a in attempts),
-            clock="thread_cpu",
+            clock=self._settings.clock,
             measured_at=self._clock.utc(),
             sequence=self._sequence,
             temperature_c=state[1],
             clock_mhz=state[0],
-            error=error,
+            error=None,
             session_ms=values,
+        )
+
+    def _failed(self, job: MeasureJob, error: str) -> Measurement:
+        self._sequence += 1
+        return Measurement(
+            job.key,
+            job.kind,
+            job.precision,
+            None,
+            (),
+            (),
+            self._settings.clock,
+            self._clock.utc(),
+            self._sequence,
+            error=error,
         )
 
 
@@ -240,15 +283,15 @@ def op_counts(model: bytes) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def bound_run(model: bytes, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
-    """A function that runs the model once, inputs and outputs bound beforehand.
+def bound_run(model: bytes, feeds: Mapping[str, NDArray[np.generic]], threads: int = 1) -> Run:
+    """A function that runs the model once, inputs and outputs bound beforehand, with so many threads.
 
     Inputs that `feeds` does not name get random values that are the same every time; a dynamic batch becomes 1.
 
     Raises:
         DeviceError: a dynamic size other than the batch, an unknown input, a feed of another shape.
     """
-    session = _session(model)
+    session = _session(model, threads)
     binding = session.io_binding()
     rng = np.random.default_rng(0)
     inputs = {entry.name: entry for entry in session.get_inputs()}
@@ -269,10 +312,29 @@ def bound_run(model: bytes, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
     return lambda: run_with_binding(binding)
 
 
-def _session(model: bytes, optimised_path: Path | None = None) -> Any:
+def waiting_option(version: str) -> tuple[str, str]:
+    """How worker threads wait for work: the name and the value of a session's option in this version of the runtime.
+
+    By default they spin for many milliseconds: long after their session ran, on a core that the next one is to use.
+    Measured on two cores with 25 sessions alive, the typical round in the quietest of four repetitions, ms: the
+    reference network takes 0.301 with one thread, with two 0.317 by default and 0.203 with this limit; 0.203 also by
+    default with no other session alive, which is what a program that runs one network again and again gets. Without any
+    spinning it takes 0.302: waking a worker takes as long as the work of a small convolution. Versions that know no
+    limit (before 1.26) stop spinning after each run; that adds one waking to each: a chain of convolutions of 0.049 ms
+    takes 0.061 ms.
+    """
+    known = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    if known >= (1, 26):
+        return "session.intra_op.spin_duration_us", str(_SPINNING_US)
+    return "session.force_spinning_stop", "1"
+
+
+def _session(model: bytes, threads: int = 1, optimised_path: Path | None = None) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.inter_op_num_threads = THREADS
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if threads > 1:
+        options.add_session_config_entry(*waiting_option(ort.__version__))
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _FATAL_ONLY

@@ -5,6 +5,11 @@ of run times varies by 2-17 %, the minimum over separated rounds of their 20th p
 not help. Thread CPU time does not see preemption; the reference network in the gate sees what it cannot: a neighbour in
 the cache or on the memory bus, and a lower clock. Thread CPU time is the latency only while all work is on one thread.
 
+With several threads a sample is wall time, and the share of a core stays that of the calling thread, which works or
+spins until the others are done: it shows when that thread lost its core. Nothing shows it for the others at this
+scale: the CPU time of a process counts what runs on another core only at the scheduler's ticks (two busy threads read
+as one over 1.2 ms). A worker without a core makes the reference network slow, which the gate sees.
+
 On a busy host calm moments are short but they hold together: with 14 % of the gate's looks calm, the next look after a
 calm one was calm in 73 % and the one after ten looks (20 ms) in 53 %. So a round does not start before the gate is
 calm: looking again costs a fraction of a round, and the total of such waiting is limited.
@@ -18,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -26,6 +31,7 @@ from nas.core.errors import RecordError
 from nas.devices.base import CalmReport, JobKind
 
 Run = Callable[[], object]
+SampleClock = Literal["thread_cpu", "wall"]
 
 
 class Clock(Protocol):
@@ -68,8 +74,9 @@ class SystemClock:
 class ProtocolSettings:
     """Numbers of the protocol; the defaults were tuned on the machine named above.
 
+    clock: what a sample is timed with: `thread_cpu` while all work is on the calling thread, else `wall`.
     warmup_runs: runs before anything is timed.
-    network_round_ms, row_round_ms: length of a round, in milliseconds of CPU time.
+    network_round_ms, row_round_ms: length of a round, in milliseconds of that clock.
     network_rounds, row_rounds: rounds in one session.
     network_sessions, row_sessions: fresh sessions of the runtime.
     most_network_sessions: sessions at most, of all but rows: they go on while the two fastest differ by `agreement`.
@@ -91,9 +98,11 @@ class ProtocolSettings:
     quantile: the percentile of the run times of a round that stands for it, 0-1.
     min_sample_ns: a sample shorter than this is made of more runs (coarse clocks).
     max_inner: most runs in one sample.
+    hang_s: seconds after which a session that is being made, or a round, is taken for one that never ends.
     calibration_checks: gate checks that find the best time of the reference network before the first measurement.
     """
 
+    clock: SampleClock = "thread_cpu"
     warmup_runs: int = 3
     network_round_ms: float = 7.0
     row_round_ms: float = 2.0
@@ -121,6 +130,7 @@ class ProtocolSettings:
     quantile: float = 0.2
     min_sample_ns: int = 500
     max_inner: int = 1024
+    hang_s: float = 120.0
     calibration_checks: int = 20
 
     def __post_init__(self) -> None:
@@ -168,7 +178,7 @@ class ProtocolSettings:
 
 @dataclass(frozen=True, slots=True)
 class GateReading:
-    """One look at the reference network: median thread CPU time of its runs, and the share of a core that it got."""
+    """One look at the reference network: median time of its runs, and the share of a core that this thread got."""
 
     median_ms: float
     cpu_share: float
@@ -176,7 +186,7 @@ class GateReading:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One round: a sample per run (ms of thread CPU time), its share of a core, and the gate before it."""
+    """One round: a sample per run (ms), this thread's share of a core, and the gate before it."""
 
     samples_ms: tuple[float, ...]
     cpu_share: float
@@ -226,7 +236,7 @@ class Gate:
         return reading
 
     def _checked(self) -> GateReading:
-        first, share = timed_runs(self._reference, self._settings.gate_first_runs, 1, self._clock)
+        first, share = timed_runs(self._reference, self._settings.gate_first_runs, 1, self._clock, self._settings.clock)
         if min(first) >= self._settings.gate_drift * self.best_ms:
             return GateReading(float(np.median(first)), share)
         return self._read()
@@ -261,7 +271,7 @@ class Gate:
             self._read()
 
     def _read(self) -> GateReading:
-        samples, share = timed_runs(self._reference, self._settings.gate_runs, 1, self._clock)
+        samples, share = timed_runs(self._reference, self._settings.gate_runs, 1, self._clock, self._settings.clock)
         median_ms = float(np.median(samples))
         if median_ms > 0:  # a clock that stood still is no best time
             self._best_ms = min(self._best_ms, median_ms)
@@ -281,23 +291,27 @@ class Subject:
     error: str | None = None
 
 
-def timed_runs(run: Run, runs: int, inner: int, clock: Clock) -> tuple[tuple[float, ...], float]:
+def timed_runs(
+    run: Run, runs: int, inner: int, clock: Clock, kind: SampleClock = "thread_cpu"
+) -> tuple[tuple[float, ...], float]:
     """Times `runs` samples of `inner` calls each.
 
     Returns:
-        Thread CPU time of one call, per sample, in milliseconds; and thread CPU time over wall time of them all.
+        Time of one call, per sample, in milliseconds of the clock `kind`; and thread CPU time over wall time of them
+        all.
     """
     cpu_ns, wall_ns = clock.cpu_ns, clock.wall_ns
+    now_ns = wall_ns if kind == "wall" else cpu_ns
     samples = []
     rest = range(inner - 1)
     wall_start = wall_ns()
     cpu_start = cpu_ns()
     for _ in range(runs):
-        start = cpu_ns()
+        start = now_ns()
         run()
         for _ in rest:
             run()
-        samples.append(cpu_ns() - start)
+        samples.append(now_ns() - start)
     cpu_total = cpu_ns() - cpu_start
     wall_total = wall_ns() - wall_start
     share = min(1.0, cpu_total / wall_total) if wall_total > 0 else 0.0
@@ -314,7 +328,7 @@ def prepare(subject: Subject, settings: ProtocolSettings, clock: Clock) -> None:
     for _ in range(settings.warmup_runs):
         subject.run()
     while True:
-        samples, _ = timed_runs(subject.run, settings.warmup_runs or 1, subject.inner, clock)
+        samples, _ = timed_runs(subject.run, settings.warmup_runs or 1, subject.inner, clock, settings.clock)
         median_ms = float(np.median(samples))
         if median_ms * subject.inner * 1e6 >= settings.min_sample_ns:
             break
@@ -334,17 +348,21 @@ def measure_interleaved(
     settings: ProtocolSettings,
     clock: Clock,
     after_round: Callable[[], None] | None = None,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Fills `attempts` of all subjects in round-robin rounds. A subject that raises gets an `error` and is left out.
 
-    A disturbed round is kept and repeated, at most `settings.retries` times and while the waiting time lasts.
+    A disturbed round is kept and repeated, at most `settings.retries` times and while the waiting time lasts. `begin`
+    is told the key of a subject before its warm-up and before each of its rounds.
     """
     patience = Patience(subjects, settings)
     for subject in subjects:
+        begin(subject.key)
         if subject.error is None:
             _guarded(subject, lambda s=subject: prepare(s, settings, clock))  # type: ignore[misc]
     for number in range(max((settings.rounds(s.kind) for s in subjects), default=0)):
         for subject in subjects:
+            begin(subject.key)
             if subject.error is None and number < settings.rounds(subject.kind):
                 _guarded(subject, lambda s=subject: _round(s, gate, settings, clock, patience))  # type: ignore[misc]
             if after_round is not None:
@@ -374,7 +392,7 @@ def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Cloc
             reading = gate.check()
         waited = clock.wall_ns()
         patience.spend(began, waited)
-        samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock)
+        samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock, settings.clock)
         attempt = Attempt(samples, share, reading)
         subject.attempts.append(attempt)
         if is_accepted(attempt, gate, settings) or patience.left_ns <= 0:
@@ -398,7 +416,7 @@ def _guarded(subject: Subject, step: Callable[[], None]) -> None:
 
 def one_line(error: BaseException) -> str:
     """Type and message of an exception in one line of bounded length."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split()).encode(errors="backslashreplace").decode()
     return text if len(text) <= 500 else text[:497] + "..."
 
 

@@ -1,7 +1,8 @@
 """Lines of a table's files: how a row or a network is written, read back and checked.
 
-A line is `{"check":"<16 hex digits>","row":{...}}`; the check is the start of the SHA-256 of the text of the row, so a
-number changed by hand is noticed. What is read must be possible at all: key, units, samples and value fit together.
+A line is `{"check":"<16 hex digits>","row":{...}}`; the check is the start of the SHA-256 of the device state's
+fingerprint and the text of the row, so a number or a state changed by hand is noticed, and a row that was copied from
+the table of another state. What is read must be possible at all: key, units, samples and value fit together.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ FIXED_KEYS = (
     *(streaming_key(megabytes, cached=cached) for megabytes in STREAMING_MB for cached in (False, True)),
 )
 
+LARGEST_MS = 1e9  # eleven days: no run of a network
 _LINE = re.compile(r'\{"check":"([0-9a-f]{16})","row":(.*)\}', re.DOTALL)
 
 
@@ -66,25 +68,26 @@ def network_key(candidate: Candidate, form: NetworkForm) -> str:
     return f"{candidate.with_thresholds((None,) * len(candidate.exits)).id}|{form}"
 
 
-def line_of(value: Measurement | MeasuredNetwork) -> dict[str, Any]:
-    """What is appended for a row or a network, as plain JSON types."""
+def line_of(value: Measurement | MeasuredNetwork, state: str) -> dict[str, Any]:
+    """What is appended for a row or a network of a device state (its fingerprint), as plain JSON types."""
     plain = to_plain(value)
-    return {"check": _check_of(canonical_json(plain)), "row": plain}
+    return {"check": _check_of(canonical_json(plain), state), "row": plain}
 
 
-def content_of(line: str, where: str) -> tuple[Any, bool]:
-    """Content of a line, and whether it is as it was measured (False: changed by hand).
+def content_of(line: str, where: str, state: str) -> tuple[Any, bool]:
+    """Content of a line, and whether it is as it was measured (False: changed by hand, or in another state).
 
     Args:
         line: without its newline.
         where: file and line number, the beginning of every message.
+        state: fingerprint of the device state that the table holds for.
 
     Raises:
         RecordError: the line is damaged.
     """
     match = _LINE.fullmatch(line)
     if match is not None:
-        return parse_json(match[2], where), _check_of(match[2]) == match[1]
+        return parse_json(match[2], where), _check_of(match[2], state) == match[1]
     outer = parse_json(line, where)
     if not isinstance(outer, dict) or set(outer) != {"check", "row"}:
         raise RecordError(f"{where}: expected the fields check and row; remove the line or restore the file")
@@ -138,8 +141,8 @@ def _take_samples(data: Any, where: str) -> tuple[tuple[float, ...], ...]:
     for i, samples in enumerate(rounds):
         if not isinstance(samples, list) or not all(type(s) in (float, int) for s in samples):
             raise RecordError(f"{where}.rounds_ms[{i}]: expected a list of numbers")
-        if samples and not (min(samples) >= 0 and max(samples) < float("inf")):
-            raise RecordError(f"{where}.rounds_ms[{i}]: samples must be finite and not negative")
+        if samples and not (min(samples) >= 0 and max(samples) < LARGEST_MS):
+            raise RecordError(f"{where}.rounds_ms[{i}]: samples must be times of less than {LARGEST_MS:g} ms")
     data["rounds_ms"] = [[]] * len(rounds)
     return tuple(tuple(map(float, samples)) for samples in rounds)
 
@@ -186,6 +189,8 @@ def _check_value(m: Measurement, macs: int | None) -> None:
     reason = implausible(m.latency_ms, macs)
     if reason is not None:
         raise RecordError(f"{m.key}: {reason}")
+    if not all(0 < s < LARGEST_MS for s in m.session_ms):
+        raise RecordError(f"{m.key}: session_ms must be times of less than {LARGEST_MS:g} ms, got {list(m.session_ms)}")
     samples = [s for r in m.rounds_ms for s in r]
     if samples and not min(samples) * 0.999 <= m.latency_ms <= max(samples) * 1.001:
         raise RecordError(
@@ -194,5 +199,5 @@ def _check_value(m: Measurement, macs: int | None) -> None:
         )
 
 
-def _check_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _check_of(text: str, state: str) -> str:
+    return hashlib.sha256(f"{state} {text}".encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from nas.core.jsonio import canonical_json, write_record, write_text
 from nas.core.records import DeviceProfile, Measurement
 from nas.latency.lines import MeasuredNetwork, check_network, check_row, line_of
 from nas.latency.table import DeviceFile
+
+STALE_S = 3600.0  # nobody needs an hour to write a table
 
 
 def refuse_existing(folder: Path) -> None:
@@ -55,12 +58,15 @@ def write_table(
     row_lines, network_lines = [], []
     for row in rows:
         check_row(row)
-        row_lines.append(canonical_json(line_of(row)))
+        row_lines.append(canonical_json(line_of(row, profile.fingerprint)))
     for network in networks:
         check_network(network)
-        network_lines.append(canonical_json(line_of(network)))
+        network_lines.append(canonical_json(line_of(network, profile.fingerprint)))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{folder.name}.tmp-*"):  # of a process that was killed
+            if time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
         staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-"))
     except OSError as e:
         raise StorageError(f"{folder}: cannot be written: {e.strerror or e}. Choose another folder by --out DIR") from e

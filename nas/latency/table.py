@@ -70,6 +70,7 @@ UNSTABLE_ROW_STD = 0.05
 LEAST_NET_SHARE = 0.05  # a row keeps at least this share of its time when the overhead is taken off
 FOREIGN_ROW_STD = 0.3  # of a row that another device state has, after scaling by the reference network
 SYNC_EVERY_S = 0.5  # at most so much measuring is lost when the machine loses power; nothing when the process dies
+BEGIN_WAIT_S = 30.0  # for another process that begins the same table, which takes milliseconds
 SLOW_STATE = 1.05  # a reference network this much slower than at best shows a machine in another state
 
 
@@ -108,6 +109,7 @@ class LatencyTable:
         self._tried: dict[str, int] = {}  # sequence number of the last measurement of each row and network
         self._least: dict[str, float] = {}  # of the fixed rows: looked up for every row
         self._edited: list[str] = []
+        self._torn: dict[str, int] = {}  # file -> bytes of a last line that was not written to its end
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
         self._sequence = 0
         self._unsynced: set[str] = set()  # files with lines that a power failure could take
@@ -133,14 +135,7 @@ class LatencyTable:
         """
         path = folder / "device.json"
         if not path.exists():
-            leftover = [n for n in ("rows.jsonl", "networks.jsonl") if (folder / n).exists()]
-            if leftover:
-                raise RecordError(
-                    f"{folder}: {leftover[0]} is there but device.json is missing, so nobody knows what its numbers"
-                    " hold for. Restore device.json or choose another folder"
-                )
-            write_record(path, DeviceFile(profile, _now()))
-            write_text(folder / "README.md", _readme(profile))
+            cls._begin(folder, profile)
         stored = _device_file(path)
         lines = difference_lines(stored.profile, profile)
         if lines:
@@ -152,6 +147,27 @@ class LatencyTable:
                 f" --set run.tables=DIR --allow-foreign-table {quote(str(folder))}"
             )
         return cls(folder, stored.profile, writable=True)
+
+    @staticmethod
+    def _begin(folder: Path, profile: DeviceProfile) -> None:
+        """Writes device.json where there is none; of two processes that begin one table the first one decides."""
+        leftover = [n for n in ("rows.jsonl", "networks.jsonl") if (folder / n).exists()]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(str(folder / ".lock"), timeout=BEGIN_WAIT_S):
+                if (folder / "device.json").exists():
+                    return
+                if leftover:
+                    raise RecordError(
+                        f"{folder}: {leftover[0]} is there but device.json is missing, so nobody knows what its numbers"
+                        " hold for. Restore device.json or choose another folder"
+                    )
+                write_text(folder / "README.md", _readme(profile))
+                write_record(folder / "device.json", DeviceFile(profile, _now()))
+        except filelock.Timeout as e:
+            raise StorageError(f"{folder}: another process begins a table here and does not come to an end") from e
+        except OSError as e:
+            raise StorageError(f"{folder}: cannot be written: {e.strerror or e}. Choose another folder") from e
 
     @classmethod
     def read(cls, folder: Path) -> LatencyTable:
@@ -261,11 +277,18 @@ class LatencyTable:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know before trusting the numbers, a line each."""
+        torn = tuple(
+            f"{self._folder / name}: the last line is torn after {count} bytes, because writing it was interrupted. It"
+            " is left out; nothing else is lost"
+            for name, count in self._torn.items()
+            if count
+        )
         if not self._edited:
-            return ()
+            return torn
         return (
-            f"{len(self._edited)} entries of the table are not as measured, the first: {self._edited[0]}. They are"
-            " used; take the lines out to have them measured again",
+            f"{len(self._edited)} entries of the table are not as measured, or not in this device state, the first:"
+            f" {self._edited[0]}. They are used; take the lines out to have them measured again",
+            *torn,
         )
 
     @property
@@ -477,6 +500,8 @@ class LatencyTable:
         holder = self._folder / ".lock-holder.json"
         try:
             write_record(holder, LockHolder(os.getpid(), socket.gethostname(), _boot_id(), _now()))
+            for left in self._folder.glob(".*.tmp-*"):  # half-written by a process that was killed: the lock is held
+                left.unlink(missing_ok=True)
             self.refresh()
             yield
         finally:
@@ -580,7 +605,7 @@ class LatencyTable:
 
     def _append(self, name: str, value: Measurement | MeasuredNetwork) -> None:
         path = self._folder / name
-        append_line(path, line_of(value), sync=False)
+        append_line(path, line_of(value, self._profile.fingerprint), sync=False)
         self._unsynced.add(name)
         if time.monotonic() - self._synced_s >= SYNC_EVERY_S:  # results that come in bursts share one
             self._sync()
@@ -601,11 +626,12 @@ class LatencyTable:
         for line in whole.decode("utf-8", errors="replace").split("\n")[:-1]:
             number += 1
             if line.strip():
-                row, as_measured = content_of(line, f"{path}:{number}")
+                row, as_measured = content_of(line, f"{path}:{number}", self._profile.fingerprint)
                 if not as_measured:
                     self._edited.append(f"{path}:{number}")
                 yield number, row
         self._read_to[name] = (start + len(whole), number)
+        self._torn[name] = len(data) - len(whole)
 
     def _take_row(self, row: Measurement) -> None:
         self._sequence = max(self._sequence, row.sequence)
@@ -665,10 +691,11 @@ def _replaces(new: Measurement, old: Measurement | None) -> bool:
 
 
 def _device_file(path: Path) -> DeviceFile:
-    stored = read_record(DeviceFile, path)
-    if stored.version != TABLE_VERSION:
-        raise RecordError(f"{path}: table version {stored.version}, this program reads {TABLE_VERSION}")
-    return stored
+    data = parse_json(read_text(path), str(path))
+    version = data.get("version") if isinstance(data, dict) else None
+    if version is not None and version != TABLE_VERSION:  # before its fields, which may be others
+        raise RecordError(f"{path}: table version {version}, this program reads {TABLE_VERSION}")
+    return from_plain(DeviceFile, data, str(path))
 
 
 def _bytes_from(path: Path, start: int) -> bytes:
@@ -716,11 +743,12 @@ Written by the program; the numbers hold for one device state only.
   with every sample. `latency_ms` contains the overhead of one call, which the row `overhead` gives; the row `gate` is
   the decision at an early exit, and the rows `weights-...` what it costs that weights do not stay in the cache. Lines
   are only appended; the newest of a key counts, unless it was disturbed and is slower. `check` is the start of the
-  SHA-256 of the text of `row`.
+  SHA-256 of the state's fingerprint, a blank and the text of `row`.
 - `networks.jsonl`: whole networks that were measured, with their architecture.
 - `correction.json`: what those networks taught about sums of rows, with the evidence. It is computed from the other two
   files and may be deleted.
-- All times are milliseconds. `clock` says which clock: `thread_cpu` is the CPU time of the one thread that computes.
+- All times are milliseconds. `clock` says which clock: `thread_cpu` is the CPU time of the one thread that computes,
+  `wall` the time that passes, where several threads do.
 - `accepted` says which rounds were calm. A row without a calm round is still used, and counts as less certain.
 - Protocol: rounds of runs, interleaved with those of other rows; before each round a small reference network (row
   `reference`) shows whether the machine is calm; the value of a round is the 20th percentile of its samples, the value

@@ -48,7 +48,7 @@ def verify_table(folder: Path) -> tuple[Problem, ...]:
     if not path.exists():
         raise StorageError(f"{folder}: no latency table here (device.json is missing). Run: nas measure --space NAME")
     problems = [*_device_problems(path)]
-    looked = _Lines()
+    looked = _Lines(None if problems else read_record(DeviceFile, path).profile.fingerprint)
     for name in ("rows.jsonl", "networks.jsonl"):
         problems += looked.read(folder / name, is_network=name == "networks.jsonl")
     problems += looked.contradictions()
@@ -87,7 +87,9 @@ def _device_problems(path: Path) -> Iterator[Problem]:
 class _Lines:
     """Lines of rows.jsonl and networks.jsonl as they are read, for what shows in several of them only."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: str | None) -> None:
+        """`state`: fingerprint of the table's device state; None where that cannot be read, and no checksum either."""
+        self._state = state
         self._sequences: dict[int, str] = {}
         self._rows: dict[str, list[tuple[str, Measurement]]] = {}
 
@@ -106,7 +108,7 @@ class _Lines:
 
     def _line(self, line: bytes, place: str, is_network: bool) -> Iterator[Problem]:
         try:
-            data, as_measured = content_of(line.decode(), place)
+            data, as_measured = content_of(line.decode(), place, self._state or "")
             measurement = network_of(data, place).measurement if is_network else row_of(data, place)
         except UnicodeDecodeError as e:
             yield Problem(place, f"byte {e.start} is not UTF-8", "delete the line; the row is measured again")
@@ -116,10 +118,10 @@ class _Lines:
             fix = "update this program if a newer one wrote the line, else " if newer else ""
             yield Problem(place, _without(str(e), place), f"{fix}delete the line; the row is measured again")
             return
-        if not as_measured:
+        if not as_measured and self._state is not None:
             yield Problem(
                 place,
-                f"{measurement.key} was changed after it was measured (checksum)",
+                f"{measurement.key} was changed after it was measured, or is of another device state (checksum)",
                 "delete the line to have it measured again, or restore it",
             )
         before = self._sequences.setdefault(measurement.sequence, place)

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from nas.core.errors import RecordError
+from nas.core.errors import DeviceError, RecordError
 from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import total_params
 from nas.devices.base import Device, MeasureJob
 from nas.devices.graphs import gate_job, overhead_job, reference_job, streaming_job
 from nas.export.graph import layer_model
 from nas.latency.lines import STREAMING_MB, streaming_key
-from nas.latency.table import LatencyTable
+from nas.latency.table import LatencyTable, difference_lines
 
 DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before; then the machine is in another state
 ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleaved, stored together
@@ -123,7 +123,7 @@ def fill(
 
     def waiting(message: str) -> None:
         if progress is not None:
-            progress(FillProgress(0, len(by_key), 0, 0, clock() - started, None, message))
+            progress(FillProgress(0, len(by_key), 0, 0, None, message))
 
     with table.writing(wait_s, waiting):
         drift = open_session(table, device)
@@ -133,7 +133,8 @@ def fill(
         disturbed, tally.unstable = tally.unstable, []
         _measure(table, device, [by_key[key] for key in disturbed], write, tally)  # once more: noise comes in bursts
         if len(rows) >= LOOK_AGAIN_ROWS:  # a machine that has become faster since shows that it was busy before
-            open_session(table, device, now=True)
+            later = open_session(table, device, now=True)
+            drift = later if drift is None else max(drift, later or 0.0)  # or slower, in the middle
             _measure(table, device, todo(more=False), write, tally)
     return FillReport(len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
 
@@ -192,10 +193,20 @@ def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> f
     Returns:
         How much slower the reference is than in good sessions (0.1 = 10 %); None for the first session, or when it was
         looked at a short while ago.
+
+    Raises:
+        DeviceError: the device is in another state than the table, also when that changed since it was opened.
     """
     time_s = time.monotonic()
     if not now and table.has_overhead and table.looked_at_s is not None and time_s - table.looked_at_s < LOOK_EVERY_S:
         return None
+    lines = difference_lines(table.profile, device.profile)
+    if lines:
+        raise DeviceError(
+            f"{table.folder}: the device is in another state than its table:\n  "
+            + "\n  ".join(lines)
+            + "\nNothing was measured in it. Bring the device back into the state of the table, or begin another table"
+        )
     before = table.reference_ms
     device.expect_reference(before)
     reference, *_ = [store(table, m) for m in device.measure([reference_job(), overhead_job(), gate_job()])]

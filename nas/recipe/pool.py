@@ -47,13 +47,6 @@ class JobResult(Generic[J, R]):
     value: R | JobFailure
 
 
-def usable_cores() -> int:
-    """Processor cores that this process may use; those of the machine where the system does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 class WorkerPool:
     """Processes that stay alive through a run, so that imports are paid once.
 

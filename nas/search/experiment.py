@@ -49,9 +49,11 @@ class Experiment:
     Fields:
         space: file of the search space, or the name of one that comes with the tool.
         name: names the run and its default folder; the file's name when absent. Letters, digits, `-`, `_` and `.`.
-        device: where latencies are measured; `cpu` is this machine through ONNX Runtime, one thread.
+        device: where latencies are measured; `cpu` is this machine through ONNX Runtime, one thread, `cpu:2` with
+            two.
         budget: the deadline.
-        also_on: further devices and their deadlines; each has a table, a front and a pick of its own.
+        also_on: further devices with their deadlines, such as [{device: "cpu:2", ms: 4}]; each has a table, a front and
+            a pick of its own, and one student is chosen for all of them.
         data: the images.
         teacher: the accurate, slow network.
         distill: how students learn from it.

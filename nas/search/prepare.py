@@ -15,13 +15,12 @@ from nas.core.run import FOREIGN_MARK, PipelineTimes
 from nas.core.units import rounded_up
 from nas.data import Dataset, load_dataset
 from nas.data.decode import read_image_file
-from nas.devices import open_device
+from nas.devices import open_device, usable_cores
 from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.measure.pipeline import postprocess_ms, preprocess_ms
 from nas.recipe.context import write_context
-from nas.recipe.pool import usable_cores
 from nas.search.experiment import Experiment
 from nas.search.folder import Event, RunFolder
 from nas.search.progress import Reporter

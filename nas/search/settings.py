@@ -27,8 +27,8 @@ class BudgetSettings:
     kind; each gets a pick and a package of its own out of the same search.
 
     `total_ms`: in place of `ms`, the deadline of the whole pipeline; the network gets what the next three leave of it.
-    `capture_ms`: the camera's part. `preprocess`: milliseconds from a picture to the network's input, or `measured`: as
-    `infer.py` of a package does it on this machine, with pictures of the data set. `postprocess`: milliseconds from
+    `capture_ms`: the camera's part. `preprocess`: milliseconds from a picture to the network's input, or `measured` for
+    what `infer.py` of a package needs on this machine, with pictures of the data set. `postprocess`: milliseconds from
     the network's output to a class, or `measured`.
     """
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from nas.devices import DEVICE_NAMES, open_device
+from nas.core.errors import UsageError
+from nas.devices import DEVICE_NAMES, open_device, usable_cores
 from nas.devices.base import Device
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import ProtocolSettings
@@ -17,6 +18,10 @@ DEVICES: dict[str, Callable[[], Device]] = {
     "onnxruntime_cpu": lambda: OnnxRuntimeCpu(QUICK),
     "simulated": SimulatedDevice,
 }
+if usable_cores() > 1:
+    DEVICES["onnxruntime_cpu_2_threads"] = lambda: OnnxRuntimeCpu(QUICK, threads=2)
+
+several_cores = pytest.mark.skipif(usable_cores() < 2, reason="this process may use one core only")
 
 
 @pytest.mark.parametrize("check", DEVICE_CONTRACT, ids=lambda check: check.__name__)
@@ -32,12 +37,50 @@ def test_every_device_that_can_be_opened_by_name_says_what_it_is() -> None:
 
 
 def test_unknown_device_names_those_that_exist() -> None:
-    from nas.core.errors import UsageError
-
     with pytest.raises(
-        UsageError, match=r"device 'cpuu' does not exist; did you mean 'cpu'\?; devices: cpu\. Run: nas doctor"
+        UsageError,
+        match=r"device 'cpuu' does not exist; did you mean 'cpu'\?; devices: cpu, and cpu:N for N threads\. "
+        "Run: nas doctor",
     ):
         open_device("cpuu")
+
+
+@several_cores
+def test_the_number_after_the_name_is_that_of_threads_and_another_device_state() -> None:
+    one, two = open_device("cpu").profile, open_device("cpu:2").profile
+    assert (one.threads, two.threads) == (1, 2)
+    assert one.name.endswith("_1t") and two.name.endswith("_2t")
+    assert one.fingerprint != two.fingerprint
+
+
+def test_one_thread_has_two_names() -> None:
+    assert open_device("cpu:1").profile.fingerprint == open_device("cpu").profile.fingerprint
+    assert open_device("cpu:1").profile.name == open_device("cpu").profile.name
+
+
+@pytest.mark.parametrize("given", ["0", "x", "", "-1", "1.5", "\u00b2", "9" * 5000])
+def test_a_number_of_threads_that_cannot_be_is_refused_with_what_can(given: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        open_device(f"cpu:{given}")
+    cores = usable_cores()
+    assert f"a number of threads from 1 to {cores} (the cores that this process may use)" in str(refused.value)
+    assert f"got {given!r}. Give cpu for one thread" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("cores", "advice"),
+    [({0}, "Give cpu for one thread"), ({1, 2, 5}, "Give cpu for one thread, or cpu:3 for all cores")],
+)
+def test_more_threads_than_this_process_may_use_are_refused(
+    cores: set[int], advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores, raising=False)
+    with pytest.raises(UsageError) as refused:
+        open_device("cpu:4")
+    assert str(refused.value) == (
+        f"device 'cpu:4': after cpu: comes a number of threads from 1 to {len(cores)} (the cores that this process may "
+        f"use), got '4'. {advice}"
+    )
 
 
 def test_simulated_numbers_are_labelled_and_the_same_every_time() -> None:

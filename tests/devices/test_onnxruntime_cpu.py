@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from nas.core.errors import DeviceError, RecordError
 from nas.core.records import Measurement
 from nas.devices.base import MeasureJob
 from nas.devices.graphs import identity_model, overhead_job, reference_job, reference_model
-from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, bound_run, op_counts
+from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, bound_run, op_counts, waiting_option
 from nas.devices.protocol import ProtocolSettings
 from nas.testing import mean_model
 
@@ -58,6 +60,51 @@ def test_rows_have_one_session_and_networks_several(device: OnnxRuntimeCpu) -> N
     assert len(network.rounds_ms) == len(network.session_ms) * QUICK.network_rounds
     assert network.latency_ms == min(network.session_ms)
     assert row.clock == "thread_cpu"
+
+
+@pytest.mark.parametrize(("threads", "clock"), [(1, "thread_cpu"), (2, "wall")])
+def test_several_threads_are_timed_by_the_wall_clock(threads: int, clock: str) -> None:
+    device = OnnxRuntimeCpu(QUICK, threads=threads)
+    results = device.measure([overhead_job(), MeasureJob("r", "row", "fp32", mean_model(), 1)])
+    assert {m.clock for m in results} == {clock}
+    assert device.profile.threads == threads
+
+
+def test_the_reference_network_and_every_job_run_with_the_threads_of_the_device() -> None:
+    def threads_of_process() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    if not Path("/proc/self/task").exists():
+        pytest.skip("this system does not list the threads of a process")
+    gc.collect()  # sessions of other tests that wait for it would end their threads in between
+    before = threads_of_process()
+    run = bound_run(reference_model(), {}, 3)
+    assert threads_of_process() == before + 2  # the calling thread is the third
+    del run
+    device = OnnxRuntimeCpu(QUICK, threads=3)
+    counts: list[int] = []
+    job = MeasureJob("r", "row", "fp32", mean_model(), 1)
+    device.measure([job, replace(job, key="s")], progress=lambda _: counts.append(threads_of_process()))
+    assert set(counts) == {before + 3 * 2 + 1}  # the reference network and two rows; the watchdog
+
+
+@pytest.mark.parametrize(
+    ("version", "option"),
+    [
+        ("1.22.0", ("session.force_spinning_stop", "1")),
+        ("1.26.0.dev1", ("session.intra_op.spin_duration_us", "200")),
+        ("1.31.1", ("session.intra_op.spin_duration_us", "200")),
+        ("2.0", ("session.intra_op.spin_duration_us", "200")),
+    ],
+)
+def test_idle_workers_do_not_spin_for_long_in_any_version_of_the_runtime(version: str, option: tuple[str, str]) -> None:
+    assert waiting_option(version) == option
+
+
+def test_answers_take_one_thread_whatever_the_device_has() -> None:
+    images = np.random.default_rng(0).uniform(0, 255, (3, 48, 16, 16)).astype(np.float32)
+    one, three = (OnnxRuntimeCpu(QUICK, threads=n).run(reference_model(), images)[0] for n in (1, 3))
+    assert np.array_equal(one, three)
 
 
 @pytest.mark.parametrize(("agreement", "sessions"), [(1e9, 2), (-1.0, 5)])

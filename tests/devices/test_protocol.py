@@ -76,6 +76,34 @@ def test_samples_are_thread_cpu_time_per_run() -> None:
     assert share == pytest.approx(0.5)
 
 
+def test_samples_of_several_threads_are_wall_time_and_the_share_stays_that_of_the_calling_thread() -> None:
+    clock = FakeClock()
+    samples, share = timed_runs(taking(clock, [10, 20, 30], stolen_us=20), 3, 1, clock, "wall")
+    assert samples == (0.030, 0.040, 0.050)
+    assert share == pytest.approx(0.5)
+
+
+def test_every_part_of_the_protocol_times_by_the_clock_of_its_settings() -> None:
+    clock, settings = FakeClock(), replace(SETTINGS, clock="wall", gate_cpu_share=0.0, round_cpu_share=0.0)
+    gate = Gate(taking(clock, [REFERENCE_US], stolen_us=100.0), settings, clock)
+    assert gate.check().median_ms == pytest.approx(0.4)
+    assert gate.best_ms == pytest.approx(0.4)
+    subject = Subject("x", "row", taking(clock, [200.0], stolen_us=50.0))
+    measure_interleaved([subject], gate, settings, clock)
+    assert subject.runs == 8  # of 0.25 ms each in a round of 2 ms
+    assert session_value(subject.attempts, settings) == pytest.approx(0.25)
+
+
+def test_a_worker_that_loses_its_core_makes_the_gate_reject_though_the_calling_thread_keeps_its_own() -> None:
+    clock, settings = FakeClock(), replace(SETTINGS, clock="wall", retries=0)
+    calibration = settings.warmup_runs + settings.calibration_checks * settings.gate_runs
+    gate = Gate(taking(clock, [200.0] * calibration + [REFERENCE_US]), settings, clock)
+    subject = Subject("x", "row", taking(clock, [1000.0]))
+    measure_interleaved([subject], gate, settings, clock)
+    assert [a.cpu_share for a in subject.attempts] == [1.0] * settings.row_rounds
+    assert not any(is_accepted(a, gate, settings) for a in subject.attempts)
+
+
 def test_value_of_a_round_is_a_low_percentile_and_ignores_slow_runs() -> None:
     assert round_value([1.0, 1.1, 1.2, 1.3, 50.0], 0.2) == pytest.approx(1.08)
 

@@ -14,7 +14,7 @@ import pytest
 from latency_examples import GATE_MS, OVERHEAD_MS, candidate, filled, measured, network, profile, row, row_time_ms
 
 from nas.core.errors import DeviceError, NasError, RecordError, StorageError, UsageError
-from nas.core.jsonio import canonical_json
+from nas.core.jsonio import canonical_json, read_record
 from nas.core.records import DeviceProfile
 from nas.core.walk import expand
 from nas.latency.compare import compare_tables, group_of, merge_tables
@@ -22,7 +22,7 @@ from nas.latency.entries import ImportSettings
 from nas.latency.importers import imported_profile
 from nas.latency.lines import line_of
 from nas.latency.newtable import write_table
-from nas.latency.table import LatencyTable
+from nas.latency.table import DeviceFile, LatencyTable
 from nas.latency.verify import verify_table
 
 LAYERS = expand(candidate())
@@ -150,7 +150,7 @@ def edit(folder: Path, number: int, change: Callable[[dict[str, Any]], object], 
     data = json.loads(lines[number - 1])
     change(data["row"])
     if again:
-        data = line_of(data["row"])
+        data = line_of(data["row"], read_record(DeviceFile, folder / "device.json").profile.fingerprint)
     lines[number - 1] = canonical_json(data)
     path.write_text("\n".join(lines) + "\n")
 
@@ -165,7 +165,12 @@ def test_a_measured_table_has_nothing_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "again", "what", "fix"),
     [
-        (lambda d: d.update(measured_at="2030"), False, "was changed after it was measured (checksum)", "restore it"),
+        (
+            lambda d: d.update(measured_at="2030"),
+            False,
+            "was changed after it was measured, or is of another",
+            "restore it",
+        ),
         (lambda d: d.update(latency_ms=-1), True, "latency_ms must be positive, got -1", "delete the line"),
         (lambda d: d.update(latency_ms="0,5"), True, "latency_ms: expected float, got str '0,5'", "delete the line"),
         (lambda d: d.update(power_w=5), True, "unknown field 'power_w' of Measurement", "update this program"),

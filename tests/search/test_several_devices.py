@@ -229,7 +229,9 @@ def test_a_student_is_exported_for_the_device_that_is_named(both: Path, tmp_path
 
 
 def test_a_device_that_the_run_is_not_for_is_refused_with_those_that_it_is_for(both: Path) -> None:
-    with pytest.raises(UsageError, match=r"not for device 'simulated:2'; did you mean 'simulated:1'\? \(its devices: cpu, simul"):
+    with pytest.raises(
+        UsageError, match=r"not for device 'simulated:2'; did you mean 'simulated:1'\? \(its devices: cpu"
+    ):
         load_view(both / "run", "simulated:2")
 
 
