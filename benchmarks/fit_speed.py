@@ -69,9 +69,9 @@ def run_case(space: SearchSpace, networks: int, repeats: int) -> dict[str, Any]:
         table = made_table(Path(temporary) / "made-up", space, networks)
     fits = cpu_seconds(lambda: fit_correction(table), repeats)
     fitted = fit_correction(table)
-    prepared = cpu_seconds(lambda: VectorEstimator(space, table, fitted), 1)
-    vector = VectorEstimator(space, table, fitted)
     genotypes = space.sample_many(np.random.default_rng(0), CANDIDATES)
+    prepared = cpu_seconds(lambda: VectorEstimator(space, table, fitted).estimate(genotypes[:1]), 1)
+    vector = VectorEstimator(space, table, fitted)
     rates = cpu_seconds(lambda: vector.estimate(genotypes), repeats)
     rows: dict[str, LayerSpec] = {x.key: x for n in table.networks.values() for x in expand(n.candidate)}
     return {

@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from shlex import quote
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import csr_array
 
 from nas.core.errors import MissingRowError, RecordError
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec
 from nas.core.walk import expand
 from nas.latency.feedback import Sums, predict_sums
-from nas.latency.fitting import BYTES_PER_MB, MIXED, Fitted, LabelFit, Paths, describe, joined, paths_of
+from nas.latency.fitting import BYTES_PER_MB, MIXED, CompactFit, Fitted, LabelFit, Paths, describe, joined, paths_of
 from nas.latency.table import LatencyTable
 
-CHUNK = 2048  # genotypes at a time: the arrays stay in the cache
+CHUNK = 1024  # genotypes at a time: the arrays stay in the cache
 
 # Error of the plain sum of rows against a measured network: about 5 % (fp32) and 3 % (int8) on x86-64, random mixes of
 # both 3.6 %. Other precisions get the larger one until they are measured.
@@ -33,6 +34,8 @@ _CODES = {"fp32": 1, "fp16": 2, "int8": 4}
 _LABELS = {code: name for name, code in _CODES.items()}
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.intp]
+RowArray = NDArray[np.int32]
 
 
 class SlotLike(Protocol):
@@ -164,19 +167,16 @@ class VectorEstimator:
         self._streaming_ms = table.streaming_ms if table.streaming else np.zeros_like
         self._folder = table.folder
         self._fitted = fitted
-        self._slots = tuple(space.slots())
-        known: dict[str, tuple[int, FloatArray]] = {}
-        self._tables = [_SlotTable.of(slot, table, known) for slot in self._slots]
-        # Slots that may repeat a row of an earlier one: what is wrong with it is wrong twice, not independently.
-        keys = [set(t.rows[t.rows >= 0].tolist()) for t in self._tables]
-        self._alike = [[j for j in range(i) if keys[i] & keys[j]] for i in range(len(keys))]
-        self._columns: dict[str, list[FloatArray]] = {}
-        self._exits = 1 + sum(slot.kind == "exit_head" for slot in self._slots)
+        self._slots = _Slots.of(space.slots())
+        self._layers = self._slots.layers
+        self._numbers = np.array([_row_numbers(table, layer) for layer in self._layers])
+        self._codes = np.array([0 if x is None else _CODES[x.precision] for x in self._layers], np.uint8)
+        self._compact: dict[str, CompactFit] = {}
 
     @property
     def exits(self) -> int:
         """Columns of an estimate: exits of the space + 1."""
-        return self._exits
+        return len(self._slots.ends)
 
     def estimate(self, genotypes: ArrayLike, *, allow_missing: bool = False) -> VectorEstimate:
         """Latencies of canonical genotypes.
@@ -189,79 +189,89 @@ class VectorEstimator:
             MissingRowError: a row is missing.
             RecordError: genotypes of another shape, or an index outside its gene.
         """
-        g = _as_genotypes(genotypes)
-        index = [self._index(slot, g) for slot in self._slots]
-        codes = np.zeros(len(g), np.uint8)
-        for i, table in zip(index, self._tables, strict=True):
-            codes |= table.codes.take(i)
-        mean = np.full((self._exits, len(g)), np.nan)
-        std = np.full((self._exits, len(g)), np.nan)
+        rows = self._slots.rows_of(_as_genotypes(genotypes))
+        codes = np.bitwise_or.reduce(self._codes.take(rows), axis=1)
+        mean = np.full((self.exits, len(rows)), np.nan)
+        std = np.full((self.exits, len(rows)), np.nan)
         for code in np.unique(codes):
             label = _LABELS.get(int(code), MIXED)
             chosen = np.flatnonzero(codes == code)
             for start in range(0, len(chosen), CHUNK):
                 part = chosen[start : start + CHUNK]
-                self._estimate(label, part, [i[part] for i in index], mean, std)
+                exits, candidates, exit_ms, exit_std = self._estimate(label, rows[part])
+                mean[exits, part[candidates]], std[exits, part[candidates]] = exit_ms, exit_std
         if not allow_missing and np.isnan(mean[-1]).any():
-            raise self._missing_error(g[np.isnan(mean[-1])])
+            raise self._missing_error(rows[np.isnan(mean[-1])])
         # fmax passes over exits that are absent; they stay NaN because only values that are there are replaced.
         mean = np.where(np.isnan(mean), mean, np.fmax.accumulate(mean, axis=0))
         return VectorEstimate(np.ascontiguousarray(mean.T), np.ascontiguousarray(std.T))
 
-    def _estimate(
-        self, label: str, where: NDArray[np.intp], index: list[NDArray[np.intp]], mean: FloatArray, std: FloatArray
-    ) -> None:
-        """Fills in the estimates of the genotypes at `where`, whose slots hold `index`."""
-        fit = _fit_for(self._fitted, label)
-        columns = self._columns_of(label, fit)
-        sums = np.zeros((len(where), columns[0].shape[1]))
-        last = np.zeros(len(where), np.uint8)
-        ends: list[tuple[int, NDArray[np.intp], FloatArray]] = []  # exit, genotypes that have it, their sums up to it
-        for s, slot in enumerate(self._slots):
-            table = self._tables[s]
-            code = table.codes.take(index[s])
-            sums += columns[s].take(index[s], axis=0)
-            if label == MIXED:
-                sums[:, _CHANGES] += (code > 0) & (last > 0) & (code != last)
-            for before in self._alike[s]:
-                other = self._tables[before]
-                repeats = np.flatnonzero(table.rows.take(index[s]) == other.rows.take(index[before]))  # -1: adds 0
-                sums[repeats, _SQUARES] += 2 * table.numbers[index[s][repeats], _SQUARES]
-            if slot.kind == "exit_head":
-                ends.append((len(ends), np.flatnonzero((code > 0) & ~np.isnan(sums[:, 0])), sums.copy()))
-            else:
-                last = np.where(code > 0, code, last)
-        ends.append((self._exits - 1, np.flatnonzero(~np.isnan(sums[:, 0])), sums))
-        found = self._predicted(label, fit, np.concatenate([at_end[there] for _, there, at_end in ends]))
-        cuts = np.cumsum([len(there) for _, there, _ in ends])[:-1]
-        for (row, there, _), exit_ms, exit_std in zip(ends, *(np.split(f, cuts) for f in found), strict=True):
-            mean[row, where[there]], std[row, where[there]] = exit_ms, exit_std
+    def _estimate(self, label: str, rows: RowArray) -> tuple[IntArray, IntArray, FloatArray, FloatArray]:
+        """Exit and candidate of every path through candidates, its mean and deviation; NaN where it lacks a row.
 
-    def _predicted(self, label: str, fit: LabelFit | None, sums: FloatArray) -> tuple[FloatArray, FloatArray]:
-        paths = Paths(*sums[:, :_SQUARES].T)
+        Args:
+            label: precision of these candidates.
+            rows: of each slot, shape [M, S].
+        """
+        is_end = np.zeros(rows.shape, np.bool_)
+        is_end[:, self._slots.ends] = rows[:, self._slots.ends] > 0
+        is_end[:, -1] = True
+        ends = np.flatnonzero(is_end)
+        candidates, slots = np.divmod(ends, rows.shape[1])
+        # A path is the one before it in its candidate and the rows since: each row is looked up once.
+        once, since = np.ones(rows.size, np.float32), np.concatenate([[0], ends + 1]).astype(np.int32)
+        rows_since = csr_array((once, rows.ravel(), since), shape=(len(ends), len(self._layers)))
+        nth = np.arange(len(ends)) - np.searchsorted(candidates, candidates)
+
+        def add_before(sums: NDArray[Any]) -> None:
+            for n in range(1, len(self._slots.ends)):
+                later = np.flatnonzero(nth == n)
+                sums[later] += sums[later - 1]
+
+        numbers = rows_since @ self._numbers
+        cells, squares = self._repeated(rows)
+        np.add.at(numbers[:, _SQUARES], np.searchsorted(ends, cells), squares)
+        if label == MIXED:
+            np.add.at(numbers[:, _CHANGES], np.searchsorted(ends, self._changes(rows)), 1.0)
+        add_before(numbers)
+        paths = Paths(*np.ascontiguousarray(numbers[:, :_SQUARES].T))
         streaming_ms = self._streaming_ms(paths.weight_mb)
-        if fit is None or not len(sums):
-            return _plain(label, paths, self._overhead_ms, streaming_ms)
-        whole = fit.finished(sums[:, _SQUARES + 1 :], sums[:, _SQUARES], self._overhead_ms, streaming_ms)
-        return _corrected(fit, paths, whole, self._overhead_ms, streaming_ms)
-
-    def _columns_of(self, label: str, fit: LabelFit | None) -> list[FloatArray]:
-        """What each layer of each slot adds to the sums; with a fit, prepared when its label is first asked for."""
+        fit = self._compact_fit(label)
         if fit is None:
-            return [table.numbers for table in self._tables]
-        if label not in self._columns:
-            known: dict[str, FloatArray] = {}
-            result = []
-            for slot, table in zip(self._slots, self._tables, strict=True):
-                columns = np.zeros((len(slot.layers), fit.width))
-                for i, layer in enumerate(slot.layers):
-                    if layer is not None and not np.isnan(table.numbers[i, 0]) and fit.knows(layer):
-                        if layer.key not in known:
-                            known[layer.key] = fit.column(layer)
-                        columns[i] = table.numbers[i, 0] * known[layer.key]
-                result.append(np.hstack([table.numbers, columns]))
-            self._columns[label] = result
-        return self._columns[label]
+            found = _plain(label, paths, self._overhead_ms, streaming_ms)
+        else:
+            sums = rows_since @ fit.rows
+            add_before(sums)
+            found = fit.predict(sums, paths, numbers[:, _SQUARES], self._overhead_ms, streaming_ms)
+        return np.searchsorted(self._slots.ends, slots), candidates, *found
+
+    def _repeated(self, rows: RowArray) -> tuple[IntArray, FloatArray]:
+        """Where a row repeats an earlier one, as cells of the array [M, S], and what the squares lack for each.
+
+        It is wrong twice, not independently: (2 c)^2 and not 2 c^2.
+        """
+        before, after = rows[:, self._slots.alike[0]], rows[:, self._slots.alike[1]]
+        candidates, pairs = np.divmod(np.flatnonzero((before == after) & (after > 0)), after.shape[1])
+        slots = self._slots.alike[1][pairs]
+        return candidates * rows.shape[1] + slots, 2 * self._numbers[rows[candidates, slots], _SQUARES]
+
+    def _changes(self, rows: RowArray) -> IntArray:
+        """Where the precision is not that of the layer before, exit heads aside, as cells of the array [M, S]."""
+        changed = np.zeros(rows.shape, np.bool_)
+        last = np.zeros(len(rows), np.uint8)
+        for s, code in enumerate(self._codes.take(rows).T):
+            changed[:, s] = (code > 0) & (last > 0) & (code != last)
+            if s not in self._slots.ends[:-1]:
+                last = np.where(code > 0, code, last)
+        return np.flatnonzero(changed)
+
+    def _compact_fit(self, label: str) -> CompactFit | None:
+        """The fit of a label, prepared when it is first asked for."""
+        fit = _fit_for(self._fitted, label)
+        if fit is not None and label not in self._compact:
+            paths = Paths(*self._numbers[:, :_SQUARES].T)
+            self._compact[label] = CompactFit.of(fit, self._layers, paths, self._overhead_ms)
+        return self._compact.get(label)
 
     def layers(self, genotypes: ArrayLike) -> tuple[LayerSpec, ...]:
         """The distinct layers that these genotypes need rows for, in execution order.
@@ -269,29 +279,15 @@ class VectorEstimator:
         Args:
             genotypes: integers [N, G], canonical.
         """
-        g = _as_genotypes(genotypes)
-        result: dict[str, LayerSpec] = {}
-        for slot in self._slots:
-            for i in np.unique(self._index(slot, g)):
-                layer = slot.layers[int(i)]
-                if layer is not None:
-                    result.setdefault(layer.key, layer)
-        return tuple(result.values())
+        return tuple(self._used(self._slots.rows_of(_as_genotypes(genotypes))).values())
 
-    def _index(self, slot: SlotLike, g: NDArray[np.int64]) -> NDArray[np.intp]:
-        try:
-            columns = tuple(g[:, gene] for gene in slot.genes)
-            return np.asarray(np.ravel_multi_index(columns, slot.shape), dtype=np.intp)
-        except (ValueError, IndexError) as e:
-            raise RecordError(f"genotypes do not fit the space: {e}") from e
+    def _used(self, rows: RowArray) -> dict[int, LayerSpec]:
+        """The layers of rows [N, S], in execution order."""
+        numbers = (int(row) for of_slot in rows.T for row in np.unique(of_slot))
+        return {row: layer for row in numbers if (layer := self._layers[row]) is not None}
 
-    def _missing_error(self, g: NDArray[np.int64]) -> MissingRowError:
-        missing = []
-        for slot, table in zip(self._slots, self._tables, strict=True):
-            for i in np.unique(self._index(slot, g)):
-                layer = slot.layers[int(i)]
-                if layer is not None and np.isnan(table.numbers[i, 0]):
-                    missing.append(layer.key)
+    def _missing_error(self, rows: RowArray) -> MissingRowError:
+        missing = [layer.key for row, layer in self._used(rows).items() if np.isnan(self._numbers[row, 0])]
         return MissingRowError(
             f"{len(missing)} rows are missing in {self._folder}, the first is {missing[0]}."
             f" Run: nas measure --table {quote(str(self._folder))} --rows {quote(missing[0])}"
@@ -359,36 +355,88 @@ def _ranks(values: FloatArray) -> FloatArray:
     return ((2 * last - counts - 1) / 2)[place]
 
 
-_CHANGES, _SQUARES = 5, 7  # columns of a slot's numbers: those of Paths in their order, then squares of rows_ms
+_CHANGES, _SQUARES = 5, 7  # columns of the numbers of a row: those of Paths in their order, then squares of rows_ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _SlotTable:
-    """What the layers of one slot add up to: numbers [L, 8], precision codes [L], row numbers [L].
+class _Slots:
+    """The slots of a space over one list of its different layers.
 
-    No layer has zeros and the row number -1.
+    Attributes:
+        layers: each once, the first None; their place in the list is the number of their row.
+        rows: of the layers of each slot, one slot after the other.
+        first: where each slot begins in them, shape [S].
+        strides: how far one step of a gene moves in each slot, shape [G, S].
+        sizes: of the genes that slots depend on, the largest number for others, shape [G].
+        ends: slots after which an image may leave, the last one included.
+        alike: pairs of slots, the earlier ones and the later ones, that have a row in common, shape [2, pairs].
     """
 
-    numbers: FloatArray
-    codes: NDArray[np.uint8]
-    rows: NDArray[np.intp]
+    layers: tuple[LayerSpec | None, ...]
+    rows: RowArray
+    first: FloatArray
+    strides: FloatArray
+    sizes: NDArray[np.int64]
+    ends: IntArray
+    alike: IntArray
 
     @classmethod
-    def of(cls, slot: SlotLike, table: LatencyTable, known: dict[str, tuple[int, FloatArray]]) -> _SlotTable:
-        """Reads the table; `known` has the rows that were read for other slots."""
-        count = len(slot.layers)
-        made = cls(np.zeros((count, _SQUARES + 1)), np.zeros(count, np.uint8), np.full(count, -1, np.intp))
-        for i, layer in enumerate(slot.layers):
-            if layer is not None:
-                if layer.key not in known:
-                    known[layer.key] = (len(known), _row_numbers(table, layer))
-                made.rows[i], made.numbers[i] = known[layer.key]
-                made.codes[i] = _CODES[layer.precision]
-        return made
+    def of(cls, slots: Sequence[SlotLike]) -> _Slots:
+        """Numbers the layers."""
+        numbers: dict[str, int] = {}
+        layers: list[LayerSpec | None] = [None]
+        rows = [np.zeros(len(slot.layers), np.int32) for slot in slots]
+        genes = 1 + max(gene for slot in slots for gene in slot.genes)
+        strides, sizes = np.zeros((genes, len(slots))), np.full(genes, np.iinfo(np.int64).max)
+        for s, slot in enumerate(slots):
+            for i, layer in enumerate(slot.layers):
+                if layer is not None:
+                    if layer.key not in numbers:
+                        numbers[layer.key] = len(layers)
+                        layers.append(layer)
+                    rows[s][i] = numbers[layer.key]
+            sizes[list(slot.genes)] = slot.shape
+            strides[list(slot.genes), s] = np.cumprod((1, *slot.shape[:0:-1]))[::-1]
+        of_slot = [set(r.tolist()) - {0} for r in rows]
+        alike = [(i, j) for j in range(len(slots)) for i in range(j) if of_slot[i] & of_slot[j]]
+        return cls(
+            layers=tuple(layers),
+            rows=np.concatenate(rows),
+            first=np.cumsum([0.0, *map(len, rows[:-1])]),
+            strides=strides,
+            sizes=sizes,
+            ends=np.array([s for s, slot in enumerate(slots) if slot.kind == "exit_head"] + [len(slots) - 1]),
+            alike=np.array(alike, np.intp).reshape(-1, 2).T,
+        )
+
+    def rows_of(self, genotypes: NDArray[np.int64]) -> RowArray:
+        """The row in each slot, 0 where there is no layer, shape [N, S].
+
+        Raises:
+            RecordError: fewer genes than slots depend on, or an index outside its gene.
+        """
+        genes = len(self.sizes)
+        if genotypes.shape[1] < genes:
+            raise RecordError(
+                f"genotypes do not fit the space: they have {genotypes.shape[1]} genes, slots need {genes}"
+            )
+        result = np.empty((len(genotypes), len(self.first)), np.int32)
+        for start in range(0, len(genotypes), CHUNK):
+            g = genotypes[start : start + CHUNK, :genes]
+            outside = (g < 0) | (g >= self.sizes)
+            if outside.any():
+                n, gene = (int(i[0]) for i in np.nonzero(outside))
+                allowed = f"allowed are 0 to {self.sizes[gene] - 1}"
+                raise RecordError(f"genotypes do not fit the space: gene {gene} is {g[n, gene]}, {allowed}")
+            cells = g @ self.strides + self.first  # whole numbers below 2^53 are exact
+            self.rows.take(cells.astype(np.intp), out=result[start : start + CHUNK], mode="clip")
+        return result
 
 
-def _row_numbers(table: LatencyTable, layer: LayerSpec) -> FloatArray:
+def _row_numbers(table: LatencyTable, layer: LayerSpec | None) -> FloatArray:
     """The numbers of a layer; NaN where its row is missing."""
+    if layer is None:
+        return np.zeros(_SQUARES + 1)
     if not table.has_row(layer.key):
         return np.full(_SQUARES + 1, np.nan)
     is_exit = layer.kind == "exit_head"

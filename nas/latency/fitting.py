@@ -24,7 +24,7 @@ from nas.core.run import TableChange
 from nas.core.walk import expand
 from nas.latency import feedback
 from nas.latency.correction import Correction, Finding, NetworkEvidence, PrecisionFit
-from nas.latency.feedback import Feedback, Networks, Prior, Sums
+from nas.latency.feedback import Compact, Feedback, Networks, Prior, SingleArray, Sums
 from nas.latency.keys import layer_of_key
 from nas.latency.lines import MeasuredNetwork
 from nas.latency.table import LatencyTable
@@ -99,6 +99,11 @@ class LabelFit:
         """What one ms of a layer adds to each of the columns."""
         return self._column(self.groups[_group(layer)], self.entries.get(layer.key))
 
+    @property
+    def own_columns(self) -> FloatArray:
+        """What one ms of a call, and of streaming, adds to each of the columns, shape [2, width]."""
+        return np.stack([self._column(self.groups[name], self.entries[name]) for name in (CALL, STREAMING)])
+
     def finished(self, columns: FloatArray, squares: FloatArray, call_ms: float, streaming_ms: FloatArray) -> Sums:
         """The sums of paths with one call and their streamed weights added to those of the layers.
 
@@ -108,8 +113,7 @@ class LabelFit:
             call_ms: one call.
             streaming_ms: shape [M].
         """
-        call = self._column(self.groups[CALL], self.entries[CALL])
-        streaming = self._column(self.groups[STREAMING], self.entries[STREAMING])
+        call, streaming = self.own_columns
         return Sums(
             columns + call_ms * call + streaming_ms[:, None] * streaming, squares + call_ms**2 + streaming_ms**2
         )
@@ -120,6 +124,63 @@ class LabelFit:
         if entry is not None:
             column[len(self.groups) :] = self.feedback.shares[:, entry]
         return column
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CompactFit:
+    """A `LabelFit` multiplied out: its outputs are sums over the rows of a path.
+
+    Attributes:
+        compact: predicts from the sums.
+        rows: what each row adds, shape [R, L].
+        others: what a call, a millisecond of streaming, a change of precision, and a millisecond in all add, [4, L].
+    """
+
+    compact: Compact
+    rows: SingleArray
+    others: SingleArray
+
+    @classmethod
+    def of(cls, fit: LabelFit, layers: Sequence[LayerSpec | None], paths: Paths, call_ms: float) -> CompactFit:
+        """Multiplies a fit out.
+
+        Args:
+            fit: of any label.
+            layers: of each row, R; None adds nothing.
+            paths: each row as a path of its own, NaN where it is missing.
+            call_ms: one call.
+        """
+        columns = np.zeros((len(layers), fit.width))
+        for i, layer in enumerate(layers):
+            if layer is not None and fit.knows(layer):
+                columns[i] = fit.column(layer)
+        compact = feedback.compact(fit.feedback)
+        rows = paths.rows_ms[:, None] * (columns @ compact.by_column) + _counts(paths, calls=0) @ compact.by_overhead
+        call, streaming = fit.own_columns @ compact.by_column
+        a_call, *_, a_change = compact.by_overhead
+        others = np.stack([call_ms * call + a_call, streaming, a_change, compact.by_total])
+        return cls(compact, rows.astype(np.float32), others.astype(np.float32))
+
+    def predict(
+        self, sums: SingleArray, paths: Paths, squares: FloatArray, call_ms: float, streaming_ms: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Mean and standard deviation of M paths, milliseconds, shape [M] each; that of a normal with the interval.
+
+        Args:
+            sums: of the rows of each path, shape [M, L].
+            paths: shape [M].
+            squares: of the milliseconds of each different row, shape [M].
+            call_ms: one call.
+            streaming_ms: shape [M].
+        """
+        total_ms = call_ms + paths.rows_ms + streaming_ms
+        amounts = np.column_stack([np.ones(len(paths)), streaming_ms, paths.changes, total_ms]).astype(np.float32)
+        squares = squares + call_ms**2 + streaming_ms**2
+        all_sums = amounts @ self.others
+        all_sums += sums
+        descriptors = _descriptors(paths, total_ms)
+        mean, std = feedback.predict_compact(self.compact, total_ms, all_sums, squares, descriptors)
+        return mean, std * self.compact.normal_factor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,9 +238,16 @@ def layers_of(network: MeasuredNetwork) -> tuple[LayerSpec, ...]:
 
 def describe(paths: Paths, total_ms: FloatArray) -> tuple[FloatArray, FloatArray]:
     """Counts of what no row contains (in the order of COSTS), shape [M, 5], and what the rest depends on, [M, 2]."""
-    counts = np.column_stack([np.ones(len(paths)), paths.layers, paths.weight_mb, paths.gates, paths.changes])
+    return _counts(paths, calls=1), _descriptors(paths, total_ms)
+
+
+def _counts(paths: Paths, calls: int) -> FloatArray:
+    return np.column_stack([np.full(len(paths), calls), paths.layers, paths.weight_mb, paths.gates, paths.changes])
+
+
+def _descriptors(paths: Paths, total_ms: FloatArray) -> FloatArray:
     per_ms = np.maximum(paths.weight_mb, 1e-6) / total_ms
-    return counts, np.column_stack([np.log(per_ms) / LOG_WEIGHTS, np.log(paths.side / SIDE) / LOG_SIDE])
+    return np.column_stack([np.log(per_ms) / LOG_WEIGHTS, np.log(paths.side / SIDE) / LOG_SIDE])
 
 
 def written_back(table: LatencyTable, correction: Correction) -> dict[str, Finding]:

@@ -14,14 +14,19 @@ from nas.latency.feedback import (
     _BELIEFS,
     KEPT_MASS,
     KEPT_POINTS,
+    KERNEL_ERROR,
     NOISE_STD,
+    RBF_LENGTHS,
     Feedback,
     Networks,
     Prior,
     Sums,
+    _spanning,
     coefficients,
+    compact,
     fit,
     predict,
+    predict_compact,
     predict_sums,
     rest,
 )
@@ -452,15 +457,69 @@ def test_sums_over_entries_predict_what_whole_networks_predict():
         assert getattr(summed, name) == pytest.approx(getattr(direct, name), rel=1e-9)
 
 
+def predict_multiplied_out(
+    fitted: Feedback, device: Device, networks: Networks, entries: NDArray[np.intp]
+) -> tuple[Array, Array]:
+    fast, sums = compact(fitted), added_up(fitted, device, entries)
+    total = networks.contributions_ms.sum(axis=1)
+    linear = sums.columns @ fast.by_column + networks.overheads @ fast.by_overhead + np.outer(total, fast.by_total)
+    return predict_compact(fast, total, linear.astype(np.float32), sums.squares, networks.descriptors)
+
+
+def check_multiplied_out(fitted: Feedback, device: Device) -> None:
+    """That a correction multiplied out predicts what it predicts itself."""
+    networks, entries, _ = made_networks(device, 300, 3)
+    direct = predict(fitted, networks)
+    mean, std = predict_multiplied_out(fitted, device, networks, entries)
+    assert mean == pytest.approx(direct.mean_ms, rel=1e-6)
+    assert std == pytest.approx(direct.std_ms, rel=1e-4)
+
+
+@pytest.mark.parametrize(("prior", "count"), list(product(("same device", "other"), (0, 1, 4, 5, 25, 60, 100))))
+def test_a_correction_multiplied_out_predicts_the_same(prior, count):
+    device = made_device(group=0.3, entry=0.1, layer_ms=0.01)
+    check_multiplied_out(fitted_to(device, count, prior=prior), device)
+
+
+def test_a_precise_device_on_which_the_table_is_very_wrong_is_predicted_the_same_when_multiplied_out():
+    device = made_device(scale=3.0, group=0.6, entry=0.3, layer_ms=0.05, noise=0.002)
+    fitted = fitted_to(device, 60)
+    assert fitted.prior[:4].sum() > 1000 * fitted.prior[5]  # single precision must not take their difference
+    check_multiplied_out(fitted, device)
+
+
+def test_where_nothing_is_smooth_no_kernels_are_left():
+    device = made_device(scale=3.0, group=0.6, entry=0.3, layer_ms=0.05, noise=0.002)
+    fitted = fitted_to(device, 60)
+    assert fitted.prior[4] == 0
+    assert len(compact(fitted).kernels) == 0
+
+
+def test_kernels_that_are_left_out_are_everywhere_the_sum_of_those_that_are_kept():
+    rng = np.random.default_rng(0)
+    places, matters, asked = rng.normal(size=(60, 2)), rng.uniform(0.1, 2, 60), 3 * rng.normal(size=(2000, 2))
+    for length, most in zip(RBF_LENGTHS, (55, 40), strict=True):
+        chosen, amounts = _spanning(_gaussian(places, places, length), matters)
+        assert len(chosen) < most
+        error = _gaussian(asked, places[chosen], length) @ amounts - _gaussian(asked, places, length)
+        assert np.abs(error * matters).max() < KERNEL_ERROR
+
+
+def _gaussian(near: Array, far: Array, length: float) -> Array:
+    return np.exp(-0.5 * ((near[:, None] - far) ** 2).sum(axis=2) / length**2)
+
+
 @pytest.mark.parametrize(("constant", "expected"), [(-5.0, 0.1), (30.0, 10.0)])
 def test_a_correction_never_turns_a_prediction_upside_down(constant, expected):
     device = made_device(scale=1.0)
     fitted = fitted_to(device, 8)
     weights = np.zeros_like(fitted.weights)
     weights[0] = constant  # of everything, on top of the scale
-    networks, _, _ = made_networks(device, 3, 2)
+    networks, entries, _ = made_networks(device, 3, 2)
     found = predict(replace(fitted, weights=weights), networks)
     assert found.mean_ms == pytest.approx(expected * fitted.scale * networks.contributions_ms.sum(axis=1))
+    mean, _ = predict_multiplied_out(replace(fitted, weights=weights), device, networks, entries)
+    assert mean == pytest.approx(found.mean_ms)
     assert (found.std_ms > 0).all()
     assert (found.low_ms >= 0).all()
 

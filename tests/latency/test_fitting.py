@@ -424,7 +424,7 @@ def test_rows_written_back_add_up_to_the_linear_part_of_an_estimate(
         total += factor["call"] * table.overhead_ms
         total += factor.get("streaming", 1.0) * float(table.streaming_ms(path.weight_mb)[0])
         total += sum(f.value * n for f, n in zip(fit.costs, counts[0], strict=True))
-        assert total == pytest.approx(linear_part(table, fitted, c), rel=1e-6)  # predicted in single precision
+        assert total == pytest.approx(linear_part(table, fitted, c), rel=1e-9)
         moved.append(Estimator(table, fitted).estimate(c).worst_ms / total - 1)
     assert np.abs(moved).max() > 1e-4  # the rest is not nothing here
 
