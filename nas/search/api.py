@@ -317,7 +317,11 @@ def _export_common(folder: RunFolder, devices: Sequence[tuple[str, Device]], rep
         else:
             reason = outcome.common.reason
             if student != outcome.common.student:
-                reason = f"the best student whose exported file keeps every deadline; that of {candidates[0]} did not"
+                times = zip(packages, views, strict=True)
+                reason = (
+                    f"the best student whose exported file keeps every deadline; that of {candidates[0]} did not: "
+                    + ", ".join(f"{p.latency_ms:.4f} of {v.budget_ms:g} ms on {v.device_name}" for p, v in times)
+                )
             break
     else:
         student, packages = None, []
@@ -379,7 +383,7 @@ def _finish(
         for own, points, ms in zip(parts.each, found, teacher_ms, strict=True)
     ]
     if parts.others:
-        outcomes[0] = replace(outcomes[0], common=_common_pick(parts, found))
+        outcomes[0] = replace(outcomes[0], common=_common_pick(inputs, parts, found))
     return outcomes, sum(s.cost_s for s in students)
 
 
@@ -421,13 +425,13 @@ def _outcome(
     )
 
 
-def _common_pick(parts: SearchParts, found: Sequence[DevicePoints]) -> CommonPick:
+def _common_pick(inputs: Inputs, parts: SearchParts, found: Sequence[DevicePoints]) -> CommonPick:
     """The student for all devices, before it is exported."""
     budgets = [own.budget for own in parts.each]
     picks = pick_for_all([d.points for d in found], [b.ms for b in budgets], parts.budget.of)
     if not picks:
         return CommonPick(None, "no measured student keeps the deadline of every device")
-    names = [parts.predictor.device.profile.name, *(t.folder.device for t in parts.others)]
+    names = [inputs.experiment.device, *(t.folder.device for t in parts.others)]
     by_id = [{p.id: p for p in d.points} for d in found]
     times = [
         f"{latency_of(own[picks[0].id].latency, b.of):.4f} of {b.ms:g} ms on {name}"

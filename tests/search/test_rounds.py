@@ -324,7 +324,7 @@ def test_budget_below_the_fastest_candidate_ends_the_run_before_any_training(mak
     assert advice is not None
     wide = BudgetSettings(ms=float(advice[1]))
     check_budget(parts.predictor, wide, 0)
-    run_rounds(make(budget=wide, trials=2))  # what the message says helps
+    run_rounds(make(budget=wide, trials=2, feedback=FeedbackSettings(first_networks=4)))  # what the message says helps
 
 
 @pytest.mark.parametrize("is_whole", [True, False])

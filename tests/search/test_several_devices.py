@@ -113,7 +113,7 @@ def test_the_student_for_all_keeps_every_deadline_with_the_same_file(views: tupl
     assert [m.budget_ms for m in manifests] == [FIRST_MS, SECOND_MS]
     assert len({m.files["model.onnx"] for m in manifests}) == 1
     assert all(m.verdict != "over_budget" for m in manifests)
-    assert f"of {FIRST_MS:g} ms on simulated-0" in common.reason
+    assert f"of {FIRST_MS:g} ms on cpu" in common.reason
     assert f"of {SECOND_MS:g} ms on {SECOND}" in common.reason
 
 
