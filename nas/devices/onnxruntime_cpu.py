@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError
 from nas.core.records import DeviceProfile, Measurement
-from nas.devices.base import CalmReport, MeasureJob, OnProgress, OnResult
+from nas.devices.base import HANG_REASON, CalmReport, MeasureJob, OnProgress, OnResult
 from nas.devices.graphs import reference_model
 from nas.devices.host import clock_and_temperature, host_profile, probe_host
 from nas.devices.protocol import (
@@ -126,10 +126,11 @@ class OnnxRuntimeCpu:
             if progress is not None:
                 progress(min(1.0, steps_done / steps_total))
 
-        def hung(key: str) -> None:
+        def hung(key: str) -> bool:
             job = next(job for job in jobs if job.key == key)
             if on_result is not None:
-                on_result(self._failed(job, f"did not return within {self._settings.hang_s:g} s"))
+                on_result(self._failed(job, f"{HANG_REASON} {self._settings.hang_s:g} s"))
+            return on_result is not None
 
         with watched(self._settings.hang_s, hung) as begin:
             for batch in self._batches(jobs):
@@ -141,7 +142,8 @@ class OnnxRuntimeCpu:
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images; see `Device.run`."""
-        return run_model(model, images)
+        with watched(self._settings.hang_s, lambda _: False) as begin:
+            return run_model(model, images, lambda: begin("running the model on images"))
 
     def _ready_gate(self) -> Gate:
         if self._gate is None:
@@ -239,18 +241,24 @@ class OnnxRuntimeCpu:
         )
 
 
-def run_model(model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+def run_model(
+    model: bytes, images: NDArray[np.float32], begin: Callable[[], None] = lambda: None
+) -> list[NDArray[np.generic]]:
     """Outputs of a model for raw images [B, 3, H, W], each with B rows; the batch may be static or dynamic.
+
+    `begin` is called before the session is made and before each batch.
 
     Raises:
         DeviceError: the runtime refuses the model or the images.
     """
+    begin()
     try:
         session = _session(model)
         entry = session.get_inputs()[0]
         size = entry.shape[0] if isinstance(entry.shape[0], int) else _BATCH
         parts: list[list[NDArray[np.generic]]] = []
         for start in range(0, len(images), size):
+            begin()
             part = images[start : start + size]
             missing = size - len(part) if isinstance(entry.shape[0], int) else 0
             if missing:  # a static batch is filled up with copies that are cut off again

@@ -87,7 +87,8 @@ def content_of(line: str, where: str, state: str) -> tuple[Any, bool]:
     """
     match = _LINE.fullmatch(line)
     if match is not None:
-        return parse_json(match[2], where), _check_of(match[2], state) == match[1]
+        # Until 2026-11-20 the check was of the row alone.
+        return parse_json(match[2], where), match[1] in (_check_of(match[2], state), _sha256(match[2]))
     outer = parse_json(line, where)
     if not isinstance(outer, dict) or set(outer) != {"check", "row"}:
         raise RecordError(f"{where}: expected the fields check and row; remove the line or restore the file")
@@ -200,4 +201,8 @@ def _check_value(m: Measurement, macs: int | None) -> None:
 
 
 def _check_of(text: str, state: str) -> str:
-    return hashlib.sha256(f"{state} {text}".encode()).hexdigest()[:16]
+    return _sha256(f"{state} {text}")
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

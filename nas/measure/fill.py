@@ -20,6 +20,7 @@ ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleave
 SECONDS_PER_ROW = 0.03  # before anything is measured: 0.02 on a calm machine, 0.04-0.07 on a busy one
 TELL_EVERY_S = 0.5  # between results: often enough for people, too rarely to disturb
 LOOK_EVERY_S = 120.0  # at the reference network, overhead and gate
+CHECK_STATE_S = 1.0  # between looks at the device's state before results are stored
 LOOK_AGAIN_ROWS = 20  # after this many rows the look is repeated
 STREAMING_FROM_MB = 1.0  # smaller networks stay in the second-level cache of any device this is for
 WAIT_S = 600.0  # another process may be filling the same table: two at a time would disturb each other
@@ -200,19 +201,37 @@ def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> f
     time_s = time.monotonic()
     if not now and table.has_overhead and table.looked_at_s is not None and time_s - table.looked_at_s < LOOK_EVERY_S:
         return None
-    lines = difference_lines(table.profile, device.profile)
-    if lines:
-        raise DeviceError(
-            f"{table.folder}: the device is in another state than its table:\n  "
-            + "\n  ".join(lines)
-            + "\nNothing was measured in it. Bring the device back into the state of the table, or begin another table"
-        )
+    state_check(table, device)()
     before = table.reference_ms
     device.expect_reference(before)
     reference, *_ = [store(table, m) for m in device.measure([reference_job(), overhead_job(), gate_job()])]
     table.looked_at_s = time_s
     device.expect_reference(table.reference_ms)
     return None if before is None or reference.latency_ms is None else reference.latency_ms / before - 1
+
+
+def state_check(table: LatencyTable, device: Device) -> Callable[[], None]:
+    """A function to be called before a result is stored: looks at the device's state, at most every `CHECK_STATE_S`.
+
+    It raises DeviceError when the device is in another state than its table.
+    """
+    looked_s = -CHECK_STATE_S
+
+    def check() -> None:
+        nonlocal looked_s
+        if time.monotonic() - looked_s < CHECK_STATE_S:
+            return
+        looked_s = time.monotonic()
+        lines = difference_lines(table.profile, device.profile)
+        if lines:
+            raise DeviceError(
+                f"{table.folder}: the device is in another state than its table:\n  "
+                + "\n  ".join(lines)
+                + "\nWhat was measured in it is not kept. Bring the device back into the state of the table, or begin "
+                "another table"
+            )
+
+    return check
 
 
 def _measure(
@@ -223,11 +242,17 @@ def _measure(
     tally: _Tally,
 ) -> None:
     tally.total += len(rows)
+    check_state = state_check(table, device)
+
+    def take(m: Measurement) -> None:
+        check_state()
+        tally.take(store(table, m))
+
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         part = rows[start : start + ROWS_AT_A_TIME]
         jobs = [MeasureJob(x.key, "row", x.precision, write(x), x.macs) for x in part]
         tally.begin(len(part))
-        device.measure(jobs, on_result=lambda m: tally.take(store(table, m)), progress=tally.work)
+        device.measure(jobs, on_result=take, progress=tally.work)
 
 
 def store(table: LatencyTable, measurement: Measurement) -> Measurement:

@@ -15,7 +15,7 @@ from nas.devices.base import Device, MeasureJob
 from nas.export.graph import forced_exit, network_model, nominal_quant, random_weights
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import WAIT_S, open_session
+from nas.measure.fill import WAIT_S, open_session, state_check
 
 # Latency does not depend on the values of weights and normalisation.
 MEAN = (0.5, 0.5, 0.5)
@@ -93,7 +93,10 @@ def measure_networks(
             keys_left = todo()  # another process may have measured some
             start = 0
 
+            check_state = state_check(table, device)
+
             def take(m: Measurement) -> None:
+                check_state()
                 store_network(table, m, by_key[m.key], form)
 
             def tell(share: float) -> None:

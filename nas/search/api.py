@@ -17,6 +17,7 @@ import numpy as np
 from nas.core.errors import BudgetError, InterruptedRunError, StorageError, UsageError
 from nas.core.jsonio import read_record, read_text, write_record
 from nas.core.run import (
+    FOREIGN_MARK,
     INTERPOLATED_MARK,
     BudgetPick,
     CommonPick,
@@ -192,12 +193,13 @@ def _search(
     _tell_duration(inputs, tables, folder, reporter)
     targets: list[Target] = []
     for (name, device), rows in zip(inputs.each, tables, strict=True):
+        told = reporter.on(name)
         for warning in rows.warnings:
-            reporter.warn(warning)
-        predictor = Predictor(inputs.space, rows, device, reporter, e.feedback.max_rows)
+            told.warn(warning)
+        predictor = Predictor(inputs.space, rows, device, told, e.feedback.max_rows)
         predictor.prepare()
         targets.append(Target(folder.on(name), predictor, e.budget_on(name)))
-        check_budget(predictor, targets[-1].budget, e.search.seed)
+        check_budget(predictor, targets[-1].budget, e.search.seed, name)
     teacher, _, context = prepare_training(inputs, folder, reporter)
     teacher_ms = [teacher_latency(teacher, device, folder.on(name)) for name, device in inputs.each]
     first, *others = targets
@@ -303,14 +305,19 @@ def _export_common(folder: RunFolder, devices: Sequence[tuple[str, Device]], rep
     budgets = [view.budget_ms or 0.0 for view in views]
     candidates = [p.id for p in pick_for_all(points, budgets, views[0].budget_of)]
     tried: list[str] = []
+    miss_ms = [float("inf")] * len(views)  # on each device; what is slower than a file that missed there misses too
     for student in candidates:
+        times_ms = [latency_of(view.point(student).latency, view.budget_of) for view in views]
+        if any(ms >= limit for ms, limit in zip(times_ms, miss_ms, strict=True)):
+            continue
         reporter.say(f"exporting {student} for all devices")
         packages = []
-        for view, (name, device) in zip(views, devices, strict=True):
+        for i, (view, (name, device)) in enumerate(zip(views, devices, strict=True)):
             made = view.package if view.package is not None and view.package.student == student else None
             package = made or _package_for_all(folder, name, device, student, reporter)
             if isinstance(package, str):
                 tried.append(package)
+                miss_ms[i] = times_ms[i]
                 reporter.say(f"taking the next one: {package}")
                 break
             packages.append(package)
@@ -410,7 +417,7 @@ def _outcome(
             teacher.name, teacher.test_accuracy, "test", teacher_ms, teacher.params, teacher.macs, teacher.sha256
         ),
         dataset=_dataset_view(inputs),
-        device=parts.predictor.device.profile,
+        device=parts.predictor.table.profile,  # what the numbers hold for
         pick_id=picks[0].id if picks else None,
         pick_reason=_pick_reason(picks, budget.ms, budget.of) if picks else "",
         next_id=picks[1].id if len(picks) > 1 else None,
@@ -419,7 +426,7 @@ def _outcome(
         closest_reason="" if picks or closest is None else _closest_reason(closest, budget.ms, budget.of),
         wall_s=0.0,
         cpu_s=0.0,
-        provenance=_provenance(inputs, teacher) | _interpolated(parts),
+        provenance=_provenance(inputs, teacher, parts.predictor.table) | _interpolated(parts),
         also=tuple(_pick_for(points, ms, budget.of) for ms in budget.all_ms[1:]),
         changes=() if parts.predictor.correction is None else table_changes(parts.predictor.correction),
     )
@@ -508,13 +515,16 @@ def _dataset_view(inputs: Inputs) -> DatasetView:
     return DatasetView(d.name, d.class_names, len(d.train), len(d.val), len(d.test), d.sha256, d.warnings)
 
 
-def _provenance(inputs: Inputs, teacher: Teacher) -> dict[str, str]:
+def _provenance(inputs: Inputs, teacher: Teacher, table: LatencyTable) -> dict[str, str]:
     names = ("nas", "torch", "optuna", "onnx", "onnxruntime", "numpy")
+    marks = fingerprint(inputs)
+    if table.foreign is None:
+        marks.pop(FOREIGN_MARK, None)  # only the first device borrows
     return {
         **{f"version of {name}": version(name) for name in names},
         "python": platform.python_version(),
         "teacher's training": f"{teacher.cpu_s:.0f} CPU s",
-        **fingerprint(inputs),
+        **marks,
     }
 
 

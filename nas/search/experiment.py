@@ -25,6 +25,7 @@ from nas.core.units import parse_ms
 from nas.data.records import DataSettings
 from nas.recipe.settings import StandaloneSettings, SupernetSettings
 from nas.search.checked import checked, key_paths, schema, section_type
+from nas.search.folder import device_folder
 from nas.search.settings import (
     BudgetSettings,
     DeviceBudget,
@@ -86,7 +87,8 @@ class Experiment:
                 f"name: {self.name!r} cannot name a folder; allowed: letters, digits, '-', '_' and '.', at most 100"
             )
         names = [self.device, *(other.device for other in self.also_on)]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        folders = [device_folder(name) for name in names]
+        twice = next((name for name, folder in zip(names, folders, strict=True) if folders.count(folder) > 1), None)
         if twice is not None:
             raise ConfigError(
                 f"also_on: device {twice!r} appears twice; several deadlines on one device: --set budget.also_ms=[MS]"
@@ -142,6 +144,8 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
         key, value = parse_set(text)
         _put(data, key, value, text)
         origins[key] = f"from --set {text}"
+    if data.get("also_on", ()) is None:  # every entry is commented out
+        del data["also_on"]
     _check_one_deadline(data.get("budget"), origins, str(path))
     for key in TIME_KEYS:
         _change(data, key, partial(parse_ms, where=f"{path}: {key}"))

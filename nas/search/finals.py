@@ -17,7 +17,7 @@ from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
 from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
-from nas.devices.base import MeasureJob
+from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.graph import forced_exit, network_model
 from nas.latency.estimate import figures
 from nas.latency.exits import (
@@ -30,6 +30,7 @@ from nas.latency.exits import (
 )
 from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
+from nas.measure.fill import state_check
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishJob,
@@ -41,7 +42,7 @@ from nas.recipe.finish import (
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.folder import MeasuredExit, TrialRecord
-from nas.search.rounds import SearchParts, current_figures
+from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
@@ -53,6 +54,7 @@ CURVE_POINTS = 40
 WORTHWHILE = 0.97  # a threshold setting that costs accuracy becomes a point only when it is this much faster
 NEAR_FRONT = 1.25  # a network whose prediction is this much behind the front may still be on it
 MAX_MEASURED = 40
+BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may miss when it is measured
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,24 +86,27 @@ class DevicePoints:
 def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
     """Architectures whose scores, with every threshold setting, cover the front best; the most accurate among them.
 
-    Of several devices the fronts take turns, after the most accurate one that keeps the deadline of each.
+    Of several devices the fronts take turns with the architectures that keep the deadline of each, the best first.
     """
     rankings = [_ranked(own, records, count) for own in parts.each]
     if len(rankings) > 1:
-        rankings.insert(0, _best_everywhere(parts, records))
+        rankings.insert(0, _best_everywhere(parts, records)[:BEST_EVERYWHERE])
     in_turn = (c for place in itertools.zip_longest(*rankings) for c in place if c is not None)
     return list(dict.fromkeys(in_turn))[:count]
 
 
 def _best_everywhere(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Candidate]:
-    """The architecture of the most accurate score that keeps the deadline of every device; empty where none does."""
-    complete = [r for r in records if r.state == "complete"]
-    late = np.zeros(len(complete), bool)
-    for own in parts.each:
-        ms = np.array([latency_of(now, own.budget.of) for now in current_figures(own, complete)])
-        late |= ms > own.budget.ms
-    inside = [r for r, is_late in zip(complete, late, strict=True) if not is_late]
-    return [max(inside, key=lambda r: r.top1 or 0.0).candidate.architecture] if inside else []
+    """The architectures whose scores keep the deadline of every device under some thresholds, the best first."""
+    best: dict[Candidate, float] = {}
+    everywhere = parts.each
+    for record in (r for r in records if r.state == "complete"):
+        estimates = [own.predictor.estimate(record.candidate) for own in everywhere]
+        for own in everywhere:
+            for accuracy, shares in _score_settings(own, record):
+                each = zip(everywhere, estimates, strict=True)
+                if all(latency_of(figures(e, shares), o.budget.of) <= o.budget.ms for o, e in each):
+                    best[record.candidate.architecture] = max(accuracy, best.get(record.candidate.architecture, 0.0))
+    return sorted(best, key=lambda candidate: -best[candidate])
 
 
 def _ranked(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> list[Candidate]:
@@ -137,17 +142,23 @@ def _inside(budget: BudgetSettings, limited_ms: Sequence[float]) -> list[list[in
 def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
     """Accuracy and latency of the sampled thresholds and of the solved ones."""
     estimate = parts.predictor.estimate(record.candidate)
-    points = [(record.top1 or 0.0, figures(estimate, record.exit_shares))]
+    return [(accuracy, figures(estimate, shares)) for accuracy, shares in _score_settings(parts, record)]
+
+
+def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float, tuple[float, ...]]]:
+    """Accuracy and exit shares of the sampled thresholds and of those solved for this device."""
+    settings = [(record.top1 or 0.0, record.exit_shares)]
     if record.candidate.exits:
         name = parts.plan.job(record.candidate, record.epochs).name
         folder = parts.folder.student(record.candidate.arch_id)
         scored = read_scored(folder, name)
         if scored is not None:
+            estimate = parts.predictor.estimate(record.candidate)
             swept = sweep(read_logits(folder, scored), parts.labels, estimate.exit_ms)
             solved = [solve_for_loss(swept, loss) for loss in EXIT_LOSSES]
             solved += _for_deadline(swept, estimate, parts.budget)
-            points += [(s.top1, figures(estimate, s.shares)) for s in solved]
-    return points
+            settings += [(s.top1, s.shares) for s in solved]
+    return settings
 
 
 def finish(
@@ -417,8 +428,11 @@ def _measure(
     Results are kept in the run folder one by one. Students that were cut to the same network share them: latency does
     not depend on the values of weights.
     """
-    # What failed is tried again: the cause may have been the device, and the user may have mended it.
-    known = {key: m for key, m in parts.folder.measured().items() if m.latency_ms is not None}
+    # What failed is tried again: the cause may have been the device, and the user may have mended it. What never
+    # returned would end this process once more.
+    stored = parts.folder.measured()
+    known = {key: m for key, m in stored.items() if m.latency_ms is not None or m.error.startswith(HANG_REASON)}
+    check_state = state_check(parts.predictor.table, parts.predictor.device)
     jobs: dict[str, MeasureJob] = {}
     keys = {i: [_exit_key(everything[i], k) for k in range(len(everything[i].candidate.exits) + 1)] for i in chosen}
     for i, own in keys.items():
@@ -434,6 +448,7 @@ def _measure(
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
 
     def keep(m: Measurement) -> None:
+        check_state()
         known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", m.std_ms)
         parts.folder.add_measured(known[m.key])
 

@@ -134,6 +134,11 @@ class MeasuredExit:
     std_ms: float = 0.0
 
 
+def device_folder(name: str) -> str:
+    """What a device's files are called, such as `cpu-2`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
+
+
 class RunFolder:
     """Paths and append-only records of one run as one device sees it; made by `open_run`, which holds its lock.
 
@@ -155,7 +160,7 @@ class RunFolder:
     @property
     def device_path(self) -> Path:
         """Folder of the device's own records: that of the run for the first device."""
-        return self.path / "devices" / re.sub(r"[^A-Za-z0-9._-]+", "-", self.device) if self.device else self.path
+        return self.path / "devices" / device_folder(self.device) if self.device else self.path
 
     @property
     def students(self) -> Path:

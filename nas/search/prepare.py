@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nas.core.errors import BudgetError, DeviceError
+from nas.core.errors import BudgetError, ConfigError, DeviceError
 from nas.core.jsonio import content_hash, file_sha256, to_plain
 from nas.core.records import DeviceProfile
 from nas.core.run import FOREIGN_MARK, PipelineTimes
@@ -78,6 +78,7 @@ def load_inputs(
     """
     device = device or open_device(experiment.device)
     further = [open_device(other.device) for other in experiment.also_on] if others is None else list(others)
+    _check_devices(experiment, (device, *further))
     draft = load_space(Path(experiment.space), 2)
     datasets = []
     for resolution in sorted(draft.resolution):
@@ -94,6 +95,15 @@ def load_inputs(
     for warning in datasets[-1].warnings:
         reporter.warn(warning)
     return Inputs(experiment, space, tuple(datasets), device, tuple(further))
+
+
+def _check_devices(experiment: Experiment, devices: Sequence[Device]) -> None:
+    """Raises ConfigError when two of the experiment's devices are one."""
+    seen: dict[str, str] = {}
+    for name, device in zip((experiment.device, *(o.device for o in experiment.also_on)), devices, strict=True):
+        other = seen.setdefault(device.profile.fingerprint, name)
+        if other != name:
+            raise ConfigError(f"also_on: {name!r} is the same device as {other!r}; leave it out")
 
 
 def pipeline_times(inputs: Inputs) -> PipelineTimes | None:

@@ -72,24 +72,30 @@ class StoppableReporter:
         plain: what really tells; loops that look at the flag themselves use it directly.
         stop: makes `progress` raise.
         clock: goes on with each `progress`, None: none.
+        name: of the further device that everything is about; empty where that needs no words.
     """
 
-    def __init__(self, plain: Reporter, stop: StopFlag, clock: RunClock | None = None) -> None:
+    def __init__(self, plain: Reporter, stop: StopFlag, clock: RunClock | None = None, name: str = "") -> None:
         self.plain = plain
         self._stop = stop
         self._clock = clock
+        self._name = f"{name}: " if name else ""
+
+    def on(self, name: str) -> StoppableReporter:
+        """The same, for what is about a further device."""
+        return StoppableReporter(self.plain, self._stop, self._clock, name)
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.plain.say(text)
+        self.plain.say(self._name + text)
 
     def warn(self, text: str) -> None:
         """A line that must not be overlooked."""
-        self.plain.warn(text)
+        self.plain.warn(self._name + text)
 
     def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
         """Tells, then raises InterruptedRunError when the run was asked to stop."""
-        self.plain.progress(stage, done, total, note)
+        self.plain.progress(self._name + stage, done, total, note)
         if self._clock is not None:
             self._clock.tick()
         self._stop.check()

@@ -68,13 +68,18 @@ class SearchParts:
     @property
     def each(self) -> tuple[SearchParts, ...]:
         """The same as each device sees it, the first device first."""
-        seen = (replace(self, folder=t.folder, predictor=t.predictor, budget=t.budget, others=()) for t in self.others)
+        seen = (
+            replace(
+                self,
+                folder=t.folder,
+                predictor=t.predictor,
+                budget=t.budget,
+                reporter=self.reporter.on(t.folder.device),
+                others=(),
+            )
+            for t in self.others
+        )
         return (replace(self, others=()), *seen)
-
-    @property
-    def device(self) -> str:
-        """Words that name the device in messages where there are several; empty for the first one."""
-        return f" on {self.folder.device}" if self.folder.device else ""
 
     @property
     def chance(self) -> float:
@@ -199,8 +204,8 @@ def _end_round(parts: SearchParts, number: int, records: Sequence[TrialRecord], 
     spent = time.monotonic() - started
     parts.folder.add_event(_round_event("round", number, len(records), count, pairs, value, spent, failed))
     parts.reporter.say(
-        f"round {number} of {parts.search.rounds}{parts.device}: {len(records)} candidates, hypervolume {value:.3f} "
-        "(scores of validation images, not final accuracy)"
+        f"round {number} of {parts.search.rounds}: {len(records)} candidates, hypervolume {value:.3f} (scores of "
+        "validation images, not final accuracy)"
     )
     _tell_measured(parts, pairs, failed)
 
@@ -246,8 +251,9 @@ def _proposed(
     proposers: list[str] = []
     asked: dict[int, int] = {}
     if first == 0:
-        ends = dict.fromkeys(g for own in parts.each for g in _ends(own))
-        genotypes = [g for g in ends if not proposer.seen(g)][:wanted]
+        ends = list(dict.fromkeys(g for own in parts.each for g in _ends(own)))
+        runs = np.all([~np.isnan(own.predictor.worst(ends)[0]) for own in parts.each], axis=0)  # on every device
+        genotypes = [g for g, can_run in zip(ends, runs, strict=True) if can_run and not proposer.seen(g)][:wanted]
         proposers = ["first"] * len(genotypes)
         proposer.mark(genotypes)
     while len(genotypes) < wanted:
@@ -264,7 +270,7 @@ def _proposed(
     return Batch(first, round_number, tuple(genotypes), tuple(worst), tuple(proposers), elsewhere), asked
 
 
-def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int) -> None:
+def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int, device: str = "") -> None:
     """Ends a run that cannot succeed before anything is trained for it.
 
     The plain sum may be wrong by some percent, so only a clear miss counts here; where the fastest network is not known
@@ -274,6 +280,7 @@ def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int) -> Non
         predictor: with the rows of the space, or those of a sample that is measured now.
         budget: the deadline.
         seed: of the run.
+        device: name of a further device, for the message.
 
     Raises:
         BudgetError: the fastest candidate of the space misses the budget; the message names it.
@@ -283,7 +290,7 @@ def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int) -> Non
     exact = predictor.fastest() if budget.of == "worst" else None
     if exact is not None:
         if is_clear_miss(exact[1], budget.ms):
-            raise _budget_error(predictor, budget, *exact)
+            raise _budget_error(predictor, budget, *exact, device)
         return
     pool = known_pool(predictor, seed, seed)
     ms = predictor.known_worst(pool)[0] if budget.of == "worst" else predictor.known_first_exit(pool)
@@ -291,7 +298,7 @@ def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int) -> Non
         return
     best = int(np.nanargmin(ms))
     if is_clear_miss(float(ms[best]), 2 * budget.ms):
-        raise _budget_error(predictor, budget, tuple(pool[best].tolist()), float(ms[best]))
+        raise _budget_error(predictor, budget, tuple(pool[best].tolist()), float(ms[best]), device)
 
 
 def is_clear_miss(fastest_ms: float, budget_ms: float) -> bool:
@@ -299,13 +306,16 @@ def is_clear_miss(fastest_ms: float, budget_ms: float) -> bool:
     return fastest_ms > CLEAR_MISS * budget_ms
 
 
-def _budget_error(predictor: Predictor, budget: BudgetSettings, genotype: Genotype, fastest_ms: float) -> BudgetError:
+def _budget_error(
+    predictor: Predictor, budget: BudgetSettings, genotype: Genotype, fastest_ms: float, device: str = ""
+) -> BudgetError:
     space = predictor.space
     needed = rounded_up(fastest_ms * 1.1)
+    change = f'in also_on {{device: "{device}", ms: {needed}}}' if device else f"--set budget.ms={needed}"
     return BudgetError(
         f"no candidate of space {space.name} keeps {budget.ms:g} ms ({budget.of}) on {predictor.device.profile.name}; "
         f"the closest, {space.decode(genotype).id}, needs about {fastest_ms:.4g} ms. Raise the budget "
-        f"(--set budget.ms={needed}) or take a space with smaller networks (--set space=NAME)"
+        f"({change}) or take a space with smaller networks (--set space=NAME)"
     )
 
 
@@ -329,7 +339,8 @@ def _ends(parts: SearchParts) -> list[Genotype]:
     kept = limit.known(np.array([g for g, _ in known], np.int64))
     inside = [pair for pair, keeps in zip(known, kept, strict=True) if keeps]
     if not inside:
-        raise _budget_error(predictor, budget, *min(known, key=lambda pair: float(np.nan_to_num(pair[1], nan=np.inf))))
+        least = min(known, key=lambda pair: float(np.nan_to_num(pair[1], nan=np.inf)))
+        raise _budget_error(predictor, budget, *least, parts.folder.device)
     ends = [smallest if limit.keeps(smallest) else min(inside, key=lambda pair: pair[1])[0]]
     if limit.keeps(largest):
         ends.append(largest)
@@ -529,9 +540,7 @@ def _round_event(
 def _tell_measured(parts: SearchParts, pairs: Sequence[PredictedMeasured], failed: Sequence[FailedCandidate]) -> None:
     if pairs:
         mape = 100 * float(np.mean([abs(p.error) for p in pairs]))
-        parts.reporter.say(
-            f"{len(pairs)} networks measured{parts.device}; they had been predicted with {mape:.1f} % mean error"
-        )
+        parts.reporter.say(f"{len(pairs)} networks measured; they had been predicted with {mape:.1f} % mean error")
     if failed:
         parts.reporter.warn(
             f"{len(failed)} networks could not be measured, the first: {failed[0].id}: {failed[0].reason}"

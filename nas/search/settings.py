@@ -132,8 +132,8 @@ class FeedbackSettings:
     """Which whole networks are measured to correct the table.
 
     `first_networks`: before the first round, spread over predicted latency. `networks_per_round`: after each round,
-    from the front and near the budget. `max_engines`: whole networks built and measured in the search in all, where
-    that is the expensive step; no limit by default. Finished students are measured on top of these.
+    from the front and near the budget. `max_engines`: whole networks built and measured in the search in all on each
+    device, where that is the expensive step; no limit by default. Finished students are measured on top of these.
     `max_rows`: rows of the table that are measured before the first round, where each takes long; the others are
     interpolated from them, and measured when a network that has them is. No limit by default.
     """
@@ -188,7 +188,8 @@ class RunSettings:
     """Where files go.
 
     `dir`: run folder, default `runs/<name>`. `tables`: latency tables. `cache`: teachers and data. `foreign_table`: a
-    table of another device state whose rows stand in, scaled, where this device's table has none; every result says so.
+    table of another device state whose rows stand in, scaled, where the first device's table has none; its results
+    say so.
     """
 
     dir: str | None = None

@@ -15,6 +15,7 @@ from nas.core.errors import UsageError
 from nas.core.jsonio import from_plain, parse_json, read_record, read_text
 from nas.core.records import DeviceProfile
 from nas.core.run import (
+    FOREIGN_MARK,
     BudgetPick,
     CommonPick,
     DatasetView,
@@ -114,7 +115,7 @@ def load_view(run_dir: Path, on: str = "") -> RunView:
         predictions=tuple(pair for e in events for pair in e.pairs),
         rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
         wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
-        provenance={k: str(v) for k, v in marks.items()},
+        provenance={k: str(v) for k, v in marks.items() if not folder.device or k != FOREIGN_MARK},
         commands=(f"nas search {quote(str(run_dir / 'experiment.yaml'))}",),
         device_name=folder.device or experiment.device,
         others=() if folder.device else tuple(load_view(run_dir, other.device) for other in experiment.also_on),
@@ -212,7 +213,7 @@ def load_outcome(run_dir: Path, device: str = "") -> Outcome:
         UsageError: the run is not finished.
     """
     file = RunFolder(run_dir, device).device_path / "outcome.json"
-    if not file.exists():
+    if not (run_dir / "outcome.json").exists():  # written last
         view = load_view(run_dir)
         raise UsageError(f"{run_dir}: this run is not finished. Go on with it: {view.commands[0]}")
     return read_record(Outcome, file)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from nas.core.errors import DeviceError, NasError, StorageError
-from nas.core.records import BlockConfig, Candidate, HeadConfig, Measurement, StageConfig, StemConfig
+from nas.core.records import BlockConfig, Candidate, DeviceProfile, HeadConfig, Measurement, StageConfig, StemConfig
 from nas.core.walk import expand
 from nas.devices import onnxruntime_cpu, watchdog
 from nas.devices.base import REFERENCE_KEY, MeasureJob, OnProgress, OnResult
@@ -252,7 +252,7 @@ def test_a_pause_of_the_whole_process_is_no_hang(monkeypatch: pytest.MonkeyPatch
     hung: list[str] = []
     step, done = watchdog._Step(), Looks(4)
     step.key = "a row"
-    watchdog._look(step, done, 0.5, hung.append)  # type: ignore[arg-type]
+    watchdog._look(step, done, 0.5, lambda key: bool(hung.append(key)))  # type: ignore[arg-type, func-returns-value]
     assert hung == []
 
 
@@ -553,6 +553,26 @@ def test_a_device_of_another_state_does_not_fill_a_table(tmp_path: Path) -> None
     with pytest.raises(DeviceError, match="kind: the table has 'measured', this device has 'simulated'"):
         fill(table, device, LAYERS)
     assert device.asked == []
+
+
+def test_a_device_that_changes_its_state_in_the_middle_stores_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.measure.fill.CHECK_STATE_S", 0.0)
+    state = ["none"]
+
+    class Changing(Counting):
+        @property
+        def profile(self) -> DeviceProfile:
+            return replace(SimulatedDevice().profile, power_mode=state[0])
+
+    device = Changing({LAYERS[1].key: lambda: state.append(state.pop().replace("none", "15W"))})
+    with pytest.raises(DeviceError, match="power_mode: the table has 'none', this device has '15W'"):
+        fill(opened(tmp_path), device, LAYERS)
+    assert list(LatencyTable.read(tmp_path).rows) == [LAYERS[0].key]
+    with pytest.raises(DeviceError, match="What was measured in it is not kept"):
+        measure_networks(opened(tmp_path), device, [small()])
+    assert not LatencyTable.read(tmp_path).networks
 
 
 def test_what_a_killed_process_left_half_written_is_swept(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from search_examples import Notes, Zygote, simulated, write_experiment
 from nas.cli.main import run
 from nas.core.errors import BudgetError, ConfigError, UsageError
 from nas.core.jsonio import write_record
-from nas.core.run import RunView, latency_of
+from nas.core.records import Measurement
+from nas.core.run import FOREIGN_MARK, RunView, latency_of
+from nas.core.walk import expand
+from nas.devices.base import MeasureJob
 from nas.export.package import verify_package
 from nas.recipe.standalone import promoted
 from nas.report.html import write_report
@@ -24,6 +27,7 @@ from nas.search.api import export_student, run_search
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder
 from nas.search.view import load_outcome, load_view
+from nas.space.space import load_space
 from nas.testing import SimulatedDevice
 
 SECOND = "simulated:1"
@@ -31,8 +35,8 @@ FIRST_MS, SECOND_MS = 0.0068, 0.0066
 ALSO_ON = f"also_on: [{{device: '{SECOND}', ms: {SECOND_MS}}}]\n"
 
 
-def write_both(folder: Path, cache: Path | None = None) -> Path:
-    file = write_experiment(folder, cache)
+def write_both(folder: Path, cache: Path | None = None, tables: Path | None = None) -> Path:
+    file = write_experiment(folder, cache, tables)
     file.write_text(file.read_text() + ALSO_ON)
     return file
 
@@ -228,6 +232,82 @@ def test_a_student_is_exported_for_the_device_that_is_named(both: Path, tmp_path
     assert package.manifest.budget_ms == SECOND_MS
 
 
+@pytest.mark.parametrize("largest_rows", [0, 2000])
+def test_a_network_that_one_device_cannot_run_is_left_out(
+    finished: Path, tmp_path: Path, largest_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest network is an end of the space and comes first wherever it can run; for both ways to fill a table."""
+    monkeypatch.setattr("nas.search.predictor.WHOLE_TABLE_ROWS", largest_rows)
+    experiment = load_experiment(
+        write_both(tmp_path, finished / "cache"), ["budget.ms=0.05", f"also_on=[{{device: '{SECOND}', ms: 0.05}}]"]
+    )
+    space = load_space(Path(experiment.space), 10)
+    lost = expand(space.decode(space.largest()))[1].key
+
+    class Lacking(SimulatedDevice):
+        def _measurement(self, job: MeasureJob) -> Measurement:
+            m = super()._measurement(job)
+            return m if job.key != lost else replace(m, latency_ms=None, session_ms=(), error="not supported")
+
+    view = run_search(
+        experiment,
+        Notes(),
+        device=SimulatedDevice(),
+        others=[Lacking(1, noise=0.1)],
+        start_workers="fork",
+    )
+    assert view.status == "finished"
+    records = RunFolder(tmp_path / "run").trials()
+    assert records
+    assert all(lost not in {x.key for x in expand(r.candidate)} for r in records)
+
+
+@pytest.mark.parametrize("of", ["expected", "p99"])
+def test_deadlines_on_the_mean_and_the_tail_are_kept_on_both_devices(
+    zygote: Zygote, finished: Path, tmp_path: Path, of: str
+) -> None:
+    life = zygote.run(tmp_path / "log", write_both(tmp_path, finished / "cache"), f"budget.of={of}")
+    assert life.code == 0, (tmp_path / "log").read_text()
+    view = load_view(tmp_path / "run")
+    for own in (view, *view.others):
+        assert own.pick_id is not None
+        assert latency_of(own.point(own.pick_id).latency, own.budget_of) <= (own.budget_ms or 0)
+    assert view.common is not None
+    if view.common.student is not None:
+        ids = [{p.id for p in own.points} for own in (view, *view.others)]
+        assert all(view.common.student in known for known in ids)
+
+
+def test_scores_are_kept_when_a_device_is_added(zygote: Zygote, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "run", tmp_path / "run")
+    file = write_both(tmp_path, finished / "cache", finished / "tables")
+    refused = zygote.run(tmp_path / "refused", file)
+    assert refused.code == 2
+    assert f"also on: (absent) -> {SECOND_MS:g} ms on simulated-1" in (tmp_path / "refused").read_text()
+    life = zygote.run(tmp_path / "log", file, "--fork")
+    assert life.code == 0, (tmp_path / "log").read_text()
+    view = load_view(tmp_path / "run-2")
+    assert [own.status for own in (view, *view.others)] == ["finished", "finished"]
+    assert "students: " in (tmp_path / "log").read_text()
+
+
+def test_further_deadlines_and_borrowed_rows_are_those_of_the_first_device(
+    zygote: Zygote, finished: Path, tmp_path: Path
+) -> None:
+    """The first device is in another state than the table it borrows from."""
+    shutil.copytree(finished / "tables" / "simulated-0", tmp_path / "other")
+    stored = tmp_path / "other" / "device.json"
+    stored.write_text(stored.read_text().replace('"power_mode": "none"', '"power_mode": "slow"'))
+    file = write_both(tmp_path, finished / "cache")
+    life = zygote.run(tmp_path / "log", file, f"run.foreign_table={tmp_path / 'other'}", "budget.also_ms=[0.0062]")
+    assert life.code in (0, 3), (tmp_path / "log").read_text()
+    view = load_view(tmp_path / "run")
+    assert FOREIGN_MARK in view.provenance
+    assert FOREIGN_MARK not in view.others[0].provenance
+    assert [pick.budget_ms for pick in view.also] == [0.0062]
+    assert view.others[0].also == ()
+
+
 def test_a_device_that_the_run_is_not_for_is_refused_with_those_that_it_is_for(both: Path) -> None:
     with pytest.raises(
         UsageError, match=r"not for device 'simulated:2'; did you mean 'simulated:1'\? \(its devices: cpu"
@@ -241,7 +321,8 @@ def test_a_deadline_that_nothing_keeps_on_the_second_device_ends_the_search_befo
     experiment = load_experiment(
         write_both(tmp_path, finished / "cache"), [f"also_on=[{{device: '{SECOND}', ms: 0.0001}}]"]
     )
-    with pytest.raises(BudgetError, match=r"no candidate of space mini-16 keeps 0.0001 ms \(worst\) on simulated-1"):
+    problem = r"no candidate of space mini-16 keeps 0.0001 ms \(worst\) on simulated-1; .* \(in also_on \{device: "
+    with pytest.raises(BudgetError, match=problem):
         run_search(experiment, Notes(), device=SimulatedDevice(), others=[simulated(SECOND)])
     assert not (tmp_path / "run" / "trials.jsonl").exists()
 
@@ -250,6 +331,7 @@ def test_a_deadline_that_nothing_keeps_on_the_second_device_ends_the_search_befo
     ("given", "problem"),
     [
         ("{device: cpu, ms: 1}", r"also_on: device 'cpu' appears twice"),
+        ("{device: 'simulated:1', ms: 1}, {device: 'simulated-1', ms: 1}", r"device 'simulated:1' appears twice"),
         ("{device: x, ms: 0}", r"also_on\[0\]: ms must be positive, got 0"),
         (
             "{devise: x, device: x, ms: 1}",
