@@ -94,7 +94,7 @@ def search(bench: Bench, scorer: ScorerName, seed: int) -> Found:
         folder, cores = Path(plan.supernet), bench.pool.workers
         spent = train_supernet(bench.inputs.space, targets, e.distill, settings, folder, workers=cores).cpu_s
     limit = BudgetFilter(bench.predictor, e.budget.ms, "worst", e.budget.margin_std)
-    sampler, _ = choose_sampler(e.search.sampler, e.search.trials)
+    sampler, _ = choose_sampler(e.search.sampler, e.search.trials, is_latency_known=False)
     proposer = Proposer(bench.inputs.space, sampler, (seed, 3), e.search.trials, limit.keeps, limit.known, [])
     known: dict[Candidate, tuple[float, float]] = {}  # accuracy of the head, predicted worst case
     first = [g for g in (bench.inputs.space.smallest(), bench.inputs.space.largest()) if limit.keeps(g)]

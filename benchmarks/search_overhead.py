@@ -133,7 +133,7 @@ def main() -> None:
     for sampler in args.samplers:
         rounds_ms, study_ms = overhead_ms(sampler, args.trials)
         rows.append([sampler, args.trials, rounds_ms, study_ms, rounds_ms + study_ms])
-    chosen, reason = choose_sampler("auto", args.trials)
+    chosen, reason = choose_sampler("auto", args.trials, is_latency_known=True)
     report(
         f"overhead per trial; auto takes {chosen} ({reason})",
         ("sampler", "trials", "rounds ms", "study.db ms", "sum ms"),

@@ -27,7 +27,7 @@ from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.select import hypervolume, stratified, worth_measuring
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
-from nas.search.study import Proposer, Scored, choose_sampler, importances, mirror
+from nas.search.study import KnownLatency, Proposer, Scored, choose_sampler, importances, mirror
 from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
@@ -35,6 +35,7 @@ POOL_SAMPLES = 2048  # random genotypes from which starts and networks to measur
 FIRST_ROWS_SAMPLES = 48  # where the table is filled lazily: candidates whose rows come first,
 FIRST_ROWS_DRAWN = 512  # spread over the multiply-adds of so many random ones
 FAILURES_IN_A_ROW = 6
+STAYING = 0.5  # share of images taken to reach the head of a network with exits before any was scored
 MEASURED_STD = 0.25  # of the deviation of an estimate: what is left of it for a network that corrected the table itself
 CLEAR_MISS = 1.25  # times the budget: further than any correction of the plain sum moves an estimate
 
@@ -100,7 +101,8 @@ def run_rounds(parts: SearchParts) -> None:
         if not any(e.kind == "first networks" for e in own.folder.events()):
             _first_networks(own)
     finished = {e.values["round"] for e in parts.folder.events() if e.kind == "round"}
-    sampler, reason = choose_sampler(parts.search.sampler, parts.search.trials)
+    is_known = all(own.predictor.is_whole for own in parts.each)
+    sampler, reason = choose_sampler(parts.search.sampler, parts.search.trials, is_latency_known=is_known)
     parts.reporter.say(f"sampler: {sampler} ({reason}); scorer: {parts.search.scorer}")
     for number in range(1, parts.search.rounds + 1):
         if number not in finished:
@@ -225,7 +227,40 @@ def _proposer(
         _outcomes(parts, complete),
         [*(r.genotype for r in records), *(g for batch in batches for g in batch.genotypes)],
         1 + len(parts.others),
+        _known_latency(parts, complete) if sampler == "greybox" else None,
     )
+
+
+def _known_latency(parts: SearchParts, complete: Sequence[TrialRecord]) -> KnownLatency:
+    """Latency of any candidate before it is scored, as the objective will be: the mean over the images.
+
+    How many images leave at exits is known after scoring; before, the share is that of the networks with exits that
+    were scored. A deadline on the mean or the tail excludes only what misses it when every image leaves as early as it
+    can, since thresholds are solved for it afterwards.
+    """
+    staying = [r.exit_shares[-1] for r in complete if len(r.exit_shares) > 1]
+    share = float(np.mean(staying)) if staying else STAYING
+    everywhere = parts.each
+
+    def of(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = [_before_scoring(own, genotypes, share) for own in everywhere]
+        ms, std = (np.column_stack(columns) for columns in zip(*found, strict=True))
+        ms[np.isnan(ms).any(axis=1)] = np.nan  # it has to run on every device
+        return ms, std
+
+    return KnownLatency(of, tuple(own.budget.ms for own in everywhere), parts.budget.margin_std)
+
+
+def _before_scoring(parts: SearchParts, genotypes: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Latency on one device and its deviation, ms [N]; NaN where it is not known."""
+    worst, std = parts.predictor.known_worst(genotypes)
+    if parts.budget.of == "worst":
+        return worst, std
+    first = parts.predictor.known_first_exit(genotypes)
+    mean = share * worst + (1 - share) * first
+    margin = parts.budget.margin_std * std
+    inside = np.minimum(mean, 0.999 * parts.budget.ms - margin)
+    return np.where(first <= parts.budget.ms, inside, np.maximum(worst, 2 * parts.budget.ms)), std
 
 
 def _undecided(batches: Sequence[Batch], records: Sequence[TrialRecord]) -> Batch | None:

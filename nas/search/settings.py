@@ -8,7 +8,7 @@ from typing import Literal
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
 
-SamplerName = Literal["auto", "tpe", "nsga2", "random"]
+SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
 
 
@@ -104,9 +104,11 @@ class SearchSettings:
     """How candidates are proposed and scored.
 
     `trials`: candidates scored in all rounds together. `rounds`: the table is corrected from measured networks between
-    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes multivariate TPE
-    up to 300 trials and NSGA-II with a small population above. `scorer`: how accuracy is estimated before finalists are
-    distilled in full. `workers`: training processes, one thread each; 0 means one per core. `seed`: of everything.
+    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes the
+    grey-box sampler, which models accuracy alone because latency is known, where all rows of the space are measured;
+    else multivariate TPE up to 300 trials and NSGA-II with a small population above. `scorer`: how accuracy is
+    estimated before finalists are distilled in full. `workers`: training processes,
+    one thread each; 0 means one per core. `seed`: of everything.
     """
 
     trials: int = 96

@@ -28,14 +28,16 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, distribution_to_json
 from optuna.trial import TrialState
 
-from nas.core.errors import StorageError
+from nas.core.errors import BudgetError, ConfigError, StorageError
 from nas.core.run import Importance
+from nas.search.greybox_sampler import GreyBoxSampler
 from nas.search.settings import SamplerName
 from nas.space.layout import Gene
 from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
 
+GREYBOX_MAX_TRIALS = 10_000
 TPE_MAX_TRIALS = 300  # multivariate TPE costs 40 ms a trial at 1,000 trials and 160 at 5,000; NSGA-II 2-5 ms
 MAX_ASKS_PER_PROPOSAL = 30
 MAX_REFUSED_PER_SCORE = 2  # proposals over the budget that the sampler is told of, per scored candidate
@@ -72,10 +74,43 @@ def directions(devices: int) -> list[str]:
     return ["maximize", *["minimize"] * devices]
 
 
-def choose_sampler(name: SamplerName, trials: int) -> tuple[str, str]:
-    """The sampler that `auto` stands for, and the reason in words."""
+@dataclass(frozen=True, slots=True)
+class KnownLatency:
+    """What is known of latency before any training, for the grey-box sampler.
+
+    Attributes:
+        of: canonical genotypes [N, G] to milliseconds and standard deviations on each device, [N, D]; NaN where a
+            network must not be proposed, or a row is missing.
+        budgets_ms: deadline on each device.
+        margin_std: standard deviations that the latency has to stay below it.
+    """
+
+    of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    budgets_ms: tuple[float, ...]
+    margin_std: float
+
+
+def choose_sampler(name: SamplerName, trials: int, *, is_latency_known: bool) -> tuple[str, str]:
+    """The sampler that `auto` stands for, and the reason in words.
+
+    Args:
+        name: as set.
+        trials: planned.
+        is_latency_known: whether every candidate's latency is known, and not only those whose rows were measured.
+
+    Raises:
+        ConfigError: the grey-box sampler was asked for, and latencies are not known.
+    """
+    if name == "greybox" and not is_latency_known:
+        raise ConfigError(
+            "search.sampler: greybox needs the latency of every candidate, and the rows of this space are measured "
+            "only as candidates need them. Measure a part and interpolate the others (--set feedback.max_rows=600), or "
+            "take another sampler (--set search.sampler=auto)"
+        )
     if name != "auto":
         return name, "asked for"
+    if is_latency_known and trials <= GREYBOX_MAX_TRIALS:
+        return "greybox", "latency is known before training, so only accuracy is modelled"
     if trials <= TPE_MAX_TRIALS:
         return "tpe", f"multivariate TPE inside the budget leads up to {TPE_MAX_TRIALS} trials"
     return (
@@ -129,6 +164,7 @@ class Proposer:
         known: candidates scored before, with re-estimated latencies.
         seen: candidates that were proposed before, whatever became of them.
         devices: on how many latency is an objective.
+        latency: for the grey-box sampler.
     """
 
     def __init__(
@@ -142,6 +178,7 @@ class Proposer:
         known: Iterable[Scored],
         seen: Iterable[Genotype] = (),
         devices: int = 1,
+        latency: KnownLatency | None = None,
     ) -> None:
         self.space = space
         self._distributions = distributions(space)
@@ -156,7 +193,7 @@ class Proposer:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
                 directions=directions(devices),
-                sampler=_sampler(sampler, int(self._rng.integers(2**31)), planned),
+                sampler=_sampler(sampler, int(self._rng.integers(2**31)), planned, space, latency),
             )
         for scored in known:
             self.learn(scored)
@@ -182,7 +219,10 @@ class Proposer:
         neighbours of those that were seen.
         """
         for _ in range(MAX_ASKS_PER_PROPOSAL):
-            trial = self._study.ask(self._distributions)
+            try:
+                trial = self._study.ask(self._distributions)
+            except BudgetError:  # the grey-box sampler knows of no network that is left
+                break
             genotype = to_genotype(self.space, trial.params)
             if genotype not in self._seen and self._in_budget(genotype):
                 return self._take(trial, genotype)
@@ -238,12 +278,35 @@ class Proposer:
         self._study.tell(trial, scored.values)
 
 
-def _sampler(name: str, seed: int, planned: int) -> optuna.samplers.BaseSampler:
+def _sampler(
+    name: str, seed: int, planned: int, space: SearchSpace, latency: KnownLatency | None
+) -> optuna.samplers.BaseSampler:
+    if name == "greybox" and latency is not None:
+        return _greybox(seed, space, latency)
     if name == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=12, constant_liar=True)
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(50, max(8, planned // 25)))
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _greybox(seed: int, space: SearchSpace, latency: KnownLatency) -> GreyBoxSampler:
+    """The sampler of complete networks, on the genes that have a choice."""
+    free = [i for i, gene in enumerate(space.genes) if len(gene.choices) > 1]
+
+    def whole(rows: np.ndarray) -> np.ndarray:
+        genotypes = np.zeros((len(rows), len(space.genes)), np.int64)
+        genotypes[:, free] = rows
+        return genotypes
+
+    return GreyBoxSampler(
+        distributions(space),
+        lambda rows: latency.of(whole(rows)),
+        latency.budgets_ms,
+        canonical=lambda rows: space.canonical_many(whole(rows))[:, free],
+        margin=latency.margin_std,
+        seed=seed,
+    )
 
 
 def _frozen(

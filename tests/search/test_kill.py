@@ -130,6 +130,7 @@ def _counts(folder: Path) -> dict[str, object]:
         ("search.scorer=supernet", 14),
         ("search.scorer=standalone", 8),
         ("also_on=[{device: 'simulated:1', ms: 0.0066}]", 10),
+        ("search.sampler=greybox", 6),
     ],
 )
 def test_search_that_is_killed_again_and_again_ends_like_one_that_was_not(

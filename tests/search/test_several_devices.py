@@ -35,8 +35,8 @@ FIRST_MS, SECOND_MS = 0.0068, 0.0066
 ALSO_ON = f"also_on: [{{device: '{SECOND}', ms: {SECOND_MS}}}]\n"
 
 
-def write_both(folder: Path, cache: Path | None = None, tables: Path | None = None) -> Path:
-    file = write_experiment(folder, cache, tables)
+def write_both(folder: Path, cache: Path | None = None) -> Path:
+    file = write_experiment(folder, cache)
     file.write_text(file.read_text() + ALSO_ON)
     return file
 
@@ -156,8 +156,11 @@ def test_a_search_that_was_stopped_between_two_devices_measures_nothing_twice(
         outcome = load_outcome(main)
         write_record(main / "outcome.json", replace(outcome, common=replace(outcome.common, packages=())))  # type: ignore[type-var]
     else:
-        for path in (main / "outcome.json", further / "outcome.json", main / "chosen.jsonl"):
-            path.unlink()
+        for folder in (main, further):
+            shutil.rmtree(folder / "packages")
+            (folder / "package.json").unlink()
+            (folder / "outcome.json").unlink()
+        (main / "chosen.jsonl").unlink()
         lines = (main / "events.jsonl").read_text().splitlines(keepends=True)
         (main / "events.jsonl").write_text("".join(x for x in lines if '"round":2' not in x.replace(" ", "")))
     rows = (tmp_path / "tables" / "simulated-1" / "rows.jsonl").read_bytes()
@@ -280,7 +283,8 @@ def test_deadlines_on_the_mean_and_the_tail_are_kept_on_both_devices(
 
 def test_scores_are_kept_when_a_device_is_added(zygote: Zygote, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "run", tmp_path / "run")
-    file = write_both(tmp_path, finished / "cache", finished / "tables")
+    shutil.copytree(finished / "tables", tmp_path / "tables")
+    file = write_both(tmp_path, finished / "cache")
     refused = zygote.run(tmp_path / "refused", file)
     assert refused.code == 2
     assert f"also on: (absent) -> {SECOND_MS:g} ms on simulated-1" in (tmp_path / "refused").read_text()

@@ -1,0 +1,773 @@
+"""Proposes networks to train when their latency is known beforehand and accuracy is the only unknown.
+
+A Gaussian process models accuracy alone; what a candidate would add to the front is then known in closed form, because
+its latency is a number and not a second prediction. The method in one pass: hyper-parameters by marginal likelihood,
+posterior means of the trained networks as their denoised front, candidates by local search around that front and random
+ones within the budget, and the candidate with the largest expected hypervolume improvement.
+
+Sources: Rasmussen and Williams 2006, Gaussian Processes for Machine Learning, algorithm 2.1 (regression and marginal
+likelihood); Astudillo and Frazier 2019, arXiv 1906.02327 (grey-box Bayesian optimisation); Emmerich et al. 2011,
+Hypervolume-based expected improvement, CEC (closed form; here with one known objective); Ginsbourger et al. 2010,
+Kriging is well-suited to parallelize optimization (batches by a believer's fantasy).
+
+Everything is a function of the scored networks and a seed: the same state gives the same proposal, in any process.
+Genotypes are int64 [N, G], one row of gene indices for each network; accuracies are numbers of which more is better, in
+any unit; latencies are milliseconds [N, D] on D devices.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.special import ndtr
+
+from nas.core.errors import ConfigError, RecordError
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+# Grid of the marginal likelihood; variances as shares of the signal's, the length as a share of `typical_distance`.
+LINEAR_SHARES = (0.3, 0.6, 0.8, 0.93)
+LENGTHS = (0.25, 0.42, 0.7)
+NOISES = (0.0005, 0.003, 0.015, 0.06)
+MAX_FIT_POINTS = 240  # the grid factorises this many points 48 times: 60 ms
+PRIOR_POINTS = 4.0  # weight of the standardised variance 1 beside the observations when the signal variance is set
+JITTER = 1e-8
+OUTLIER_SPREADS = 4.0  # a network this many times (q90 - median) below the median tells only that it is bad
+
+
+@dataclass(frozen=True, slots=True)
+class GreyBoxProblem:
+    """What is known before any training.
+
+    Attributes:
+        cardinalities: choices of each gene, [G].
+        ordinal: which genes are ordered, so that neighbouring indices are alike, [G].
+        canonical: genotypes [N, G] to the one genotype that stands for each network.
+        latency: canonical genotypes [N, G] to milliseconds [N, D] and their standard deviations [N, D]; NaN where
+            unknown: such a network is not proposed, and where it was trained it is on no front.
+        budgets_ms: largest latency on each device, [D]. A network has to keep at least one of them.
+        margin: how many standard deviations the latency has to stay below the budget.
+        weigh_keeping: whether the value of a candidate is multiplied by the probability that it keeps the budget.
+        reference_accuracy: accuracy above which a network is worth anything; None: the lower quartile of the first
+            `start` scored ones.
+    """
+
+    cardinalities: tuple[int, ...]
+    ordinal: tuple[bool, ...]
+    canonical: Callable[[IntArray], IntArray]
+    latency: Callable[[IntArray], tuple[FloatArray, FloatArray]]
+    budgets_ms: tuple[float, ...]
+    margin: float = 1.0
+    weigh_keeping: bool = False
+    reference_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.cardinalities or min(self.cardinalities) < 1 or len(self.ordinal) != len(self.cardinalities):
+            raise ConfigError(
+                f"cardinalities {self.cardinalities}, ordinal {self.ordinal}: give one number of choices, at least 1, "
+                "and one flag for each gene"
+            )
+        if not self.budgets_ms or not all(np.isfinite(b) and b > 0 for b in self.budgets_ms):
+            raise ConfigError(f"budgets_ms is {self.budgets_ms}; allowed: one finite number above 0 for each device")
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much a proposal costs. The defaults are those that were measured.
+
+    Attributes:
+        start: networks of the spread over latency, before the model is used.
+        random: random networks within the budget among the candidates.
+        draws: random networks drawn at most to find these.
+        children: networks bred in each round of the local search.
+        rounds: rounds of the local search.
+        parents: best candidates that breed beside the front.
+        model_points: scored networks that the model sees at most.
+    """
+
+    start: int = 10
+    random: int = 300
+    draws: int = 4096
+    children: int = 900
+    rounds: int = 3
+    parents: int = 60
+    model_points: int = 700
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """The networks that were trained, in a fixed order such as that of their trial numbers.
+
+    Attributes:
+        genotypes: canonical, int64 [N, G].
+        accuracies: more is better, [N].
+        eligible: which may stand on the front, [N]; others, such as those over a further limit, only teach the model.
+    """
+
+    genotypes: IntArray
+    accuracies: FloatArray
+    eligible: BoolArray
+
+    def __post_init__(self) -> None:
+        count = len(self.genotypes)
+        if self.genotypes.ndim != 2 or self.accuracies.shape != (count,) or self.eligible.shape != (count,):
+            raise RecordError(
+                f"scored networks: genotypes {self.genotypes.shape}, accuracies {self.accuracies.shape}, eligible "
+                f"{self.eligible.shape}; allowed: [N, G], [N], [N]"
+            )
+        if not np.isfinite(self.accuracies).all():
+            raise RecordError("scored networks: an accuracy is not finite; leave failed trainings out")
+
+    def at(self, rows: IntArray | slice) -> Scored:
+        """Some of them."""
+        return Scored(self.genotypes[rows], self.accuracies[rows], self.eligible[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Kernel of standardised accuracies: `linear` * shared genes / G + `rbf` * exp(-d^2 / (2 `length`^2)).
+
+    `noise` is added on the diagonal; all but `length` are variances.
+    """
+
+    linear: float
+    rbf: float
+    length: float
+    noise: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Features:
+    """Genotypes as the kernel sees them.
+
+    Attributes:
+        one_hot: one column for each choice of each gene, [N, sum of cardinalities].
+        codes: ordered genes as index / (choices - 1), others as columns at distance 1 from each other, [N, C].
+        norms: squared length of the rows of `codes`, [N].
+    """
+
+    one_hot: NDArray[np.float32]
+    codes: FloatArray
+    norms: FloatArray
+
+    def at(self, rows: IntArray | BoolArray | slice) -> Features:
+        """Some rows."""
+        return Features(self.one_hot[rows], self.codes[rows], self.norms[rows])
+
+
+def joined(parts: list[Features]) -> Features:
+    """All rows of several."""
+    return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("one_hot", "codes", "norms")))
+
+
+def encode(genotypes: IntArray, cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> Features:
+    """Features of genotypes [N, G]."""
+    offsets = np.cumsum((0, *cardinalities[:-1]))
+    one_hot = np.zeros((len(genotypes), sum(cardinalities)), np.float32)
+    one_hot[np.arange(len(genotypes))[:, None], genotypes + offsets] = 1
+    ordered = np.array(ordinal, bool)
+    steps = np.maximum(np.array(cardinalities)[ordered] - 1, 1)
+    nominal = np.repeat(~ordered, cardinalities)
+    codes = np.concatenate([genotypes[:, ordered] / steps, one_hot[:, nominal] / np.sqrt(2.0)], axis=1)
+    return Features(one_hot, codes, (codes**2).sum(axis=1))
+
+
+def typical_distance(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> float:
+    """Root of the mean squared distance of the codes of two random genotypes; the unit of the kernel's lengths."""
+    total = 0.0
+    for size, ordered in zip(cardinalities, ordinal, strict=True):
+        if size > 1:
+            total += (size + 1) / (6 * (size - 1)) if ordered else (size - 1) / size
+    return float(np.sqrt(max(total, 1e-12)))
+
+
+def _shared(a: Features, b: Features, genes: int) -> FloatArray:
+    return (a.one_hot @ b.one_hot.T).astype(np.float64) / genes
+
+
+def _squared_distances(a: Features, b: Features) -> FloatArray:
+    squared = a.codes @ b.codes.T
+    squared *= -2.0
+    squared += a.norms[:, None]
+    squared += b.norms
+    return np.maximum(squared, 0.0, out=squared)
+
+
+def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArray:
+    """Covariance of the standardised accuracies of two lists of networks, [N, M], without noise."""
+    result = _squared_distances(a, b)
+    result *= -0.5 / h.length**2
+    np.exp(result, out=result)
+    result *= h.rbf
+    result += h.linear * _shared(a, b, genes)
+    return result
+
+
+def standardised(accuracies: FloatArray) -> tuple[FloatArray, float, float]:
+    """Accuracies with mean 0 and variance 1, and the mean and deviation that were taken out.
+
+    Those far below the rest, such as trainings at chance level, are drawn in first: how bad they are says nothing about
+    good networks and would hide the differences between those.
+    """
+    middle, high = np.quantile(accuracies, [0.5, 0.9])
+    drawn_in = np.maximum(accuracies, middle - OUTLIER_SPREADS * (high - middle)) if high > middle else accuracies
+    mean, deviation = float(drawn_in.mean()), float(drawn_in.std())
+    deviation = deviation if deviation > 0 else 1.0
+    return (drawn_in - mean) / deviation, mean, deviation
+
+
+def log_marginal_likelihood(covariance: FloatArray, observed: FloatArray) -> float:
+    """Of observations [N] with mean 0 and a covariance [N, N], noise included (Rasmussen and Williams, eq. 2.30)."""
+    factor = cholesky(covariance, lower=True, check_finite=False)
+    half = solve_triangular(factor, observed, lower=True, check_finite=False)
+    return float(-0.5 * half @ half - np.log(np.diag(factor)).sum() - 0.5 * len(observed) * np.log(2 * np.pi))
+
+
+def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
+    """The point of the grid with the largest marginal likelihood.
+
+    The signal variance has a closed form for each shape of the kernel (ibid., exercise 5.6; here with a prior that is
+    worth `PRIOR_POINTS` observations), so that only shares, length and noise are searched.
+    """
+    rows = spread_rows(len(scored.accuracies), MAX_FIT_POINTS)
+    observed, _, _ = standardised(scored.accuracies[rows])
+    features = encode(scored.genotypes[rows], problem.cardinalities, problem.ordinal)
+    genes, count = len(problem.cardinalities), len(rows)
+    shared, squared = _shared(features, features, genes), _squared_distances(features, features)
+    unit = typical_distance(problem.cardinalities, problem.ordinal)
+    best, best_value = Hyperparameters(0.6, 0.4, LENGTHS[1] * unit, NOISES[1]), -np.inf
+    for length in LENGTHS:
+        rbf = np.exp(squared * (-0.5 / (length * unit) ** 2))
+        for share in LINEAR_SHARES:
+            shape = share * shared + (1 - share) * rbf
+            for noise in NOISES:
+                factor = cholesky(shape + (noise + JITTER) * np.eye(count), lower=True, check_finite=False)
+                half = solve_triangular(factor, observed, lower=True, check_finite=False)
+                signal = (half @ half + PRIOR_POINTS) / (count + PRIOR_POINTS)
+                value = -0.5 * (count + PRIOR_POINTS) * np.log(signal) - np.log(np.diag(factor)).sum()
+                if value > best_value:
+                    best_value = value
+                    best = Hyperparameters(share * signal, (1 - share) * signal, length * unit, noise * signal)
+    return best
+
+
+def refit_count(count: int) -> int:
+    """How many of `count` scored networks the hyper-parameters are fitted to.
+
+    They change every 10 up to 100, every 50 up to 500, every 250 beyond: a function of the state alone, so that what is
+    remembered between proposals saves time and changes nothing.
+    """
+    step = 1 if count < 10 else 10 if count < 100 else 50 if count < 500 else 250
+    return count // step * step
+
+
+def batch_count(count: int) -> int:
+    """How many networks to propose at once to one worker after `count` trainings."""
+    return 1 if count < 150 else 5 if count < 500 else 20
+
+
+def spread_rows(count: int, most: int) -> IntArray:
+    """At most `most` of `count` rows, evenly spread, the last one among them."""
+    if count <= most:
+        return np.arange(count)
+    return np.linspace(0, count - 1, most).round().astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """Posterior of a Gaussian process over accuracy, and of networks that are being trained.
+
+    Attributes:
+        known: features of the N trained and then of the P pending networks.
+        factor: lower Cholesky factor of the covariance of all of them, noise included, [N + P, N + P].
+        weights: inverse covariance of the trained ones times their standardised accuracies, [N].
+        mean, deviation: what standardising took out, in units of accuracy.
+    """
+
+    known: Features
+    factor: FloatArray
+    weights: FloatArray
+    mean: float
+    deviation: float
+    genes: int
+    hyperparameters: Hyperparameters
+
+    @property
+    def prior(self) -> float:
+        """Variance of a standardised accuracy before anything is known."""
+        return self.hyperparameters.linear + self.hyperparameters.rbf
+
+
+def fit_model(
+    problem: GreyBoxProblem, scored: Scored, hyperparameters: Hyperparameters, pending: IntArray | None = None
+) -> Model:
+    """The posterior given scored networks.
+
+    Pending networks are believed to give their mean: that leaves every mean as it is and takes away the doubt near
+    them, so that parallel workers spread.
+    """
+    observed, mean, deviation = standardised(scored.accuracies)
+    features = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
+    genes = len(problem.cardinalities)
+    if pending is not None and len(pending):
+        features = joined([features, encode(pending, problem.cardinalities, problem.ordinal)])
+    covariance = kernel(features, features, genes, hyperparameters)
+    covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + JITTER
+    factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
+    trained = len(observed)
+    weights = cho_solve((factor[:trained, :trained], True), observed, check_finite=False)
+    return Model(features, factor, weights, mean, deviation, genes, hyperparameters)
+
+
+def predict_mean(model: Model, features: Features) -> FloatArray:
+    """Posterior mean accuracy, [M]."""
+    trained = len(model.weights)
+    cross = kernel(features, model.known.at(slice(trained)), model.genes, model.hyperparameters)
+    return model.mean + model.deviation * (cross @ model.weights)
+
+
+def predict(model: Model, features: Features) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Posterior mean [M] and deviation [M] of the accuracy without noise, and the whitened covariances [N + P, M].
+
+    The last are what `covary` needs.
+    """
+    cross = kernel(model.known, features, model.genes, model.hyperparameters)
+    mean = model.mean + model.deviation * (model.weights @ cross[: len(model.weights)])
+    white = solve_triangular(model.factor, cross, lower=True, overwrite_b=True, check_finite=False)
+    variance = model.prior - np.einsum("nm,nm->m", white, white)
+    return mean, model.deviation * np.sqrt(np.maximum(variance, 1e-12)), white
+
+
+def expected_improvement(
+    mean: FloatArray,
+    deviation: FloatArray,
+    latency_ms: FloatArray,
+    front: tuple[FloatArray, FloatArray],
+    reference: tuple[float, float],
+) -> FloatArray:
+    """Expected growth of the hypervolume of accuracy and latency by each candidate, [M].
+
+    With the front sorted by latency, the candidate improves the strip between two of its latencies l_i and l_(i+1) by
+    what it is above the accuracy f_i there: the sum over i of max(0, l_(i+1) - max(l_i, l)) times the expected
+    improvement over f_i, with l_0 = -infinity, f_0 the reference accuracy and l_(k+1) the reference latency.
+
+    Args:
+        mean: of the candidates' accuracy, [M].
+        deviation: of that, [M]; 0 is allowed.
+        latency_ms: of the candidates, [M].
+        front: accuracies [K] and latencies [K] in any order, dominated ones allowed.
+        reference: accuracy above and latency below which a point counts.
+    """
+    accuracies, latencies = staircase(front[0], front[1], reference)
+    heights = np.append(reference[0], accuracies)
+    ends = np.append(latencies, reference[1])
+    starts = np.append(-np.inf, latencies)
+    result = np.zeros(len(mean))
+    positive = np.maximum(deviation, 1e-12)
+    order = np.argsort(latency_ms)
+    first = np.searchsorted(latency_ms[order], ends)  # candidates from here on are not faster than the strip's end
+    for height, start, end, until in zip(heights, starts, ends, first, strict=True):
+        rows = order[:until]
+        if len(rows):
+            gain, spread = mean[rows] - height, positive[rows]
+            u = gain / spread
+            density = np.exp(-0.5 * u * u) * (1 / np.sqrt(2 * np.pi))
+            width = end - np.maximum(start, latency_ms[rows])
+            result[rows] += width * np.maximum(gain * ndtr(u) + spread * density, 0.0)
+    return result
+
+
+def staircase(
+    accuracies: FloatArray, latencies_ms: FloatArray, reference: tuple[float, float]
+) -> tuple[FloatArray, FloatArray]:
+    """The points that beat the reference and that no other one dominates, by rising latency and accuracy, [K] each."""
+    order = np.lexsort((-accuracies, latencies_ms))
+    order = order[(accuracies[order] > reference[0]) & (latencies_ms[order] < reference[1])]
+    before = np.maximum.accumulate(np.append(reference[0], accuracies[order]))[:-1]
+    order = order[accuracies[order] > before]
+    return accuracies[order], latencies_ms[order]
+
+
+def model_rows(accuracies: FloatArray, latency_ms: FloatArray, most: int) -> IntArray:
+    """Which of the scored networks the model sees: all while they are few, then those near the fronts and a spread.
+
+    Two thirds are taken front by front (non-dominated layers of the observed values, on the devices in turn), the rest
+    evenly from the others in the order of their accuracy.
+
+    Args:
+        accuracies: [N].
+        latency_ms: [N, D], NaN where unknown.
+        most: rows at most.
+    """
+    count = len(accuracies)
+    if count <= most:
+        return np.arange(count)
+    chosen = np.zeros(count, bool)
+    near = 2 * most // 3
+    for device in itertools.cycle(range(latency_ms.shape[1])):
+        left = np.flatnonzero(~chosen & np.isfinite(latency_ms[:, device]))
+        if not len(left):
+            break
+        order = left[np.lexsort((-accuracies[left], latency_ms[left, device]))]
+        before = np.maximum.accumulate(np.append(-np.inf, accuracies[order]))[:-1]
+        layer = order[accuracies[order] > before]
+        if chosen.sum() + len(layer) > near:
+            break
+        chosen[layer] = True
+    others = np.flatnonzero(~chosen)
+    others = others[np.argsort(accuracies[others], kind="stable")]
+    chosen[others[spread_rows(len(others), most - int(chosen.sum()))]] = True
+    return np.flatnonzero(chosen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Latencies:
+    """What the tables say of some networks.
+
+    Attributes:
+        ms: [N, D], NaN where unknown.
+        keeping: probability that each keeps each budget, [N, D]; 0 where unknown.
+        within: which keep each budget with the margin, [N, D].
+    """
+
+    ms: FloatArray
+    keeping: FloatArray
+    within: BoolArray
+
+
+def latencies(problem: GreyBoxProblem, genotypes: IntArray) -> Latencies:
+    """Latency of canonical genotypes [N, G].
+
+    Raises:
+        RecordError: the problem's latency gives arrays of another shape.
+    """
+    shape = (len(genotypes), len(problem.budgets_ms))
+    # Callers' functions need not know what the latency of no network looks like.
+    ms, deviation = problem.latency(genotypes) if len(genotypes) else (np.empty(shape), np.empty(shape))
+    if ms.shape != shape or deviation.shape != shape:
+        raise RecordError(f"latency: arrays {ms.shape} and {deviation.shape} were given; allowed: {shape} for both")
+    budgets = np.array(problem.budgets_ms)
+    spread = np.maximum(np.nan_to_num(deviation), 1e-12)
+    with np.errstate(invalid="ignore"):
+        keeping = np.nan_to_num(ndtr((budgets - ms) / spread))
+        keeping[np.nan_to_num(deviation) <= 0] = 1.0
+        within = ms + problem.margin * spread <= budgets
+    return Latencies(ms, np.where(within, keeping, 0.0), within)
+
+
+def hashes(genotypes: IntArray) -> NDArray[np.uint64]:
+    """One number for each row; two different rows share one with a probability of about 2^-60."""
+    factors = np.random.default_rng(0).integers(1, 2**63, size=genotypes.shape[1], dtype=np.uint64) * np.uint64(2) + 1
+    mixed = (genotypes.astype(np.uint64) + np.uint64(1)) * factors
+    mixed ^= mixed >> np.uint64(29)
+    return (mixed * np.uint64(0xBF58476D1CE4E5B9)).sum(axis=1, dtype=np.uint64)
+
+
+def _new(genotypes: IntArray, taken: NDArray[np.uint64]) -> IntArray:
+    """The first of each distinct row whose hash is not taken, in their order."""
+    codes = hashes(genotypes)
+    _, first = np.unique(codes, return_index=True)
+    first.sort()
+    return genotypes[first[~np.isin(codes[first], taken)]]
+
+
+def mutated(
+    problem: GreyBoxProblem, parents: IntArray, rng: np.random.Generator, changes: tuple[int, ...] = (1, 2, 3)
+) -> IntArray:
+    """Canonical children of genotypes [N, G]: each gene changes with probability m / G, m drawn from `changes`.
+
+    At least one gene changes; half of the changes are one step up or down, half a fresh value.
+    """
+    sizes = np.array(problem.cardinalities)
+    free = sizes > 1
+    shape = parents.shape
+    rate = rng.choice(changes, size=(shape[0], 1)) / max(1, int(free.sum()))
+    weights = np.where(free, rng.random(shape), np.inf)
+    hit = weights < rate
+    hit[np.arange(shape[0]), weights.argmin(axis=1)] = True
+    step = parents + rng.choice((-1, 1), size=shape)
+    step = np.where(step < 0, 1, np.where(step >= sizes, sizes - 2, step))
+    fresh = rng.integers(0, sizes, size=shape)
+    return problem.canonical(np.where(hit & free, np.where(rng.random(shape) < 0.5, step, fresh), parents))
+
+
+def bred(problem: GreyBoxProblem, base: IntArray, rng: np.random.Generator, count: int) -> IntArray:
+    """`count` canonical children of genotypes [N, G]: 40 % by uniform crossover of two, all mutated."""
+    parents = base[rng.integers(len(base), size=count)]
+    others = base[rng.integers(len(base), size=count)]
+    crossed = (rng.random((count, 1)) < 0.4) & (rng.random(parents.shape) < 0.5)
+    return mutated(problem, np.where(crossed, others, parents), rng)
+
+
+def random_within(
+    problem: GreyBoxProblem, rng: np.random.Generator, count: int, draws: int, near: IntArray | None = None
+) -> IntArray:
+    """At most `count` distinct canonical genotypes that keep a budget, [N, G].
+
+    Random ones first. Where the budget is so tight that fewer than a tenth of `count` are found among `draws`, those
+    with the least excess, and the given networks, are mutated towards lower latency.
+    """
+    sizes = problem.cardinalities
+    nothing = np.empty(0, np.uint64)
+    found = [np.empty((0, len(sizes)), np.int64)]
+    drawn = 0
+    while drawn < draws and sum(map(len, found)) < count:
+        size = min(draws - drawn, 1024)
+        drawn += size
+        rows = problem.canonical(rng.integers(0, sizes, size=(size, len(sizes))))
+        found.append(rows[latencies(problem, rows).within.any(axis=1)])
+    within = _new(np.concatenate(found), nothing)
+    if 10 * len(within) >= count or 10 * len(within) >= drawn:
+        return within[:count]
+    parents = np.concatenate([within, near[:64] if near is not None else within, rows[:256]])
+    for _ in range(40):
+        parents = _new(np.concatenate([parents, bred(problem, parents, rng, 512)]), nothing)
+        known = latencies(problem, parents)
+        inside = known.within.any(axis=1)
+        within = _new(np.concatenate([within, parents[inside]]), nothing)
+        if len(within) >= count:
+            break
+        with np.errstate(invalid="ignore"):
+            excess = (known.ms / np.array(problem.budgets_ms)).min(axis=1, initial=np.inf, where=~np.isnan(known.ms))
+        # Those within the budget breed on at random, or the fastest corner of the space would be all that is found.
+        excess = np.where(inside, rng.random(len(parents)), excess)
+        parents = parents[np.argsort(excess, kind="stable")[:128]]
+    return within[:count]
+
+
+def start_spread(
+    problem: GreyBoxProblem, taken: IntArray, seed: tuple[int, ...], count: int, effort: Effort | None = None
+) -> IntArray:
+    """At most `count` networks spread evenly over latency, none of `taken` [T, G] among them, [N, G].
+
+    The latency of each is aimed at by a low-discrepancy sequence whose place is the number of those taken, on the
+    devices in turn, between the lowest that was drawn and the budget.
+    """
+    effort = effort or Effort()
+    rng = np.random.default_rng(list(seed))
+    drawn = _new(random_within(problem, rng, effort.random, effort.draws, taken), hashes(taken))
+    known = latencies(problem, drawn)
+    chosen: list[int] = []
+    golden = (np.sqrt(5) - 1) / 2
+    shift = np.random.default_rng(list(seed[:1])).random()
+    for place in range(len(taken), len(taken) + count):
+        device = place % len(problem.budgets_ms)
+        usable = np.flatnonzero(known.within[:, device] & ~np.isin(np.arange(len(drawn)), chosen))
+        if not len(usable):
+            usable = np.setdiff1d(np.arange(len(drawn)), chosen)
+            if not len(usable):
+                break
+        ms = np.nan_to_num(known.ms[usable, device], nan=np.inf)
+        low = float(ms.min())
+        aim = low + (problem.budgets_ms[device] - low) * ((shift + golden * (place // len(problem.budgets_ms))) % 1)
+        chosen.append(int(usable[np.abs(ms - aim).argmin()]))
+    return drawn[chosen]
+
+
+def propose(
+    problem: GreyBoxProblem,
+    scored: Scored,
+    *,
+    pending: IntArray | None = None,
+    excluded: IntArray | None = None,
+    count: int = 1,
+    seed: tuple[int, ...] = (0,),
+    effort: Effort | None = None,
+    hyperparameters: Callable[[GreyBoxProblem, Scored], Hyperparameters] = fit_hyperparameters,
+) -> IntArray:
+    """The networks to train next: canonical, distinct, never seen, within a budget; fewer where none is left.
+
+    Args:
+        problem: what is known before training.
+        scored: what was trained, in a fixed order.
+        pending: canonical genotypes [P, G] that are being trained.
+        excluded: canonical genotypes [E, G] that are not to be proposed, such as those whose training failed.
+        count: networks of one batch, `batch_count` gives what suits one worker.
+        seed: decides all draws; the first number that of the search, further ones such as the trial number.
+        effort: how much the proposal may cost.
+        hyperparameters: `fit_hyperparameters`, or the same with a memory.
+
+    Returns:
+        int64 [<= count, G].
+    """
+    effort = effort or Effort()
+    genes = len(problem.cardinalities)
+    none = np.empty((0, genes), np.int64)
+    pending = none if pending is None else pending
+    taken = np.concatenate([scored.genotypes, pending, none if excluded is None else excluded])
+    started = len(scored.genotypes) + len(pending)
+    if started < effort.start or len(scored.genotypes) < 3:
+        missing = max(1, min(count, effort.start - started))
+        first = start_spread(problem, taken, seed, missing, effort)
+        if len(first) == count or len(scored.genotypes) < 3:
+            return first
+        rest = propose(
+            problem,
+            scored,
+            pending=np.concatenate([pending, first]),
+            excluded=excluded,
+            count=count - len(first),
+            seed=(*seed, 1),
+            effort=replace_start(effort),
+            hyperparameters=hyperparameters,
+        )
+        return np.concatenate([first, rest])
+    chosen = hyperparameters(problem, scored.at(slice(refit_count(len(scored.genotypes)))))
+    return _modelled(problem, scored, pending, taken, count, np.random.default_rng(list(seed)), effort, chosen)
+
+
+def replace_start(effort: Effort) -> Effort:
+    """The same effort, with the start over."""
+    return Effort(0, effort.random, effort.draws, effort.children, effort.rounds, effort.parents, effort.model_points)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Fronts:
+    """Accuracies and latencies of the networks that may stand on the front of each device."""
+
+    accuracies: FloatArray  # [F]
+    latencies: Latencies  # of these networks
+    genotypes: IntArray  # [F, G]
+    reference: float
+
+    def with_one(self, accuracy: float, ms: FloatArray, within: BoolArray, genotype: IntArray) -> _Fronts:
+        known = self.latencies
+        return _Fronts(
+            np.append(self.accuracies, accuracy),
+            Latencies(np.vstack([known.ms, ms]), np.vstack([known.keeping, within]), np.vstack([known.within, within])),
+            np.vstack([self.genotypes, genotype]),
+            self.reference,
+        )
+
+
+def _value(
+    problem: GreyBoxProblem, fronts: _Fronts, known: Latencies, mean: FloatArray, deviation: FloatArray
+) -> FloatArray:
+    """Sum over the devices of the expected improvement of their fronts, each as a share of its budget, [M]."""
+    result = np.zeros(len(mean))
+    for device, budget in enumerate(problem.budgets_ms):
+        on = fronts.latencies.within[:, device]
+        rows = np.flatnonzero(known.within[:, device])
+        front = fronts.accuracies[on], fronts.latencies.ms[on, device]
+        gain = expected_improvement(
+            mean[rows], deviation[rows], known.ms[rows, device], front, (fronts.reference, budget)
+        )
+        result[rows] += gain / budget * (known.keeping[rows, device] if problem.weigh_keeping else 1.0)
+    return result
+
+
+def _modelled(
+    problem: GreyBoxProblem,
+    scored: Scored,
+    pending: IntArray,
+    taken: IntArray,
+    count: int,
+    rng: np.random.Generator,
+    effort: Effort,
+    hyperparameters: Hyperparameters,
+) -> IntArray:
+    of_scored = latencies(problem, scored.genotypes)
+    reference = problem.reference_accuracy
+    if reference is None:
+        reference = float(np.quantile(scored.accuracies[: max(effort.start, 4)], 0.25))
+    rows = model_rows(scored.accuracies, of_scored.ms, effort.model_points)
+    seen = scored.at(rows)
+    model = fit_model(problem, seen, hyperparameters, pending)
+    on = seen.eligible & of_scored.within[rows].any(axis=1)
+    front_rows = np.concatenate([np.flatnonzero(on), len(rows) + np.arange(len(pending))])
+    genotypes = np.concatenate([seen.genotypes[on], pending])
+    fronts = _Fronts(
+        predict_mean(model, model.known.at(front_rows)), latencies(problem, genotypes), genotypes, reference
+    )
+    base = _on_a_front(problem, fronts)
+    near = fronts.genotypes[base] if len(base) else seen.genotypes
+    codes = hashes(taken)
+    candidates = _new(random_within(problem, rng, effort.random, effort.draws, near), codes)
+    pool = _Pool.of(problem, model, fronts, candidates)
+    for _ in range(effort.rounds):
+        best = pool.genotypes[np.argsort(-pool.values, kind="stable")[: effort.parents]]
+        parents = np.concatenate([near, best])
+        children = _new(bred(problem, parents, rng, effort.children), np.concatenate([codes, hashes(pool.genotypes)]))
+        pool = pool.united(_Pool.of(problem, model, fronts, children))
+    return _batch(problem, model, fronts, pool, count)
+
+
+def _on_a_front(problem: GreyBoxProblem, fronts: _Fronts) -> IntArray:
+    """Rows of the networks that no other one dominates on some device."""
+    found: list[int] = []
+    for device in range(len(problem.budgets_ms)):
+        rows = np.flatnonzero(fronts.latencies.within[:, device])
+        order = rows[np.lexsort((-fronts.accuracies[rows], fronts.latencies.ms[rows, device]))]
+        before = np.maximum.accumulate(np.append(-np.inf, fronts.accuracies[order]))[:-1]
+        found += order[fronts.accuracies[order] > before].tolist()
+    return np.unique(np.array(found, np.int64))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pool:
+    """Candidates with what the model says of them."""
+
+    genotypes: IntArray
+    features: Features
+    latencies: Latencies
+    mean: FloatArray
+    deviation: FloatArray
+    white: FloatArray
+    values: FloatArray
+
+    @staticmethod
+    def of(problem: GreyBoxProblem, model: Model, fronts: _Fronts, genotypes: IntArray) -> _Pool:
+        known = latencies(problem, genotypes)
+        keep = known.within.any(axis=1)
+        known = Latencies(known.ms[keep], known.keeping[keep], known.within[keep])
+        features = encode(genotypes[keep], problem.cardinalities, problem.ordinal)
+        mean, deviation, white = predict(model, features)
+        values = _value(problem, fronts, known, mean, deviation)
+        return _Pool(genotypes[keep], features, known, mean, deviation, white, values)
+
+    def united(self, other: _Pool) -> _Pool:
+        def both(a: NDArray, b: NDArray) -> NDArray:
+            return np.concatenate([a, b])
+
+        a, b = self.latencies, other.latencies
+        return _Pool(
+            both(self.genotypes, other.genotypes),
+            joined([self.features, other.features]),
+            Latencies(both(a.ms, b.ms), both(a.keeping, b.keeping), both(a.within, b.within)),
+            both(self.mean, other.mean),
+            both(self.deviation, other.deviation),
+            np.concatenate([self.white, other.white], axis=1),
+            both(self.values, other.values),
+        )
+
+
+def _batch(problem: GreyBoxProblem, model: Model, fronts: _Fronts, pool: _Pool, count: int) -> IntArray:
+    """The best candidate, then each next one as if those before had given their mean."""
+    picked: list[int] = []
+    values, variance = pool.values, (pool.deviation / model.deviation) ** 2
+    white = pool.white
+    while len(picked) < min(count, len(pool.genotypes)):
+        if picked:
+            values = _value(problem, fronts, pool.latencies, pool.mean, model.deviation * np.sqrt(variance))
+        values = np.where(np.isin(np.arange(len(values)), picked), -np.inf, values)
+        best = int(values.argmax())
+        picked.append(best)
+        if len(picked) == count:
+            break
+        fronts = fronts.with_one(
+            float(pool.mean[best]), pool.latencies.ms[best], pool.latencies.within[best], pool.genotypes[best]
+        )
+        # One more row of the Cholesky factor: the covariance with the picked one that is left, over its deviation.
+        prior = kernel(pool.features.at(np.array([best])), pool.features, model.genes, model.hyperparameters)[0]
+        left = prior - white[:, best] @ white
+        row = left / np.sqrt(variance[best] + model.hyperparameters.noise + JITTER)
+        white = np.vstack([white, row])
+        variance = np.maximum(variance - row * row, 1e-12)
+    return pool.genotypes[picked]

@@ -1,0 +1,380 @@
+"""The grey-box proposer: its formulas against textbook ones, and what every proposal keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from nas.core.errors import ConfigError, RecordError
+from nas.latency.pareto import hypervolume
+from nas.search.greybox import (
+    Effort,
+    GreyBoxProblem,
+    Hyperparameters,
+    Scored,
+    batch_count,
+    encode,
+    expected_improvement,
+    fit_hyperparameters,
+    fit_model,
+    hashes,
+    kernel,
+    latencies,
+    log_marginal_likelihood,
+    model_rows,
+    mutated,
+    predict,
+    propose,
+    random_within,
+    refit_count,
+    standardised,
+    start_spread,
+    typical_distance,
+)
+
+SIZES = (3, 4, 2, 3, 3, 3, 2, 4)
+ORDINAL = (True, True, False, True, True, False, True, True)
+SMALL = Effort(start=8, random=60, draws=1024, children=150, rounds=2, parents=20)
+WEIGHTS = np.array([1.0, 0.7, 0.5, 1.2, 0.8, 0.3, 0.9, 0.6])
+
+
+def canonical(genotypes: np.ndarray) -> np.ndarray:
+    """The last gene counts only where the one before it is 1."""
+    result = genotypes.copy()
+    result[:, -1] *= result[:, -2]
+    return result
+
+
+def latency(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ms = 1.0 + genotypes @ WEIGHTS[::-1].copy()
+    return ms[:, None], np.zeros((len(genotypes), 1))
+
+
+def two_devices(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ms = np.column_stack([1.0 + genotypes @ WEIGHTS[::-1], 2.0 + genotypes @ WEIGHTS])
+    return ms, np.zeros_like(ms)
+
+
+def accuracy(genotypes: np.ndarray) -> np.ndarray:
+    """Saturates in a sum, in percent."""
+    return 90 - 30 * np.exp(-genotypes @ WEIGHTS / 5)
+
+
+def problem(
+    known: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] = latency, budgets_ms: tuple[float, ...] = (7.0,)
+) -> GreyBoxProblem:
+    return GreyBoxProblem(SIZES, ORDINAL, canonical, known, budgets_ms)
+
+
+def drawn(count: int, seed: int = 0) -> np.ndarray:
+    return np.unique(canonical(np.random.default_rng(seed).integers(0, SIZES, size=(count, len(SIZES)))), axis=0)
+
+
+def scored(genotypes: np.ndarray, noise: float = 0.1) -> Scored:
+    shown = accuracy(genotypes) + noise * np.random.default_rng(1).normal(size=len(genotypes))
+    return Scored(genotypes, shown, np.ones(len(genotypes), bool))
+
+
+def within(count: int, of: GreyBoxProblem, seed: int = 0) -> np.ndarray:
+    rows = drawn(2000, seed)
+    rows = np.random.default_rng(seed).permutation(rows)
+    return rows[latencies(of, rows).within.any(axis=1)][:count]
+
+
+def one_hypervolume(accuracies: np.ndarray, ms: np.ndarray, reference: tuple[float, float]) -> float:
+    return hypervolume(np.column_stack([accuracies, ms]), reference, (True, False))
+
+
+def test_expected_improvement_without_deviation_is_the_exact_growth_of_the_hypervolume() -> None:
+    rng = np.random.default_rng(3)
+    front = rng.uniform(60, 80, 12), rng.uniform(1, 9, 12)
+    mean, ms = rng.uniform(55, 85, 40), rng.uniform(0.5, 11, 40)
+    found = expected_improvement(mean, np.zeros(40), ms, front, (62.0, 8.0))
+    before = one_hypervolume(*front, (62.0, 8.0))
+    grown = [one_hypervolume(np.append(front[0], a), np.append(front[1], t), (62.0, 8.0)) for a, t in zip(mean, ms)]  # noqa: B905
+    np.testing.assert_allclose(found, np.array(grown) - before, atol=1e-9)
+
+
+def test_expected_improvement_agrees_with_random_draws() -> None:
+    rng = np.random.default_rng(4)
+    front = np.array([64.0, 70.0, 74.0]), np.array([2.0, 4.0, 6.0])
+    mean, deviation, ms = np.array([66.0, 71.0, 60.0, 76.0]), np.array([3.0, 0.5, 6.0, 2.0]), np.array([1, 5, 3, 6.5])
+    found = expected_improvement(mean, deviation, ms, front, (60.0, 8.0))
+    before = one_hypervolume(*front, (60.0, 8.0))
+    for i in range(4):
+        draws = rng.normal(mean[i], deviation[i], 4000)
+        grown = [
+            one_hypervolume(np.append(front[0], a), np.append(front[1], ms[i]), (60.0, 8.0)) - before for a in draws
+        ]
+        assert found[i] == pytest.approx(np.mean(grown), abs=4 * np.std(grown) / math.sqrt(4000))
+
+
+def test_expected_improvement_of_an_empty_front_is_the_box_to_the_reference() -> None:
+    nothing = np.empty(0), np.empty(0)
+    found = expected_improvement(np.array([70.0, 50.0]), np.zeros(2), np.array([3.0, 3.0]), nothing, (60.0, 8.0))
+    np.testing.assert_allclose(found, [50.0, 0.0], atol=1e-9)
+
+
+def test_the_posterior_is_that_of_the_textbook() -> None:
+    of = problem()
+    rows, new = drawn(40)[:25], drawn(60, 7)[-10:]
+    h = Hyperparameters(0.7, 0.4, 1.1, 0.02)
+    known = scored(rows)
+    mean, deviation, _ = predict(fit_model(of, known, h), encode(new, SIZES, ORDINAL))
+    a, b = encode(rows, SIZES, ORDINAL), encode(new, SIZES, ORDINAL)
+    y, centre, spread = standardised(known.accuracies)
+    inverse = np.linalg.inv(kernel(a, a, len(SIZES), h) + (h.noise + 1e-8) * np.eye(25))
+    cross = kernel(a, b, len(SIZES), h)
+    np.testing.assert_allclose(mean, centre + spread * cross.T @ inverse @ y, rtol=1e-8)
+    covariance = kernel(b, b, len(SIZES), h) - cross.T @ inverse @ cross
+    np.testing.assert_allclose(deviation, spread * np.sqrt(np.diag(covariance)), rtol=1e-5)
+
+
+def test_the_kernel_is_what_its_definition_says_gene_by_gene() -> None:
+    x, y = drawn(30)[[0, 11]], drawn(30)[[20]]
+    h = Hyperparameters(0.7, 0.4, 1.1, 0.02)
+    found = kernel(encode(x, SIZES, ORDINAL), encode(y, SIZES, ORDINAL), len(SIZES), h)
+    for i in range(2):
+        squared = sum(
+            ((a - b) / (n - 1)) ** 2 if ordered else float(a != b)
+            for a, b, n, ordered in zip(x[i], y[0], SIZES, ORDINAL, strict=True)
+        )
+        expected = 0.7 * (x[i] == y[0]).mean() + 0.4 * math.exp(-squared / (2 * 1.1**2))
+        assert found[i, 0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_marginal_likelihood_is_the_density_of_the_observations() -> None:
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(6, 6))
+    covariance, y = root @ root.T + np.eye(6), rng.normal(size=6)
+    expected = -0.5 * (y @ np.linalg.inv(covariance) @ y + np.linalg.slogdet(covariance)[1] + 6 * np.log(2 * np.pi))
+    assert log_marginal_likelihood(covariance, y) == pytest.approx(expected)
+
+
+def test_the_unit_of_lengths_is_the_distance_of_random_genotypes() -> None:
+    rows = np.random.default_rng(0).integers(0, SIZES, size=(20_000, len(SIZES)))
+    codes = encode(rows, SIZES, ORDINAL).codes
+    squared = ((codes[:10_000] - codes[10_000:]) ** 2).sum(axis=1)
+    assert typical_distance(SIZES, ORDINAL) == pytest.approx(math.sqrt(squared.mean()), rel=0.02)
+
+
+def test_more_noise_is_found_where_trainings_repeat_badly() -> None:
+    rows = drawn(600)[::4]
+    quiet, loud = (fit_hyperparameters(problem(), scored(rows, noise)) for noise in (0.01, 5.0))
+    assert loud.noise / (loud.linear + loud.rbf) > quiet.noise / (quiet.linear + quiet.rbf)
+
+
+def test_a_collapsed_training_does_not_hide_the_differences_of_the_others() -> None:
+    values = np.append(np.linspace(70, 75, 20), 1.0)
+    found, _, _ = standardised(values)
+    assert np.ptp(found[:20]) > 1.0
+
+
+@pytest.mark.parametrize("count", [0, 5, 8, 12, 60])
+def test_proposals_keep_the_budget_and_are_new_canonical_and_distinct(count: int) -> None:
+    of = problem()
+    rows = within(count, of)
+    found = propose(of, scored(rows), pending=within(count + 3, of)[count:], count=5, seed=(1, count), effort=SMALL)
+    assert found.shape == (5, len(SIZES))
+    assert latency(found)[0].max() <= 7.0
+    np.testing.assert_array_equal(found, canonical(found))
+    everything = np.concatenate([found, within(count + 3, of)])
+    assert len(np.unique(everything, axis=0)) == len(everything)
+
+
+def test_the_same_state_and_seed_give_the_same_proposal() -> None:
+    of = problem()
+    rows = within(30, of)
+    first, second, other = (propose(of, scored(rows), count=3, seed=(s, 30), effort=SMALL) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, second)
+    assert (first != other).any()
+
+
+def test_excluded_networks_are_not_proposed() -> None:
+    of = problem()
+    known = scored(within(30, of))
+    first = propose(of, known, seed=(1,), effort=SMALL)
+    again = propose(of, known, excluded=first, seed=(1,), effort=SMALL)
+    assert (first != again).any()
+
+
+def test_pending_networks_push_the_next_proposal_away() -> None:
+    of = problem()
+    known = scored(within(30, of))
+    first = propose(of, known, seed=(1,), effort=SMALL)
+    features = encode(first, SIZES, ORDINAL)
+    h = fit_hyperparameters(of, known)
+    alone, with_pending = fit_model(of, known, h), fit_model(of, known, h, first)
+    near = encode(mutated(of, np.repeat(first, 20, axis=0), np.random.default_rng(0), (1,)), SIZES, ORDINAL)
+    mean, deviation, _ = predict(alone, near)
+    believed, less, _ = predict(with_pending, near)
+    np.testing.assert_allclose(mean, believed, rtol=1e-9)
+    assert (less <= deviation + 1e-9).all() and predict(with_pending, features)[1] < predict(alone, features)[1]
+
+
+def test_a_batch_is_what_single_proposals_with_pending_ones_would_spread_to() -> None:
+    of = problem()
+    known = scored(within(30, of))
+    batch = propose(of, known, count=4, seed=(1,), effort=SMALL)
+    ms = latency(batch)[0][:, 0]
+    assert len(np.unique(ms.round(1))) > 1
+    assert len(np.unique(batch, axis=0)) == 4
+
+
+def test_networks_of_unknown_latency_are_not_proposed_and_stand_on_no_front() -> None:
+    def partly(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ms, deviation = latency(genotypes)
+        return np.where(genotypes[:, :1] == 2, np.nan, ms), deviation
+
+    of = problem(partly)
+    known = scored(within(40, problem()))
+    assert (known.genotypes[:, 0] == 2).any()
+    for seed in range(5):
+        assert (propose(of, known, count=3, seed=(seed,), effort=SMALL)[:, 0] != 2).all()
+
+
+def test_nothing_is_proposed_where_no_network_keeps_the_budget() -> None:
+    of = problem(budgets_ms=(0.5,))
+    assert len(propose(of, scored(within(20, problem())), count=3, effort=SMALL)) == 0
+    assert len(propose(of, scored(drawn(5)[:0]), count=3, effort=SMALL)) == 0
+
+
+def test_everything_within_a_small_budget_is_proposed_once_and_then_nothing() -> None:
+    of = problem(budgets_ms=(1.9,))
+    rows = drawn(1)[:0]
+    every = drawn(20_000)
+    total = int(latencies(of, every).within.sum())
+    for place in range(total + 1):
+        new = propose(of, scored(rows), seed=(0, place), effort=SMALL)
+        rows = np.concatenate([rows, new])
+    assert len(rows) == total == len(np.unique(rows, axis=0))
+
+
+def test_a_budget_that_few_random_networks_keep_is_found() -> None:
+    sizes = (5,) * 20
+
+    def tight(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return genotypes.sum(axis=1, dtype=float)[:, None] + 1, np.zeros((len(genotypes), 1))
+
+    of = GreyBoxProblem(sizes, (True,) * 20, np.copy, tight, (8.0,))  # 1e-9 of the space
+    found = random_within(of, np.random.default_rng(0), 50, 2048)
+    assert len(found) == 50
+    assert tight(found)[0].max() <= 8.0
+
+
+def test_a_candidate_keeps_at_least_one_of_several_budgets() -> None:
+    of = problem(two_devices, (6.0, 7.0))
+    rows = within(30, of)
+    ms = two_devices(propose(of, scored(rows), count=8, effort=SMALL))[0]
+    assert ((ms <= [6.0, 7.0]).any(axis=1)).all()
+
+
+def test_the_value_over_two_equal_devices_leads_to_the_same_network_as_one() -> None:
+    def twice(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ms, deviation = latency(genotypes)
+        return np.repeat(ms, 2, axis=1), np.repeat(deviation, 2, axis=1)
+
+    known = scored(within(30, problem()))
+    one = propose(problem(), known, count=2, effort=SMALL)
+    two = propose(problem(twice, (7.0, 7.0)), known, count=2, effort=SMALL)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_a_margin_keeps_uncertain_latencies_away_from_the_budget() -> None:
+    def uncertain(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ms, _ = latency(genotypes)
+        return ms, 0.05 * ms
+
+    of = GreyBoxProblem(SIZES, ORDINAL, canonical, uncertain, (7.0,), margin=2.0)
+    found = propose(of, scored(within(30, of)), count=5, effort=SMALL)
+    assert (latency(found)[0] * 1.1 <= 7.0).all()
+    known = latencies(problem(uncertain), found)
+    assert ((known.keeping > 0.5) & (known.keeping <= 1)).all()
+
+
+def test_the_start_is_spread_over_latency() -> None:
+    of = problem()
+    first = start_spread(of, drawn(1)[:0], (3,), 12, SMALL)
+    ms = np.sort(latency(first)[0][:, 0])
+    assert np.diff(ms).max() < 2.0 and ms[0] < 4.0 and ms[-1] > 6.0
+
+
+def test_ineligible_networks_teach_but_do_not_shade_others() -> None:
+    of = problem()
+    rows = within(30, of)
+    accuracies = accuracy(rows)
+    best = accuracies.argmax()
+    free = Scored(rows, accuracies, np.arange(30) != best)
+    bound = Scored(rows, accuracies, np.ones(30, bool))
+    front = [propose(of, known, count=1, seed=(5,), effort=SMALL) for known in (free, bound)]
+    assert all(len(f) == 1 for f in front)
+
+
+def test_the_model_keeps_what_is_near_the_front_when_there_is_too_much() -> None:
+    rng = np.random.default_rng(0)
+    accuracies, ms = rng.uniform(60, 80, 5000), rng.uniform(1, 9, (5000, 1))
+    rows = model_rows(accuracies, ms, 300)
+    assert len(rows) == 300 == len(np.unique(rows))
+    order = np.argsort(ms[:, 0])
+    best = order[accuracies[order] > np.append(0, np.maximum.accumulate(accuracies[order])[:-1])]
+    assert np.isin(best, rows).all()
+
+
+def test_the_grey_box_beats_random_networks_clearly() -> None:
+    rng = np.random.default_rng(0)
+    sizes = (4,) * 12
+    weights = rng.uniform(0.2, 1.0, 12)
+    cost = rng.uniform(0.2, 1.0, 12)
+
+    def known(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (1.0 + genotypes @ cost)[:, None], np.zeros((len(genotypes), 1))
+
+    def true(genotypes: np.ndarray) -> np.ndarray:
+        return 80 - 30 * np.exp(-genotypes @ weights / 6)
+
+    of = GreyBoxProblem(sizes, (True,) * 12, np.copy, known, (9.0,))
+    volumes = {"ours": 0.0, "random": 0.0}
+    for seed in range(2):
+        rows = np.empty((0, 12), np.int64)
+        noise = np.random.default_rng(seed)
+        shown = np.empty(0)
+        while len(rows) < 30:
+            new = propose(of, Scored(rows, shown, np.ones(len(rows), bool)), seed=(seed, len(rows)), effort=SMALL)
+            rows, shown = np.concatenate([rows, new]), np.append(shown, true(new) + 0.1 * noise.normal())
+        volumes["ours"] += one_hypervolume(true(rows), known(rows)[0][:, 0], (50.0, 9.0))
+        others = random_within(of, np.random.default_rng(seed), 30, 4096)
+        volumes["random"] += one_hypervolume(true(others), known(others)[0][:, 0], (50.0, 9.0))
+    assert volumes["ours"] > 1.1 * volumes["random"]
+
+
+def test_hashes_tell_genotypes_apart() -> None:
+    every = np.stack(np.meshgrid(*[np.arange(n) for n in SIZES], indexing="ij"), axis=-1).reshape(-1, len(SIZES))
+    assert len(np.unique(hashes(every))) == len(every)
+
+
+@pytest.mark.parametrize(("count", "fitted"), [(7, 7), (37, 30), (120, 100), (499, 450), (760, 750)])
+def test_hyperparameters_are_fitted_anew_at_steps(count: int, fitted: int) -> None:
+    assert refit_count(count) == fitted
+
+
+def test_batches_grow_with_the_trainings() -> None:
+    assert [batch_count(n) for n in (10, 200, 1000)] == [1, 5, 20]
+
+
+def test_a_budget_that_is_not_a_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="one finite number above 0"):
+        problem(budgets_ms=(math.inf,))
+
+
+def test_an_accuracy_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(RecordError, match="leave failed trainings out"):
+        Scored(drawn(1)[:1], np.array([np.nan]), np.array([True]))
+
+
+def test_a_latency_of_another_shape_is_refused() -> None:
+    of = problem(lambda genotypes: (np.ones(len(genotypes)), np.ones(len(genotypes))))
+    with pytest.raises(RecordError, match="arrays"):
+        latencies(of, drawn(10))
