@@ -11,7 +11,8 @@
 
 The whole network is proposed when a trial asks for its first parameter, from what the storage holds at that moment and
 a seed made of the sampler's and the trial's number: processes that share a study need nothing else in common, and a
-resumed search does not repeat itself. What the sampler remembers between asks saves time and changes nothing.
+resumed search does not repeat itself. What the sampler remembers between asks saves time and changes nothing, unless it
+is asked to propose in batches.
 """
 
 from __future__ import annotations
@@ -128,6 +129,8 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         margin: standard deviations that the latency has to stay below the budget.
         reference_accuracy: value of the objective from which on a network counts; None: from the first trials.
         seed: together with the trial's number it decides the proposal.
+        batch: networks that are proposed together, for searches that tell results in batches: the asks until the next
+            result share the work of one. More than the batch are proposed one by one.
         effort: what a proposal may cost.
 
     Raises:
@@ -145,6 +148,7 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         margin: float = 1.0,
         reference_accuracy: float | None = None,
         seed: int = 0,
+        batch: int = 1,
         effort: Effort | None = None,
     ) -> None:
         self._space = dict(search_space)
@@ -154,6 +158,8 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         self._accuracy = accuracy
         self._reference = reference_accuracy
         self._seed = seed
+        self._batch = max(1, batch)
+        self._ahead: tuple[bytes, list[list[int]]] = (b"", [])  # proposals that nobody has asked for yet
         self._effort = effort or Effort()
         self._problem = GreyBoxProblem(
             tuple(map(len, self._choices.values())),
@@ -198,22 +204,30 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         if len(fixed) == len(search_space):
             return {}
         scored, pending, excluded = self._state(study, trial)
-        problem = self._given(self._oriented_problem(study), fixed)
-        genotypes = propose(
-            problem,
-            scored,
-            pending=pending,
-            excluded=excluded,
-            seed=(self._seed, trial.number),
-            effort=self._effort,
-            hyperparameters=self._remembered,
-        )
-        if not len(genotypes):
+        digest = _digest(scored)
+        known = set(map(tuple, np.concatenate([pending, excluded]).tolist()))
+        ahead = [g for g in self._ahead[1] if tuple(g) not in known] if self._ahead[0] == digest and not fixed else []
+        if not ahead:
+            problem = self._given(self._oriented_problem(study), fixed)
+            genotypes = propose(
+                problem,
+                scored,
+                pending=pending,
+                excluded=excluded,
+                count=1 if fixed else self._batch,
+                seed=(self._seed, trial.number),
+                effort=self._effort,
+                hyperparameters=self._remembered,
+            )
+            ahead = genotypes.tolist()
+        if not ahead:
             raise BudgetError(
                 f"trial {trial.number}: no network is left within {_shown(self._problem.budgets_ms)} ms that was not "
                 "proposed before. Raise the budget, widen the space, or stop the study"
             )
-        genotype = genotypes[0].tolist()
+        genotype, *rest = ahead
+        if not fixed:
+            self._ahead = digest, rest
         study._storage.set_trial_system_attr(trial._trial_id, PROPOSAL, genotype)
         return {name: values[i] for (name, values), i in zip(self._choices.items(), genotype, strict=True)}
 
@@ -298,12 +312,16 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
 
     def _remembered(self, problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
         """`fit_hyperparameters`, which is not computed twice in a row for the same networks."""
-        digest = hashlib.sha256(scored.genotypes.tobytes() + scored.accuracies.tobytes()).digest()
+        digest = _digest(scored)
         remembered = self._fitted
         if remembered is None or remembered[0] != digest:
             remembered = digest, fit_hyperparameters(problem, scored)
             self._fitted = remembered
         return remembered[1]
+
+
+def _digest(scored: Scored) -> bytes:
+    return hashlib.sha256(scored.genotypes.tobytes() + scored.accuracies.tobytes()).digest()
 
 
 def _key(value: Any) -> Any:

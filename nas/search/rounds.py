@@ -248,7 +248,7 @@ def _known_latency(parts: SearchParts, complete: Sequence[TrialRecord]) -> Known
         ms[np.isnan(ms).any(axis=1)] = np.nan  # it has to run on every device
         return ms, std
 
-    return KnownLatency(of, tuple(own.budget.ms for own in everywhere), parts.budget.margin_std)
+    return KnownLatency(of, tuple(own.budget.ms for own in everywhere), parts.budget.margin_std, parts.search.batch)
 
 
 def _before_scoring(parts: SearchParts, genotypes: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -83,11 +83,13 @@ class KnownLatency:
             network must not be proposed, or a row is missing.
         budgets_ms: deadline on each device.
         margin_std: standard deviations that the latency has to stay below it.
+        batch: networks that are proposed before any of them is scored.
     """
 
     of: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     budgets_ms: tuple[float, ...]
     margin_std: float
+    batch: int
 
 
 def choose_sampler(name: SamplerName, trials: int, *, is_latency_known: bool) -> tuple[str, str]:
@@ -306,6 +308,7 @@ def _greybox(seed: int, space: SearchSpace, latency: KnownLatency) -> GreyBoxSam
         canonical=lambda rows: space.canonical_many(whole(rows))[:, free],
         margin=latency.margin_std,
         seed=seed,
+        batch=latency.batch,
     )
 
 

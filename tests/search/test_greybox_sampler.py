@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from nas.core.errors import BudgetError, ConfigError
 from nas.latency.pareto import hypervolume
-from nas.search.greybox import Effort
+from nas.search.greybox import Effort, propose
 from nas.search.greybox_sampler import GreyBoxSampler, choices_of, for_each
 
 SPACE: dict[str, BaseDistribution] = {
@@ -122,6 +122,25 @@ def test_running_and_queued_trials_are_not_proposed_again() -> None:
     study.enqueue_trial(asked[0].params)
     waiting = study.ask(SPACE)
     assert waiting.params == asked[0].params
+
+
+def test_a_batch_is_proposed_together_until_a_result_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(batch=4)
+    run(study, 14)
+    counts: list[int] = []
+
+    def counted(*args: Any, **given: Any) -> Any:
+        counts.append(given["count"])
+        return propose(*args, **given)
+
+    monkeypatch.setattr("nas.search.greybox_sampler.propose", counted)
+    asked = [study.ask(SPACE) for _ in range(6)]
+    assert counts == [4, 4]
+    assert distinct([t.params for t in study.trials]) == 20
+    assert all(latency_ms(t.params) <= BUDGET_MS for t in asked)
+    study.tell(asked[0], (top1(asked[0].params), latency_ms(asked[0].params)))
+    study.ask(SPACE)
+    assert counts == [4, 4, 4]
 
 
 def test_a_worker_sees_a_proposal_before_its_parameters_are_stored() -> None:
