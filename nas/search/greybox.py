@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -615,17 +615,12 @@ def propose(
             excluded=excluded,
             count=count - len(first),
             seed=(*seed, 1),
-            effort=replace_start(effort),
+            effort=replace(effort, start=0),
             hyperparameters=hyperparameters,
         )
         return np.concatenate([first, rest])
     chosen = hyperparameters(problem, scored.at(slice(refit_count(len(scored.genotypes)))))
     return _modelled(problem, scored, pending, taken, count, np.random.default_rng(list(seed)), effort, chosen)
-
-
-def replace_start(effort: Effort) -> Effort:
-    """The same effort, with the start over."""
-    return Effort(0, effort.random, effort.draws, effort.children, effort.rounds, effort.parents, effort.model_points)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,7 @@ from nas.devices.base import MeasureJob
 from nas.devices.graphs import identity_model, overhead_job, reference_job, reference_model
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, bound_run, op_counts, waiting_option
 from nas.devices.protocol import ProtocolSettings
-from nas.testing import mean_model
+from nas.testing import mean_model, requires_path
 
 QUICK = ProtocolSettings(network_rounds=2, network_sessions=2, network_round_ms=0.5, row_rounds=2, retries=0, wait_ms=0)
 
@@ -74,8 +74,7 @@ def test_the_reference_network_and_every_job_run_with_the_threads_of_the_device(
     def threads_of_process() -> int:
         return len(list(Path("/proc/self/task").iterdir()))
 
-    if not Path("/proc/self/task").exists():
-        pytest.skip("this system does not list the threads of a process")
+    requires_path(Path("/proc/self/task"), "the list of a process's threads")
     gc.collect()  # sessions of other tests that wait for it would end their threads in between
     before = threads_of_process()
     run = bound_run(reference_model(), {}, 3)
