@@ -103,7 +103,7 @@ class SimulatedDevice:
 
         return run_model(model, images)
 
-    def expect_reference(self, reference_ms: float | None) -> None:
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
         """Ignored: this device is always in the same state."""
 
     def calm(self, checks: int = 20) -> CalmReport:
@@ -260,7 +260,7 @@ class SimulatedBoard:
 
         return run_model(model, images)
 
-    def expect_reference(self, reference_ms: float | None) -> None:
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
         """Ignored: a round is calm exactly when the clock is not lowered."""
 
     def calm(self, checks: int = 20) -> CalmReport:

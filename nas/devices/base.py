@@ -107,8 +107,11 @@ class Device(Protocol):
         """
         ...
 
-    def expect_reference(self, reference_ms: float | None) -> None:
-        """Tells the device the reference network's time in earlier sessions, so that a slower state is noticed.
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
+        """Tells the device the times of its references in earlier sessions, so that a slower state is noticed.
+
+        `reference_ms` is that of the reference network, `streaming_ms` that of the chain which reads
+        `graphs.GATE_STREAMING_MB` of weights; None where it is unknown.
 
         Devices that do not judge their state by a reference network ignore it.
         """

@@ -22,6 +22,7 @@ REFERENCE_EXPANSION = 4
 
 STREAMING_CHANNELS = 256  # 0.26 MB of weights for each convolution: they stay in the cache when all take the same
 STREAMING_SIZE = 4
+GATE_STREAMING_MB = 8  # of the chain that shows how busy the memory is; one of those that a table keeps
 
 
 @cache

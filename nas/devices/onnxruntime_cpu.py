@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nas.core.errors import DeviceError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.base import HANG_REASON, CalmReport, MeasureJob, OnProgress, OnResult
-from nas.devices.graphs import reference_model
+from nas.devices.graphs import GATE_STREAMING_MB, reference_model, streaming_model
 from nas.devices.host import clock_and_temperature, host_profile, probe_host
 from nas.devices.protocol import (
     Attempt,
@@ -46,6 +46,7 @@ _SPINNING_US = 200
 # Rounds of a row with several threads: each thread needs its core at the same time. Two fills of 120 rows differed by
 # 6-10 % (standard deviation) with 3 rounds, by 4-6 % with 6, on two cores that other programs used now and then.
 _ROW_ROUNDS = 6
+_STREAMS_FROM_BYTES = 1_000_000  # of a model file: about the weights, and what a second-level cache holds
 _BATCH = 64  # images in one call of `run` where the batch is dynamic: bounds the memory
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -87,7 +88,7 @@ class OnnxRuntimeCpu:
         self._clock: Clock = clock or SystemClock()
         self._root = root
         self._gate: Gate | None = None
-        self._expected_ms: float | None = None
+        self._expected_ms: tuple[float | None, float | None] = (None, None)
         self._sequence = 0
 
     @property
@@ -101,11 +102,11 @@ class OnnxRuntimeCpu:
             precisions=("fp32", "int8"),
         )
 
-    def expect_reference(self, reference_ms: float | None) -> None:
-        """Sets the reference network's time in earlier sessions; the gate then rejects rounds in a slower state."""
-        self._expected_ms = reference_ms
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
+        """Sets the references' times in earlier sessions; the gate then rejects rounds in a slower state."""
+        self._expected_ms = reference_ms, streaming_ms
         if self._gate is not None:
-            self._gate.expect(reference_ms)
+            self._gate.expect(reference_ms, streaming_ms)
 
     def calm(self, checks: int = 20) -> CalmReport:
         """Looks `checks` times at the reference network (about 7 ms each)."""
@@ -147,9 +148,13 @@ class OnnxRuntimeCpu:
 
     def _ready_gate(self) -> Gate:
         if self._gate is None:
-            self._gate = Gate(bound_run(reference_model(), {}, self._threads), self._settings, self._clock)
-            self._gate.expect(self._expected_ms)
+            reference = bound_run(reference_model(), {}, self._threads)
+            self._gate = Gate(reference, self._settings, self._clock, self._streaming_reference)
+            self._gate.expect(*self._expected_ms)
         return self._gate
+
+    def _streaming_reference(self) -> Run:
+        return bound_run(streaming_model(GATE_STREAMING_MB, cached=False), {}, self._threads)
 
     def _batches(self, jobs: Sequence[MeasureJob]) -> list[list[int]]:
         """Indices of jobs measured together: of one kind, at most as many as may be alive, in the order given."""
@@ -177,7 +182,8 @@ class OnnxRuntimeCpu:
             for i, job in left:
                 begin(job.key)
                 try:
-                    subjects[i] = Subject(job.key, job.kind, bound_run(job.model, job.feeds, self._threads))
+                    run = bound_run(job.model, job.feeds, self._threads)
+                    subjects[i] = Subject(job.key, job.kind, run, len(job.model) >= _STREAMS_FROM_BYTES)
                 except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
                     errors[i] = one_line(e)
             after_round = step if planned else None

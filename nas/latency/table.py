@@ -752,6 +752,6 @@ Written by the program; the numbers hold for one device state only.
 - `accepted` says which rounds were calm. A row without a calm round is still used, and counts as less certain.
 - Protocol: rounds of runs, interleaved with those of other rows; before each round a small reference network (row
   `reference`) shows whether the machine is calm; the value of a round is the 20th percentile of its samples, the value
-  of a row the minimum over its rounds, of a network that over three to nine fresh sessions: they end when the two
+  of a row the minimum over its rounds, of a network that over four to fifteen fresh sessions: they end when the four
   fastest agree.
 """

@@ -10,7 +10,7 @@ from nas.core.errors import DeviceError, RecordError
 from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import total_params
 from nas.devices.base import Device, MeasureJob
-from nas.devices.graphs import gate_job, overhead_job, reference_job, streaming_job
+from nas.devices.graphs import GATE_STREAMING_MB, gate_job, overhead_job, reference_job, streaming_job
 from nas.export.graph import layer_model
 from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable, difference_lines
@@ -203,10 +203,11 @@ def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> f
         return None
     state_check(table, device)()
     before = table.reference_ms
-    device.expect_reference(before)
+    streaming = streaming_key(GATE_STREAMING_MB, cached=False)
+    device.expect_reference(before, table.fixed_ms(streaming))
     reference, *_ = [store(table, m) for m in device.measure([reference_job(), overhead_job(), gate_job()])]
     table.looked_at_s = time_s
-    device.expect_reference(table.reference_ms)
+    device.expect_reference(table.reference_ms, table.fixed_ms(streaming))
     return None if before is None or reference.latency_ms is None else reference.latency_ms / before - 1
 
 

@@ -100,12 +100,20 @@ def measure_networks(
                 store_network(table, m, by_key[m.key], form)
 
             def tell(share: float) -> None:
-                say(NetworkProgress(start + share * len(part), len(keys_left)))
+                say(NetworkProgress(min(start + share * len(part), len(keys_left)), len(keys_left)))
 
+            def measure(part: Sequence[str]) -> list[Measurement]:
+                jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
+                return device.measure(jobs, on_result=take, progress=tell)
+
+            disturbed: list[str] = []
             for start in range(0, len(keys_left), NETWORKS_AT_A_TIME):
                 part = keys_left[start : start + NETWORKS_AT_A_TIME]
-                jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
-                device.measure(jobs, on_result=take, progress=tell)
+                disturbed += [m.key for m in measure(part) if m.error is None and not m.is_stable]
+            start = len(keys_left)
+            for again_from in range(0, len(disturbed), NETWORKS_AT_A_TIME):  # once more: noise comes in bursts
+                part = disturbed[again_from : again_from + NETWORKS_AT_A_TIME]
+                measure(part)
     return [table.networks[key].measurement for key in keys]
 
 

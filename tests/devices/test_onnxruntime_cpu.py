@@ -106,11 +106,11 @@ def test_answers_take_one_thread_whatever_the_device_has() -> None:
     assert np.array_equal(one, three)
 
 
-@pytest.mark.parametrize(("agreement", "sessions"), [(1e9, 2), (-1.0, 5)])
-def test_a_network_gets_sessions_until_the_two_fastest_agree_or_there_were_enough(
-    agreement: float, sessions: int
+@pytest.mark.parametrize(("agreement", "agreeing", "sessions"), [(1e9, 2, 2), (1e9, 3, 3), (-1.0, 2, 5)])
+def test_a_network_gets_sessions_until_the_fastest_agree_or_there_were_enough(
+    agreement: float, agreeing: int, sessions: int
 ) -> None:
-    settings = replace(QUICK, agreement=agreement, most_network_sessions=5)
+    settings = replace(QUICK, agreement=agreement, agreeing_sessions=agreeing, most_network_sessions=5)
     shares: list[float] = []
     m = OnnxRuntimeCpu(settings).measure([MeasureJob("n", "network", "fp32", mean_model(), 1)], progress=shares.append)[
         0

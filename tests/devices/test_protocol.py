@@ -125,17 +125,27 @@ def test_a_disturbed_round_counts_where_it_is_the_fastest() -> None:
     assert session_value([disturbed, calm], SETTINGS) == 0.099
 
 
-def test_sessions_agree_when_the_two_fastest_do() -> None:
-    settings = replace(SETTINGS, agreement=0.01)
+def test_sessions_agree_when_enough_of_the_fastest_do() -> None:
+    settings = replace(SETTINGS, agreement=0.01, agreeing_sessions=2)
     assert agrees((2.0, 1.0, 1.009), settings)
     assert not agrees((2.0, 1.0, 1.011), settings)
     assert not agrees((1.0,), settings)
+    three = replace(settings, agreeing_sessions=3)
+    assert agrees((1.009, 2.0, 1.0, 1.005), three)
+    assert not agrees((1.0, 1.005, 1.011), three)
+    assert not agrees((1.0, 1.0), three)
 
 
 def test_number_of_runs_fills_the_round_within_its_limits() -> None:
     clock = FakeClock()
-    for run_us, expected in ((1000.0, 4), (100.0, 20), (10.0, 60)):
-        subject = Subject("x", "row", taking(clock, [run_us]))
+    for kind, run_us, expected in (
+        ("row", 1000.0, 4),
+        ("row", 100.0, 20),
+        ("row", 10.0, 60),
+        ("network", 1000.0, 6),
+        ("network", 100.0, 50),
+    ):
+        subject = Subject("x", kind, taking(clock, [run_us]))
         prepare(subject, SETTINGS, clock)
         assert subject.runs == expected
 
@@ -273,6 +283,43 @@ def test_gate_remembers_what_earlier_sessions_knew() -> None:
     assert not gate.is_calm(gate.check())
     gate.expect(None)
     assert gate.is_calm(gate.check())
+
+
+def test_what_reads_more_than_the_cache_holds_waits_until_the_memory_is_quiet_too() -> None:
+    clock = FakeClock()
+    quiet_us, busy_us, busy_until_ms = 700.0, 900.0, 150.0
+    made: list[int] = []
+
+    def make() -> Callable[[], None]:
+        made.append(clock.wall)
+        return lambda: clock.spend(busy_us if clock.wall / 1e6 < busy_until_ms else quiet_us)
+
+    settings = replace(SETTINGS, gate_streaming_runs=2)
+    gate = Gate(taking(clock, [REFERENCE_US]), settings, clock, make)
+    gate.expect(None, quiet_us / 1e3)  # earlier sessions saw it quiet
+    row = Subject("row", "row", taking(clock, [100.0]))
+    measure_interleaved([row], gate, settings, clock)
+    assert not made  # a row that stays in the cache needs no such look
+    assert all(a.gate.streaming_ms is None for a in row.attempts)
+    began_ms = clock.wall / 1e6
+    network = Subject("network", "network", taking(clock, [2000.0]), streams=True)
+    measure_interleaved([network], gate, settings, clock)
+    assert len(made) == 1 and began_ms < busy_until_ms
+    assert all(is_accepted(a, gate, settings) for a in network.attempts)
+    assert [a.gate.streaming_ms for a in network.attempts] == [pytest.approx(0.7)] * settings.network_rounds
+    assert clock.wall / 1e6 > busy_until_ms
+
+
+def test_a_busy_memory_alone_makes_a_round_count_as_disturbed() -> None:
+    clock = FakeClock()
+    settings = replace(SETTINGS, retries=0)
+    gate = Gate(taking(clock, [REFERENCE_US]), settings, clock, lambda: taking(clock, [700.0]))
+    gate.expect(None, 0.6)  # what earlier sessions had
+    subject = Subject("n", "network", taking(clock, [2000.0]), streams=True)
+    measure_interleaved([subject], gate, settings, clock)
+    assert not any(is_accepted(a, gate, settings) for a in subject.attempts)
+    gate.expect(None)
+    assert all(is_accepted(a, gate, settings) for a in subject.attempts)
 
 
 def test_calm_report_shows_rejections_and_drift() -> None:
