@@ -135,7 +135,7 @@ class ProtocolSettings:
     gate_runs: int = 6
     gate_first_runs: int = 2
     gate_fresh_ms: float = 10.0
-    gate_streak: int = 12
+    gate_streak: int = 6
     gate_streaming_runs: int = 4
     gate_cpu_share: float = 0.97
     gate_drift: float = 1.05
@@ -282,10 +282,11 @@ class Gate:
         return reading
 
     def _checked(self) -> GateReading:
-        first, share = timed_runs(self._reference, self._settings.gate_first_runs, 1, self._clock, self._settings.clock)
-        if min(first) >= self._settings.gate_drift * self.best_ms:
+        settings = self._settings
+        first, share = timed_runs(self._reference, settings.gate_first_runs, 1, self._clock, settings.clock)
+        if min(first) >= settings.gate_drift * self.best_ms:
             return GateReading(float(np.median(first)), share)
-        return self._read()
+        return self._read(first, share)
 
     def is_calm(self, reading: GateReading) -> bool:
         """Whether a round after this reading can be accepted, judged by the best times known now."""
@@ -318,12 +319,14 @@ class Gate:
         for _ in range(self._settings.calibration_checks):
             self._read()
 
-    def _read(self) -> GateReading:
-        samples, share = timed_runs(self._reference, self._settings.gate_runs, 1, self._clock, self._settings.clock)
-        median_ms = float(np.median(samples))
+    def _read(self, first: Sequence[float] = (), first_share: float = 1.0) -> GateReading:
+        """A reading of `gate_runs` runs, of which some may have been made, with their share of a core."""
+        runs = max(1, self._settings.gate_runs - len(first))
+        samples, share = timed_runs(self._reference, runs, 1, self._clock, self._settings.clock)
+        median_ms = float(np.median([*first, *samples]))
         if median_ms > 0:  # a clock that stood still is no best time
             self._best_ms = min(self._best_ms, median_ms)
-        return GateReading(median_ms, share)
+        return GateReading(median_ms, min(share, first_share))
 
     def _read_streaming(self) -> float | None:
         if self._streaming is None:

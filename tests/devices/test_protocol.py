@@ -233,7 +233,7 @@ def test_on_a_quiet_host_one_look_holds_for_the_rounds_of_a_few_milliseconds() -
     rows = [Subject(f"r{i}", "row", taking(clock, [100.0])) for i in range(20)]
     measure_interleaved(rows, gate, settings, clock)
     assert all(is_accepted(a, gate, settings) for row in rows for a in row.attempts)
-    per_look = settings.gate_first_runs + settings.gate_runs
+    per_look = settings.gate_runs
     rounds = sum(len(row.attempts) for row in rows)
     # A round takes 2 ms, so that one look serves the rounds that begin within 10 ms of it.
     assert len(looks) / per_look < 0.35 * rounds
@@ -259,8 +259,8 @@ def test_every_round_has_a_look_of_its_own_where_the_host_was_not_calm_lately() 
     state["us"] = float(REFERENCE_US)
     before = state["looks"]
     assert gate.is_calm(gate.look()) and gate.is_calm(gate.look())
-    assert state["looks"] - before == 2 * (settings.gate_first_runs + settings.gate_runs)
-    once = settings.gate_first_runs + settings.gate_runs
+    assert state["looks"] - before == 2 * settings.gate_runs
+    once = settings.gate_runs
     assert quiet < 5 * once + SETTINGS.warmup_runs + SETTINGS.calibration_checks * settings.gate_runs
 
 
