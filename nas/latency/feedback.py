@@ -615,7 +615,8 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     left_r = share @ left_mean
     left_std = np.sqrt(share @ (left_var + (left_mean - left_r) ** 2))
     z = np.minimum(np.abs(r - left_r) / left_std, OUTLIER)
-    calibration = max(1.0, float(np.sqrt((CALIBRATION_WEIGHT + z @ z) / (CALIBRATION_WEIGHT + n))))
+    spread_out = float(np.sqrt((CALIBRATION_WEIGHT + z @ z) / (CALIBRATION_WEIGHT + n)))
+    calibration = max(1.0, spread_out, _reaching(np.abs(r - left_r) / left_std))
     mean_h = share @ h
     return Feedback(
         method="bayes",
@@ -637,6 +638,16 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
         calibration=calibration,
         degrees=n - 1,  # the variances are from N networks only
     )
+
+
+def _reaching(deviations: FloatArray) -> float:
+    """By how much deviations have to be widened so that 90 % of the left-out networks lie within 1.645 of them.
+
+    As many as `CALIBRATION_WEIGHT` networks that lie where a normal distribution has them count beside those left out.
+    """
+    n = len(deviations)
+    usual = special.ndtri(0.5 + (np.arange(CALIBRATION_WEIGHT) + 0.5) / CALIBRATION_WEIGHT / 2)
+    return float(np.quantile(np.concatenate([deviations, usual]), 0.9) / special.ndtri(0.95)) if n else 1.0
 
 
 def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray]:
