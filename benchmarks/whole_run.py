@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nas.core.run import RunView
+from nas.core.run import Point, RunView
+from nas.latency.pareto import hypervolume
 from nas.search.view import load_view
 
 SAMPLE_S = 0.5
@@ -120,9 +121,19 @@ def figures(run: WholeRun) -> dict[str, Any]:
         "best_at_tenth_expected_ms": best.latency.expected_ms if best else float("nan"),
         "best_at_tenth_worst_ms": best.latency.worst_ms if best else float("nan"),
         "best_worst_case_at_tenth_top1": best_worst,
+        "test_hypervolume": _hypervolume(view, fast),
         "package_good": bool(view.package and view.package.is_good),
         "mape": _mape(view),
     }
+
+
+def _hypervolume(view: RunView, points: Sequence[Point]) -> float:
+    """Share (0-1) of the area between guessing and no error, and between no time and the budget, that points reach."""
+    if view.budget_ms is None or view.dataset is None:
+        return float("nan")
+    chance = 1 / len(view.dataset.class_names)
+    reached = [(p.test.top1, p.latency.expected_ms) for p in points if p.test]
+    return hypervolume(reached, (chance, view.budget_ms), (True, False)) / ((1 - chance) * view.budget_ms)
 
 
 def _mape(view: RunView) -> float:
