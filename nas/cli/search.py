@@ -196,7 +196,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
         for key in plan.missing[:3]:
             console.say(f"            {key}")
         if len(plan.missing) > 3:
-            console.say("            ... all of them with --json, measured now with: nas measure")
+            console.say("            ... all of them with --json")
     elif plan.is_interpolated:
         console.say(
             f"table:      {plan.table}: {len(plan.missing)} rows are to be measured, the others of {plan.rows} "

@@ -81,6 +81,11 @@ def load_inputs(
     device = device or open_device(experiment.device)
     further = [open_device(other.device) for other in experiment.also_on] if others is None else list(others)
     _check_devices(experiment, (device, *further))
+    given = experiment.teacher.weights if experiment.teacher.kind != "resnet" else None
+    if given is not None and not Path(given).is_file():
+        raise ConfigError(
+            f"teacher.weights: {given} is not a file. Give that of the teacher: --set teacher.weights=FILE"
+        )
     draft = load_space(Path(experiment.space), 2)
     datasets: list[Dataset] = []
 

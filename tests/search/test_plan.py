@@ -397,3 +397,10 @@ def test_reading_a_folder_tells_how_far_it_is_and_may_be_stopped_on_the_way(tmp_
     stopped = Notes(on_progress=stop)
     with pytest.raises(InterruptedRunError):
         load_inputs(experiment, stopped)
+
+
+def test_a_teacher_whose_file_is_missing_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.weights: .*no\.onnx is not a file\..*--set teacher\.weights=FILE"
+    ):
+        _plan(write_experiment(tmp_path), "teacher.kind=onnx", "teacher.weights=no.onnx")
