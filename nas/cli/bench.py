@@ -26,7 +26,8 @@ MAX_ONNX_BYTES = 512 * 1024 * 1024
 class Bench:
     """What was measured: one path per exit that an image can leave at, and the figures over all of them.
 
-    `figures` are of undisturbed runs, `medians` of the median of all runs, which a budget is compared with.
+    `figures` are of undisturbed runs, `medians` of the median of the runs in calm rounds, which
+    a budget is compared with.
     """
 
     figures: LatencyFigures

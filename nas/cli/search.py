@@ -56,7 +56,7 @@ def command(
     given = given if foreign is None else (*given, f"run.foreign_table={foreign}")
     loaded = load_experiment(experiment, given)
     if dry_run:
-        _dry_run(console, loaded)
+        _dry_run(console, loaded, fork)
         return
     from nas.report.html import write_report
     from nas.report.tables import front_records, front_table
@@ -161,7 +161,7 @@ def _check_packages(view: RunView) -> None:
             raise BudgetError(f"{package.path} is not good: {package.reason}")
 
 
-def _dry_run(console: Console, experiment: Experiment) -> None:
+def _dry_run(console: Console, experiment: Experiment, fork: bool) -> None:
     from nas.search.experiment import resolved_yaml
     from nas.search.plan import check_plan, plan_search
     from nas.search.rounds import is_clear_miss
@@ -170,7 +170,11 @@ def _dry_run(console: Console, experiment: Experiment) -> None:
         plan = plan_search(experiment, reporter)
     console.say(resolved_yaml(experiment))
     _show_plan(console, plan)
-    check_plan(plan)
+    if not fork:
+        check_plan(plan)
+    elif plan.differences:
+        console.say(f"--fork: in a new run folder beside {plan.run_dir}; what stays valid of that run is kept:")
+        console.say("\n".join(plan.differences))
     # Expected and p99 depend on the exits that images take, which is known after scoring only.
     for own in (plan, *plan.others) if experiment.budget.of == "worst" else ():
         if own.fastest_ms is not None and is_clear_miss(own.fastest_ms, own.budget_ms):
@@ -192,7 +196,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
         for key in plan.missing[:3]:
             console.say(f"            {key}")
         if len(plan.missing) > 3:
-            console.say("            ... all of them with --json, measured now with: nas measure")
+            console.say("            ... all of them with --json")
     elif plan.is_interpolated:
         console.say(
             f"table:      {plan.table}: {len(plan.missing)} rows are to be measured, the others of {plan.rows} "

@@ -59,7 +59,12 @@ class DataError(NasError):
 
 
 class TrainingError(NasError):
-    """A training that diverged or learns nothing; a recorded reason in a search, an end elsewhere."""
+    """A training that diverged or learns nothing; a recorded reason in a search, an end elsewhere.
+
+    Its settings do not fit its data, so it counts as an experiment file that cannot be used.
+    """
+
+    exit_code = 2
 
 
 class StorageError(NasError):

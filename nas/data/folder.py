@@ -181,7 +181,7 @@ def _find_layout(root: Path, warnings: list[str]) -> dict[Part, dict[str, Path]]
         siblings = list(_subfolders(root.parent)) if root.parent.is_dir() else []
         hint = did_you_mean(root.name, siblings)
         raise DataFolderError(
-            f"data.path: {shown(root)} does not exist{hint}. Give an image folder: --set data.path=DIR"
+            f"data.path: {shown(root)} does not exist{hint or '.'} Give an image folder: --set data.path=DIR"
         )
     if not root.is_dir():
         raise DataFolderError(

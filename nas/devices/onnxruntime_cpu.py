@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ _ROW_ROUNDS = 6
 # largest have 1 to 2 MB, and repeated within 0.5 % while networks took up to 25 % longer.
 _STREAMS_FROM_BYTES = 1_000_000
 _BATCH = 64  # images in one call of `run` where the batch is dynamic: bounds the memory
+_NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -123,11 +125,11 @@ class OnnxRuntimeCpu:
         steps_total = sum(self._settings.sessions(j.kind) * self._settings.rounds(j.kind) for j in jobs)
         steps_done = 0
 
-        def step() -> None:
+        def step(is_planned: bool) -> None:
             nonlocal steps_done
-            steps_done += 1
-            if progress is not None:
-                progress(min(1.0, steps_done / steps_total))
+            steps_done += is_planned
+            if progress is not None:  # also where only further sessions are made: a caller may stop the work there
+                progress(min(_NEARLY_ALL, steps_done / steps_total))
 
         def hung(key: str) -> bool:
             job = next(job for job in jobs if job.key == key)
@@ -141,6 +143,8 @@ class OnnxRuntimeCpu:
                     results[index] = result
                     if on_result is not None:
                         on_result(result)
+        if progress is not None and jobs:
+            progress(1.0)
         return [results[i] for i in range(len(jobs))]
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
@@ -170,7 +174,11 @@ class OnnxRuntimeCpu:
         return batches
 
     def _measure_batch(
-        self, batch: list[tuple[int, MeasureJob]], gate: Gate, step: Callable[[], None], begin: Callable[[str], None]
+        self,
+        batch: list[tuple[int, MeasureJob]],
+        gate: Gate,
+        step: Callable[[bool], None],
+        begin: Callable[[str], None],
     ) -> list[tuple[int, Measurement]]:
         sessions: dict[int, list[list[Attempt]]] = {i: [] for i, _ in batch}
         errors: dict[int, str] = {}
@@ -189,7 +197,7 @@ class OnnxRuntimeCpu:
                     subjects[i] = Subject(job.key, job.kind, run, streams)
                 except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
                     errors[i] = one_line(e)
-            after_round = step if planned else None
+            after_round = partial(step, planned)
             measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round, begin)
             begin("")
             for i, subject in subjects.items():

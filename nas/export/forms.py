@@ -74,7 +74,7 @@ def measured_figures(measurements: Sequence[Measurement], shares: Sequence[float
 
 
 def median_figures(measurements: Sequence[Measurement], paths: Sequence[PathLatency]) -> LatencyFigures:
-    """The same from the median of all runs of each path: what a deadline is judged by.
+    """The same from the median of the runs of each path (`PathLatency`): what a deadline is judged by.
 
     The protocol's value is the latency of an undisturbed run.
     """

@@ -53,7 +53,8 @@ class ArtefactAccuracy:
 class PathLatency:
     """Latency of an image that leaves at one exit; `exit_index` is the number of exits for the head.
 
-    `latency_ms` is the value of the measuring protocol; median and 95 % quantile are those of all single runs.
+    `latency_ms` is the value of the measuring protocol; median and 95 % quantile are those of the single runs of calm
+    rounds, of all rounds where none was calm.
     """
 
     exit_index: int
@@ -163,7 +164,7 @@ def judge(
 
     Args:
         accuracy: of the file.
-        figures: medians of all runs.
+        figures: medians of the runs, as in `PathLatency`.
         budget_ms: deadline; None: there is none.
         budget_of: which latency it limits.
         margin_ms: by how much a later measurement may be above this one; the deadline must be kept even then.

@@ -751,7 +751,7 @@ Written by the program; the numbers hold for one device state only.
   `wall` the time that passes, where several threads do.
 - `accepted` says which rounds were calm. A row without a calm round is still used, and counts as less certain.
 - Protocol: rounds of runs, interleaved with those of other rows; before each round a small reference network (row
-  `reference`) shows whether the machine is calm; the value of a round is the 20th percentile of its samples, the value
-  of a row the minimum over its rounds, of a network that over four to fifteen fresh sessions: they end when the four
-  fastest agree.
+  `reference`) shows whether the machine is calm, before one of a network of more than 1 MB a chain that reads 8 MB of
+  weights, too; the value of a round is the 20th percentile of its samples, the value of a row the minimum over its
+  rounds, of a network that over four to fifteen fresh sessions: they end when the four fastest agree.
 """

@@ -175,7 +175,7 @@ class _Training:
         self.exits = all_exits(space)
         self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
         self.step, self.steps, self.loss, self.cpu_s = 0, 0, 0.0, 0.0
-        self.guard = LossGuard("supernet", settings.lr)
+        self.guard = LossGuard("supernet", settings.lr, "supernet.lr")
         first = next(iter(targets.values()))
         self._count, self._variants = len(first.labels), first.variants
         self._per_epoch = steps_per_epoch(self._count, settings.batch_size)

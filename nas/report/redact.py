@@ -26,8 +26,15 @@ def redacted(text: str, home: Path | None = None) -> str:
     text = _URL_LOGIN.sub(rf"\g<1>{HIDDEN}@", text)
     text = _SECRET.sub(rf"\g<1>\g<2>{HIDDEN}", text)
     text = _KNOWN_TOKENS.sub(HIDDEN, text)
-    folder = str(Path.home() if home is None else home)
+    folder = str(_home() if home is None else home)
     return re.sub(rf"(?<![\w/]){re.escape(folder)}(?=/|$|\W)", "~", text) if len(folder) > 1 else text
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user without an entry in the list of users: containers have them
+        return Path("/")
 
 
 def redacted_deep(value: Any, home: Path | None = None) -> Any:

@@ -261,10 +261,17 @@ def _is_name(space: str) -> bool:
 
 
 def _below(base: Path, key: str, text: str) -> str:
-    """The text of a key; a path is taken from `base`."""
+    """The text of a key; a path is taken from `base`.
+
+    Raises:
+        ConfigError: it begins with the home folder of an unknown user.
+    """
     if key not in PATH_KEYS or not text or (key == "space" and _is_name(text)):
         return text
-    return os.path.normpath(base / Path(text).expanduser())
+    try:
+        return os.path.normpath(base / Path(text).expanduser())
+    except RuntimeError as e:  # `~` without a home folder, or `~name` of nobody
+        raise ConfigError(f"{key}: there is no home folder for {text!r}. Give the path without ~") from e
 
 
 def space_file(space: str, where: str) -> Path:

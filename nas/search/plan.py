@@ -122,7 +122,9 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         is_interpolated=is_limited,
         fastest_ms=None if table is None else _fastest_ms(space, table, inputs.device, reporter),
         budget_ms=experiment.budget.ms,
-        phases=() if status == "finished" else phases_of(inputs, to_measure, scored),
+        phases=()
+        if status == "finished" and not differences
+        else phases_of(inputs, to_measure, 0 if differences else scored),
         differences=differences,
         others=others,
     )
@@ -209,7 +211,12 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     unless = "unless cached" if teacher_macs else "by a given teacher, whose time is not known beforehand"
     phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, {unless}", about_s))
     if missing:
-        what = f"{missing} rows" if fills_whole(inputs.space) else f"about {missing} rows, as candidates need them"
+        if e.feedback.max_rows is not None and row_count(inputs.space) > e.feedback.max_rows:
+            what = f"{missing} rows, the others are interpolated"
+        elif fills_whole(inputs.space):
+            what = f"{missing} rows"
+        else:
+            what = f"about {missing} rows, as candidates need them"
         phases.append(Phase("latency table", what, missing * SECONDS_PER_ROW))
     todo = max(0, e.search.trials - scored)
     if e.search.scorer == "supernet":

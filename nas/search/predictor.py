@@ -46,6 +46,16 @@ def fills_whole(space: SearchSpace) -> bool:
     return row_count(space) <= WHOLE_TABLE_ROWS
 
 
+def knows_every_row(space: SearchSpace, max_rows: int | None) -> bool:
+    """Whether every row of a space has an answer before candidates are proposed: measured, or interpolated from some.
+
+    Args:
+        space: the search space.
+        max_rows: `feedback.max_rows`.
+    """
+    return fills_whole(space) or (max_rows is not None and row_count(space) > max_rows)
+
+
 def deployed_form(candidate: Candidate) -> NetworkForm:
     """How a candidate is deployed on ONNX Runtime: `if` where it has exits, else `plain`."""
     return "if" if candidate.exits else "plain"
@@ -84,7 +94,7 @@ class Predictor:
     @property
     def is_whole(self) -> bool:
         """True when every row of the space has an answer once it is prepared."""
-        return self._is_limited or fills_whole(self.space)
+        return knows_every_row(self.space, self._max_rows)
 
     @property
     def _is_limited(self) -> bool:

@@ -23,9 +23,11 @@ from nas.measure.pipeline import postprocess_ms, preprocess_ms
 from nas.recipe.context import write_context
 from nas.search.experiment import Experiment
 from nas.search.folder import Event, RunFolder
+from nas.search.predictor import knows_every_row
 from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
 from nas.search.settings import BudgetSettings
+from nas.search.study import choose_sampler
 from nas.space.space import SearchSpace, load_space
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
@@ -79,11 +81,20 @@ def load_inputs(
     device = device or open_device(experiment.device)
     further = [open_device(other.device) for other in experiment.also_on] if others is None else list(others)
     _check_devices(experiment, (device, *further))
+    given = experiment.teacher.weights if experiment.teacher.kind != "resnet" else None
+    if given is not None and not Path(given).is_file():
+        raise ConfigError(
+            f"teacher.weights: {given} is not a file. Give that of the teacher: --set teacher.weights=FILE"
+        )
     draft = load_space(Path(experiment.space), 2)
-    datasets = []
+    datasets: list[Dataset] = []
+
+    def read(done: int, total: int) -> None:
+        reporter.progress("data", len(datasets) + done / total, len(draft.resolution), experiment.data.name)
+
     for resolution in sorted(draft.resolution):
         reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
-        datasets.append(load_dataset(experiment.data, resolution))
+        datasets.append(load_dataset(experiment.data, resolution, read))
     reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
     space = replace(draft, num_classes=datasets[-1].num_classes)
     for each in (device, *further):
@@ -92,6 +103,8 @@ def load_inputs(
         if space.dropped != dropped:
             new = [p for p in space.dropped if p not in dropped]
             reporter.say(f"{each.profile.name} does not offer {', '.join(new)}: dropped from the space")
+    is_known = knows_every_row(space, experiment.feedback.max_rows)
+    choose_sampler(experiment.search.sampler, experiment.search.trials, is_latency_known=is_known)  # refuses it now
     for warning in datasets[-1].warnings:
         reporter.warn(warning)
     return Inputs(experiment, space, tuple(datasets), device, tuple(further))

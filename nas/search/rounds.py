@@ -165,7 +165,7 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
     batches = parts.folder.batches()
     proposer = _proposer(parts, number, sampler, records, batches)
     goal = quota(parts.search, number)
-    failures: list[str] = []
+    failures: list[TrialRecord] = []
     batch = _undecided(batches, records)
     while True:
         if batch is None:
@@ -189,7 +189,7 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
                 proposer.tell(asked[record.number], scored)
             elif scored is not None:
                 proposer.learn(scored)
-            failures = [*failures, record.reason] if record.state == "failed" else []
+            failures = [*failures, record] if record.state == "failed" else []
         records = sorted([*records, *decided], key=lambda r: r.number)
         batch = None
         _break_circuit(failures)
@@ -269,10 +269,14 @@ def _undecided(batches: Sequence[Batch], records: Sequence[TrialRecord]) -> Batc
     return next((batch for batch in batches if not known.issuperset(batch.numbers)), None)
 
 
-def _break_circuit(failures: Sequence[str]) -> None:
-    """Ends the run when candidates keep failing in the same way: the cause is not the candidate."""
-    if len(failures) >= FAILURES_IN_A_ROW and len({f.split(":")[0] for f in failures[-FAILURES_IN_A_ROW:]}) <= 2:
-        raise TrainingError(f"{len(failures)} candidates in a row failed; the last one: {failures[-1]}")
+def _break_circuit(failures: Sequence[TrialRecord]) -> None:
+    """Ends the run when candidates keep failing in the same way: the cause is not the candidate.
+
+    What a reason begins with says the way; the candidate's own name in it does not make it another.
+    """
+    ways = {f.reason.replace(f.candidate.arch_id, "").split(":")[0] for f in failures[-FAILURES_IN_A_ROW:]}
+    if len(failures) >= FAILURES_IN_A_ROW and len(ways) <= 2:
+        raise TrainingError(f"{len(failures)} candidates in a row failed; the last one: {failures[-1].reason}")
 
 
 def _proposed(

@@ -76,10 +76,12 @@ class LossGuard:
     Args:
         where: beginning of the messages.
         lr: for the hint.
+        key: the setting that it came from, such as `distill.lr`.
     """
 
-    def __init__(self, where: str, lr: float) -> None:
+    def __init__(self, where: str, lr: float, key: str) -> None:
         self.where, self.lr = where, lr
+        self._hint = f"try --set {key}={lr / 4:.1g}"
         self.first: float | None = None
         self.steps = 0
 
@@ -95,7 +97,7 @@ class LossGuard:
         if not math.isfinite(loss) or loss > DIVERGED_FACTOR * max(self.first, 1.0):
             raise TrainingError(
                 f"{self.where}: training diverged in epoch {epoch + 1} "
-                f"(loss {loss:.3g}, {self.first:.3g} at the start) with lr {self.lr:g}; try lr {self.lr / 4:.1g}"
+                f"(loss {loss:.3g}, {self.first:.3g} at the start) with lr {self.lr:g}; {self._hint}"
             )
 
     def epoch(self, mean_loss: float, epoch: int, epochs: int) -> None:
@@ -108,7 +110,7 @@ class LossGuard:
         if late and self.first is not None and mean_loss >= self.first:
             raise TrainingError(
                 f"{self.where}: nothing was learnt in {epoch + 1} of {epochs} epochs (loss {mean_loss:.3g}, "
-                f"{self.first:.3g} at the start) with lr {self.lr:g}; try lr {self.lr / 4:.1g}, and look at the labels"
+                f"{self.first:.3g} at the start) with lr {self.lr:g}; {self._hint}, and look at the labels"
             )
 
 

@@ -9,6 +9,7 @@ The files are mapped read-only, so worker processes share their pages.
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -140,7 +141,9 @@ def make_targets(
     try:
         home.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise StorageError(f"{home}: cannot be made: {e}") from e
+        raise StorageError(
+            f"{home}: cannot be made: {e.strerror or e}. Choose another cache: --set run.cache=DIR"
+        ) from e
     with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the files
         if not (folder / "targets.json").exists():
             _sweep(home, key)
@@ -171,6 +174,7 @@ def _compute(
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}.tmp-"))
         shape = (variants, count, side, side, 3)
         images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+        _take_space(temporary / "images.npy")
         logits = np.empty((variants, count, classes), dtype=np.float32)
         for v in range(variants):
             images[v] = augmented(train.images, dataset.augment, np.random.default_rng([seed, v]))
@@ -198,4 +202,18 @@ def _compute(
         temporary.chmod(0o755)
         temporary.replace(folder)
     except OSError as e:
-        raise StorageError(f"{folder}: cached targets cannot be written: {e}") from e
+        raise StorageError(
+            f"{folder}: cached targets cannot be written: {e.strerror or e}. Free space, or choose another cache: "
+            "--set run.cache=DIR"
+        ) from e
+
+
+def _take_space(path: Path) -> None:
+    """Takes the whole space of a file from its disk: a process whose mapped page finds none is killed without a word.
+
+    Raises:
+        OSError: the disk has not so much.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as f:
+            os.posix_fallocate(f.fileno(), 0, path.stat().st_size)

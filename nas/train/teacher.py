@@ -138,8 +138,11 @@ def prepare_teacher(
     home = cache_dir / "teachers"
     try:
         home.mkdir(parents=True, exist_ok=True)
+        (home / f"{key}.lock").touch()  # asked for now, not after the training
     except OSError as e:
-        raise StorageError(f"{home}: cannot be made: {e}") from e
+        raise StorageError(
+            f"{home}: cannot be written: {e.strerror or e}. Choose another cache: --set run.cache=DIR"
+        ) from e
     folder = home / key
     with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the teacher
         if settings.kind == "resnet":
@@ -279,7 +282,7 @@ def _train(
     """Trains in place; resumes from the checkpoint of an earlier call with the same key."""
     module.train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(parameter_groups(module, settings.weight_decay), lr=settings.lr, fused=True)
-    guard = LossGuard("teacher", settings.lr)
+    guard = LossGuard("teacher", settings.lr, "teacher.lr")
     checkpoint = folder / "checkpoint.pt"
     done: list[EpochRecord] = []
     if (content := read_checkpoint(checkpoint, key)) is not None:

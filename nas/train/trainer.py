@@ -91,7 +91,7 @@ def train_student(
     student.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True)
     average = {name: p.detach().clone() for name, p in student.named_parameters()} if settings.ema else {}
-    guard = LossGuard(f"student {student.candidate.arch_id}", settings.lr)
+    guard = LossGuard(f"student {student.candidate.arch_id}", settings.lr, "distill.lr")
     done: list[EpochRecord] = []
     if checkpoint is not None and (content := read_checkpoint(checkpoint, identity)) is not None:
         done, guard.first = epochs_from_plain(content["epochs"]), content["first_loss"]

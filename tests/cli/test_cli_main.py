@@ -24,6 +24,7 @@ from nas.core.errors import (
     RecordError,
     RunMismatchError,
     StorageError,
+    TrainingError,
     UsageError,
 )
 
@@ -128,6 +129,7 @@ def test_a_mistyped_command_line_names_the_nearest(
         (ConfigError, 2),
         (RecordError, 2),
         (RunMismatchError, 2),
+        (TrainingError, 2),
         (BudgetError, 3),
         (DeviceError, 4),
         (MissingRowError, 4),

@@ -162,6 +162,18 @@ def test_a_dry_run_of_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("here")
+def test_a_dry_run_of_a_fork_shows_what_the_new_run_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    changed = ["search", "tiny.yaml", "--dry-run", "--budget", "6ms"]
+    assert run(changed) == 2
+    assert "or keep what is still valid: --fork" in capsys.readouterr().err
+    assert run([*changed, "--fork"]) == 0
+    out = capsys.readouterr().out
+    assert "--fork: in a new run folder beside runs/tiny; what stays valid of that run is kept:\n  budget: 5 ms" in out
+    assert "3 of 3 candidates" in out and "nothing to do" not in out
+    assert not Path("runs/tiny-2").exists()
+
+
+@pytest.mark.usefixtures("here")
 def test_a_budget_below_the_smallest_network_is_known_before_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["search", "tiny.yaml", "--dry-run", "--budget", "1us", "--set", "run.dir=runs/other"]
     assert run(args) == 3

@@ -66,7 +66,7 @@ class Watched(SimulatedDevice):
                 on_result(m)
         return results
 
-    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:  # noqa: ARG002
         self.expected.append(reference_ms)
 
 

@@ -51,3 +51,11 @@ def test_nested_values_are_walked() -> None:
 
 def test_root_as_home_replaces_nothing() -> None:
     assert redacted("/etc/x", Path("/")) == "/etc/x"
+
+
+def test_a_user_without_a_home_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    assert redacted("got hf_0123456789abcdefghij in /people/ann/x") == "got *** in /people/ann/x"

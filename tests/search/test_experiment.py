@@ -173,6 +173,12 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (experiment.space, experiment.data.path) == (str(tmp_path / "x.yaml"), str(tmp_path / "images"))
 
 
+def test_a_home_that_nobody_has_is_refused_with_its_key(tmp_path: Path) -> None:
+    path = _write(tmp_path, "space: x.yaml\n")
+    with pytest.raises(ConfigError, match=r"^data\.path: there is no home folder for '~no-such-user/images'\. Give"):
+        load_experiment(path, ["data.path=~no-such-user/images"])
+
+
 def test_null_unsets_a_path(tmp_path: Path) -> None:
     path = _write(tmp_path, "space: x.yaml\ndata: {path: images}\n")
     assert load_experiment(path, ["data.path=null"]).data.path is None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from search_examples import Notes, simulated, write_experiment
 
-from nas.core.errors import DeviceError, RunMismatchError
+from nas.core.errors import ConfigError, DeviceError, InterruptedRunError, RunMismatchError
 from nas.core.records import DeviceProfile
 from nas.core.walk import expand, total_macs
 from nas.devices.base import MeasureJob
@@ -150,6 +150,9 @@ def test_rows_of_a_space_with_too_many_are_measured_as_candidates_need_them(
     found = re.fullmatch(r"about (\d+) rows, as candidates need them", _phase(plan, "latency table").what)
     assert found is not None
     assert 5 < int(found[1]) <= plan.rows
+    with pytest.raises(ConfigError, match=r"search\.sampler: greybox needs the latency of every candidate"):
+        _plan(write_experiment(tmp_path), "search.sampler=greybox")
+    assert _plan(write_experiment(tmp_path), "search.sampler=greybox", "feedback.max_rows=4").is_interpolated
 
 
 def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
@@ -180,6 +183,7 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
 
 def test_a_plan_with_other_settings_than_the_folder_lists_what_differs(copied: Path) -> None:
     plan = _plan(copied, "budget.ms=0.007", "search.seed=3")
+    assert [p.what for p in plan.phases if p.name == "scores"] == ["10 of 10 candidates"]  # not those of the other run
     with pytest.raises(RunMismatchError) as error:
         check_plan(plan)
     assert str(error.value) == (
@@ -372,4 +376,31 @@ def test_with_a_limit_of_rows_the_plan_says_which_are_measured_and_that_others_a
     assert plan.is_interpolated and not plan.is_whole_table
     families = {family_of(layer) for layer in inputs.space.layers()}
     assert 12 <= len(plan.missing) <= 12 + len(families) < plan.rows
+    assert f"{len(plan.missing)} rows, the others are interpolated" in [phase.what for phase in plan.phases]
     assert not plan_search(load_experiment(experiment), Notes()).is_interpolated
+
+
+def test_reading_a_folder_tells_how_far_it_is_and_may_be_stopped_on_the_way(tmp_path: Path) -> None:
+    for i in range(160):  # told after each 64
+        file = tmp_path / "photos" / "ab"[i % 2] / f"{i}.pgm"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"P5 16 16 255\n" + i.to_bytes(1, "big") * 256)
+    experiment = load_experiment(write_experiment(tmp_path), ["data.name=folder", f"data.path={tmp_path / 'photos'}"])
+    notes = Notes()
+    load_inputs(experiment, notes)
+    assert notes.stages.count("data") == 5  # the start, 64, 128 and 160 images, the end
+
+    def stop(_: str) -> None:
+        if len(stopped.stages) == 2:
+            raise InterruptedRunError("stopped")
+
+    stopped = Notes(on_progress=stop)
+    with pytest.raises(InterruptedRunError):
+        load_inputs(experiment, stopped)
+
+
+def test_a_teacher_whose_file_is_missing_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^teacher\.weights: .*no\.onnx is not a file\..*--set teacher\.weights=FILE"
+    ):
+        _plan(write_experiment(tmp_path), "teacher.kind=onnx", "teacher.weights=no.onnx")

@@ -284,9 +284,24 @@ def test_failed_candidates_are_replaced_and_keep_their_reason(make: Make) -> Non
     assert [e.values["failed"] for e in parts.folder.events()][-1] == len(failed)
 
 
-def test_run_ends_when_candidates_keep_failing_in_the_same_way(make: Make) -> None:
-    parts = make(ScriptedPool(lambda c: f"cannot allocate: {total_macs(c)} bytes"), trials=20)
-    with pytest.raises(TrainingError, match=r"^6 candidates in a row failed; the last one: cannot allocate: \d+ bytes"):
+def _no_memory(candidate: Candidate) -> str:
+    return f"cannot allocate: {total_macs(candidate)} bytes"
+
+
+def _diverged(candidate: Candidate) -> str:
+    """As training says it, with the name of the student first."""
+    return f"student {candidate.arch_id}: training diverged in epoch 1"
+
+
+@pytest.mark.parametrize(
+    ("why", "reason"),
+    [(_no_memory, r"cannot allocate: \d+ bytes"), (_diverged, "student a[0-9a-f]{12}: training diverged in epoch 1")],
+)
+def test_run_ends_when_candidates_keep_failing_in_the_same_way(
+    make: Make, why: Callable[[Candidate], str], reason: str
+) -> None:
+    parts = make(ScriptedPool(why), trials=20)
+    with pytest.raises(TrainingError, match=f"^6 candidates in a row failed; the last one: {reason}"):
         run_rounds(parts)
     assert len(parts.folder.trials()) == FAILURES_IN_A_ROW == 6
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +50,19 @@ def test_targets_hold_the_augmented_images_and_what_the_teacher_says(dataset: Da
     assert np.array_equal(targets.labels, dataset.train.labels)
     assert (targets.mean, targets.std) == (dataset.mean, dataset.std)
     assert told[:3] == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_full_disk_is_told_before_anything_is_computed(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    predict = Counting()
+    with pytest.raises(StorageError, match=r"No space left on device\. Free space, or .* --set run.cache=DIR"):
+        make_targets(linear_teacher(predict), dataset, 3, tmp_path)
+    assert predict.images == 0
 
 
 def test_the_teacher_is_asked_once(dataset: Dataset, tmp_path: Path) -> None:

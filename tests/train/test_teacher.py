@@ -53,6 +53,12 @@ def test_a_teacher_is_trained_once_and_then_comes_from_the_cache(dataset: Datase
     assert not list(tmp_path.rglob("checkpoint.pt"))
 
 
+def test_a_cache_that_cannot_be_written_is_told_before_the_training(dataset: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StorageError, match=r"teachers: cannot be written: Not a directory\. .* --set run.cache=DIR"):
+        prepare_teacher(dataset, TINY, tmp_path / "cache", lambda *_: pytest.fail("it was trained"))
+
+
 def test_other_settings_or_data_are_another_teacher(dataset: Dataset, tmp_path: Path) -> None:
     one = replace(TINY, epochs=1)
     keys = {

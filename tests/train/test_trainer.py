@@ -156,7 +156,7 @@ def test_a_checkpoint_with_code_in_it_is_not_run(targets: Targets, tmp_path: Pat
 
 def test_a_huge_learning_rate_ends_with_a_hint(targets: Targets) -> None:
     settings = DistillSettings(epochs=4, batch_size=16, lr=1e6, warmup=0.0, clip_norm=1e9)
-    with pytest.raises(TrainingError, match=r"training (diverged|.*learnt).*with lr 1e\+06; try lr 2e\+05"):
+    with pytest.raises(TrainingError, match=r"training (diverged|.*learnt).*lr 1e\+06; try --set distill.lr=2e\+05"):
         train_student(new_student(tiny_candidate(), 0), targets, settings, seed=0)
 
 
@@ -175,7 +175,7 @@ def test_targets_that_are_not_finite_end_the_training_at_once(targets: Targets) 
 
 
 def test_a_training_that_learns_nothing_is_ended_half_way() -> None:
-    guard = LossGuard("student x", 1e-9)
+    guard = LossGuard("student x", 1e-9, "distill.lr")
     for epoch in range(4):
         for _ in range(40):
             guard.step(2.0, epoch)
