@@ -68,7 +68,7 @@ def measured_figures(measurements: Sequence[Measurement], shares: Sequence[float
         if m.latency_ms is None:
             raise DeviceError(f"{m.key}: the exported network could not be measured: {m.error}")
         values.append(m.latency_ms)
-        deviations.append(m.std_ms)
+        deviations.append(deviation_ms(m))
     estimate = LatencyEstimate(tuple(values), tuple(deviations), rows_used=0, correction="measured")
     return replace(figures(estimate, shares), worst_ms=max(values), provenance="measured")
 

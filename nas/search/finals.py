@@ -30,6 +30,7 @@ from nas.latency.exits import (
 )
 from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
+from nas.latency.table import deviation_ms
 from nas.measure.fill import state_check
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
@@ -449,7 +450,7 @@ def _measure(
 
     def keep(m: Measurement) -> None:
         check_state()
-        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", m.std_ms)
+        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", deviation_ms(m))
         parts.folder.add_measured(known[m.key])
 
     def show(share: float) -> None:

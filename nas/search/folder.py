@@ -125,7 +125,7 @@ class Chosen:
 class MeasuredExit:
     """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none.
 
-    `std_ms` is the gap between the two fastest sessions, as `Measurement.std_ms`.
+    `std_ms` is its deviation, as `nas.latency.table.deviation_ms`.
     """
 
     key: str

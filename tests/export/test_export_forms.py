@@ -50,6 +50,13 @@ def test_figures_are_those_of_the_paths() -> None:
     assert figures.std_ms > 0 and figures.provenance == "measured"
 
 
+def test_two_sessions_that_agree_by_chance_give_no_tiny_deviation() -> None:
+    [lucky] = measured([1.0])
+    lucky = replace(lucky, session_ms=(1.0, 1.0001, 1.01, 1.012))
+    assert measured_figures([lucky], (1.0,)).std_ms == pytest.approx(0.015)
+    assert measured_figures([replace(lucky, accepted=(False,))], (1.0,)).std_ms == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize(
     ("thresholds", "reachable"),
     [((0.5, 0.5), (0, 1, 2)), ((2.0, 0.5), (1, 2)), ((0.5, 0.0), (0, 1)), ((0.0, 0.5), (0,)), ((2.0, 2.0), (2,))],
