@@ -256,7 +256,7 @@ def import_command(
 @common_options
 @click.pass_obj
 def export(console: Console, table: Path, form: Literal["csv", "json", "ofa-yaml"], precision: str | None) -> None:
-    """Prints the rows of TABLE on stdout.
+    """Prints the rows of TABLE on stdout; json has every sample of every round.
 
     ofa-yaml has blocks only, each without the overhead of its call, so that a sum over blocks counts it once.
     """
@@ -270,6 +270,10 @@ def export(console: Console, table: Path, form: Literal["csv", "json", "ofa-yaml
     records = [r for r in _records(opened) if precision in (None, r["precision"])]
     if form == "json":
         console.as_json = True
+        found = _measured(opened)
+        for record in records:
+            m = found[record["key"]]
+            record |= {"rounds_ms": m.rounds_ms, "accepted": m.accepted, "session_ms": m.session_ms}
         console.result({"table": str(table), "device": opened.profile, "rows": records})
     elif form == "csv":
         click.echo(_csv(records), nl=False)
@@ -308,17 +312,22 @@ def _records(table: LatencyTable) -> list[dict[str, Any]]:
     values = values_of(table)
     correction = table.correction()
     corrected = {} if correction is None else written_back(table, correction)
-    found: dict[str, Measurement] = {key: rows[-1] for key, rows in table.fixed.items()}
-    found |= table.rows
-    found |= {key: network.measurement for key, network in table.networks.items()}
     order = {"fixed": 0, NETWORK_GROUP: 2}
     records = []
-    for key, m in found.items():
+    for key, m in _measured(table).items():
         group, precision = group_of(key)
         if group == NETWORK_GROUP:
             precision = m.precision
         records.append(_record(key, group, precision, m, values.get(key), corrected.get(key)))
     return sorted(records, key=lambda r: (order.get(r["group"], 1), r["group"], r["precision"], r["key"]))
+
+
+def _measured(table: LatencyTable) -> dict[str, Measurement]:
+    """The newest measurement of everything in a table, by key."""
+    found: dict[str, Measurement] = {key: rows[-1] for key, rows in table.fixed.items()}
+    found |= table.rows
+    found |= {key: network.measurement for key, network in table.networks.items()}
+    return found
 
 
 def _record(

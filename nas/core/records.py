@@ -18,6 +18,10 @@ BlockKind = Literal["inverted_residual"]
 LayerKind = Literal["stem", "inverted_residual", "head", "exit_head"]
 ClockKind = Literal["thread_cpu", "wall", "device_event"]
 
+# How networks are measured. 2: behind a quiet memory, until four sessions agree (2026-11-28). What 1 measured lay
+# up to 24 % above the best that was seen of a network, where the host's memory was busy.
+MEASURING_PROTOCOL = 2
+
 PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
@@ -404,6 +408,7 @@ class Measurement:
     `key` is a layer key (row), a candidate id (network), or a candidate id with `#k` (segment k).
     `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm. `source` says what an imported
     row was in the file it came from, and of which tables a merged one is the centre; empty where it was measured here.
+    `protocol` is the number of the measuring protocol.
     """
 
     key: str
@@ -420,6 +425,7 @@ class Measurement:
     error: str | None = None
     session_ms: tuple[float, ...] = ()
     source: str = ""
+    protocol: int = MEASURING_PROTOCOL
 
     def __post_init__(self) -> None:
         if (self.latency_ms is None) == (self.error is None):

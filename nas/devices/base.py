@@ -47,11 +47,11 @@ class MeasureJob:
 
 @dataclass(frozen=True, slots=True)
 class CalmReport:
-    """How quiet a device is, seen through a small reference network.
+    """How quiet a device is, seen through a small reference network and one that reads more than the cache holds.
 
-    `checks` were made and `rejected` of them were too disturbed to measure. `best_ms` is the best time of the reference
-    that is known, `median_ms` and `worst_ms` those of the checks; `cpu_share` is the lowest share of a core that the
-    checks got (0-1).
+    `checks` were made and `rejected` of them were too disturbed to measure a network. `best_ms` is the best time that
+    is known of the small one, `median_ms` and `worst_ms` those of the checks; `cpu_share` is the lowest share of a core
+    that the checks got (0-1).
     """
 
     checks: int

@@ -136,6 +136,7 @@ def _take_samples(data: Any, where: str) -> tuple[tuple[float, ...], ...]:
     """Samples of a measurement, taken out of `data`: hundreds of numbers, too many for the general reader."""
     if not isinstance(data, dict):
         raise RecordError(f"{where}: expected a mapping with the fields of Measurement")
+    data.setdefault("protocol", 1)  # lines had no number until there were two protocols
     rounds = data.get("rounds_ms")
     if not isinstance(rounds, list):
         return ()

@@ -42,7 +42,7 @@ from nas.core.jsonio import (
     write_record,
     write_text,
 )
-from nas.core.records import PROFILE_STATE_FIELDS, Candidate, DeviceProfile, LayerSpec, Measurement
+from nas.core.records import MEASURING_PROTOCOL, PROFILE_STATE_FIELDS, Candidate, DeviceProfile, LayerSpec, Measurement
 from nas.latency.correction import CORRECTION_VERSION, Correction
 from nas.latency.interpolate import InterpolatedRow, interpolate_rows
 from nas.latency.lines import (
@@ -109,6 +109,7 @@ class LatencyTable:
         self._tried: dict[str, int] = {}  # sequence number of the last measurement of each row and network
         self._least: dict[str, float] = {}  # of the fixed rows: looked up for every row
         self._edited: list[str] = []
+        self._other_protocol = 0  # networks that were measured in another way
         self._torn: dict[str, int] = {}  # file -> bytes of a last line that was not written to its end
         self._read_to: dict[str, tuple[int, int]] = {}  # file -> bytes and lines read so far
         self._sequence = 0
@@ -283,6 +284,12 @@ class LatencyTable:
             for name, count in self._torn.items()
             if count
         )
+        if self._other_protocol:
+            torn = (
+                f"{self._folder}: {self._other_protocol} networks were measured by another protocol than today's, and"
+                " are left out. They are measured again when a search needs them; rows stay valid",
+                *torn,
+            )
         if not self._edited:
             return torn
         return (
@@ -652,6 +659,9 @@ class LatencyTable:
     def _take_network(self, network: MeasuredNetwork) -> None:
         self._sequence = max(self._sequence, network.measurement.sequence)
         m = network.measurement
+        if m.protocol != MEASURING_PROTOCOL:
+            self._other_protocol += 1
+            return
         self._tried[m.key] = max(m.sequence, self._tried.get(m.key, 0))
         before = self._networks.get(m.key)
         if _replaces(m, before.measurement if before is not None else None):

@@ -17,7 +17,7 @@ from nas.latency.table import LatencyTable, difference_lines
 
 DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before; then the machine is in another state
 ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleaved, stored together
-SECONDS_PER_ROW = 0.03  # before anything is measured: 0.02 on a calm machine, 0.04-0.07 on a busy one
+SECONDS_PER_ROW = 0.02  # before anything is measured: 0.013 on a calm machine, 0.02-0.07 on a busy one
 TELL_EVERY_S = 0.5  # between results: often enough for people, too rarely to disturb
 LOOK_EVERY_S = 120.0  # at the reference network, overhead and gate
 CHECK_STATE_S = 1.0  # between looks at the device's state before results are stored

@@ -34,7 +34,7 @@ TEACHER_ANSWERS = 80e9  # the same, forward only: 3,077 images per second
 STUDENT_TRAINING = 2.4e9  # distilling students of 0.4 to 4.4 M MACs from cached answers
 STUDENT_ANSWERS = 12e9  # the same, forward only
 
-NETWORK_S = 0.5  # one whole network measured in several sessions
+NETWORK_S = 0.8  # one whole network measured in several sessions: 0.2 tiny, 0.7-1.2 with megabytes of weights
 SCORE_OVERHEAD_S = 0.3  # extraction, batch norm, int8 ranges of one score
 SAMPLES = 64  # random networks of the space whose mean stands for the candidates
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from latency_examples import OVERHEAD_MS, candidate, filled, measured, network, profile, row, row_time_ms
 
 from nas.core.errors import DeviceError, MissingRowError, RecordError, StorageError
+from nas.core.jsonio import canonical_json
 from nas.core.records import PROFILE_STATE_FIELDS
 from nas.core.walk import expand
 from nas.latency.correction import CORRECTION_VERSION, Correction
@@ -435,3 +437,21 @@ def test_cost_of_streamed_weights_never_falls_and_needs_both_measurements(tmp_pa
     table.add(measured(streaming_key(16, cached=False), "overhead", "fp32", 3.0))
     assert [mb for mb, _ in table.streaming] == [0.0, 2.0, 4.0, 8.0]
     assert [ms for _, ms in table.streaming] == pytest.approx([0, 0.02, 0.02, 0.02])
+
+
+def test_networks_of_another_protocol_are_left_out_and_told_and_their_rows_stay(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, profile())
+    table.add(row(LAYERS[0]))
+    table.add(network(candidate(), 1.0), candidate(), "if")
+    assert len(LatencyTable.read(tmp_path).networks) == 1 and not LatencyTable.read(tmp_path).warnings
+    file = tmp_path / "networks.jsonl"
+    line = json.loads(file.read_text())["row"]
+    del line["measurement"]["protocol"]  # as it was written until 2026-11-28
+    text = canonical_json(line)
+    check = hashlib.sha256(f"{profile().fingerprint} {text}".encode()).hexdigest()[:16]
+    file.write_text(f'{{"check":"{check}","row":{text}}}\n')
+    again = LatencyTable.open(tmp_path, profile())
+    assert not again.networks and list(again.rows) == [LAYERS[0].key]
+    assert "1 networks were measured by another protocol than today's" in again.warnings[0]
+    again.add(network(candidate(), 1.1), candidate(), "if")
+    assert [n.measurement.latency_ms for n in LatencyTable.read(tmp_path).networks.values()] == [1.1]

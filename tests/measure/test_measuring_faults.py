@@ -476,11 +476,12 @@ def test_telemetry_results_and_progress_are_taken_outside_the_timed_windows(monk
 
     monkeypatch.setattr(onnxruntime_cpu, "clock_and_temperature", telemetry)
     quick = replace(SETTINGS, gate_cpu_share=0.5, round_cpu_share=0.5, network_sessions=2, row_round_ms=0.2)
+    quick = replace(quick, agreeing_sessions=2)
     device = OnnxRuntimeCpu(quick, clock=clock)
     jobs = [MeasureJob(f"n{i}", "network", "none", mean_model(), 0) for i in range(2)]
     found = device.measure(jobs, lambda _: spending("result"), lambda _: spending("progress"))
     assert spent.count("telemetry") == 1 and spent.count("result") == 2
-    assert spent.count("progress") == 2 * 2 * quick.network_rounds
+    assert spent.count("progress") == 2 * 2 * quick.network_rounds + 1  # after each round, and at the end
     for m in found:
         assert {s for r in m.rounds_ms for s in r} == {0.05}
         assert all(m.accepted)
