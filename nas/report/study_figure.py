@@ -92,9 +92,9 @@ def study_figure(view: RunView, scores: Sequence[Score], title: str) -> go.Figur
         layout["annotations"] = [
             {
                 "x": view.budget_ms,
-                "y": 0,
+                "y": 1,
                 "yref": "paper",
-                "xanchor": "right",
+                "xanchor": "center",
                 "yanchor": "bottom",
                 "showarrow": False,
                 "text": f"budget {format_number(view.budget_ms)} ms ({LATENCY_NAMES[view.budget_of]})",

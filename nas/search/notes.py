@@ -201,7 +201,7 @@ def _students(record: TrialRecord, view: RunView) -> str:
             _spread(p.latency.expected_ms, p.latency.std_ms),
             format_ms(p.latency.worst_ms),
             p.latency.provenance,
-            "yes" if p.on_front else "no",
+            ("yes" if p.on_front else "no") + ("" if view.meets_budget(p) else ", over the budget"),
         )
         for p in own[:STUDENTS_SHOWN]
     ]

@@ -117,6 +117,8 @@ def test_card_says_what_was_measured_and_which_students_came_of_it() -> None:
     assert [line.split("|")[1].strip() for line in students] == ["p2, **pick**", "p3", "p0", "p1"]
     assert students[0] == "| p2, **pick** | 90.0 % (test) | 0.0320 ms ± 0.000100 ms | 0.0400 ms | measured | no |"
     assert text.endswith("and 2 more: nas pareto --all")
+    tight = plain(candidate_note(TRIAL, replace(VIEW, points=points, budget_ms=0.039)))
+    assert tight.count("| yes, over the budget |") == 1 and tight.count("| no, over the budget |") == 3
     other = replace(VIEW, predictions=(replace(pair, candidate_id="another"),))
     assert "latency, measured" not in candidate_note(TRIAL, other)
 
