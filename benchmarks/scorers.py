@@ -29,6 +29,7 @@ from nas.recipe.pool import JobFailure, WorkerPool
 from nas.recipe.records import top1_per_exit
 from nas.recipe.score import score
 from nas.recipe.supernet import train_supernet
+from nas.search.choice import choose_sampler
 from nas.search.experiment import Experiment, load_experiment
 from nas.search.folder import RunFolder
 from nas.search.predictor import BudgetFilter, Predictor
@@ -36,7 +37,7 @@ from nas.search.prepare import Inputs, load_inputs, open_table, prepare_training
 from nas.search.scoring import ScoredCandidate, ScoringPlan, score_batch
 from nas.search.select import hypervolume, spread_choice, stratified
 from nas.search.settings import ScorerName
-from nas.search.study import Proposer, Scored, choose_sampler
+from nas.search.study import Proposer, Scored
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 SCORERS: tuple[ScorerName, ...] = ("supernet", "standalone")

@@ -22,6 +22,7 @@ from nas.latency.table import LatencyTable
 from nas.recipe.pool import JobResult, WorkerPool
 from nas.recipe.records import ScoredStudent, write_scored
 from nas.recipe.score import ScoreJob, student_folder
+from nas.search.choice import choose_sampler
 from nas.search.experiment import SPACES
 from nas.search.folder import open_run
 from nas.search.predictor import Predictor
@@ -29,7 +30,6 @@ from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.rounds import SearchParts, run_rounds, write_study
 from nas.search.scoring import ScoringPlan
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
-from nas.search.study import choose_sampler
 from nas.space.space import load_space
 from nas.testing import SimulatedDevice
 from nas.train.settings import DistillSettings

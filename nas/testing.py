@@ -7,6 +7,7 @@ stand in a result.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -442,6 +443,14 @@ def requires_program(name: str, what: str) -> str:
 
         pytest.skip(f"{what} needs the program {name}, which is not on PATH")
     return found
+
+
+def requires_package(name: str, what: str) -> None:
+    """Skips the calling test where an optional package is not installed; the reason names it."""
+    if importlib.util.find_spec(name) is None:
+        import pytest
+
+        pytest.skip(f"{what} needs the package {name}, which is not installed")
 
 
 def mean_model(batch: int | None = 1, size: int = 8, factor: float = 2.0) -> bytes:

@@ -33,6 +33,7 @@ WITHOUT_TORCH = {"core", "space", "latency", "devices", "data", "export", "compr
 ONLY_IN = {
     "onnxruntime": ("nas/devices/onnxruntime",),
     "optuna": ("nas/search/",),
+    "optuna_dashboard": ("nas/search/",),
     "click": ("nas/cli/",),
     "rich": ("nas/cli/",),
     "plotly": ("nas/report/",),

@@ -20,7 +20,7 @@ from nas.core.errors import InterruptedRunError, NasError, StorageError, did_you
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Order of the help page: as a user meets them.
-COMMANDS = ("init", "doctor", "measure", "table", "search", "pareto", "report", "export", "bench")
+COMMANDS = ("init", "doctor", "measure", "table", "search", "pareto", "report", "dashboard", "export", "bench")
 
 EXIT_CODES = """\b
 Exit codes:
@@ -40,7 +40,13 @@ progress and messages go to stderr. No colours without a terminal or with NO_COL
 """
 
 # Optional packages and the extra that brings them.
-EXTRAS = {"tensorrt": "tensorrt", "pycuda": "tensorrt", "pytest": "dev", "hypothesis": "dev"}
+EXTRAS = {
+    "tensorrt": "tensorrt",
+    "pycuda": "tensorrt",
+    "optuna_dashboard": "dashboard",
+    "pytest": "dev",
+    "hypothesis": "dev",
+}
 
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 

@@ -15,7 +15,18 @@ from nas.core.run import FOREIGN_MARK, LatencyKind, RunView
 from nas.core.units import format_ms
 
 RUNNERS_UP = 3
-LESS_IMPORTANT = ("trial", "params", "MACs", "split", "size", "exits used %", "latency is", "+- ms", "precision")
+LESS_IMPORTANT = (
+    "trial",
+    "proposer",
+    "params",
+    "MACs",
+    "split",
+    "size",
+    "exits used %",
+    "latency is",
+    "+- ms",
+    "precision",
+)
 
 
 @click.command(short_help="Show the front of a run, and the student to take below a time.")
@@ -82,6 +93,7 @@ def command(
             "budget_of": view.budget_of,
             "pipeline": view.pipeline,
             "points": front_records(view, points),
+            "proposers": view.proposers,
             "foreign_table": view.provenance.get(FOREIGN_MARK),
             "chosen": None if chosen is None else chosen.id,
             "reason": reason,
@@ -103,19 +115,23 @@ def show_common(console: Console, view: RunView) -> None:
 
 def show_front(console: Console, view: RunView, table: tuple[tuple[str, ...], list[tuple[str, ...]]]) -> None:
     """The front with the pick and the reason; where nothing is finished yet, how far the run is."""
-    from nas.report.tables import front_notes
+    from nas.report.tables import front_notes, proposer_table
 
     columns, rows = table
     budget = "no budget" if view.budget_ms is None else f"budget {view.budget_ms:g} ms ({view.budget_of})"
     console.say(f"run {view.name}: {view.status}, {len(view.trials)} trials scored, {budget}")
     if not rows:
         console.say("no finished student yet")
+        if view.proposers:
+            console.table(*proposer_table(view))
         for line in view.commands:
             console.say(f"next: {line}")
         return
     console.table(columns, rows, LESS_IMPORTANT)
     for line in front_notes(view):
         console.say(line)
+    if view.proposers:
+        console.table(*proposer_table(view))
     if view.pick_id is not None:
         console.say(f"pick: {view.pick_id}: {view.pick_reason}")
     for other in view.also:

@@ -95,6 +95,7 @@ def command(
             "closest": view.closest_id,
             "also": view.also,
             "points": front_records(view),
+            "proposers": view.proposers,
             "devices": [_device_result(own) for own in (view, *view.others)] if view.others else [],
             "common": view.common,
             "foreign_table": view.provenance.get(FOREIGN_MARK),
@@ -211,6 +212,7 @@ def _show_plan(console: Console, plan: Plan) -> None:
         console.say(f"table:      {other.table}: {other.missing} rows are to be measured")
         if other.fastest_ms is not None:
             console.say(f"fastest:    {format_ms(other.fastest_ms)} predicted, budget {format_ms(other.budget_ms)}")
+    console.say(f"sampler:    {plan.sampler} ({plan.sampler_reason})")
     if not plan.phases:
         console.say("nothing to do: this run is finished")
         return

@@ -137,7 +137,10 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class TrialPoint:
-    """A candidate that was scored, not finished: `top1` is its score on the validation split after `epochs`."""
+    """A candidate that was scored, not finished: `top1` is its score on the validation split after `epochs`.
+
+    `proposer` is the sampler that proposed it, or what else did, such as `first`; empty where that is not known.
+    """
 
     number: int
     arch_id: str
@@ -146,6 +149,7 @@ class TrialPoint:
     precision: str = ""
     epochs: int = 0
     round: int = 0
+    proposer: str = ""
 
     def __post_init__(self) -> None:
         _ratio(f"trial {self.number}", top1=self.top1)
@@ -197,6 +201,27 @@ class RoundSummary:
     hypervolume: float | None = None
     mape: float | None = None
     wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProposerSummary:
+    """What came of the candidates that one sampler (or what else proposed them) proposed.
+
+    `scored` and `failed` count candidates; `on_front` those of the scored ones that no other score beats in accuracy
+    and predicted latency; `students` the finished points that are on the front of the run. `hypervolume_lost` is the
+    share of the scores' hypervolume (a ratio) that would be missing without them: what others reach too does not count,
+    so these shares do not add up to 1.
+    """
+
+    name: str
+    scored: int
+    failed: int = 0
+    on_front: int = 0
+    students: int = 0
+    hypervolume_lost: float = 0.0
+
+    def __post_init__(self) -> None:
+        _ratio(f"proposer {self.name}", hypervolume_lost=self.hypervolume_lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +369,7 @@ class RunView:
     changes: tuple[TableChange, ...] = ()
     rounds: tuple[RoundSummary, ...] = ()
     importances: tuple[Importance, ...] = ()
+    proposers: tuple[ProposerSummary, ...] = ()
     pick_id: str | None = None
     pick_reason: str = ""
     next_id: str | None = None
@@ -385,6 +411,10 @@ class RunView:
                 return p
         ids = [p.id for p in self.points]
         raise RecordError(f"run {self.name}: no student {point_id!r}{did_you_mean(point_id, ids)}; run: nas pareto")
+
+    def proposer_of(self, point: Point) -> str:
+        """What proposed the candidate that a point comes from; empty where that is not known."""
+        return next((t.proposer for t in self.trials if t.number == point.trial), "")
 
     @property
     def front(self) -> tuple[Point, ...]:

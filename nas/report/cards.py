@@ -164,8 +164,10 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
     if point.cost_s > 0:
         facts.append(("Training", format_duration(point.cost_s), "CPU time"))
     if point.trial is not None:
-        where = f"found in round {point.round}" if point.round is not None else ""
-        facts.append(("Trial", str(point.trial), where))
+        proposer = view.proposer_of(point)
+        found = [f"found in round {point.round}"] * (point.round is not None)
+        found += [f"proposed by {proposer}"] * bool(proposer)
+        facts.append(("Trial", str(point.trial), ", ".join(found)))
     return facts
 
 

@@ -103,7 +103,9 @@ def _trials_trace(trials: Sequence[TrialPoint]) -> dict[str, Any]:
         "x": [_rounded(t.latency_ms) for t in trials],
         "y": [_rounded(100 * t.top1) for t in trials],
         "text": [
-            f"trial {t.number}, {t.epochs} epochs{', ' + escape(t.precision) if t.precision else ''}" for t in trials
+            f"trial {t.number}, {t.epochs} epochs"
+            f"{', ' + escape(t.precision) if t.precision else ''}{', by ' + escape(t.proposer) if t.proposer else ''}"
+            for t in trials
         ],
         "marker": {"size": 5, "color": "@trial", "opacity": 0.6},
         "hovertemplate": "%{text}<br>%{y:.1f} % (validation)<br>%{x:.3g} ms<extra></extra>",

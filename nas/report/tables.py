@@ -37,6 +37,7 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
         "MACs",
         "size",
         "trial",
+        "proposer",
         "note",
     )
     rows: list[tuple[str, ...]] = [
@@ -54,9 +55,27 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
             format_count(p.macs),
             format_bytes(p.weight_bytes if p.model_bytes is None else p.model_bytes),
             "-" if p.trial is None else str(p.trial),
+            plain_line(view.proposer_of(p)) or "-",
             ", ".join(notes(view, p)),
         )
         for p in (view.front if points is None else points)
+    ]
+    return columns, rows
+
+
+def proposer_table(view: RunView) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Column names and one row of text for each proposer: what came of its candidates."""
+    columns = ("proposer", "scored", "failed", "on the front of scores", "students on the front", "lost without it")
+    rows = [
+        (
+            plain_line(s.name),
+            str(s.scored),
+            str(s.failed),
+            str(s.on_front),
+            str(s.students),
+            f"{100 * s.hypervolume_lost:.1f} % of hypervolume",
+        )
+        for s in view.proposers
     ]
     return columns, rows
 
@@ -68,6 +87,7 @@ def front_records(view: RunView, points: Sequence[Point] | None = None) -> list[
             "id": p.id,
             "label": p.label,
             "trial": p.trial,
+            "proposer": view.proposer_of(p) or None,
             "arch_id": p.arch_id,
             "top1": p.top1,
             "split": p.split,

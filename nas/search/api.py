@@ -45,7 +45,7 @@ from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
-from nas.search.plan import missing_rows, phases_of
+from nas.search.plan import missing_rows, phases_of, score_seconds
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
@@ -216,6 +216,7 @@ def _search(
         reporter,
         stop,
         tuple(others),
+        score_seconds(inputs),
     )
     _prepare_scorer(inputs, parts)
     run_rounds(parts)

@@ -20,6 +20,7 @@ from nas.latency.interpolate import spread_rows
 from nas.latency.table import LatencyTable
 from nas.measure.fill import SECONDS_PER_ROW
 from nas.models.teachers import ResNet, count_macs
+from nas.search.choice import choose_sampler
 from nas.search.experiment import Experiment, with_deadline
 from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
 from nas.search.predictor import Predictor, fills_whole, row_count
@@ -68,6 +69,7 @@ class Plan:
     and the others are estimated from them. `scored` trials of an earlier call are kept. `fastest_ms` is
     the predicted worst case of the fastest network, None while rows are missing. `differences` are the lines of
     the fingerprint that would make the run folder refuse this experiment.
+    `sampler` proposes the candidates, for the reason beside it.
     """
 
     run_dir: str
@@ -84,6 +86,8 @@ class Plan:
     phases: tuple[Phase, ...]
     differences: tuple[str, ...]
     others: tuple[DevicePlan, ...] = ()
+    sampler: str = ""
+    sampler_reason: str = ""
 
     @property
     def about_s(self) -> float:
@@ -110,6 +114,13 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
     others = tuple(_device_plan(inputs, name, other, reporter) for name, other in inputs.each[1:])
     to_measure = len(missing) + sum(other.missing for other in others)
+    sampler, reason = choose_sampler(
+        experiment.search.sampler,
+        experiment.search.trials,
+        is_latency_known=is_whole or is_limited,
+        score_s=score_seconds(inputs),
+        batch=experiment.search.batch,
+    )
     return Plan(
         run_dir=str(experiment.run_dir),
         status=status,
@@ -127,6 +138,8 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         else phases_of(inputs, to_measure, 0 if differences else scored),
         differences=differences,
         others=others,
+        sampler=sampler,
+        sampler_reason=reason,
     )
 
 
@@ -199,8 +212,7 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     """
     e, dataset = inputs.experiment, inputs.dataset
     images, side, workers = len(dataset.train), dataset.resolution, worker_count(e)
-    rng = np.random.default_rng(0)
-    macs = statistics.mean(total_macs(inputs.space.decode(inputs.space.sample(rng))) for _ in range(SAMPLES))
+    macs = _mean_macs(inputs.space)
     phases = []
     teacher_macs = 0
     if e.teacher.kind == "resnet":
@@ -225,18 +237,31 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
             cpu_s = e.supernet.steps * e.supernet.batch_size * macs / STUDENT_TRAINING
         share = min(workers, e.supernet.networks_per_step)
         phases.append(Phase("supernet", "shared weights, unless trained", cpu_s / share))
-        score_s = SCORE_OVERHEAD_S
-    else:
-        kept = sum(
-            (epochs - before) * e.standalone.keep**i
-            for i, (before, epochs) in enumerate(zip((0, *e.standalone.rungs), e.standalone.rungs, strict=False))
-        )
-        score_s = SCORE_OVERHEAD_S + kept * images * macs / STUDENT_TRAINING
-    score_s += len(dataset.val) * macs / STUDENT_ANSWERS
-    phases.append(Phase("scores", f"{todo} of {e.search.trials} candidates", todo * score_s / workers))
+    phases.append(Phase("scores", f"{todo} of {e.search.trials} candidates", todo * score_seconds(inputs)))
     networks = e.feedback.engines(e.search.rounds) * len(inputs.each)
     where = "the device" if len(inputs.each) == 1 else f"{len(inputs.each)} devices"
     phases.append(Phase("networks", f"{networks} whole networks on {where}", networks * NETWORK_S))
     about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
     phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
     return tuple(phases)
+
+
+def score_seconds(inputs: Inputs) -> float:
+    """About how many seconds of wall time scoring one candidate takes while all workers are busy."""
+    e, dataset = inputs.experiment, inputs.dataset
+    macs = _mean_macs(inputs.space)
+    cpu_s = SCORE_OVERHEAD_S + len(dataset.val) * macs / STUDENT_ANSWERS
+    if e.search.scorer == "standalone":
+        rungs = e.standalone.rungs
+        kept = sum(
+            (epochs - before) * e.standalone.keep**i
+            for i, (before, epochs) in enumerate(zip((0, *rungs), rungs, strict=False))
+        )
+        cpu_s += kept * len(dataset.train) * macs / STUDENT_TRAINING
+    return cpu_s / worker_count(e)
+
+
+def _mean_macs(space: SearchSpace) -> float:
+    """Multiply-adds of a candidate, mean of random ones."""
+    rng = np.random.default_rng(0)
+    return statistics.mean(total_macs(space.decode(space.sample(rng))) for _ in range(SAMPLES))

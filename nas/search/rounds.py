@@ -21,13 +21,14 @@ from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import WorkerPool
+from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord
 from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.select import hypervolume, stratified, worth_measuring
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
-from nas.search.study import KnownLatency, Proposer, Scored, choose_sampler, importances, mirror
+from nas.search.study import KnownLatency, Proposer, Scored, importances, mirror
 from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
@@ -51,7 +52,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchParts:
-    """What the rounds work with; `folder`, `predictor` and `budget` are those of the first device."""
+    """What the rounds work with; `folder`, `predictor` and `budget` are those of the first device.
+
+    `score_s` is the expected wall time of scoring one candidate, None where it is not known.
+    """
 
     folder: RunFolder
     space: SearchSpace
@@ -65,6 +69,7 @@ class SearchParts:
     reporter: StoppableReporter
     stop: StopFlag
     others: tuple[Target, ...] = ()
+    score_s: float | None = None
 
     @property
     def each(self) -> tuple[SearchParts, ...]:
@@ -102,7 +107,13 @@ def run_rounds(parts: SearchParts) -> None:
             _first_networks(own)
     finished = {e.values["round"] for e in parts.folder.events() if e.kind == "round"}
     is_known = all(own.predictor.is_whole for own in parts.each)
-    sampler, reason = choose_sampler(parts.search.sampler, parts.search.trials, is_latency_known=is_known)
+    sampler, reason = choose_sampler(
+        parts.search.sampler,
+        parts.search.trials,
+        is_latency_known=is_known,
+        score_s=parts.score_s,
+        batch=parts.search.batch,
+    )
     parts.reporter.say(f"sampler: {sampler} ({reason}); scorer: {parts.search.scorer}")
     for number in range(1, parts.search.rounds + 1):
         if number not in finished:
@@ -477,8 +488,9 @@ def write_study(parts: SearchParts) -> None:
             "epochs": r.epochs,
             "exit_top1": list(r.exit_top1),
             "proposer": r.proposer,
+            "std_ms": now.std_ms,
         }
-        for r in complete
+        for r, now in zip(complete, current_figures(parts, complete), strict=True)
     ]
     path = parts.folder.path
     names = [own.folder.device for own in parts.each]

@@ -104,9 +104,10 @@ class SearchSettings:
     """How candidates are proposed and scored.
 
     `trials`: candidates scored in all rounds together. `rounds`: the table is corrected from measured networks between
-    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes the
-    grey-box sampler, which models accuracy alone because latency is known, where all rows of the space are measured;
-    else multivariate TPE up to 300 trials and NSGA-II with a small population above. `scorer`: how accuracy is
+    rounds. `batch`: candidates proposed before the sampler sees their scores. `sampler`: `auto` takes what
+    is worth the most in the time that scoring and proposing take (docs/search.md): nearly always the grey-box sampler,
+    which models accuracy alone, where all rows of the space have a latency; else multivariate TPE up to 300 trials at
+    most and NSGA-II with a small population above. `scorer`: how accuracy is
     estimated before finalists are distilled in full. `workers`: training processes,
     one thread each; 0 means one per core. `seed`: of everything.
     """

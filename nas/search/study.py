@@ -28,17 +28,14 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, distribution_to_json
 from optuna.trial import TrialState
 
-from nas.core.errors import BudgetError, ConfigError, StorageError
+from nas.core.errors import BudgetError, StorageError
 from nas.core.run import Importance
 from nas.search.greybox_sampler import GreyBoxSampler
-from nas.search.settings import SamplerName
 from nas.space.layout import Gene
 from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
 
-GREYBOX_MAX_TRIALS = 10_000
-TPE_MAX_TRIALS = 300  # multivariate TPE costs 40 ms a trial at 1,000 trials and 160 at 5,000; NSGA-II 2-5 ms
 MAX_ASKS_PER_PROPOSAL = 30
 MAX_REFUSED_PER_SCORE = 2  # proposals over the budget that the sampler is told of, per scored candidate
 RANDOM_DRAWS = 2048  # looked at together where the sampler finds nothing: 10 ms
@@ -90,35 +87,6 @@ class KnownLatency:
     budgets_ms: tuple[float, ...]
     margin_std: float
     batch: int
-
-
-def choose_sampler(name: SamplerName, trials: int, *, is_latency_known: bool) -> tuple[str, str]:
-    """The sampler that `auto` stands for, and the reason in words.
-
-    Args:
-        name: as set.
-        trials: planned.
-        is_latency_known: whether every candidate's latency is known, and not only those whose rows were measured.
-
-    Raises:
-        ConfigError: the grey-box sampler was asked for, and latencies are not known.
-    """
-    if name == "greybox" and not is_latency_known:
-        raise ConfigError(
-            "search.sampler: greybox needs the latency of every candidate, and the rows of this space are measured "
-            "only as candidates need them. Measure a part and interpolate the others (--set feedback.max_rows=600), or "
-            "take another sampler (--set search.sampler=auto)"
-        )
-    if name != "auto":
-        return name, "asked for"
-    if is_latency_known and trials <= GREYBOX_MAX_TRIALS:
-        return "greybox", "latency is known before training, so only accuracy is modelled"
-    if trials <= TPE_MAX_TRIALS:
-        return "tpe", f"multivariate TPE inside the budget leads up to {TPE_MAX_TRIALS} trials"
-    return (
-        "nsga2",
-        f"NSGA-II with a small population: more than {TPE_MAX_TRIALS} trials, and TPE's cost per trial grows",
-    )
 
 
 def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:

@@ -34,6 +34,7 @@ from nas.recipe.records import FinishedStudent
 from nas.search.experiment import Experiment, load_experiment, with_deadline
 from nas.search.folder import SPACE_FILE, Event, RunFolder, TrialRecord, is_running
 from nas.search.progress import time_spent
+from nas.search.proposers import proposer_summaries
 from nas.space.space import load_space
 
 OUTCOME_SCHEMA = 1
@@ -97,6 +98,8 @@ def load_view(run_dir: Path, on: str = "") -> RunView:
     records, events = folder.trials(), folder.events()
     outcome_file = folder.device_path / "outcome.json"
     outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
+    latencies = [_latency_ms(r, place) for r in records]
+    points = () if outcome is None else outcome.points
     importance_file = run_dir / "importances.json"
     view = RunView(
         name=run_dir.name,
@@ -114,6 +117,7 @@ def load_view(run_dir: Path, on: str = "") -> RunView:
         failed=failed_candidates(records, events),
         predictions=tuple(pair for e in events for pair in e.pairs),
         rounds=tuple(_round_summary(e) for e in events if e.kind == "round"),
+        proposers=proposer_summaries(records, latencies, points, budget.ms),
         wall_s=time_spent(run_dir / CLOCK_FILE).wall_s,
         provenance={k: str(v) for k, v in marks.items() if not folder.device or k != FOREIGN_MARK},
         commands=(f"nas search {quote(str(run_dir / 'experiment.yaml'))}",),
@@ -171,16 +175,22 @@ def _space_size(experiment: Experiment, run_dir: Path) -> int:
     return load_space(kept if kept.exists() else Path(experiment.space), 2).size
 
 
+def _latency_ms(record: TrialRecord, place: int | None) -> float:
+    """Predicted latency of a trial on the first device, or on the further device of this place."""
+    return record.latency_ms if place is None else record.elsewhere_ms[place]
+
+
 def _trial_point(record: TrialRecord, place: int | None) -> TrialPoint:
     """A trial with its latency on the first device, or on the further device of this place."""
     return TrialPoint(
         record.number,
         record.candidate.arch_id,
         record.top1 or 0.0,
-        record.latency_ms if place is None else record.elsewhere_ms[place],
+        _latency_ms(record, place),
         record.candidate.precision_label,
         record.epochs,
         record.round,
+        record.proposer,
     )
 
 

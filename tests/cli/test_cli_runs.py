@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -54,11 +55,16 @@ def test_the_front_as_table_csv_and_json(capsys: pytest.CaptureFixture[str]) -> 
     assert run(["pareto"]) == 0
     table = capsys.readouterr().out
     assert table.startswith("run tiny: finished, 3 trials scored, budget 5 ms (worst)\n")
+    assert re.search(r"^first +\d+ +0 +\d+ +\d+ +\d+\.\d % of hypervolume$", table, re.MULTILINE)
     assert "\npick: " in table
     assert run(["pareto", "--format", "csv"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert run(["pareto", "--format", "json"]) == 0
-    points = json.loads(capsys.readouterr().out)["points"]
+    document = json.loads(capsys.readouterr().out)
+    points = document["points"]
+    assert sum(s["scored"] for s in document["proposers"]) == 3
+    assert [row["proposer"] for row in rows] == [point["proposer"] for point in points]
+    assert {point["proposer"] for point in points} <= {s["name"] for s in document["proposers"]}
     assert [row["id"] for row in rows] == [point["id"] for point in points]
     assert float(rows[0]["worst_ms"]) == points[0]["worst_ms"] > 0
 
@@ -148,6 +154,7 @@ def test_a_dry_run_names_rows_phases_and_settings_and_makes_nothing(
     assert document["experiment"]["search"]["trials"] == 7
     assert (plan["status"], len(plan["missing"])) == ("new", plan["rows"])
     assert {"teacher", "latency table", "supernet", "scores", "finalists"} <= {p["name"] for p in plan["phases"]}
+    assert plan["sampler"] == "greybox" and "of 7 trials each is worth " in plan["sampler_reason"]
     assert document["about_s"] > 0
     assert sorted(p.name for p in tiny_experiment.parent.iterdir()) == ["space.yaml", "tiny.yaml"]
 
@@ -158,6 +165,8 @@ def test_a_dry_run_of_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "run folder: runs/tiny (finished, 3 trials scored)" in out
     assert "nothing to do: this run is finished" in out
+    assert "\nsampler:    greybox (latency is known before training, " in out
+    assert " of scoring, and of proposing " in out
     assert "fastest:    " in out
 
 

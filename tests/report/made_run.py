@@ -21,6 +21,7 @@ from nas.core.run import (
     PackageView,
     Point,
     PredictedMeasured,
+    ProposerSummary,
     RoundSummary,
     RunView,
     SplitAccuracy,
@@ -120,7 +121,8 @@ def made_view(name: str = "Test data: made-up run", students: int = 14, trials: 
         reach = 0.9 - 0.5 * np.exp(-ms / 0.1)
         scored.append(
             TrialPoint(i, f"a{i:012x}", float(np.clip(reach - rng.exponential(0.1 - 0.07 * i / trials), 0.1, 1)), ms,
-                       str(rng.choice(["fp32", "int8"])), int(rng.choice([1, 2, 4])), i * 3 // trials)
+                       str(rng.choice(["fp32", "int8"])), int(rng.choice([1, 2, 4])), i * 3 // trials,
+                       "first" if i < 2 else "greybox")
         )  # fmt: skip
     growth = hypervolume_growth([(t.top1, t.latency_ms) for t in scored], (0.0, BUDGET_MS), (True, False)) / BUDGET_MS
     predictions = []
@@ -183,6 +185,10 @@ def made_view(name: str = "Test data: made-up run", students: int = 14, trials: 
                 (0.18, 0.14, 0.09, 0.2, 0.3, 0.06, 0.03),
                 strict=True,
             )
+        ),
+        proposers=(
+            ProposerSummary("greybox", trials - 2, 3, 9, 5, 0.412),
+            ProposerSummary("first", 2, 0, 1, 0, 0.008),
         ),
         pick_id=pick.id,
         pick_reason="The most accurate student whose expected latency plus 2 standard deviations is in budget.",

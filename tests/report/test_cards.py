@@ -86,3 +86,12 @@ def test_comparison_needs_the_same_split() -> None:
     assert compared_with_teacher(point, replace(same, split="val")) == ""
     assert compared_with_teacher(point, None) == ""
     assert compared_with_teacher(point, replace(same, latency_ms=None)) == "100.0 % of the teacher's accuracy"
+
+
+def test_card_says_what_proposed_the_candidate_and_when() -> None:
+    view = made_view()
+    point = replace(view.points[0], trial=view.trials[5].number, round=1)
+    (fact,) = (f for f in card(view, point)["facts"] if f["name"] == "Trial")
+    assert (fact["value"], fact["detail"]) == ("5", "found in round 1, proposed by greybox")
+    (fact,) = (f for f in card(replace(view, trials=()), point)["facts"] if f["name"] == "Trial")
+    assert fact["detail"] == "found in round 1"

@@ -21,6 +21,7 @@ from nas.report.tables import (
     front_table,
     notes,
     precision_notes,
+    proposer_table,
 )
 
 
@@ -131,3 +132,27 @@ def test_numbers_have_three_significant_digits(value: float, text: str) -> None:
 )
 def test_spread_has_the_decimals_of_its_value(value: float, std: float, text: str) -> None:
     assert format_spread(value, std) == text
+
+
+def test_the_proposer_of_each_student_is_in_the_table_the_records_and_the_csv() -> None:
+    view = made_view()
+    point = view.front[0]
+    trial = next(t for t in view.trials if t.number == point.trial)
+    trials = tuple(replace(t, proposer="additive") if t is trial else t for t in view.trials)
+    changed = replace(view, trials=trials)
+    columns, rows = front_table(changed)
+    assert rows[0][columns.index("proposer")] == "additive"
+    assert front_records(changed)[0]["proposer"] == "additive"
+    assert next(csv.DictReader(io.StringIO(front_csv(changed))))["proposer"] == "additive"
+    unknown = replace(view, trials=())
+    assert front_table(unknown)[1][0][columns.index("proposer")] == "-"
+    assert front_records(unknown)[0]["proposer"] is None
+
+
+def test_each_proposer_has_a_line_with_what_came_of_it() -> None:
+    columns, rows = proposer_table(made_view())
+    assert columns[0] == "proposer"
+    assert rows == [
+        ("greybox", "158", "3", "9", "5", "41.2 % of hypervolume"),
+        ("first", "2", "0", "1", "0", "0.8 % of hypervolume"),
+    ]

@@ -171,6 +171,14 @@ def test_quotas_spread_all_trials_evenly_over_the_rounds(trials: int, rounds: in
     assert each.max() - each.min() <= 1
 
 
+def test_the_sampler_is_told_with_what_a_score_costs_beside_a_proposal(make: Make) -> None:
+    notes = Notes()
+    run_rounds(replace(make(sampler="auto", trials=2, rounds=1, batch=2, notes=notes), score_s=0.2))
+    (line,) = (text for text in notes.said if text.startswith("sampler: "))
+    assert line.startswith("sampler: greybox (latency is known before training, ")
+    assert "a candidate takes about 200 ms of scoring, and of proposing " in line
+
+
 def test_every_round_scores_its_share_in_batches_and_nothing_twice(make: Make) -> None:
     parts = make(sampler="tpe", trials=16, rounds=3, batch=4)
     run_rounds(parts)

@@ -11,13 +11,12 @@ import optuna
 import pytest
 from search_examples import SPACE
 
-from nas.core.errors import ConfigError, StorageError
+from nas.core.errors import StorageError
 from nas.core.walk import total_macs
 from nas.search.study import (
     CONSTRAINT,
     Proposer,
     Scored,
-    choose_sampler,
     distributions,
     importances,
     mirror,
@@ -166,16 +165,6 @@ def test_params_and_genotypes_are_each_other(space: SearchSpace) -> None:
         params = to_params(space, genotype)
         assert to_genotype(space, params) == genotype
         assert params.keys() == distributions(space).keys()
-
-
-def test_auto_takes_tpe_for_few_trials_and_nsga2_for_many() -> None:
-    assert choose_sampler("auto", 96, is_latency_known=False)[0] == "tpe"
-    assert choose_sampler("auto", 1000, is_latency_known=False)[0] == "nsga2"
-    assert choose_sampler("auto", 96, is_latency_known=True)[0] == "greybox"
-    assert choose_sampler("auto", 20_000, is_latency_known=True)[0] == "nsga2"
-    assert choose_sampler("random", 96, is_latency_known=True) == ("random", "asked for")
-    with pytest.raises(ConfigError, match="greybox needs the latency of every candidate"):
-        choose_sampler("greybox", 96, is_latency_known=False)
 
 
 def _rows(space: SearchSpace, count: int) -> list[tuple[Scored, dict[str, object]]]:
