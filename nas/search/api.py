@@ -67,6 +67,7 @@ from nas.search.progress import (
     stop_on_signals,
 )
 from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
+from nas.search.seeds import resolve
 from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
 from nas.search.view import (
     CLOCK_FILE,
@@ -216,6 +217,7 @@ def _search(
         reporter,
         stop,
         tuple(others),
+        resolve(e.search.enqueue, inputs.space),
     )
     _prepare_scorer(inputs, parts)
     run_rounds(parts)
