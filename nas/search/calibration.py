@@ -64,10 +64,10 @@ def accuracy_fit(problem: GreyBoxProblem, scored: Scored) -> AccuracyFit | None:
 
 def rank_correlation(a: FloatArray, b: FloatArray) -> float:
     """Spearman's, equal values sharing the mean of their ranks; 0 where all values of one are equal."""
-    ranks = [_ranks(a), _ranks(b)]
-    if min(float(np.ptp(r)) for r in ranks) == 0:
+    first, second = _ranks(a), _ranks(b)
+    if min(float(np.ptp(first)), float(np.ptp(second))) == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.stack([first, second]))[0, 1])
 
 
 def _ranks(values: FloatArray) -> FloatArray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,7 +96,7 @@ def best_for_each_cost(parts: Sequence[Part], sizes: Sequence[int], limit: float
     return found
 
 
-def _aligned(genes: Sequence[int], values: NDArray, scope: Sequence[int]) -> NDArray:
+def _aligned(genes: Sequence[int], values: NDArray[Any], scope: Sequence[int]) -> NDArray[Any]:
     """Values over some genes with an axis for each gene of a scope that has them all."""
     order = sorted(range(len(genes)), key=lambda axis: scope.index(genes[axis]))
     sizes = [values.shape[genes.index(gene)] if gene in genes else 1 for gene in scope]
@@ -141,7 +142,7 @@ def choice_scores(
 
 def _columns(size: int, is_ordered: bool) -> FloatArray:
     """Features of the choices of a gene, [size, columns]."""
-    single = np.eye(size) * np.sqrt(0.5)
+    single: FloatArray = np.eye(size) * np.sqrt(0.5)
     if not is_ordered or size < 2:
         return single
     return np.column_stack([single, np.linspace(-1.0, 1.0, size)])

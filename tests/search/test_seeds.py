@@ -217,3 +217,17 @@ def test_entries_can_be_set_on_the_command_line_and_wrong_ones_are_told_with_the
 def test_more_candidates_than_trials_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"search\.enqueue: 3 candidates, and search\.trials are 2"):
         SearchSettings(trials=2, enqueue=("a", "b", "c"))
+
+
+def test_deadline_on_the_mean_refuses_only_what_misses_it_when_all_images_leave_early(
+    make: Make, space: SearchSpace
+) -> None:
+    without = space.canonical([*space.largest()[: space.layout.exits[0].present], 0, 0])
+    least = float(make().predictor.first_exit([without])[0])
+    notes = Notes()
+    limit = BudgetSettings(ms=0.8 * least, of="expected")
+    parts = replace(make(notes=notes, budget=limit, trials=3, rounds=1), seeds=(Seed("mine", without),))
+    run_rounds(parts)
+    (told,) = [w for w in notes.warned if "mine" in w]
+    assert f"it takes {least:.4g} ms on " in told
+    assert told.endswith(f"when every image leaves as early as it can, and {limit.ms:g} ms are allowed")
