@@ -187,11 +187,28 @@ class PredictedMeasured:
 
 
 @dataclass(frozen=True, slots=True)
+class AccuracyFit:
+    """How well the model of accuracy predicts scored candidates that it was not shown (leave-one-out).
+
+    `networks`: candidates. `rank`: rank correlation (Spearman) of predictions and scores. `mae`: mean absolute error,
+    as a ratio like accuracy. `within_90`: share of the scores inside their 90 % interval.
+    """
+
+    networks: int
+    rank: float
+    mae: float
+    within_90: float
+
+    def __post_init__(self) -> None:
+        _ratio("accuracy model", mae=self.mae, within_90=self.within_90)
+
+
+@dataclass(frozen=True, slots=True)
 class RoundSummary:
     """One round: candidates scored, networks measured, and what was reached at its end.
 
     `hypervolume` is that of all scores so far as a share of the box accuracy 0-1 x latency 0-budget; `mape` the mean
-    absolute relative error of this round's predictions.
+    absolute relative error of this round's predictions, `model` how far the model of accuracy could be trusted then.
     """
 
     number: int
@@ -201,6 +218,7 @@ class RoundSummary:
     hypervolume: float | None = None
     mape: float | None = None
     wall_s: float = 0.0
+    model: AccuracyFit | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ from nas.search.progress import (
     stop_on_signals,
 )
 from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
+from nas.search.seeds import resolve
 from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
 from nas.search.view import (
     CLOCK_FILE,
@@ -217,6 +218,7 @@ def _search(
         stop,
         tuple(others),
         score_seconds(inputs),
+        resolve(e.search.enqueue, inputs.space),
     )
     _prepare_scorer(inputs, parts)
     run_rounds(parts)

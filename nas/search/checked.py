@@ -169,7 +169,9 @@ def _problems(cls: type, errors: Sequence[ErrorDetails], origins: Mapping[str, s
 
 def _is_key(part: int | str) -> bool:
     """False for the names that pydantic puts into a place for the members of a union, such as `literal['a']`."""
-    return isinstance(part, int) or (re.fullmatch(r"\w+", part) is not None and part not in ("float", "int", "str"))
+    return isinstance(part, int) or (
+        re.fullmatch(r"\w+", part) is not None and part not in ("bool", "float", "int", "str")
+    )
 
 
 def _message(cls: type, error: ErrorDetails, keys: list[str]) -> str:

@@ -33,12 +33,14 @@ from nas.search.settings import (
     FinishSettings,
     RunSettings,
     SearchSettings,
+    placed,
 )
 from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
 INPUT_KEYS = ("space", "data.path", "teacher.weights")
 PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache", "run.foreign_table")
+SEEDS_KEY = "search.enqueue"  # entries of which some have paths
 TIME_KEYS = ("budget.ms", "budget.also_ms", "budget.total_ms", "budget.capture_ms")  # may have a unit: 800us
 SPACES = Path(__file__).parents[2] / "search_spaces"
 
@@ -139,9 +141,12 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
     data.setdefault("name", _name_from(path))
     for key in PATH_KEYS:
         _change(data, key, partial(_below, path.parent if key in INPUT_KEYS else Path(), key))
+    _place_seeds(data, path.parent)
     origins = {}
     for text in sets:
         key, value = parse_set(text)
+        if key == SEEDS_KEY:
+            value = placed(value, partial(_path_below, Path(), "search.enqueue"))
         _put(data, key, value, text)
         origins[key] = f"from --set {text}"
     if data.get("also_on", ()) is None:  # every entry is commented out
@@ -268,10 +273,21 @@ def _below(base: Path, key: str, text: str) -> str:
     """
     if key not in PATH_KEYS or not text or (key == "space" and _is_name(text)):
         return text
+    return _path_below(base, key, text)
+
+
+def _path_below(base: Path, key: str, text: str) -> str:
     try:
         return os.path.normpath(base / Path(text).expanduser())
     except RuntimeError as e:  # `~` without a home folder, or `~name` of nobody
         raise ConfigError(f"{key}: there is no home folder for {text!r}. Give the path without ~") from e
+
+
+def _place_seeds(data: dict[str, Any], base: Path) -> None:
+    """Takes the files and run folders of `search.enqueue` from `base`."""
+    search = data.get("search")
+    if isinstance(search, dict) and "enqueue" in search:
+        search["enqueue"] = placed(search["enqueue"], partial(_path_below, base, "search.enqueue"))
 
 
 def space_file(space: str, where: str) -> Path:
@@ -299,6 +315,7 @@ def resolved_yaml(experiment: Experiment) -> str:
         del data["budget"]["ms"]  # what is left for the network is measured, and kept in the run folder
     for key in PATH_KEYS:
         _change(data, key, os.path.abspath)
+    data["search"]["enqueue"] = placed(data["search"]["enqueue"], os.path.abspath)
     return f"# Settings of the run '{experiment.name}', defaults included.\n{dump_yaml(data)}"
 
 

@@ -31,7 +31,7 @@ from nas.space.space import SearchSpace
 WHOLE_TABLE_ROWS = 1200
 DRIFT_STDS = 3.0  # deviations between a measured network and its prediction that contradict the table,
 PROVEN_NETWORKS = 5  # where so many networks of that precision agreed with it before
-UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest network is looked for
+UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest or the best network is looked for
 
 Genotype = tuple[int, ...]
 
@@ -226,6 +226,10 @@ class Predictor:
             self.fill(layers)
         return Estimator(self.table, self._fitted).estimate(layers)
 
+    def row_ms(self, layer: LayerSpec) -> float:
+        """What a layer adds to the plain sum, ms; `UNKNOWN_MS` where its row is missing."""
+        return self.table.net_ms(layer.key) if self.table.has_row(layer.key) else UNKNOWN_MS
+
     def fastest(self) -> tuple[Genotype, float] | None:
         """The genotype with the least sum of rows and its predicted worst case, ms; None while rows are missing.
 
@@ -234,10 +238,7 @@ class Predictor:
         if not self.is_whole:
             return None
 
-        def cost(layer: LayerSpec) -> float:
-            return self.table.net_ms(layer.key) if self.table.has_row(layer.key) else UNKNOWN_MS
-
-        _, found = extreme_genotype(self.space.slots(), self.space.gene_sizes, cost, {}, largest=False)
+        _, found = extreme_genotype(self.space.slots(), self.space.gene_sizes, self.row_ms, {}, largest=False)
         genotype = self.space.canonical(found)
         worst = float(self.known_worst(np.array([genotype]))[0][0])
         return None if np.isnan(worst) else (genotype, worst)

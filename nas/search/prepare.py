@@ -21,13 +21,14 @@ from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.measure.pipeline import postprocess_ms, preprocess_ms
 from nas.recipe.context import write_context
+from nas.search.choice import choose_sampler
 from nas.search.experiment import Experiment
 from nas.search.folder import Event, RunFolder
 from nas.search.predictor import knows_every_row
 from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
+from nas.search.seeds import resolve
 from nas.search.settings import BudgetSettings
-from nas.search.study import choose_sampler
 from nas.space.space import SearchSpace, load_space
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
@@ -173,7 +174,11 @@ def _deadline(budget: BudgetSettings) -> str:
 
 
 def fingerprint(inputs: Inputs) -> dict[str, str]:
-    """Everything that decides what a run finds, as readable values."""
+    """Everything that decides what a run finds, as readable values.
+
+    Raises:
+        ConfigError: a candidate of `search.enqueue` cannot be read, or is not in the space.
+    """
     e = inputs.experiment
     given = Path(e.teacher.weights) if e.teacher.weights else None
     weights = file_sha256(given) if given is not None and given.is_file() else str(given)
@@ -190,15 +195,26 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         f"{e.budget.package_margin_std:g}",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
         "seed": str(s.seed),
-        "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}",
+        "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"
+        + (f", a ladder of {s.ladder}" if s.ladder else "")
+        + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else ""),
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round"
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
         "calibration": f"{finish.calibration_images} images",
+        **_enqueued(inputs),
         **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),
     }
+
+
+def _enqueued(inputs: Inputs) -> dict[str, str]:
+    """The candidates themselves, not what the file calls them: a file that was edited since is another seed."""
+    seeds = resolve(inputs.experiment.search.enqueue, inputs.space)
+    if not seeds:
+        return {}
+    return {"enqueued": f"{', '.join(s.name for s in seeds)} {content_hash([s.genotype for s in seeds])}"}
 
 
 def _further(inputs: Inputs) -> dict[str, str]:

@@ -12,23 +12,35 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nas.core.errors import BudgetError, DeviceError, TrainingError
-from nas.core.jsonio import write_record
+from nas.core.jsonio import to_plain, write_record
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures
-from nas.core.run import FailedCandidate, PredictedMeasured, latency_of
+from nas.core.run import AccuracyFit, FailedCandidate, PredictedMeasured, latency_of
 from nas.core.units import rounded_up
 from nas.core.walk import total_macs
 from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import WorkerPool
+from nas.search.calibration import accuracy_fit
 from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord
+from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
 from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
+from nas.search.seeds import Seed
 from nas.search.select import hypervolume, stratified, worth_measuring
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
-from nas.search.study import KnownLatency, Proposer, Scored, importances, mirror
+from nas.search.study import (
+    KnownLatency,
+    Proposer,
+    Scored,
+    greybox_problem,
+    greybox_scored,
+    importances,
+    is_ordered,
+    mirror,
+)
 from nas.space.space import SearchSpace
 
 Genotype = tuple[int, ...]
@@ -38,6 +50,8 @@ FIRST_ROWS_DRAWN = 512  # spread over the multiply-adds of so many random ones
 FAILURES_IN_A_ROW = 6
 STAYING = 0.5  # share of images taken to reach the head of a network with exits before any was scored
 MEASURED_STD = 0.25  # of the deviation of an estimate: what is left of it for a network that corrected the table itself
+LADDER_FEWEST = 6  # scored candidates that teach what each choice is worth
+LADDER_REACH = 1.25  # times the budget: the plain sums that the ladder looks at, which a correction may bring inside
 CLEAR_MISS = 1.25  # times the budget: further than any correction of the plain sum moves an estimate
 
 
@@ -55,6 +69,7 @@ class SearchParts:
     """What the rounds work with; `folder`, `predictor` and `budget` are those of the first device.
 
     `score_s` is the expected wall time of scoring one candidate, None where it is not known.
+    `seeds` are the user's own candidates.
     """
 
     folder: RunFolder
@@ -70,6 +85,7 @@ class SearchParts:
     stop: StopFlag
     others: tuple[Target, ...] = ()
     score_s: float | None = None
+    seeds: tuple[Seed, ...] = ()
 
     @property
     def each(self) -> tuple[SearchParts, ...]:
@@ -115,9 +131,23 @@ def run_rounds(parts: SearchParts) -> None:
         batch=parts.search.batch,
     )
     parts.reporter.say(f"sampler: {sampler} ({reason}); scorer: {parts.search.scorer}")
+    _tell_unused(parts, sampler, is_known)
     for number in range(1, parts.search.rounds + 1):
         if number not in finished:
             _one_round(parts, number, sampler)
+
+
+def _tell_unused(parts: SearchParts, sampler: str, is_latency_known: bool) -> None:
+    """Warns of settings that do nothing in this search."""
+    if parts.search.ladder and not is_latency_known:
+        parts.reporter.warn(
+            "search.ladder: not used, because rows of this space are measured only as candidates need them. Measure "
+            "some and interpolate the others: --set feedback.max_rows=600"
+        )
+    if parts.search.predictor_candidates and sampler != "greybox":
+        parts.reporter.warn(
+            f"search.predictor_candidates: not used by the sampler {sampler}. Take: --set search.sampler=greybox"
+        )
 
 
 def quota(search: SearchSettings, number: int) -> int:
@@ -177,6 +207,7 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
     proposer = _proposer(parts, number, sampler, records, batches)
     goal = quota(parts.search, number)
     failures: list[TrialRecord] = []
+    _tell_seeds(parts, proposer)
     batch = _undecided(batches, records)
     while True:
         if batch is None:
@@ -185,7 +216,7 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
             if wanted <= 0:
                 break
             parts.stop.check()
-            batch, asked = _proposed(parts, proposer, sampler, number, len(records), wanted)
+            batch, asked = _proposed(parts, proposer, sampler, number, records, wanted)
             if batch is None:
                 parts.reporter.say("no new candidate inside the budget can be found: the space is exhausted there")
                 break
@@ -204,18 +235,37 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
         records = sorted([*records, *decided], key=lambda r: r.number)
         batch = None
         _break_circuit(failures)
+    fit = _accuracy_fit(parts, records) if sampler == "greybox" else None
     for own in reversed(parts.each):  # the first device last: its event says that the round is over
         if not any(e.kind == "round" and e.values["round"] == number for e in own.folder.events()):
-            _end_round(own, number, records, started)
+            _end_round(own, number, records, started, fit)
+    if fit is not None:
+        parts.reporter.say(
+            f"accuracy model, each of {fit.networks} candidates predicted from the others: rank correlation "
+            f"{fit.rank:.2f}, mean error {100 * fit.mae:.1f} points, {100 * fit.within_90:.0f} % within the 90 % "
+            "interval"
+        )
 
 
-def _end_round(parts: SearchParts, number: int, records: Sequence[TrialRecord], started: float) -> None:
+def _accuracy_fit(parts: SearchParts, records: Sequence[TrialRecord]) -> AccuracyFit | None:
+    complete = [r for r in records if r.state == "complete"]
+    if not complete:
+        return None
+    problem = greybox_problem(parts.space, _known_latency(parts, complete))
+    return accuracy_fit(problem, greybox_scored(_outcomes(parts, complete)))
+
+
+def _end_round(
+    parts: SearchParts, number: int, records: Sequence[TrialRecord], started: float, fit: AccuracyFit | None
+) -> None:
     """Measures the networks that are worth it on one device, and records the round."""
     pairs, failed = _measure_chosen(parts, records, number)
     value = search_hypervolume(parts, records)
     count = sum(r.state == "failed" for r in records)
     spent = time.monotonic() - started
-    parts.folder.add_event(_round_event("round", number, len(records), count, pairs, value, spent, failed))
+    event = _round_event("round", number, len(records), count, pairs, value, spent, failed)
+    model = {} if fit is None else {f"model_{name}": v for name, v in to_plain(fit).items()}
+    parts.folder.add_event(replace(event, values={**event.values, **model}))
     parts.reporter.say(
         f"round {number} of {parts.search.rounds}: {len(records)} candidates, hypervolume {value:.3f} (scores of "
         "validation images, not final accuracy)"
@@ -227,7 +277,7 @@ def _proposer(
     parts: SearchParts, number: int, sampler: str, records: Sequence[TrialRecord], batches: Sequence[Batch]
 ) -> Proposer:
     complete = [r for r in records if r.state == "complete"]
-    budget = AnyBudget(tuple(_budget_filter(own) for own in parts.each))
+    budget = _any_budget(parts)
     return Proposer(
         parts.space,
         sampler,
@@ -239,6 +289,7 @@ def _proposer(
         [*(r.genotype for r in records), *(g for batch in batches for g in batch.genotypes)],
         1 + len(parts.others),
         _known_latency(parts, complete) if sampler == "greybox" else None,
+        parts.search.predictor_candidates,
     )
 
 
@@ -291,21 +342,38 @@ def _break_circuit(failures: Sequence[TrialRecord]) -> None:
 
 
 def _proposed(
-    parts: SearchParts, proposer: Proposer, sampler: str, round_number: int, first: int, wanted: int
+    parts: SearchParts,
+    proposer: Proposer,
+    sampler: str,
+    round_number: int,
+    records: Sequence[TrialRecord],
+    wanted: int,
 ) -> tuple[Batch | None, dict[int, int]]:
-    """A batch of new candidates, and the sampler's number of each trial; the ends of the space come first, without one.
+    """A batch of new candidates, and the sampler's number of each trial that it proposed.
 
+    The user's own candidates come first, then the ends of the space, and in the second batch those of the ladder.
     None when there is no new candidate inside the budget.
     """
-    genotypes: list[Genotype] = []
-    proposers: list[str] = []
+    first = len(records)
     asked: dict[int, int] = {}
-    if first == 0:
+    genotypes = [s.genotype for s in parts.seeds if _enters(parts, proposer, s.genotype)][:wanted]
+    proposers = ["enqueued"] * len(genotypes)
+    proposer.mark(genotypes)
+    # Batches full of the user's candidates do not count: what belongs into the first batch waits for one with room.
+    begun = sum(not {"enqueued"}.issuperset(batch.proposers) for batch in parts.folder.batches())
+    if begun == 0 and len(genotypes) < wanted:
         ends = list(dict.fromkeys(g for own in parts.each for g in _ends(own)))
         runs = np.all([~np.isnan(own.predictor.worst(ends)[0]) for own in parts.each], axis=0)  # on every device
-        genotypes = [g for g, can_run in zip(ends, runs, strict=True) if can_run and not proposer.seen(g)][:wanted]
-        proposers = ["first"] * len(genotypes)
-        proposer.mark(genotypes)
+        new = [g for g, can_run in zip(ends, runs, strict=True) if can_run and not proposer.seen(g)]
+        new = new[: wanted - len(genotypes)]
+        proposers += ["first"] * len(new)
+        genotypes += new
+        proposer.mark(new)
+    elif begun == 1 and parts.search.ladder:
+        new = _ladder(parts, proposer, records, min(parts.search.ladder, wanted - len(genotypes)))
+        proposers += ["additive"] * len(new)
+        genotypes += new
+        proposer.mark(new)
     while len(genotypes) < wanted:
         found = proposer.ask()
         if found is None:
@@ -318,6 +386,65 @@ def _proposed(
     worst, *others = (own.predictor.worst(genotypes)[0].tolist() for own in parts.each)
     elsewhere = tuple(zip(*others, strict=True))
     return Batch(first, round_number, tuple(genotypes), tuple(worst), tuple(proposers), elsewhere), asked
+
+
+def _enters(parts: SearchParts, proposer: Proposer, genotype: Genotype) -> bool:
+    """Whether a candidate of the user is still to be trained: not yet proposed, runs, and keeps the budget."""
+    return not proposer.seen(genotype) and _any_budget(parts).keeps(genotype)
+
+
+def _tell_seeds(parts: SearchParts, proposer: Proposer) -> None:
+    """Says which of the user's candidates enter, and of each other one why it does not."""
+    waiting = [s for s in parts.seeds if not proposer.seen(s.genotype)]
+    entering = [s for s in waiting if _enters(parts, proposer, s.genotype)]
+    if entering:
+        parts.reporter.say(f"enqueued, scored before all others: {', '.join(s.name for s in entering)}")
+    for seed in waiting:
+        if seed not in entering:
+            why = "; ".join(_why_not(own, seed.genotype) for own in parts.each)
+            parts.reporter.warn(f"search.enqueue: {seed.name} is not trained: {why}")
+
+
+def _why_not(parts: SearchParts, genotype: Genotype) -> str:
+    """A candidate's latency on one device beside the budget."""
+    device, budget = parts.predictor.device.profile.name, parts.budget
+    worst, std = (float(v[0]) for v in parts.predictor.worst([genotype]))
+    if np.isnan(worst):
+        return f"a layer of it cannot be measured on {device}"
+    if budget.of == "worst":
+        return (
+            f"it takes {worst:.4g} +- {std:.2g} ms on {device}, and {budget.ms:g} ms with a margin of "
+            f"{budget.margin_std:g} deviations are allowed"
+        )
+    least = float(parts.predictor.first_exit([genotype])[0])
+    return (
+        f"it takes {least:.4g} ms on {device} when every image leaves as early as it can, and {budget.ms:g} ms are "
+        "allowed"
+    )
+
+
+def _ladder(parts: SearchParts, proposer: Proposer, records: Sequence[TrialRecord], count: int) -> list[Genotype]:
+    """New candidates with the best sum of scores under each of `count` budgets, on the first device.
+
+    None of them where rows are missing, or where too few candidates were scored to learn what a choice is worth.
+    """
+    complete = [r for r in records if r.state == "complete"]
+    if count < 1 or len(complete) < LADDER_FEWEST or not parts.predictor.is_whole:
+        return []
+    space, limit = parts.space, _any_budget(parts)
+    scores = choice_scores(
+        np.array([r.genotype for r in complete], np.int64),
+        np.array([r.top1 or 0.0 for r in complete]),
+        space.gene_sizes,
+        [is_ordered(gene) for gene in space.genes],
+    )
+    terms = network_parts(space, parts.predictor.row_ms, scores)
+    best = space.canonical_many(best_for_each_cost(terms, space.gene_sizes, LADDER_REACH * parts.budget.ms))
+    best = best[limit.known(best)]  # by the corrected latency and its margin, not by the sum
+    new = [row for row in dict.fromkeys(map(tuple, best.tolist())) if not proposer.seen(row)]
+    if not new:
+        return []
+    return [new[i] for i in rungs(parts.predictor.known_worst(np.array(new))[0], parts.budget.ms, count)]
 
 
 def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int, device: str = "") -> None:
@@ -367,6 +494,10 @@ def _budget_error(
         f"the closest, {space.decode(genotype).id}, needs about {fastest_ms:.4g} ms. Raise the budget "
         f"({change}) or take a space with smaller networks (--set space=NAME)"
     )
+
+
+def _any_budget(parts: SearchParts) -> AnyBudget:
+    return AnyBudget(tuple(_budget_filter(own) for own in parts.each))
 
 
 def _budget_filter(parts: SearchParts) -> BudgetFilter:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
+GeneValue = bool | int | float | str
+EnqueueEntry = str | dict[str, GeneValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +112,13 @@ class SearchSettings:
     which models accuracy alone, where all rows of the space have a latency; else multivariate TPE up to 300 trials at
     most and NSGA-II with a small population above. `scorer`: how accuracy is
     estimated before finalists are distilled in full. `workers`: training processes,
-    one thread each; 0 means one per core. `seed`: of everything.
+    one thread each; 0 means one per core. `seed`: of everything. `enqueue`: candidates that are scored before any other
+    one, if they keep the budget; each is the name of a published network of the space (mobilenet_v3_small,
+    mobilenet_v3_large), a .json file of a candidate, a candidate of an earlier run as {run: DIR, id: ID}, or genes as
+    {NAME: VALUE, ...}, of which those that are not given are of the network in `like` or the smallest one.
+    `ladder`: candidates that are solved for exactly, after the first batch, from the latency table and a score of each
+    choice, for as many latencies up to the budget; 0: none. `predictor_candidates`: random candidates that the grey-box
+    sampler looks at for each batch beside its own local search, once two batches are scored; 0: none.
     """
 
     trials: int = 96
@@ -119,13 +128,21 @@ class SearchSettings:
     scorer: ScorerName = "supernet"
     workers: int = 0
     seed: int = 0
+    enqueue: tuple[EnqueueEntry, ...] = ()
+    ladder: int = 0
+    predictor_candidates: int = 0
 
     def __post_init__(self) -> None:
         for name in ("trials", "rounds", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise ConfigError(f"search.workers must not be negative, got {self.workers}")
+        for name in ("workers", "ladder", "predictor_candidates"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"search.{name} must not be negative, got {getattr(self, name)}")
+        if len(self.enqueue) > self.trials:
+            raise ConfigError(
+                f"search.enqueue: {len(self.enqueue)} candidates, and search.trials are {self.trials}: give more trials"
+            )
         if self.rounds > self.trials:
             raise ConfigError(f"search.rounds ({self.rounds}) must not exceed search.trials ({self.trials})")
 
@@ -199,3 +216,28 @@ class RunSettings:
     tables: str = "latency_tables"
     cache: str = ".nas-cache"
     foreign_table: str | None = None
+
+
+def is_candidate_file(entry: str) -> bool:
+    """Whether a text of `search.enqueue` names a file rather than a published network."""
+    return entry.endswith(".json")
+
+
+def placed(entries: Any, place: Callable[[str], str]) -> Any:
+    """Entries of `search.enqueue` as a file gives them, with every path changed; what is no entry stays as it is."""
+    if not isinstance(entries, list):
+        return entries
+
+    def one(entry: Any) -> Any:
+        if isinstance(entry, str):
+            return place(entry) if is_candidate_file(entry) else entry
+        if not isinstance(entry, dict):
+            return entry
+        texts = {key: value for key, value in entry.items() if isinstance(value, str)}
+        return entry | {
+            key: place(value)
+            for key, value in texts.items()
+            if key == "run" or (key == "like" and is_candidate_file(value))
+        }
+
+    return [one(entry) for entry in entries]

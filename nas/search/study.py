@@ -30,7 +30,9 @@ from optuna.trial import TrialState
 
 from nas.core.errors import BudgetError, StorageError
 from nas.core.run import Importance
+from nas.search import greybox
 from nas.search.greybox_sampler import GreyBoxSampler
+from nas.search.screening import FEWEST, screened
 from nas.space.layout import Gene
 from nas.space.space import SearchSpace
 
@@ -135,6 +137,7 @@ class Proposer:
         seen: candidates that were proposed before, whatever became of them.
         devices: on how many latency is an objective.
         latency: for the grey-box sampler.
+        candidates: those that it looks at for each batch beside its own search, once two batches are scored.
     """
 
     def __init__(
@@ -149,6 +152,7 @@ class Proposer:
         seen: Iterable[Genotype] = (),
         devices: int = 1,
         latency: KnownLatency | None = None,
+        candidates: int = 0,
     ) -> None:
         self.space = space
         self._distributions = distributions(space)
@@ -157,7 +161,10 @@ class Proposer:
         self._seen: set[Genotype] = set(seen)
         self._asked: dict[int, optuna.trial.Trial] = {}
         self._refused = 0
-        self._learnt = 0
+        self._learnt: list[Scored] = []
+        self._latency = latency
+        self._candidates = candidates
+        self._ahead: list[Genotype] | None = None  # screened for this batch; None: not yet
         self._rng = np.random.default_rng(list(seed))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -171,7 +178,7 @@ class Proposer:
     def learn(self, scored: Scored) -> None:
         """Adds a scored candidate that did not come from `ask` of this object."""
         self._seen.add(scored.genotype)
-        self._learnt += 1
+        self._learn(scored)
         self._study.add_trial(_frozen(self.space, self._distributions, scored))
 
     def seen(self, genotype: Genotype) -> bool:
@@ -188,6 +195,9 @@ class Proposer:
         The sampler gets `MAX_ASKS_PER_PROPOSAL` tries; then random candidates inside the budget are taken, and at last
         neighbours of those that were seen.
         """
+        found = self._screened()
+        if found is not None:
+            return self._queued(found)
         for _ in range(MAX_ASKS_PER_PROPOSAL):
             try:
                 trial = self._study.ask(self._distributions)
@@ -197,14 +207,41 @@ class Proposer:
             if genotype not in self._seen and self._in_budget(genotype):
                 return self._take(trial, genotype)
             # Far more refusals than scores slow TPE down and teach it nothing new.
-            over = genotype not in self._seen and self._refused < MAX_REFUSED_PER_SCORE * (self._learnt + 10)
+            over = genotype not in self._seen and self._refused < MAX_REFUSED_PER_SCORE * (len(self._learnt) + 10)
             self._refused += over
             self._study.tell(trial, state=TrialState.PRUNED if over else TrialState.FAIL)
         found = self._random_in_budget()
-        if found is None:
+        return None if found is None else self._queued(found)
+
+    def _queued(self, genotype: Genotype) -> tuple[int, Genotype]:
+        self._study.enqueue_trial(to_params(self.space, genotype))
+        return self._take(self._study.ask(self._distributions), genotype)
+
+    def _screened(self) -> Genotype | None:
+        """The next of the best candidates among very many; None where that is not asked for, or there is none left."""
+        latency = self._latency
+        if latency is None or not self._candidates or len(self._learnt) < max(2 * latency.batch, FEWEST):
             return None
-        self._study.enqueue_trial(to_params(self.space, found))
-        return self._take(self._study.ask(self._distributions), found)
+        if self._ahead is None:
+            taken = sorted(self._seen - {s.genotype for s in self._learnt})
+            genotypes = screened(
+                greybox_problem(self.space, latency),
+                greybox_scored(self._learnt),
+                self._candidates,
+                count=latency.batch,
+                excluded=np.array(taken, np.int64).reshape(-1, len(self.space.genes)),
+                seed=(int(self._rng.integers(2**31)), len(self._learnt)),
+            )
+            self._ahead = [tuple(row) for row in genotypes.tolist()]
+        while self._ahead:
+            genotype = self._ahead.pop(0)
+            if genotype not in self._seen and self._in_budget(genotype):
+                return genotype
+        return None
+
+    def _learn(self, scored: Scored) -> None:
+        self._learnt.append(scored)
+        self._ahead = None
 
     def _take(self, trial: optuna.trial.Trial, genotype: Genotype) -> tuple[int, Genotype]:
         self._seen.add(genotype)
@@ -243,7 +280,7 @@ class Proposer:
         if scored is None:
             self._study.tell(trial, state=TrialState.PRUNED)
             return
-        self._learnt += 1
+        self._learn(scored)
         trial.set_constraint(CONSTRAINT, scored.excess)
         self._study.tell(trial, scored.values)
 
@@ -258,6 +295,35 @@ def _sampler(
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=min(50, max(8, planned // 25)))
     return optuna.samplers.RandomSampler(seed=seed)
+
+
+def is_ordered(gene: Gene) -> bool:
+    """Whether neighbouring choices of a gene are alike: numbers that rise or fall."""
+    if not all(isinstance(c, int | float) and not isinstance(c, bool) for c in gene.choices):
+        return False
+    steps = np.sign(np.diff(np.array(gene.choices, float)))
+    return bool((steps > 0).all() or (steps < 0).all())
+
+
+def greybox_problem(space: SearchSpace, latency: KnownLatency) -> greybox.GreyBoxProblem:
+    """What the grey-box model knows of a space before any training."""
+    return greybox.GreyBoxProblem(
+        space.gene_sizes,
+        tuple(map(is_ordered, space.genes)),
+        space.canonical_many,
+        latency.of,
+        latency.budgets_ms,
+        margin=latency.margin_std,
+    )
+
+
+def greybox_scored(known: Sequence[Scored]) -> greybox.Scored:
+    """Scored candidates as the grey-box model takes them; those over the budget only teach it."""
+    return greybox.Scored(
+        np.array([s.genotype for s in known], np.int64),
+        np.array([s.top1 for s in known], np.float64),
+        np.array([s.excess <= 0 for s in known], bool),
+    )
 
 
 def _greybox(seed: int, space: SearchSpace, latency: KnownLatency) -> GreyBoxSampler:

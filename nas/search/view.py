@@ -6,7 +6,7 @@ Nothing here imports torch or a runtime, so `nas pareto` and `nas report` answer
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from shlex import quote
@@ -16,6 +16,7 @@ from nas.core.jsonio import from_plain, parse_json, read_record, read_text
 from nas.core.records import DeviceProfile
 from nas.core.run import (
     FOREIGN_MARK,
+    AccuracyFit,
     BudgetPick,
     CommonPick,
     DatasetView,
@@ -209,7 +210,17 @@ def _round_summary(event: Event) -> RoundSummary:
         number("hypervolume"),
         number("mape"),
         number("wall_s") or 0.0,
+        _accuracy_fit(event),
     )
+
+
+def _accuracy_fit(event: Event) -> AccuracyFit | None:
+    """How far the model of accuracy could be trusted; None where there was no model, or a version that kept no word."""
+    values = [event.values.get(f"model_{field.name}") for field in fields(AccuracyFit)]
+    if None in values:
+        return None
+    networks, *shares = (float(v) for v in values if v is not None)
+    return AccuracyFit(int(networks), *shares)
 
 
 def _importances(file: Path) -> tuple[Importance, ...]:

@@ -220,7 +220,9 @@ MATTERS = {
     "scorer": "search.scorer=standalone supernet.steps=5 supernet.batch_size=12 supernet.random_subnets=2 "
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
     "supernet.clip_norm=1.0 supernet.seed=1",
-    "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random",
+    "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random search.ladder=3 "
+    "search.predictor_candidates=9",
+    "enqueued": 'search.enqueue=[{"b.width":12}]',
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
