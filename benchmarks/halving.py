@@ -1,7 +1,7 @@
 """Successive halving of trainings: which share of the front is left, for which share of the training seconds?
 
     python -m benchmarks.halving [--folder DIR] [--seeds 3] [--trials 36] [--rungs 2 4 8] [--keep 0.5]
-        [--experiment FILE] [--set KEY=VALUE] [--json]
+        [--experiment FILE] [--set KEY=VALUE] [--simulated N] [--json]
 
 For each seed there is one search without halving, as `nas search` does it: the grey-box sampler proposes batches, every
 candidate is trained to the last rung, and DIR keeps its accuracy on search validation after each epoch, that on test
@@ -16,7 +16,8 @@ of the candidates of the other seeds.
 The hypervolume is that of the candidates that reached the last rung, as a share of that without halving: on validation
 as `nas search` reports it (above guessing) and above `REFERENCE_TOP1`; on test that of the front on validation.
 
-Calls with the same DIR go on where the last one stopped, and train nothing twice.
+Calls with the same DIR go on where the last one stopped, and train nothing twice. With `--simulated N` the policies are
+replayed on made-up curves of N seeds instead.
 """
 
 from __future__ import annotations
@@ -463,6 +464,61 @@ def replayed(
     }
 
 
+def simulated(seed: int, count: int, is_learning: bool, epochs: int = 8) -> list[Curve]:
+    """Made-up curves with the shape of trained ones, for choices that need more seeds than trainings can pay for.
+
+    Final accuracy rises with latency and a quality that differs between candidates; an epoch shows it below that, by an
+    amount that differs between candidates, and with noise. With `is_learning` later candidates are better, as those of
+    a sampler that learns. They are no measurements, and latencies in ms and CPU seconds are in proportion only.
+    """
+    rng = np.random.default_rng(seed)
+    ms, quality = 0.02 + 0.025 * rng.random(3 * count), rng.normal(size=3 * count)
+    chosen = np.arange(count)
+    if is_learning:
+        best = np.argsort(quality + rng.normal(0, 1.5, 3 * count))[-count:]
+        chosen = best[np.argsort(quality[best] + rng.normal(size=count))]
+    final = 0.80 + 0.12 * np.sqrt((ms - 0.018) / 0.027) + 0.02 * quality
+    left = (1 - np.arange(1, epochs + 1) / epochs) ** 1.3
+    curves = []
+    for number, i in enumerate(chosen.tolist()):
+        slow = 2.2 + 0.8 * rng.normal()
+        top1 = np.clip(1 - (1 - final[i]) * (1 + slow * left) + rng.normal(0, 0.008, epochs), 0, 1)
+        top1[-1] = final[i]
+        train_s = (1 + 20 * float(ms[i]),) * epochs
+        curves.append(
+            Curve(number, (i,), str(i), float(ms[i]), tuple(top1.tolist()), float(final[i]), train_s, (0.1,) * epochs)
+        )
+    return curves
+
+
+def _simulated_report(seeds: int, count: int, batch: int, settings: Sequence[tuple[tuple[int, ...], float]]) -> None:
+    """Policies, and numbers of students that are compared together, on simulated curves; prints two tables."""
+
+    def group(together: int) -> Policy:
+        return lambda curves, rungs, keep, batch: ladder(curves, rungs, keep, batch, together)
+
+    tried = POLICIES | {f"ladder, together {n}": group(n) for n in (1, 4, 6, 12)}
+    rows = []
+    for is_learning in (False, True):
+        all_curves = [simulated(seed, count, is_learning) for seed in range(seeds)]
+        for rungs, keep in settings:
+            for name, policy in tried.items():
+                cpu, volume = [], []
+                for curves in all_curves:
+                    reached = policy(curves, rungs, keep, batch)
+                    everyone = dict.fromkeys(reached.compared, 1)
+                    cpu.append(reached.cpu_s(curves) / Reached(rungs[-1:], everyone).cpu_s(curves))
+                    covered = [
+                        hypervolume([curves[i].test_top1 for i in n], [curves[i].latency_ms for i in n], 0.8, 0.045)
+                        for n in (sorted(reached.complete), list(everyone))
+                    ]
+                    volume.append(covered[0] / covered[1])
+                rows.append([name, " ".join(map(str, rungs)), keep, is_learning, _cell(cpu), _cell(volume)])
+    title = f"simulated curves, {count} candidates, batches of {batch}, n {seeds}; median (min to max)"
+    columns = ("policy", "rungs", "keep", "later ones are better", "cpu share", "hypervolume share")
+    common.report(title, columns, rows, {}, False)
+
+
 def main() -> None:
     """Trains what is missing, replays all policies, prints the table."""
     options = common.parser(__doc__)
@@ -474,8 +530,16 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=8, help="of a training without halving (default 8)")
     options.add_argument("--rungs", type=int, nargs="+", action="append", help="may be given several times")
     options.add_argument("--keep", type=float, nargs="+", help="shares that go on")
+    options.add_argument("--simulated", type=int, metavar="N", help="simulated curves of N seeds in place of trainings")
     args = options.parse_args()
     experiment = load_experiment(args.experiment, args.sets)
+    rungs = [tuple(r) for r in args.rungs or [list(experiment.standalone.rungs)]]
+    settings = [(r, keep) for r in rungs for keep in args.keep or [experiment.standalone.keep] if r[-1] == args.epochs]
+    if not settings:
+        raise SystemExit(f"error: --rungs: the last one has to be --epochs ({args.epochs}), got {rungs}")
+    if args.simulated:
+        _simulated_report(args.simulated, args.trials, experiment.search.batch, settings)
+        return
     args.folder.mkdir(parents=True, exist_ok=True)
     with WorkerPool(worker_count(experiment)) as pool, Console(as_json=True).reporter() as reporter:
         inputs = load_inputs(experiment, reporter)
@@ -484,11 +548,6 @@ def main() -> None:
         _, _, context = prepare_training(inputs, RunFolder(args.folder), reporter)
         bench = Bench(inputs, predictor, pool, reporter, args.folder, context, args.epochs, args.trials)
         curves = {seed: curves_of(bench, seed) for seed in range(args.seeds)}
-    rungs = [tuple(r) for r in args.rungs or [list(experiment.standalone.rungs)]]
-    keeps = args.keep or [experiment.standalone.keep]
-    settings = [(r, keep) for r in rungs for keep in keeps if r[-1] == args.epochs]
-    if not settings:
-        raise SystemExit(f"error: --rungs: the last one has to be --epochs ({args.epochs}), got {rungs}")
     _report(bench, curves, settings, args)
 
 

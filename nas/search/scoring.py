@@ -124,8 +124,8 @@ def score_batch(
     """Number and result of each candidate that is decided; every candidate of the batch comes exactly once.
 
     With several rungs a candidate goes on when it is in the best share of all that have reached its rung, in this batch
-    or before (`nas.recipe.standalone.Ladder`): multi-objective successive halving on accuracy and latency, without a
-    barrier between rungs. So one of an earlier batch may come again, with a higher rung. What was decided comes when
+    or before (`nas.recipe.standalone.Ladder`): multi-objective successive halving on accuracy and latency, in
+    groups of `TOGETHER`. So one of an earlier batch may come again, with a higher rung. What was decided comes when
     the batch is over, earlier candidates first, because until then a stopped one may go on (`is_complete` False: it
     did not); failures come at once. With one rung all comes as it is ready.
 
