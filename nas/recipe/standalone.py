@@ -10,8 +10,8 @@ Differs from these:
   score that is early waits, its worker does not. So who goes on is a function of the scores alone: any number of
   workers decides the same, and so does a run that was killed.
 - Places are given away among `TOGETHER` new students and all before them, not at every one: the best of one or two is
-  no choice. In simulated searches (2026-11-28) that left more of the front at the same cost, and workers were not idle
-  for longer: most of their waiting is for the last students of a batch, whatever happens before.
+  no choice. Most of the workers' waiting is for the last students of a batch, whatever happens before
+  (`benchmarks.halving` simulates it).
 - Never more than the share has gone on. ASHA sends on whoever enters the top share, and since a sampler proposes better
   students as it learns, later ones nearly all enter it.
 - The learning rate follows the schedule of the last rung from the start, so a student that goes on continues from its

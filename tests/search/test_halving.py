@@ -18,6 +18,7 @@ from nas.core.walk import total_macs
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
 from nas.recipe.score import ScoreJob, student_folder
+from nas.recipe.standalone import foreseen
 from nas.search.folder import TrialRecord
 from nas.search.rounds import SearchParts, run_rounds
 from nas.search.study import Proposer, Scored
@@ -234,8 +235,11 @@ def test_the_sampler_is_taught_what_stopped_candidates_would_have_reached(
     complete = [s for s in last if not s.is_estimate]
     assert {s.genotype for s in complete} == {g for g, r in records.items() if r.state == "complete"}
     assert all(s.top1 == records[s.genotype].top1 for s in complete)
-    stopped = [(records[s.genotype].top1 or 0.0, s.top1) for s in last if s.is_estimate]
-    assert all(guess > seen for seen, guess in stopped)  # all of them would have gone on learning
+    curves = [r.rung_top1 for r in records.values() if r.state == "complete"]
+    stopped = [(records[s.genotype], s.top1) for s in last if s.is_estimate]
+    for r, guess in stopped:
+        assert guess == pytest.approx(foreseen(curves, len(r.rung_top1) - 1, r.top1 or 0.0))
+    assert np.mean([guess - (r.top1 or 0.0) for r, guess in stopped]) > 0.0  # they would have gone on learning
     assert [len(known) for known in taught] == [0, 5, 10, 10, 15, 20]
 
 
