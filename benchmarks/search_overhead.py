@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ class _Answers(WorkerPool):
         self._rng = np.random.default_rng(0)
         self.seconds = 0.0
 
-    def map(
+    def feed(
         self,
         function: Callable[[Any], Any],  # noqa: ARG002 - the interface of the pool
-        jobs: Sequence[Any],
+        next_job: Callable[[], Any],
         should_stop: Callable[[], bool] = lambda: False,  # noqa: ARG002
     ) -> Iterator[JobResult[Any, Any]]:
-        for job in jobs:
+        while (job := next_job()) is not None:
             started = time.perf_counter()
             result = JobResult(job, self._scored(job))
             self.seconds += time.perf_counter() - started  # writing the answer is the worker's part

@@ -107,30 +107,49 @@ class WorkerPool:
         jobs: Sequence[J],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[JobResult[J, R]]:
-        """Results in the order in which they are ready.
+        """Results in the order in which they are ready; arguments and errors as for `feed`.
+
+        Args:
+            function: for every job.
+            jobs: all of them.
+            should_stop: asked while waiting.
+        """
+        todo = deque(jobs)
+        yield from self.feed(function, lambda: todo.popleft() if todo else None, should_stop)
+
+    def feed(
+        self,
+        function: Callable[[J], R],
+        next_job: Callable[[], J | None],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[JobResult[J, R]]:
+        """Results, as they are ready, of jobs that are asked for whenever a worker is free: results may lead to jobs.
 
         Args:
             function: a module-level function; its errors become `JobFailure`s.
-            jobs: small records that can be sent to another process.
+            next_job: the next job, a small record that can be sent to another process; None while there is none. It is
+                asked again after every result, and the loop ends when nothing is running and there is none.
             should_stop: asked while waiting; True ends the loop after the jobs that are running.
 
         Raises:
             InterruptedRunError: `should_stop` said so, or a job was told to stop and kept its checkpoint.
             StorageError: a job could not read or write its files; the next one could not either.
         """
-        todo, suspects = deque(jobs), deque[J]()
+        suspects = deque[J]()
         running: dict[Future[R], J] = {}
         alone = False  # a suspect is running, and nothing beside it
         stopped = False
-        while todo or suspects or running:
+        while True:
             stopped = stopped or should_stop()
             if not stopped and not running and suspects:
                 job = suspects.popleft()
                 running[self._submit(function, job)] = job
                 alone = True
-            while todo and not suspects and not alone and len(running) < self.workers and not stopped:
-                job = todo.popleft()
-                running[self._submit(function, job)] = job
+            while not suspects and not alone and len(running) < self.workers and not stopped:
+                following = next_job()
+                if following is None:
+                    break
+                running[self._submit(function, following)] = following
             if not running:
                 break
             done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)

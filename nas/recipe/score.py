@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from nas.core.errors import InterruptedRunError
 from nas.core.jsonio import write_bytes
 from nas.core.records import Candidate
@@ -73,13 +75,7 @@ def score(job: ScoreJob) -> ScoredStudent:
     started = time.thread_time()
     context = open_context(job.context, job.candidate.resolution)
     student = _inherited(job, context) if job.source == "supernet" else _trained(job, context, folder)
-    if set(job.candidate.precisions) == {"fp32"}:
-        logits = predict_logits(student, context.val, context.mean, context.std)
-    else:
-        weights = folded_weights(student)
-        sample = context.sample[: job.images]
-        quant = calibrated(job.candidate, weights, context.mean, context.std, sample, run_model)
-        logits = deployed_logits(job.candidate, weights, quant, context.mean, context.std, context.val, run_model)
+    logits = deployed_answers(job, context, student, context.val)
     return write_scored(
         folder,
         job.candidate,
@@ -89,6 +85,15 @@ def score(job: ScoreJob) -> ScoredStudent:
         labels=context.val_labels,
         name=job.name,
     )
+
+
+def deployed_answers(job: ScoreJob, context: Context, student: Student, images: np.ndarray) -> np.ndarray:
+    """Logits float32 [E, N, K] of a student in its deployed precision on images uint8 [N, H, W, 3]."""
+    if set(job.candidate.precisions) == {"fp32"}:
+        return predict_logits(student, images, context.mean, context.std)
+    weights = folded_weights(student)
+    quant = calibrated(job.candidate, weights, context.mean, context.std, context.sample[: job.images], run_model)
+    return deployed_logits(job.candidate, weights, quant, context.mean, context.std, images, run_model)
 
 
 def _inherited(job: ScoreJob, context: Context) -> Student:

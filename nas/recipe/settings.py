@@ -67,8 +67,10 @@ class StandaloneSettings:
     """Successive halving of students that are trained on their own.
 
     Fields:
-        rungs: epochs after which all students so far are compared; the last one is the length of the schedule.
-        keep: share of the students of a rung that goes on to the next, at least one.
+        rungs: epochs after which a student is compared with all of the search that got so far; the last one is the
+            length of the schedule.
+        keep: share of the students seen at a rung that goes on to the next, at least one. Students that were stopped in
+            earlier batches may go on too, from their checkpoint.
     """
 
     rungs: tuple[int, ...] = (2, 4, 8)

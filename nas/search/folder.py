@@ -21,7 +21,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,14 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """One candidate that was scored, stopped early or failed; written once, when it is decided.
+    """One candidate that was scored, stopped early or failed; written when it is decided.
 
     `exit_shares` and `exit_top1` are of the search validation split under the candidate's thresholds. `latency_ms` is
     what was predicted when it was proposed (worst case), `elsewhere_ms` the same on further devices; later estimates
-    are computed anew from the candidate.
+    are computed anew from the candidate. `rung_top1` is the accuracy of the head at each rung of a standalone training.
+
+    A candidate that was stopped may go on during a later batch. Then it has a second line, whose `decided_in` is the
+    first number of that batch.
     """
 
     number: int
@@ -73,6 +76,8 @@ class TrialRecord:
     cost_s: float = 0.0
     reason: str = ""
     elsewhere_ms: tuple[float, ...] = ()
+    rung_top1: tuple[float, ...] = ()
+    decided_in: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,12 @@ class MeasuredExit:
     std_ms: float = 0.0
 
 
+def latest(decisions: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:
+    """The last decision of each trial, by number."""
+    known = {r.number: r for r in decisions}
+    return tuple(known[number] for number in sorted(known))
+
+
 def device_folder(name: str) -> str:
     """What a device's files are called, such as `cpu-2`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
@@ -171,8 +182,12 @@ class RunFolder:
         return self.students / arch_id
 
     def trials(self) -> tuple[TrialRecord, ...]:
-        """All decided trials by number. Lines stand in the order in which they were decided, which is another one."""
-        return tuple(sorted(read_lines(TrialRecord, self.path / "trials.jsonl"), key=lambda r: r.number))
+        """All decided trials by number, each as it was decided last."""
+        return latest(self.decisions())
+
+    def decisions(self) -> tuple[TrialRecord, ...]:
+        """Every line of the decided trials, in the order in which they were decided."""
+        return tuple(read_lines(TrialRecord, self.path / "trials.jsonl"))
 
     def add_trial(self, record: TrialRecord) -> None:
         """Appends a trial durably."""

@@ -6,7 +6,7 @@ A scored candidate is never scored again; what changes between rounds is the lat
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,13 +21,14 @@ from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import WorkerPool
+from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
 from nas.search.choice import choose_sampler
-from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord
+from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord, latest
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
 from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
 from nas.search.progress import StopFlag, StoppableReporter
-from nas.search.scoring import Result, ScoreFailure, ScoringPlan, score_batch
+from nas.search.scoring import Earlier, Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.seeds import Seed
 from nas.search.select import hypervolume, stratified, worth_measuring
 from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
@@ -232,7 +233,10 @@ def _one_round(parts: SearchParts, number: int, sampler: str) -> None:
             elif scored is not None:
                 proposer.learn(scored)
             failures = [*failures, record] if record.state == "failed" else []
-        records = sorted([*records, *decided], key=lambda r: r.number)
+        records = list(latest([*records, *decided]))
+        if sampler == "greybox" and parts.plan.is_halving:
+            # What stopped candidates would have reached is seen anew with every one that was not stopped.
+            proposer = _proposer(parts, number, sampler, records, batches)
         batch = None
         _break_circuit(failures)
     fit = _accuracy_fit(parts, records) if sampler == "greybox" else None
@@ -278,6 +282,7 @@ def _proposer(
 ) -> Proposer:
     complete = [r for r in records if r.state == "complete"]
     budget = _any_budget(parts)
+    taught = _with_foreseen(records, complete) if sampler == "greybox" else complete
     return Proposer(
         parts.space,
         sampler,
@@ -285,12 +290,24 @@ def _proposer(
         parts.search.trials,
         budget.keeps,
         budget.known,
-        _outcomes(parts, complete),
+        _outcomes(parts, taught),
         [*(r.genotype for r in records), *(g for batch in batches for g in batch.genotypes)],
         1 + len(parts.others),
         _known_latency(parts, complete) if sampler == "greybox" else None,
         parts.search.predictor_candidates,
     )
+
+
+def _with_foreseen(records: Sequence[TrialRecord], complete: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Complete candidates, and those that were stopped with the accuracy that they would have reached."""
+    curves = [r.rung_top1 for r in complete if r.rung_top1]
+    found = []
+    for r in records:
+        if r.state == "complete":
+            found.append(r)
+        elif r.state == "stopped" and r.rung_top1 and curves:
+            found.append(replace(r, top1=foreseen(curves, len(r.rung_top1) - 1, r.top1 or 0.0)))
+    return found
 
 
 def _known_latency(parts: SearchParts, complete: Sequence[TrialRecord]) -> KnownLatency:
@@ -531,11 +548,15 @@ def _ends(parts: SearchParts) -> list[Genotype]:
 
 
 def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Decides those candidates of a batch that are not decided yet; each is recorded as soon as it is."""
-    before = {r.number: r for r in records if r.number in batch.numbers}
+    """Decides those candidates of a batch that are not decided yet, and earlier ones that go on meanwhile.
+
+    Each is recorded as soon as it is decided.
+    """
+    mine = {r.number: r for r in records if r.number in batch.numbers or 0 < r.decided_in == batch.first}
+    before = {r.number: r for r in _before(parts, batch, records, mine)}
     candidates = [parts.space.decode(g) for g in batch.genotypes]
-    estimates = parts.predictor.estimates(batch.genotypes)
-    decided = []
+    proposed = {n: _undecided_trial(batch, i, candidates[i]) for i, n in enumerate(batch.numbers)}
+    estimates = dict(zip(batch.numbers, parts.predictor.estimates(batch.genotypes), strict=True))
     results = score_batch(
         parts.plan,
         parts.pool,
@@ -545,24 +566,41 @@ def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) ->
         lambda: parts.stop.is_set,
         batch.first,
         parts.search.trials,
-        {n - batch.first: r.epochs for n, r in before.items() if r.state == "failed"},
+        {n: r.epochs for n, r in mine.items() if r.state == "failed"},
+        [
+            Earlier(n, r.candidate, (r.latency_ms, *r.elsewhere_ms), r.rung_top1, r.cost_s, r.state == "failed")
+            for n, r in before.items()
+        ],
     )
-    for i, result in results:
-        if batch.first + i not in before:
-            record = _record(parts, batch, i, candidates[i], estimates[i], result)
+    decided = []
+    for number, result in results:
+        if number not in mine:
+            known = before.get(number) or proposed[number]
+            estimate = estimates.get(number) or parts.predictor.estimates([known.genotype])[0]
+            record = _record(parts, known, estimate, result, batch.first)
             parts.folder.add_trial(record)
             decided.append(record)
     return decided
+
+
+def _before(
+    parts: SearchParts, batch: Batch, records: Sequence[TrialRecord], mine: Mapping[int, TrialRecord]
+) -> list[TrialRecord]:
+    """Candidates that were compared at some rung before a batch began, as they were then."""
+    if not parts.plan.is_halving:
+        return []
+    lines = parts.folder.decisions() if mine else records  # an earlier call may have decided some of them anew
+    earlier = latest(r for r in lines if r.number < batch.first and r.decided_in < batch.first)
+    return [r for r in earlier if r.rung_top1]
 
 
 def _elsewhere(batch: Batch) -> tuple[tuple[float, ...], ...]:
     return batch.elsewhere_ms or ((),) * len(batch.genotypes)
 
 
-def _record(
-    parts: SearchParts, batch: Batch, i: int, candidate: Candidate, estimate: LatencyEstimate, result: Result
-) -> TrialRecord:
-    decided = TrialRecord(
+def _undecided_trial(batch: Batch, i: int, candidate: Candidate) -> TrialRecord:
+    """What is known of a candidate before it is scored."""
+    return TrialRecord(
         batch.first + i,
         batch.round,
         batch.genotypes[i],
@@ -570,12 +608,18 @@ def _record(
         "failed",
         batch.proposers[i],
         batch.latency_ms[i],
-        epochs=result.epochs,
         elsewhere_ms=_elsewhere(batch)[i],
     )
+
+
+def _record(
+    parts: SearchParts, known: TrialRecord, estimate: LatencyEstimate, result: Result, decided_in: int
+) -> TrialRecord:
+    """A trial with its result, in the place of an earlier one where there was one."""
+    decided = replace(known, epochs=result.epochs, rung_top1=result.rung_top1, decided_in=decided_in)
     if isinstance(result, ScoreFailure):
-        return replace(decided, reason=result.reason)
-    thresholds = tuple(NEVER if e.threshold is None else e.threshold for e in candidate.exits)
+        return replace(decided, state="failed", reason=result.reason, top1=None, exit_top1=(), exit_shares=())
+    thresholds = tuple(NEVER if e.threshold is None else e.threshold for e in known.candidate.exits)
     top1, shares, _ = evaluate_thresholds(result.logits, parts.labels, thresholds, estimate.exit_ms)
     return replace(
         decided,
@@ -594,7 +638,7 @@ def current_figures(parts: SearchParts, records: Sequence[TrialRecord]) -> list[
 
 
 def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored]:
-    """What the sampler learns of scored candidates: accuracy and expected latency on each device as estimated now."""
+    """What the sampler learns of candidates: accuracy and expected latency on each device as estimated now."""
     everywhere = parts.each
     return [
         Scored(
@@ -603,6 +647,7 @@ def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored
             tuple(f.expected_ms for f in now),
             min(latency_of(f, own.budget.of) / own.budget.ms - 1 for f, own in zip(now, everywhere, strict=True)),
             r.candidate.id,
+            r.state == "stopped",
         )
         for r, *now in zip(records, *(current_figures(own, records) for own in everywhere), strict=True)
     ]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,21 +11,29 @@ from nas.core.records import Candidate
 from nas.recipe.pool import JobFailure, WorkerPool
 from nas.recipe.records import ScoredStudent, read_logits
 from nas.recipe.score import ScoreJob, Source, score, student_folder
-from nas.recipe.standalone import promoted
+from nas.recipe.standalone import TOGETHER, Ladder, Standing
 from nas.search.progress import Reporter
 from nas.train.settings import DistillSettings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ScoredCandidate:
-    """A candidate with its score: logits float32 [E, N, K] on search validation, `top1` of the head, CPU seconds."""
+    """A candidate with its score: logits float32 [E, N, K] on search validation, CPU seconds of all its rungs.
+
+    `rung_top1`: accuracy of the head at each rung that it has reached; `is_complete`: the last one is among them.
+    """
 
     candidate: Candidate
     logits: np.ndarray
     epochs: int
     cost_s: float
-    top1: float
+    rung_top1: tuple[float, ...]
     is_complete: bool
+
+    @property
+    def top1(self) -> float:
+        """Accuracy of the head."""
+        return self.rung_top1[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,11 @@ class ScoringPlan:
     seed: int
     images: int
 
+    @property
+    def is_halving(self) -> bool:
+        """Whether candidates are compared before they are trained to the end."""
+        return len(self.rungs) > 1
+
     def job(self, candidate: Candidate, epochs: int) -> ScoreJob:
         """The job that scores a candidate after so many epochs; one for all its threshold settings."""
         return ScoreJob(
@@ -65,13 +77,36 @@ class ScoringPlan:
 
 @dataclass(frozen=True, slots=True)
 class ScoreFailure:
-    """A candidate that could not be scored: why, and in the training up to how many epochs it happened."""
+    """A candidate that could not be scored: why, in the training up to how many epochs, and what it had reached."""
 
     reason: str
     epochs: int
+    rung_top1: tuple[float, ...] = ()
 
 
 Result = ScoredCandidate | ScoreFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A candidate of an earlier batch that was compared at some rungs; stopped, it may go on now from its checkpoint.
+
+    `rung_top1`: accuracy of the head at each rung that it has reached; `latency_ms` as it was compared, on each device;
+    `has_failed`: in the training for the next rung.
+    """
+
+    number: int
+    candidate: Candidate
+    latency_ms: tuple[float, ...]
+    rung_top1: tuple[float, ...]
+    cost_s: float = 0.0
+    has_failed: bool = False
+
+    @property
+    def standing(self) -> Standing:
+        """The same for the ladder."""
+        went_on = len(self.rung_top1) - (not self.has_failed)
+        return Standing(self.number, self.rung_top1, self.latency_ms, went_on)
 
 
 def score_batch(
@@ -84,12 +119,18 @@ def score_batch(
     before: int = 0,
     planned: int = 0,
     failed_before: Mapping[int, int] | None = None,
+    earlier: Sequence[Earlier] = (),
 ) -> Iterator[tuple[int, Result]]:
-    """Index and result of each candidate as it is decided; every candidate comes exactly once.
+    """Number and result of each candidate that is decided; every candidate of the batch comes exactly once.
 
-    Candidates that differ in thresholds or precision only share their training. With several rungs, those that are not
-    promoted are decided early (`is_complete` False): multi-objective successive halving on accuracy and latency.
-    Scores that are there are read, so the same call after a kill decides the same.
+    With several rungs a candidate goes on when it is in the best share of all that have reached its rung, in this batch
+    or before (`nas.recipe.standalone.Ladder`): multi-objective successive halving on accuracy and latency, in
+    groups of `TOGETHER`. So one of an earlier batch may come again, with a higher rung. What was decided comes when
+    the batch is over, earlier candidates first, because until then a stopped one may go on (`is_complete` False: it
+    did not); failures come at once. With one rung all comes as it is ready.
+
+    Candidates that differ in thresholds or precision only share their training. Scores that are there are read, and who
+    goes on does not depend on the order in which workers are ready, so the same call after a kill decides the same.
 
     Args:
         plan: what all jobs share.
@@ -98,68 +139,116 @@ def score_batch(
         latency_ms: predicted worst case of each on every device [N, D].
         reporter: told how far it is; its `progress` must not raise, the pool looks at `should_stop`.
         should_stop: True ends the batch after the jobs that are running.
-        before: candidates of earlier batches, of `planned` in all: with the supernet progress counts them too.
+        before: number of the first candidate: so many were proposed before it.
         planned: number of candidates of the whole search.
-        failed_before: candidates that failed in an earlier call and after how many epochs; they do not come again.
+        failed_before: numbers of candidates that failed in an earlier call and after how many epochs; they do not come
+            again.
+        earlier: candidates of earlier batches, as they were before this one began.
 
     Raises:
         InterruptedRunError: the run was asked to stop; scores and checkpoints are kept.
     """
-    failed_at = dict(failed_before or {})
-    alive = list(range(len(candidates)))
-    cost = dict.fromkeys(alive, 0.0)
-    for number, epochs in enumerate(plan.rungs):
-        alive = [i for i in alive if failed_at.get(i) != epochs]
-        members: dict[ScoreJob, list[int]] = {}
-        for i in alive:
-            members.setdefault(plan.job(candidates[i], epochs), []).append(i)
-        scored: dict[int, ScoredCandidate] = {}
-        done = 0
-        last = number == len(plan.rungs) - 1
-        is_single = len(plan.rungs) == 1
-        stage = "scoring" if is_single else f"scoring, rung of {epochs} epochs"
-        note = "" if is_single or not planned else f"candidates {before + 1} to {before + len(candidates)} of {planned}"
-        shown_before, shown_all = (before, max(planned, before + len(members))) if is_single else (0, len(members))
-        for result in (r for wave in _waves(plan, members) for r in pool.map(score, wave, should_stop)):
-            done += 1
-            reporter.progress(stage, shown_before + done, shown_all, note)
-            for i in members[result.job]:
-                if isinstance(result.value, JobFailure):
-                    yield i, ScoreFailure(result.value.reason, epochs)
-                    continue
-                cost[i] += result.value.cost_s / len(members[result.job])
-                logits = _logits(plan, candidates[i], result.value)
-                entry = ScoredCandidate(candidates[i], logits, epochs, cost[i], result.value.top1[-1], last)
-                if last:
-                    yield i, entry
-                else:
-                    scored[i] = entry
-        if last:
-            return
-        order = sorted(scored)
-        count = max(1, round(plan.keep * len(order)))
-        keep = promoted([scored[i].top1 for i in order], [latency_ms[i] for i in order], count)
-        kept = {order[k] for k in keep}
-        for i in order:
-            if i not in kept:
-                yield i, scored[i]
-        alive = [i for i in order if i in kept]
+    batch = _Batch(plan, candidates, latency_ms, before, failed_before or {}, earlier)
+    distinct = len({plan.job(c, plan.rungs[0]) for c in candidates})
+    note = f"candidates {before + 1} to {before + len(candidates)} of {planned}" if plan.is_halving and planned else ""
+    done = [0] * len(plan.rungs)
+    for result in pool.feed(score, batch.next_job, should_stop):
+        place, numbers = batch.ended(result.job)
+        done[place] += 1
+        if not plan.is_halving:
+            reporter.progress("scoring", before + done[0], max(planned, before + distinct))
+        if isinstance(result.value, JobFailure):
+            for n in numbers:
+                yield n, batch.failed(n, place, result.value.reason)
+        else:
+            for n in numbers:
+                batch.scored(n, place, result.value, len(numbers))
+                if not plan.is_halving:
+                    yield n, batch.results.pop(n)
+        if plan.is_halving:
+            left = len(batch.needed(place))
+            reporter.progress(f"scoring, rung of {plan.rungs[place]} epochs", done[place], done[place] + left, note)
+    yield from sorted(batch.results.items())
 
 
-def _waves(plan: ScoringPlan, jobs: Iterable[ScoreJob]) -> list[list[ScoreJob]]:
-    """Jobs that may run side by side. An architecture is trained once: its other precisions wait for that."""
-    if plan.source == "supernet":
-        return [list(jobs)]
-    waves: list[list[ScoreJob]] = []
-    seen: Counter[str] = Counter()
-    for job in jobs:
-        arch_id = job.candidate.arch_id
-        if seen[arch_id] == len(waves):
-            waves.append([])
-        waves[seen[arch_id]].append(job)
-        seen[arch_id] += 1
-    return waves
+class _Batch:
+    """The jobs of a batch: which is next, and what came of those that ended."""
 
+    def __init__(
+        self,
+        plan: ScoringPlan,
+        candidates: Sequence[Candidate],
+        latency_ms: Sequence[Sequence[float]],
+        before: int,
+        failed_before: Mapping[int, int],
+        earlier: Sequence[Earlier],
+    ) -> None:
+        self.results: dict[int, ScoredCandidate] = {}
+        self._plan = plan
+        self._failed_before = failed_before
+        self._candidates = {e.number: e.candidate for e in earlier} | dict(enumerate(candidates, start=before))
+        self._rung_top1 = {e.number: e.rung_top1 for e in earlier}
+        self._cost_s = {e.number: e.cost_s for e in earlier}
+        self._running: dict[ScoreJob, tuple[int, list[int]]] = {}
+        self._jobs: dict[tuple[int, int], ScoreJob] = {}
+        self._ladder = Ladder(len(plan.rungs), plan.keep, TOGETHER, (e.standing for e in earlier))
+        for number, ms in enumerate(latency_ms, start=before):
+            self._ladder.join(number, ms)
+        self._pass_over()
 
-def _logits(plan: ScoringPlan, candidate: Candidate, scored: ScoredStudent) -> np.ndarray:
-    return read_logits(student_folder(plan.students, candidate.arch_id), scored)
+    def next_job(self) -> ScoreJob | None:
+        """The next score that can be computed now; None while all that are needed wait for running ones.
+
+        An architecture is trained once: its other precisions, and its next rung, wait for that.
+        """
+        begun = {n for _, numbers in self._running.values() for n in numbers}
+        trained = {job.candidate.arch_id for job in self._running if self._plan.source == "standalone"}
+        for place, number in self._ladder.open():
+            job = self._job(number, place)
+            if number not in begun and job not in self._running and job.candidate.arch_id not in trained:
+                self._running[job] = place, [n for n in self.needed(place) if self._job(n, place) == job]
+                return job
+        return None
+
+    def needed(self, place: int) -> list[int]:
+        """Candidates whose score at a rung is needed and is not there yet."""
+        return [n for rung, n in self._ladder.open() if rung == place]
+
+    def ended(self, job: ScoreJob) -> tuple[int, list[int]]:
+        """Rung of a job, and the candidates whose score it is."""
+        return self._running.pop(job)
+
+    def failed(self, number: int, place: int, reason: str) -> ScoreFailure:
+        """A candidate is not compared at a rung; what it reached before is no result, but the others keep theirs."""
+        self.results.pop(number, None)
+        self._ladder.arrive(number, place, None)
+        self._pass_over()
+        return ScoreFailure(reason, self._plan.rungs[place], self._rung_top1.get(number, ()))
+
+    def scored(self, number: int, place: int, record: ScoredStudent, shared_by: int) -> None:
+        """Keeps what a candidate has reached, and lets it be compared; its seconds are shared by so many."""
+        candidate = self._candidates[number]
+        self._rung_top1[number] = (*self._rung_top1.get(number, ()), record.top1[-1])
+        self._cost_s[number] = self._cost_s.get(number, 0.0) + record.cost_s / shared_by
+        self.results[number] = ScoredCandidate(
+            candidate,
+            read_logits(student_folder(self._plan.students, candidate.arch_id), record),
+            self._plan.rungs[place],
+            self._cost_s[number],
+            self._rung_top1[number],
+            place + 1 == len(self._plan.rungs),
+        )
+        self._ladder.arrive(number, place, record.top1[-1])
+        self._pass_over()
+
+    def _job(self, number: int, place: int) -> ScoreJob:
+        if (number, place) not in self._jobs:
+            self._jobs[number, place] = self._plan.job(self._candidates[number], self._plan.rungs[place])
+        return self._jobs[number, place]
+
+    def _pass_over(self) -> None:
+        """Those that failed in an earlier call fail again without being trained, which may open further places."""
+        while found := [(k, n) for k, n in self._ladder.open() if self._failed_before.get(n) == self._plan.rungs[k]]:
+            for place, number in found:
+                self.results.pop(number, None)
+                self._ladder.arrive(number, place, None)

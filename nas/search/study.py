@@ -42,6 +42,7 @@ MAX_ASKS_PER_PROPOSAL = 30
 MAX_REFUSED_PER_SCORE = 2  # proposals over the budget that the sampler is told of, per scored candidate
 RANDOM_DRAWS = 2048  # looked at together where the sampler finds nothing: 10 ms
 CONSTRAINT = "over_budget"
+STOPPED = "stopped_early"  # broken by candidates whose accuracy is an estimate
 GENERATION = "NSGAIISampler:generation"  # Optuna's key of a trial's generation
 RDB_SCHEMA = 12  # layout of Optuna's database that `mirror` writes
 
@@ -54,6 +55,8 @@ class Scored:
 
     `top1` is the share of right answers (maximised), `latency_ms` has the milliseconds on each device (minimised),
     `excess` what it is over the budget, as a share of it; with several devices that of the one where it fits best.
+    `is_estimate`: its training was stopped early and `top1` is what it would have reached: it teaches the sampler, but
+    stands on no front.
     """
 
     genotype: Genotype
@@ -61,6 +64,7 @@ class Scored:
     latency_ms: tuple[float, ...]
     excess: float
     label: str
+    is_estimate: bool = False
 
     @property
     def values(self) -> tuple[float, ...]:
@@ -353,7 +357,7 @@ def _frozen(
         values=scored.values,
         params=to_params(space, scored.genotype),
         distributions=known,
-        constraints={CONSTRAINT: scored.excess},
+        constraints={CONSTRAINT: scored.excess, **({STOPPED: 1.0} if scored.is_estimate else {})},
         user_attrs={"candidate": scored.label, **(attributes or {})},
         # NSGA-II breeds from generations; a trial without one is invisible to it, so earlier rounds would be forgotten.
         system_attrs={GENERATION: 0},

@@ -51,6 +51,20 @@ def test_results_come_once_for_every_job() -> None:
         assert list(pool.map(_job, [])) == []
 
 
+def test_a_result_can_lead_to_a_job_while_another_is_running() -> None:
+    todo, order = ["slow", "a"], list[str]()
+
+    def following() -> str | None:
+        return todo.pop(0) if todo else None
+
+    with WorkerPool(2, "fork") as pool:
+        for result in pool.feed(_job, following):
+            order.append(result.job)
+            if result.job == "a":
+                todo += ["b", "c"]
+    assert order == ["a", "b", "c", "slow"]
+
+
 def test_error_of_a_job_is_its_result() -> None:
     with WorkerPool(2, "fork") as pool:
         results = _values(list(pool.map(_job, ["diverge", "a", "bug"])))

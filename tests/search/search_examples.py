@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,13 @@ class InProcessPool(WorkerPool):
     def __init__(self) -> None:
         super().__init__(1)
 
-    def map(
-        self, function: Callable[[J], R], jobs: Sequence[J], should_stop: Callable[[], bool] = lambda: False
+    def feed(
+        self,
+        function: Callable[[J], R],
+        next_job: Callable[[], J | None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[JobResult[J, R]]:
-        for job in jobs:
+        while (job := next_job()) is not None:
             if should_stop():
                 raise InterruptedRunError("stopped")
             try:

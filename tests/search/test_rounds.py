@@ -82,13 +82,13 @@ class ScriptedPool(WorkerPool):
         self.trained: list[tuple[str, str]] = []
         self.after_each: Callable[[], None] = lambda: None
 
-    def map(  # type: ignore[override]
+    def feed(  # type: ignore[override]
         self,
         function: object,  # noqa: ARG002
-        jobs: Sequence[ScoreJob],
+        next_job: Callable[[], ScoreJob | None],
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[JobResult[ScoreJob, ScoredStudent]]:
-        for job in jobs:
+        while (job := next_job()) is not None:
             if should_stop():
                 raise InterruptedRunError("stopped")
             value = read_scored(student_folder(job.students, job.candidate.arch_id), job.name) or self._train(job)

@@ -27,22 +27,30 @@ Whole = tuple[ScoringPlan, dict[int, Result]]
 
 
 class NotingPool(InProcessPool):
-    """Remembers waves of jobs. It does not fork: torch cannot differentiate in a copy of a process that has trained."""
+    """Remembers its jobs. It does not fork: torch cannot differentiate in a copy of a process that has trained."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.waves: list[list[ScoreJob]] = []
+        self.jobs: list[ScoreJob] = []
 
-    def map(
-        self, function: Callable[[J], R], jobs: Sequence[J], should_stop: Callable[[], bool] = lambda: False
+    def feed(
+        self,
+        function: Callable[[J], R],
+        next_job: Callable[[], J | None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> Iterator[JobResult[J, R]]:
-        self.waves.append([job for job in jobs if isinstance(job, ScoreJob)])
-        yield from super().map(function, jobs, should_stop)
+        def noted() -> J | None:
+            job = next_job()
+            if isinstance(job, ScoreJob):
+                self.jobs.append(job)
+            return job
+
+        yield from super().feed(function, noted, should_stop)
 
     @property
     def epochs(self) -> list[int]:
         """Rung of each job, in order."""
-        return [job.epochs for wave in self.waves for job in wave]
+        return [job.epochs for job in self.jobs]
 
 
 def candidate(width: int) -> Candidate:
@@ -92,7 +100,7 @@ def batch(
         plan,
         pool or NotingPool(),
         candidates,
-        latency_ms,
+        [(ms,) for ms in latency_ms],
         notes or Notes(),
         should_stop,
         failed_before=failed_before,
@@ -156,16 +164,18 @@ def test_half_of_the_students_go_on_at_each_rung(prepared: Prepared, tmp_path: P
     results = list(batch(plan, pool=pool, notes=notes))
     assert pool.epochs == [1] * 4 + [2] * 2 + [4]
     assert notes.stages == [f"scoring, rung of {epochs} epochs" for epochs in pool.epochs]
-    assert sorted(i for i, _ in results) == [0, 1, 2, 3]
-    assert [r.epochs for _, r in results] == [1, 1, 2, 4]
-    assert [trained_epochs(plan, FOUR[i]) for i, _ in results] == [1, 1, 2, 4]
+    assert [i for i, _ in results] == [0, 1, 2, 3]
+    assert sorted(r.epochs for _, r in results) == [1, 1, 2, 4]
+    assert [len(scored(r).rung_top1) for _, r in results] == [RUNGS.index(r.epochs) + 1 for _, r in results]
+    assert [trained_epochs(plan, FOUR[i]) for i, _ in results] == [r.epochs for _, r in results]
 
 
-def test_students_that_are_left_behind_are_decided_before_the_others_go_on(prepared: Prepared, tmp_path: Path) -> None:
+def test_students_that_are_left_behind_are_decided_when_nobody_can_go_on_any_more(
+    prepared: Prepared, tmp_path: Path
+) -> None:
     pool = NotingPool()
     results = batch(rungs_plan(prepared, tmp_path), pool=pool)
-    seen = [(r.epochs, scored(r).is_complete, len(pool.epochs)) for _, r in results]
-    assert seen == [(1, False, 4), (1, False, 4), (2, False, 6), (4, True, 7)]
+    assert [len(pool.jobs) for _ in results] == [7] * 4
 
 
 def test_results_hold_logits_accuracy_and_the_cost_of_all_rungs(prepared: Prepared, whole: Whole) -> None:
@@ -180,6 +190,7 @@ def test_results_hold_logits_accuracy_and_the_cost_of_all_rungs(prepared: Prepar
         spent = [record(plan, FOUR[i], epochs).cost_s for epochs in RUNGS if epochs <= student.epochs]
         assert student.cost_s == pytest.approx(sum(spent))
         assert min(spent) > 0
+        assert student.rung_top1 == tuple(record(plan, FOUR[i], e).top1[-1] for e in RUNGS if e <= student.epochs)
 
 
 def test_nobody_who_goes_on_is_dominated_by_one_who_does_not(whole: Whole) -> None:
@@ -191,21 +202,23 @@ def test_nobody_who_goes_on_is_dominated_by_one_who_does_not(whole: Whole) -> No
             assert not (top1[i] >= top1[j] and LATENCY_MS[i] < LATENCY_MS[j])
 
 
-@pytest.mark.parametrize(("latency_ms", "expected"), [([2.0, 1.0], [0, 1]), ([1.0, 2.0], [1, 0])])
+@pytest.mark.parametrize(("latency_ms", "winner"), [([2.0, 1.0], 1), ([1.0, 2.0], 0)])
 def test_of_equally_accurate_candidates_the_faster_goes_on(
-    prepared: Prepared, tmp_path: Path, latency_ms: list[float], expected: list[int]
+    prepared: Prepared, tmp_path: Path, latency_ms: list[float], winner: int
 ) -> None:
     pair = [FOUR[1].with_thresholds([t]) for t in (0.2, 0.8)]
-    assert [i for i, _ in batch(rungs_plan(prepared, tmp_path, (1, 2)), pair, latency_ms)] == expected
+    results = list(batch(rungs_plan(prepared, tmp_path, (1, 2)), pair, latency_ms))
+    assert [i for i, r in results if scored(r).is_complete] == [winner]
 
 
 def test_of_equally_fast_candidates_the_most_accurate_goes_on(prepared: Prepared, tmp_path: Path) -> None:
     plan = replace(rungs_plan(prepared, tmp_path, (6, 7)), keep=0.25)
     results = list(batch(plan, latency_ms=[1.0] * 4))
-    assert [r.epochs for _, r in results] == [6, 6, 6, 7]
+    assert sorted(r.epochs for _, r in results) == [6, 6, 6, 7]
     top1 = [record(plan, c, 6).top1[-1] for c in FOUR]
     assert len(set(top1)) > 1
-    assert top1[results[-1][0]] == max(top1)
+    [winner] = [i for i, r in results if r.epochs == 7]
+    assert top1[winner] == max(top1)
 
 
 def test_the_same_call_after_a_kill_trains_nothing_again(whole: Whole) -> None:
@@ -218,18 +231,14 @@ def test_the_same_call_after_a_kill_trains_nothing_again(whole: Whole) -> None:
     assert files(plan) == before
 
 
-@pytest.mark.parametrize(("jobs_before", "decided"), [(1, 0), (4, 2), (5, 2), (6, 3)])
+@pytest.mark.parametrize("jobs_before", [1, 4, 5, 6])
 def test_a_batch_that_was_interrupted_goes_on_to_the_same_end(
-    prepared: Prepared, whole: Whole, tmp_path: Path, jobs_before: int, decided: int
+    prepared: Prepared, whole: Whole, tmp_path: Path, jobs_before: int
 ) -> None:
     plan, notes = rungs_plan(prepared, tmp_path), Notes()
-    early: list[tuple[int, Result]] = []
     with pytest.raises(InterruptedRunError, match="stopped"):
-        for pair in batch(plan, notes=notes, should_stop=lambda: len(notes.stages) == jobs_before):
-            early.append(pair)
+        list(batch(plan, notes=notes, should_stop=lambda: len(notes.stages) == jobs_before))
     expected = decisions(whole[1].items())
-    assert len(early) == decided
-    assert decisions(early) == {i: expected[i] for i, _ in early}
     scores = {p: v for p, v in files(plan).items() if p.suffix in (".json", ".npy")}
     assert len(scores) == 2 * jobs_before
     assert decisions(batch(plan)) == expected
@@ -259,31 +268,31 @@ def test_a_failed_candidate_keeps_its_reason_and_the_others_go_on(prepared: Prep
     assert "this checkpoint belongs to another network, seed, teacher, data set or settings" in failure.reason
     assert failure.epochs == 1
     assert sorted(results) == [0, 1, 3]
-    assert sorted(scored(r).epochs for r in results.values()) == [1, 2, 4]
-    assert pool.epochs == [1] * 4 + [2] * 2 + [4]  # of the three that were scored two go on
+    assert sorted(scored(r).epochs for r in results.values()) == [1, 1, 4]
+    assert pool.epochs == [1] * 4 + [2] + [4]  # of the three that were scored one goes on
 
     pool = NotingPool()
     assert decisions(batch(plan, pool=pool, failed_before={2: 1})) == decisions(results.items())
-    assert pool.epochs == [1] * 3 + [2] * 2 + [4]
+    assert pool.epochs == [1] * 3 + [2] + [4]
 
 
 def test_a_candidate_that_failed_on_a_later_rung_is_compared_before_it_but_does_not_come_again(
     prepared: Prepared, whole: Whole, tmp_path: Path
 ) -> None:
-    plan, first = rungs_plan(prepared, tmp_path), list(whole[1])
-    results: dict[int, Result] = {}
-    for i, result in batch(plan):
-        results[i] = result
-        if len(results) == 2:  # the first rung is decided, the second has not begun
-            give_foreign_checkpoint(plan, FOUR[first[2]])
-    failure, winner = results.pop(first[2]), scored(results[first[3]])
+    plan, pool = rungs_plan(prepared, tmp_path), NotingPool()
+    [second] = [i for i, r in whole[1].items() if r.epochs == 2]
+    [third] = [i for i, r in whole[1].items() if r.epochs == 4]
+    last = str(Path(plan.students) / FOUR[second].arch_id / "score-2.ckpt")
+    # Its checkpoint of the first rung is there and whole; that of the second is foreign.
+    write_checkpoint(Path(last), "of another training", {})
+    results = dict(batch(plan, pool=pool))
+    failure, winner = results.pop(second), scored(results[third])
     assert isinstance(failure, ScoreFailure)
-    assert failure.epochs == 2
+    assert (failure.epochs, len(failure.rung_top1)) == (2, 1)
     assert (winner.epochs, winner.is_complete) == (4, True)
-    assert sorted(results) == sorted(first[:2] + first[3:])
 
     pool = NotingPool()
-    assert decisions(batch(plan, pool=pool, failed_before={first[2]: 2})) == decisions(results.items())
+    assert decisions(batch(plan, pool=pool, failed_before={second: 2})) == decisions(results.items())
     assert pool.epochs == [1] * 4 + [2] + [4]
 
 
@@ -306,7 +315,7 @@ def test_precisions_of_an_architecture_share_its_training(prepared: Prepared, tm
     for i, result in batch(plan, three, [1.0] * 3, pool=pool):
         results[i] = result
         written[i] = files(plan)[checkpoint]
-    assert [[job.candidate for job in wave] for wave in pool.waves] == [[three[0], three[2]], [three[1]]]
+    assert {job.candidate for job in pool.jobs} == set(three)
     assert written[1] == written[0]
     fp32, int8 = scored(results[0]).logits, scored(results[1]).logits
     assert not np.array_equal(fp32, int8)
@@ -317,7 +326,9 @@ def test_precisions_of_an_architecture_share_its_training(prepared: Prepared, tm
 def test_precisions_of_an_architecture_go_on_each_on_its_own(prepared: Prepared, tmp_path: Path) -> None:
     plan, pool = rungs_plan(prepared, tmp_path, (1, 2)), NotingPool()
     pair = [FOUR[1], FOUR[1].with_precision("int8")]
-    (behind, _), (winner, result) = list(batch(plan, pair, [1.0, 1.0], pool=pool))
+    results = dict(batch(plan, pair, [1.0, 1.0], pool=pool))
+    [winner] = [i for i, r in results.items() if r.epochs == 2]
+    behind, result = 1 - winner, results[winner]
     assert pool.epochs == [1, 1, 2]
     folder, precisions = Path(plan.students) / pair[0].arch_id, ("fp32", "int8")
     assert read_scored(folder, f"standalone-2-{precisions[behind]}") is None
@@ -336,7 +347,7 @@ def test_candidates_that_differ_in_thresholds_have_one_score(prepared: Prepared,
         "standalone-2-fp32-e0002.npy",
         "standalone-2-fp32.json",
     ]
-    assert [len(wave) for wave in pool.waves] == [1]
+    assert len(pool.jobs) == 1
     assert sum(scored(r).cost_s for r in results.values()) == pytest.approx(record(plan, FOUR[1], 2).cost_s)
 
 
@@ -354,7 +365,7 @@ def test_with_the_supernet_a_batch_is_one_rung(prepared: Prepared, tmp_path: Pat
     candidates += [candidates[0].with_precision("int8"), candidates[0].with_precision("fp32")]
     latency = [1.0, 2.0, 3.0, 4.0, 5.0]
     results = list(batch(plan, candidates, latency, pool=pool, notes=notes))
-    assert [len(wave) for wave in pool.waves] == [len(set(candidates))]
+    assert len(pool.jobs) == len(set(candidates))
     assert notes.stages == ["scoring"] * len(set(candidates))
     assert sorted(i for i, _ in results) == list(range(5))
     assert all(scored(r).is_complete and r.epochs == 0 for _, r in results)
@@ -378,4 +389,4 @@ def test_with_the_supernet_failures_of_before_are_passed_over(prepared: Prepared
     assert "is outside the supernet's" in failure.reason
     pool = NotingPool()
     assert decisions(batch(plan, three, [1.0] * 3, pool=pool, failed_before={1: 0})) == decisions(results.items())
-    assert [job.candidate.arch_id for job in pool.waves[0]] == [c.arch_id for c in inside]
+    assert [job.candidate.arch_id for job in pool.jobs] == [c.arch_id for c in inside]

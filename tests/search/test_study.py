@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from nas.core.errors import StorageError
 from nas.core.walk import total_macs
 from nas.search.study import (
     CONSTRAINT,
+    KnownLatency,
     Proposer,
     Scored,
     distributions,
@@ -130,6 +132,34 @@ def test_infeasible_outcomes_lose_against_feasible_ones(space: SearchSpace) -> N
     known = [Scored(g, 0.5 + 0.4 * g[gene], (1.0,), 1.0 if g[gene] else -1.0, "") for g in space.sample_many(rng, 60)]
     known = [Scored(tuple(int(v) for v in s.genotype), s.top1, s.latency_ms, s.excess, "") for s in known]
     assert _share_of(space, "nsga2", known, gene, 1) < 0.4
+
+
+def test_an_estimated_accuracy_teaches_the_grey_box_but_stands_on_no_front(space: SearchSpace) -> None:
+    rows = np.unique(space.sample_many(np.random.default_rng(3), 14), axis=0).tolist()
+    *known, last = [scored(space, tuple(row)) for row in rows]
+
+    def next_after(top1: float, is_estimate: bool) -> Genotype:
+        source = Proposer(
+            space,
+            "greybox",
+            (0,),
+            100,
+            below(space, 1e12),
+            known_below(space, 1e12),
+            [*known, replace(last, top1=top1, is_estimate=is_estimate)],
+            latency=KnownLatency(
+                lambda g: (np.array([[macs(space, tuple(r)) / 1e6] for r in g.tolist()]), np.zeros((len(g), 1))),
+                (1.0,),
+                1.0,
+                1,
+            ),
+        )
+        asked = source.ask()
+        assert asked is not None
+        return asked[1]
+
+    assert next_after(0.99, True) != next_after(0.99, False)  # a front that reaches so high leaves little to improve
+    assert next_after(0.99, True) != next_after(0.01, True)  # but what resembles it is better or worse
 
 
 def test_all_of_a_tiny_space_is_proposed_once_and_then_nothing() -> None:
