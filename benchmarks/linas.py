@@ -2,9 +2,9 @@
 
 Cummings et al. 2022, arXiv 2205.10358 (DyNAS-T; LINAS in arXiv 2202.12954): random networks first; then, round by
 round, a predictor of accuracy is trained anew, an inner NSGA-II (Deb et al. 2002) searches thousands of networks with
-it, and the best of what it found is trained. Differs: latency is the table's and not predicted, networks over the budget
-are thrown away in the inner search, and the predictor is the better of ridge regression and kernel ridge regression by
-the closed form of leaving one out. All three favour it.
+it, and the best of what it found is trained. Differs: latency is the table's and not predicted, networks over the
+budget are thrown away in the inner search, and the predictor is the better of ridge regression and kernel
+ridge regression by the closed form of leaving one out. All three favour it.
 """
 
 from __future__ import annotations

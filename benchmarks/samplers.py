@@ -257,7 +257,7 @@ Task = tuple[Method, Kind, int, int]  # method, problem, seed, trainings
 def run_all(
     tasks: Iterable[Task], data: Path | None, folder: Path | None, jobs: int
 ) -> dict[tuple[str, str, int], Ran]:
-    """All runs by method, problem and seed: kept ones, and the others in `jobs` processes."""
+    """All runs by method, problem and seed: kept ones, and the others in `jobs` processes; with 0 kept ones alone."""
     result: dict[tuple[str, str, int], Ran] = {}
     missing = []
     for method, kind, seed, trainings in tasks:
@@ -266,6 +266,8 @@ def run_all(
             missing.append((method, kind, seed, trainings))
         else:
             result[method.name, kind, seed] = ran
+    if not jobs:
+        return result
     with ProcessPoolExecutor(max_workers=jobs) as pool:
         running = {
             pool.submit(_named_run, method.name, kind, data, trainings, seed): (method, kind, seed)
@@ -325,7 +327,7 @@ def main() -> None:
     options.add_argument("--reach", type=int, default=2000, help="trainings of NSGA-II on the simulated problems")
     options.add_argument("--methods", nargs="+", choices=[m.name for m in methods()], help="all unless given")
     options.add_argument("--data", type=Path, help="folder of the published tables, for macro, accel and ofa")
-    options.add_argument("--jobs", type=int, default=1, help="processes; set OPENBLAS_NUM_THREADS=1 with more than one")
+    options.add_argument("--jobs", type=int, default=1, help="processes; 0: a report of what --results has")
     options.add_argument("--results", type=Path, help="folder of finished runs, to go on from")
     options.add_argument("--plot", type=Path, help="an SVG file to write")
     options.add_argument("--markdown", action="store_true", help="print the tables for a page")
@@ -345,10 +347,10 @@ def main() -> None:
         problem = load_problem(kind, args.data)
         best = best_volume(kind, problem, args.results)
         of_method = {
-            m: [runs[m.name, kind, seed] for _, k, seed, _ in (t for t in tasks if t[0] == m) if k == kind]
+            m: [ran for t in tasks if t[0] == m and t[1] == kind and (ran := runs.get((m.name, kind, t[2])))]
             for m in chosen
         }
-        shares = {m: np.array([ran.volumes for ran in found]) / best for m, found in of_method.items()}
+        shares = {m: np.array([ran.volumes for ran in found]) / best for m, found in of_method.items() if found}
         ours = next((s.mean(axis=0) for m, s in shares.items() if m.name == OURS), None)
         level = math.inf if ours is None else float(ours[min(100, len(ours)) - 1])
         rows, found, lines = [], {}, {}
