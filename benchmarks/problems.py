@@ -22,14 +22,15 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from nas.core.errors import DataError
 from nas.latency.pareto import hypervolume, hypervolume_growth, non_dominated
 
 FloatArray = NDArray[np.float64]
 Genotypes = NDArray[np.int64]  # [N, G], one genotype in each row
-Kind = Literal["plain", "rugged", "macro", "accel"]
-KINDS: tuple[Kind, ...] = ("plain", "rugged", "macro", "accel")
+Kind = Literal["plain", "rugged", "macro", "accel", "ofa"]
+KINDS: tuple[Kind, ...] = ("plain", "rugged", "macro", "accel", "ofa")
 SIMULATED = ("plain", "rugged")
 MAXIMIZE = (True, False)  # accuracy, latency
 
@@ -75,11 +76,10 @@ class Problem:
         drawn = rng.integers(0, self.cardinalities, size=(count, len(self.cardinalities)))
         return self.canonical(drawn)
 
-    def shares(self, genotypes: Genotypes) -> FloatArray:
-        """Share of the best known hypervolume of the first 1, 2, ..., N networks within the budget, without noise."""
+    def volumes(self, genotypes: Genotypes) -> FloatArray:
+        """Hypervolume of the first 1, 2, ..., N networks within the budget, in percent * ms, no noise."""
         points = np.column_stack([self.accuracy(genotypes), self.latency_ms(genotypes)])
-        growth = hypervolume_growth(points, (self.reference_accuracy, self.budget_ms), MAXIMIZE)
-        return growth / best_known(self)
+        return hypervolume_growth(points, (self.reference_accuracy, self.budget_ms), MAXIMIZE)
 
 
 @cache
@@ -87,8 +87,8 @@ def load_problem(kind: Kind, data: Path | None = None, quantile: float = 0.12) -
     """The problem of a name.
 
     Args:
-        kind: `plain` and `rugged` are simulated; `macro` is NAS-Bench-Macro, `accel` Accel-NASBench.
-        data: folder with `nasbench_macro` and `accel_nasbench`, for these two.
+        kind: `plain`, `rugged` are simulated; `macro` is NAS-Bench-Macro, `accel` Accel-NASBench, `ofa` once-for-all.
+        data: folder with `nasbench_macro`, `accel_nasbench`, `dynast_ofa` and `help`, for these three.
         quantile: share of random networks that keep the budget of a simulated problem.
 
     Raises:
@@ -98,7 +98,9 @@ def load_problem(kind: Kind, data: Path | None = None, quantile: float = 0.12) -
         return _simulated(kind == "rugged", quantile)
     if data is None:
         raise DataError(f"problem {kind}: give the folder of the published tables with --data")
-    return _macro(data / "nasbench_macro") if kind == "macro" else _accel(data / "accel_nasbench")
+    if kind == "macro":
+        return _macro(data / "nasbench_macro")
+    return _accel(data / "accel_nasbench") if kind == "accel" else _ofa(data)
 
 
 def _simulated(rugged: bool, quantile: float) -> Problem:
@@ -285,23 +287,51 @@ def _accel(folder: Path) -> Problem:
     names = [name for name in rows[0] if name.startswith("block")]
     values = np.array([[int(row[name]) for name in names] for row in rows])
     choices = [np.unique(values[:, g]) for g in range(len(names))]
-    everything = np.column_stack([np.searchsorted(c, values[:, g]) for g, c in enumerate(choices)]).astype(np.int64)
-    everything, first = np.unique(everything, axis=0, return_index=True)
+    genotypes = np.column_stack([np.searchsorted(c, values[:, g]) for g, c in enumerate(choices)]).astype(np.int64)
+    everything, first = np.unique(genotypes, axis=0, return_index=True)
     all_ms = np.array([1000 / float(rows[i]["throughput_3090_mean"]) for i in first])
     top1 = np.array([float(rows[i]["val_top1"]) for i in first])
-    sizes = tuple(len(c) for c in choices)
+    return _sampled("accel", tuple(len(c) for c in choices), np.copy, everything, all_ms, top1, 55.0)
+
+
+def _sampled(
+    name: str,
+    sizes: tuple[int, ...],
+    active: Callable[[Genotypes], Genotypes],
+    everything: Genotypes,
+    all_ms: FloatArray,
+    top1: FloatArray,
+    reference_accuracy: float,
+) -> Problem:
+    """A space of which only some networks were trained: every genotype stands for the one that is most alike.
+
+    Args:
+        name: of the problem.
+        sizes: choices of each gene, all of them ordered.
+        active: genotypes [N, G] to the same with genes that do not count set to 0.
+        everything: the trained networks [T, G], distinct and `active`.
+        all_ms: their latency [T].
+        top1: their accuracy in percent [T].
+        reference_accuracy: accuracy in percent above which a network counts.
+    """
     offsets = np.cumsum((0, *sizes[:-1]))
     known = _one_hot(everything, offsets, sum(sizes))
+    factors = np.random.default_rng(NUMBERS).integers(1, 2**62, size=len(sizes))
+    codes = everything @ factors  # wraps around: a hash, by which trained networks are found without comparing them all
+    order = np.argsort(codes)
 
     def index(genotypes: Genotypes) -> NDArray[np.int64]:
-        nearest = [
-            (_one_hot(part, offsets, sum(sizes)) @ known.T).argmax(axis=1)
-            for part in np.array_split(genotypes, max(1, len(genotypes) // 1000))
-        ]
-        return np.concatenate(nearest)
+        genotypes = active(genotypes)
+        place = np.minimum(np.searchsorted(codes[order], genotypes @ factors), len(order) - 1)
+        result = order[place]
+        others = np.flatnonzero((everything[result] != genotypes).any(axis=1))
+        for part in np.array_split(others, 1 + len(others) // 1000):
+            if len(part):
+                result[part] = (_one_hot(genotypes[part], offsets, sum(sizes)) @ known.T).argmax(axis=1)
+        return result
 
     return Problem(
-        "accel",
+        name,
         sizes,
         (True,) * len(sizes),
         lambda genotypes: everything[index(genotypes)],
@@ -309,9 +339,75 @@ def _accel(folder: Path) -> Problem:
         lambda genotypes: top1[index(genotypes)],
         lambda genotypes, rng: top1[index(genotypes)],  # noqa: ARG005 - one published training of each
         float(np.quantile(all_ms, 0.4)),
-        55.0,
+        reference_accuracy,
         everything,
     )
+
+
+OFA_STAGES = 5
+OFA_LAYERS = 4  # of each stage; those beyond its depth do not count
+OFA_CHOICES = ((3, 5, 7), (3, 4, 6), (2, 3, 4))  # kernel, expansion, depth
+OFA_DEVICE = "v100_64"  # a column that repeats well; titan_rtx_1 and 2080ti_32 do not
+
+
+def _ofa(folder: Path) -> Problem:
+    """Once-for-all MobileNetV3 (Cai et al. 2020, arXiv 1908.09791): ImageNet top-1 of 2,223 networks with its weights.
+
+    The accuracies are those that DyNAS-T published. Latency is the sum of a table of a V100 at batch 64, which was
+    fitted here to 5,000 other networks of the space that HELP measured (Lee et al. 2021): one row for each stage, place
+    in it, kernel and expansion, with one part that grows with the image and one that does not. As in `accel`, any
+    genotype stands for the evaluated network that is most alike. Budget: the network at 40 % of the latencies.
+    """
+    rows = _rows(folder / "dynast_ofa" / "ofa_mbv3_w1.0_top1.csv")
+    distinct: dict[tuple[int, ...], list[float]] = {}
+    for genotype, row in zip(_ofa_genotypes(rows).tolist(), rows, strict=True):
+        distinct.setdefault(tuple(genotype), []).append(float(row["top1"]))
+    everything = np.array(list(distinct), np.int64)
+    top1 = np.array([float(np.median(values)) for values in distinct.values()])
+    sizes = tuple(len(c) for c in OFA_CHOICES for _ in range(OFA_STAGES * (1 if c == OFA_CHOICES[2] else OFA_LAYERS)))
+    all_ms = _ofa_latency(_rows(folder / "help" / "ofa_mbv3_latency.csv"), everything)
+    return _sampled("ofa", sizes, _ofa_active, everything, all_ms, top1, 73.0)
+
+
+def _ofa_genotypes(rows: list[dict[str, str]]) -> Genotypes:
+    """Kernels [20], expansions [20] and depths [5] of each row as indices of their choices, [N, 45]."""
+    parts = [
+        np.array([[choices.index(int(v)) for v in row[name].split("-")] for row in rows], np.int64)
+        for name, choices in zip(("ks", "e", "d"), OFA_CHOICES, strict=True)
+    ]
+    return _ofa_active(np.concatenate(parts, axis=1))
+
+
+def _ofa_active(genotypes: Genotypes) -> Genotypes:
+    """The same with kernel and expansion 0 where a layer is beyond the depth of its stage."""
+    result = genotypes.copy()
+    layers = OFA_STAGES * OFA_LAYERS
+    beyond = np.arange(OFA_LAYERS) >= result[:, 2 * layers :, None] + OFA_CHOICES[2][0]
+    beyond = beyond.reshape(len(result), layers)
+    result[:, :layers][beyond] = 0
+    result[:, layers : 2 * layers][beyond] = 0
+    return result
+
+
+def _ofa_latency(measured: list[dict[str, str]], genotypes: Genotypes) -> FloatArray:
+    """Milliseconds at 224 px of active genotypes [N, 45], by non-negative least squares on relative errors."""
+
+    def columns(of: Genotypes, size_px: FloatArray) -> FloatArray:
+        layers = OFA_STAGES * OFA_LAYERS
+        kinds = np.zeros((len(of), OFA_STAGES, 2, 9))
+        for layer in range(layers):
+            stage, place = divmod(layer, OFA_LAYERS)
+            there = np.flatnonzero(of[:, 2 * layers + stage] + OFA_CHOICES[2][0] > place)
+            kind = 3 * of[there, layer] + of[there, layers + layer]
+            kinds[there, stage, min(place, 1), kind] += 1
+        flat = np.column_stack([np.ones(len(of)), kinds.reshape(len(of), -1)])
+        return np.concatenate([flat, flat * (size_px[:, None] / 224) ** 2], axis=1)
+
+    target_ms = np.array([float(row[OFA_DEVICE]) for row in measured])
+    known = columns(_ofa_genotypes(measured), np.array([float(row["r"]) for row in measured]))
+    table_ms, _ = nnls(known / target_ms[:, None], np.ones(len(measured)))
+    result: FloatArray = columns(genotypes, np.full(len(genotypes), 224.0)) @ table_ms
+    return result
 
 
 def _one_hot(genotypes: Genotypes, offsets: NDArray[np.int64], width: int) -> NDArray[np.float32]:

@@ -2,13 +2,14 @@
 
 A Gaussian process models accuracy alone; what a candidate would add to the front is then known in closed form, because
 its latency is a number and not a second prediction. The method in one pass: hyper-parameters by marginal likelihood,
-posterior means of the trained networks as their denoised front, candidates by local search around that front and random
-ones within the budget, and the candidate with the largest expected hypervolume improvement.
+posterior medians of the trained networks as their denoised front, candidates by local search around that front and
+random ones within the budget, and the candidate with the largest expected hypervolume improvement.
 
 Sources: Rasmussen and Williams 2006, Gaussian Processes for Machine Learning, algorithm 2.1 (regression and marginal
 likelihood); Astudillo and Frazier 2019, arXiv 1906.02327 (grey-box Bayesian optimisation); Emmerich et al. 2011,
-Hypervolume-based expected improvement, CEC (closed form; here with one known objective); Ginsbourger et al. 2010,
-Kriging is well-suited to parallelize optimization (batches by a believer's fantasy).
+Hypervolume-based expected improvement, CEC (closed form; here with one known objective); Snelson et al. 2003, Warped
+Gaussian processes, NIPS (a scale of accuracy by marginal likelihood; here one of four ceilings); Ginsbourger et al.
+2010, Kriging is well-suited to parallelize optimization (batches by a believer's fantasy).
 
 Everything is a function of the scored networks and a seed: the same state gives the same proposal, in any process.
 Genotypes are int64 [N, G], one row of gene indices for each network; accuracies are numbers of which more is better, in
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.optimize import minimize
 from scipy.special import ndtr
 
 from nas.core.errors import ConfigError, RecordError
@@ -33,10 +35,15 @@ IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 # Grid of the marginal likelihood; variances as shares of the signal's, the length as a share of `typical_distance`.
-LINEAR_SHARES = (0.3, 0.6, 0.8, 0.93)
+LINEAR_SHARES = (0.1, 0.3, 0.6, 0.8, 0.93)
+PAIR_SHARES = (0.0, 0.5, 1.0)  # of what the linear part leaves; the rest is smooth
 LENGTHS = (0.25, 0.42, 0.7)
 NOISES = (0.0005, 0.003, 0.015, 0.06)
-MAX_FIT_POINTS = 240  # the grid factorises this many points 48 times: 60 ms
+HEADROOMS = (np.inf, 4.0, 1.5, 0.7)
+MAX_FIT_POINTS = 240  # the grid factorises this many points 140 times
+RELEVANCE_SPREAD = 0.7  # deviation of the logarithm of a gene's weight before anything is known
+VARIANCE_SPREAD = 1.0  # the same of a variance around its best value in the grid
+RELEVANCE_STEPS = 25
 PRIOR_POINTS = 4.0  # weight of the standardised variance 1 beside the observations when the signal variance is set
 JITTER = 1e-8
 OUTLIER_SPREADS = 4.0  # a network this many times (q90 - median) below the median tells only that it is bad
@@ -55,7 +62,7 @@ class GreyBoxProblem:
         budgets_ms: largest latency on each device, [D]. A network has to keep at least one of them.
         margin: how many standard deviations the latency has to stay below the budget.
         weigh_keeping: whether the value of a candidate is multiplied by the probability that it keeps the budget.
-        reference_accuracy: accuracy above which a network is worth anything; None: the lower quartile of the first
+        reference_accuracy: accuracy above which a network is worth anything; None: `worthless_accuracy` of the first
             `start` scored ones.
     """
 
@@ -130,17 +137,32 @@ class Scored:
         return Scored(self.genotypes[rows], self.accuracies[rows], self.eligible[rows])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Hyperparameters:
-    """Kernel of standardised accuracies: `linear` * shared genes / G + `rbf` * exp(-d^2 / (2 `length`^2)).
+    """Kernel of standardised accuracies, a sum of three parts that are 1 for equal networks; see `kernel`.
 
-    `noise` is added on the diagonal; all but `length` are variances.
+    Attributes:
+        linear: variance of what genes add one by one.
+        pair: variance of what genes add two by two.
+        rbf: variance of what is smooth in all genes at once.
+        length: of the smooth part, in the unit of distances between codes.
+        noise: variance of one training at the median accuracy.
+        headroom: how far above the best accuracy its ceiling lies, in units of `Scale`; infinite: no ceiling.
+        relevance: weight of each gene, [G], mean 1; None: all alike.
     """
 
     linear: float
+    pair: float
     rbf: float
     length: float
     noise: float
+    headroom: float = np.inf
+    relevance: FloatArray | None = None
+
+    @property
+    def prior(self) -> float:
+        """Variance of a standardised accuracy before anything is known."""
+        return self.linear + self.pair + self.rbf
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,35 +170,46 @@ class Features:
     """Genotypes as the kernel sees them.
 
     Attributes:
-        one_hot: one column for each choice of each gene, [N, sum of cardinalities].
-        codes: ordered genes as index / (choices - 1), others as columns at distance 1 from each other, [N, C].
+        shares: columns whose products sum up to the weight of the genes in which two networks agree, [N, C].
+        codes: ordered genes as index / (choices - 1), others as columns at distance 1 from each other, [N, K].
         norms: squared length of the rows of `codes`, [N].
     """
 
-    one_hot: NDArray[np.float32]
+    shares: NDArray[np.float32]
     codes: FloatArray
     norms: FloatArray
 
     def at(self, rows: IntArray | BoolArray | slice) -> Features:
         """Some rows."""
-        return Features(self.one_hot[rows], self.codes[rows], self.norms[rows])
+        return Features(self.shares[rows], self.codes[rows], self.norms[rows])
 
 
 def joined(parts: list[Features]) -> Features:
     """All rows of several."""
-    return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("one_hot", "codes", "norms")))
+    return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("shares", "codes", "norms")))
 
 
-def encode(genotypes: IntArray, cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> Features:
-    """Features of genotypes [N, G]."""
+def encode(
+    genotypes: IntArray,
+    cardinalities: tuple[int, ...],
+    ordinal: tuple[bool, ...],
+    relevance: FloatArray | None = None,
+) -> Features:
+    """Features of genotypes [N, G]; `relevance` [G] are the weights of the genes, all 1 unless given."""
+    weights = np.ones(len(cardinalities)) if relevance is None else relevance
     offsets = np.cumsum((0, *cardinalities[:-1]))
     one_hot = np.zeros((len(genotypes), sum(cardinalities)), np.float32)
     one_hot[np.arange(len(genotypes))[:, None], genotypes + offsets] = 1
     ordered = np.array(ordinal, bool)
+    roots = np.sqrt(weights)
     steps = np.maximum(np.array(cardinalities)[ordered] - 1, 1)
     nominal = np.repeat(~ordered, cardinalities)
-    codes = np.concatenate([genotypes[:, ordered] / steps, one_hot[:, nominal] / np.sqrt(2.0)], axis=1)
-    return Features(one_hot, codes, (codes**2).sum(axis=1))
+    by_choice = np.repeat(roots, cardinalities)
+    codes = np.concatenate(
+        [genotypes[:, ordered] * (roots[ordered] / steps), one_hot[:, nominal] * (by_choice[nominal] / np.sqrt(2.0))],
+        axis=1,
+    )
+    return Features(one_hot * by_choice.astype(np.float32), codes, (codes**2).sum(axis=1))
 
 
 def typical_distance(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> float:
@@ -189,7 +222,7 @@ def typical_distance(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) 
 
 
 def _shared(a: Features, b: Features, genes: int) -> FloatArray:
-    return (a.one_hot @ b.one_hot.T).astype(np.float64) / genes
+    return (a.shares @ b.shares.T).astype(np.float64) / genes
 
 
 def _squared_distances(a: Features, b: Features) -> FloatArray:
@@ -201,26 +234,74 @@ def _squared_distances(a: Features, b: Features) -> FloatArray:
 
 
 def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArray:
-    """Covariance of the standardised accuracies of two lists of networks, [N, M], without noise."""
+    """Covariance of the standardised accuracies of two lists of networks, [N, M], without noise.
+
+    `linear` * s + `pair` * s^2 + `rbf` * exp(-d^2 / (2 `length`^2)) with s the share of the genes that agree.
+    """
     result = _squared_distances(a, b)
     result *= -0.5 / h.length**2
     np.exp(result, out=result)
     result *= h.rbf
-    result += h.linear * _shared(a, b, genes)
+    shared = _shared(a, b, genes)
+    result += shared * (h.linear + h.pair * shared) if h.pair else h.linear * shared
     return result
 
 
-def standardised(accuracies: FloatArray) -> tuple[FloatArray, float, float]:
-    """Accuracies with mean 0 and variance 1, and the mean and deviation that were taken out.
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How accuracies become numbers of mean 0 and variance 1, and back.
+
+    With a ceiling c, t = -log(c - accuracy) is standardised, else t = accuracy: what parts add to a network counts the
+    less the better it is already, and below a ceiling t is nearer to a sum of parts than accuracy is.
+
+    Attributes:
+        mean: of t.
+        deviation: of t.
+        ceiling: infinite: none.
+    """
+
+    mean: float
+    deviation: float
+    ceiling: float = np.inf
+
+    def accuracy(self, values: FloatArray) -> FloatArray:
+        """Accuracies from standardised numbers."""
+        bent = self.mean + self.deviation * values
+        return bent if np.isinf(self.ceiling) else self.ceiling - np.exp(-bent)
+
+
+def standardised(
+    accuracies: FloatArray, headroom: float = np.inf, least_ceiling: float = -np.inf
+) -> tuple[FloatArray, Scale, FloatArray, float]:
+    """Accuracies with mean 0 and variance 1, and how they came about.
 
     Those far below the rest, such as trainings at chance level, are drawn in first: how bad they are says nothing about
     good networks and would hide the differences between those.
+
+    Args:
+        accuracies: [N].
+        headroom: of the ceiling above the best accuracy, in units of their 90 % quantile above their median.
+        least_ceiling: below which the ceiling is not, before the headroom.
+
+    Returns:
+        The standardised accuracies [N]; their scale; the variance of the noise of each as a multiple of that at the
+        median [N]; the logarithm of the density that the change of variables takes, for comparing scales.
     """
     middle, high = np.quantile(accuracies, [0.5, 0.9])
-    drawn_in = np.maximum(accuracies, middle - OUTLIER_SPREADS * (high - middle)) if high > middle else accuracies
-    mean, deviation = float(drawn_in.mean()), float(drawn_in.std())
-    deviation = deviation if deviation > 0 else 1.0
-    return (drawn_in - mean) / deviation, mean, deviation
+    unit = float(high - middle)
+    drawn_in = np.maximum(accuracies, middle - OUTLIER_SPREADS * unit) if unit > 0 else accuracies
+    if np.isinf(headroom) or unit <= 0:
+        mean, deviation = float(drawn_in.mean()), float(drawn_in.std())
+        deviation = deviation if deviation > 0 else 1.0
+        log_density = -len(accuracies) * np.log(deviation)
+        return (drawn_in - mean) / deviation, Scale(mean, deviation), np.ones(len(accuracies)), log_density
+    ceiling = max(float(accuracies.max()), least_ceiling) + headroom * unit
+    below = ceiling - drawn_in
+    bent = -np.log(below)
+    mean, deviation = float(bent.mean()), float(bent.std())
+    noise = ((ceiling - middle) / below) ** 2
+    log_density = -len(accuracies) * np.log(deviation) + float(bent.sum())
+    return (bent - mean) / deviation, Scale(mean, deviation, ceiling), noise, log_density
 
 
 def log_marginal_likelihood(covariance: FloatArray, observed: FloatArray) -> float:
@@ -231,31 +312,143 @@ def log_marginal_likelihood(covariance: FloatArray, observed: FloatArray) -> flo
 
 
 def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
-    """The point of the grid with the largest marginal likelihood.
+    """The headroom and then the point of the grid with the largest marginal likelihood, and the genes' relevance there.
+
+    Three steps, each from the best of the one before: headrooms on a coarse grid, the grid, `fit_relevance`.
+    """
+    seen = scored.at(spread_rows(len(scored.accuracies), MAX_FIT_POINTS))
+    coarse = (LINEAR_SHARES[::2], PAIR_SHARES[1:2], LENGTHS[1:2], NOISES[1::2])
+    found = [_best_of_grid(problem, seen, headroom, *coarse) for headroom in HEADROOMS]
+    headroom = max(found, key=lambda pair: pair[0])[1].headroom
+    _, best = _best_of_grid(problem, seen, headroom, LINEAR_SHARES, PAIR_SHARES, LENGTHS, NOISES)
+    return fit_relevance(problem, seen, best)
+
+
+def _best_of_grid(
+    problem: GreyBoxProblem,
+    scored: Scored,
+    headroom: float,
+    linear_shares: tuple[float, ...],
+    pair_shares: tuple[float, ...],
+    lengths: tuple[float, ...],
+    noises: tuple[float, ...],
+) -> tuple[float, Hyperparameters]:
+    """The logarithm of the largest marginal likelihood, but for a constant, and where it is.
 
     The signal variance has a closed form for each shape of the kernel (ibid., exercise 5.6; here with a prior that is
     worth `PRIOR_POINTS` observations), so that only shares, length and noise are searched.
     """
-    rows = spread_rows(len(scored.accuracies), MAX_FIT_POINTS)
-    observed, _, _ = standardised(scored.accuracies[rows])
-    features = encode(scored.genotypes[rows], problem.cardinalities, problem.ordinal)
-    genes, count = len(problem.cardinalities), len(rows)
-    shared, squared = _shared(features, features, genes), _squared_distances(features, features)
+    features = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
+    shared, squared = _shared(features, features, len(problem.cardinalities)), _squared_distances(features, features)
     unit = typical_distance(problem.cardinalities, problem.ordinal)
-    best, best_value = Hyperparameters(0.6, 0.4, LENGTHS[1] * unit, NOISES[1]), -np.inf
-    for length in LENGTHS:
-        rbf = np.exp(squared * (-0.5 / (length * unit) ** 2))
-        for share in LINEAR_SHARES:
-            shape = share * shared + (1 - share) * rbf
-            for noise in NOISES:
-                factor = cholesky(shape + (noise + JITTER) * np.eye(count), lower=True, check_finite=False)
-                half = solve_triangular(factor, observed, lower=True, check_finite=False)
-                signal = (half @ half + PRIOR_POINTS) / (count + PRIOR_POINTS)
-                value = -0.5 * (count + PRIOR_POINTS) * np.log(signal) - np.log(np.diag(factor)).sum()
-                if value > best_value:
-                    best_value = value
-                    best = Hyperparameters(share * signal, (1 - share) * signal, length * unit, noise * signal)
-    return best
+    observed, _, noise_shape, log_density = standardised(scored.accuracies, headroom, _least_ceiling(problem))
+    count = len(observed)
+    best, best_value = Hyperparameters(0.6, 0.0, 0.4, lengths[0] * unit, noises[0], headroom), -np.inf
+    for length, pair_share in itertools.product(lengths, pair_shares):
+        if pair_share == 1 and length != lengths[0]:
+            continue  # nothing is smooth, so all lengths are alike
+        rest = pair_share * shared**2 + (1 - pair_share) * np.exp(squared * (-0.5 / (length * unit) ** 2))
+        for linear, noise in itertools.product(linear_shares, noises):
+            covariance = linear * shared + (1 - linear) * rest
+            covariance[np.diag_indices(count)] += noise * noise_shape + JITTER
+            factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
+            half = solve_triangular(factor, observed, lower=True, check_finite=False)
+            signal = (half @ half + PRIOR_POINTS) / (count + PRIOR_POINTS)
+            value = -0.5 * (count + PRIOR_POINTS) * np.log(signal) - np.log(np.diag(factor)).sum() + log_density
+            if value > best_value:
+                best_value = value
+                pair, smooth = (1 - linear) * pair_share, (1 - linear) * (1 - pair_share)
+                best = Hyperparameters(
+                    linear * signal, pair * signal, smooth * signal, length * unit, noise * signal, headroom
+                )
+    return float(best_value), best
+
+
+def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameters) -> Hyperparameters:
+    """Weights of the genes by marginal likelihood and a log-normal prior around 1, with the variances beside them.
+
+    Automatic relevance determination (Rasmussen and Williams, section 5.1; gradient: eq. 5.9) in which one weight of a
+    gene serves all three parts of the kernel, as in Agrawal and Broderick 2021, arXiv 2106.12408.
+    """
+    least = _least_ceiling(problem)
+    observed, _, noise_shape, _ = standardised(scored.accuracies, start.headroom, least)
+    genes, count = len(problem.cardinalities), len(observed)
+    plain = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
+    share_genes, code_genes = _columns(problem.cardinalities, problem.ordinal)
+    columns = plain.shares.astype(np.float64)
+    variances = np.array([start.linear, start.pair, start.rbf, start.noise])
+    used = variances > 0
+    origin = np.log(variances[used])
+
+    def unpacked(point: FloatArray) -> tuple[FloatArray, FloatArray]:
+        levels = np.zeros(4)
+        levels[used] = np.exp(point[genes:])
+        return np.exp(point[:genes]), levels
+
+    def loss(point: FloatArray) -> tuple[float, FloatArray]:
+        weights, (linear, pair, rbf, noise) = unpacked(point)
+        weighted = columns * weights[share_genes]
+        shared = weighted @ columns.T / genes
+        codes = plain.codes * np.sqrt(weights[code_genes])
+        norms = (codes**2).sum(axis=1)
+        squared = np.maximum(norms[:, None] + norms - 2 * codes @ codes.T, 0.0)
+        smooth = np.exp(squared * (-0.5 / start.length**2))
+        covariance = shared * (linear + pair * shared) + rbf * smooth
+        covariance[np.diag_indices(count)] += noise * noise_shape + JITTER
+        factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
+        inverse = cho_solve((factor, True), np.eye(count), check_finite=False)
+        solved = inverse @ observed
+        value = 0.5 * observed @ solved + np.log(np.diag(factor)).sum()
+        left = inverse - np.outer(solved, solved)  # the gradient is half the trace of this times that of the covariance
+        by_share = left * ((linear + 2 * pair * shared) / genes)
+        by_distance = left * smooth * (-0.5 * rbf / start.length**2)
+        along = by_distance.sum(axis=1)
+        gradient = np.zeros(len(point))
+        of_shares = (columns * (by_share @ columns)).sum(axis=0)
+        of_codes = 2 * ((plain.codes**2).T @ along - (plain.codes * (by_distance @ plain.codes)).sum(axis=0))
+        gradient[:genes] = np.bincount(share_genes, of_shares, genes) + np.bincount(code_genes, of_codes, genes)
+        gradient[:genes] *= 0.5 * weights
+        levels = np.array(
+            [
+                linear * (left * shared).sum(),
+                pair * (left * shared**2).sum(),
+                rbf * (left * smooth).sum(),
+                noise * (np.diag(left) * noise_shape).sum(),
+            ]
+        )
+        gradient[genes:] = 0.5 * levels[used]
+        away = np.concatenate([point[:genes] / RELEVANCE_SPREAD**2, (point[genes:] - origin) / VARIANCE_SPREAD**2])
+        offset = np.concatenate([point[:genes], point[genes:] - origin])
+        return float(value + 0.5 * offset @ away), gradient + away
+
+    found = minimize(
+        loss,
+        np.concatenate([np.zeros(genes), origin]),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-4.0, 4.0)] * genes + [(level - 4.0, level + 4.0) for level in origin],
+        options={"maxiter": RELEVANCE_STEPS},
+    )
+    weights, (linear, pair, rbf, noise) = unpacked(found.x)
+    mean = float(weights.mean())
+    return replace(
+        start,
+        linear=linear * mean,
+        pair=pair * mean**2,
+        rbf=rbf,
+        length=start.length / np.sqrt(mean),
+        noise=noise,
+        relevance=weights / mean,
+    )
+
+
+def _columns(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> tuple[IntArray, IntArray]:
+    """The gene of each column of `Features.shares` and of `Features.codes`."""
+    genes = np.arange(len(cardinalities))
+    ordered = np.array(ordinal, bool)
+    by_choice = np.repeat(genes, cardinalities)
+    nominal = by_choice[np.repeat(~ordered, cardinalities)]
+    return by_choice, np.concatenate([genes[ordered], nominal])
 
 
 def refit_count(count: int) -> int:
@@ -288,21 +481,15 @@ class Model:
         known: features of the N trained and then of the P pending networks.
         factor: lower Cholesky factor of the covariance of all of them, noise included, [N + P, N + P].
         weights: inverse covariance of the trained ones times their standardised accuracies, [N].
-        mean, deviation: what standardising took out, in units of accuracy.
+        scale: how accuracies were standardised.
     """
 
     known: Features
     factor: FloatArray
     weights: FloatArray
-    mean: float
-    deviation: float
+    scale: Scale
     genes: int
     hyperparameters: Hyperparameters
-
-    @property
-    def prior(self) -> float:
-        """Variance of a standardised accuracy before anything is known."""
-        return self.hyperparameters.linear + self.hyperparameters.rbf
 
 
 def fit_model(
@@ -313,36 +500,41 @@ def fit_model(
     Pending networks are believed to give their mean: that leaves every mean as it is and takes away the doubt near
     them, so that parallel workers spread.
     """
-    observed, mean, deviation = standardised(scored.accuracies)
-    features = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
+    observed, scale, noise_shape, _ = standardised(scored.accuracies, hyperparameters.headroom, _least_ceiling(problem))
+    pending = scored.genotypes[:0] if pending is None else pending
+    genotypes = np.concatenate([scored.genotypes, pending])
+    features = encode(genotypes, problem.cardinalities, problem.ordinal, hyperparameters.relevance)
     genes = len(problem.cardinalities)
-    if pending is not None and len(pending):
-        features = joined([features, encode(pending, problem.cardinalities, problem.ordinal)])
     covariance = kernel(features, features, genes, hyperparameters)
-    covariance[np.diag_indices_from(covariance)] += hyperparameters.noise + JITTER
+    noise = hyperparameters.noise * np.append(noise_shape, np.ones(len(pending)))
+    covariance[np.diag_indices_from(covariance)] += noise + JITTER
     factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
     trained = len(observed)
     weights = cho_solve((factor[:trained, :trained], True), observed, check_finite=False)
-    return Model(features, factor, weights, mean, deviation, genes, hyperparameters)
+    return Model(features, factor, weights, scale, genes, hyperparameters)
 
 
-def predict_mean(model: Model, features: Features) -> FloatArray:
-    """Posterior mean accuracy, [M]."""
+def _least_ceiling(problem: GreyBoxProblem) -> float:
+    return -np.inf if problem.reference_accuracy is None else problem.reference_accuracy
+
+
+def predict_accuracy(model: Model, features: Features) -> FloatArray:
+    """Posterior median of the accuracy without noise, [M]."""
     trained = len(model.weights)
     cross = kernel(features, model.known.at(slice(trained)), model.genes, model.hyperparameters)
-    return model.mean + model.deviation * (cross @ model.weights)
+    return model.scale.accuracy(cross @ model.weights)
 
 
 def predict(model: Model, features: Features) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Posterior mean [M] and deviation [M] of the accuracy without noise, and the whitened covariances [N + P, M].
+    """Posterior mean [M] and deviation [M] of the standardised accuracy without noise, and the whitened covariances.
 
-    The last are what `covary` needs.
+    The last, [N + P, M], are what a further network in a batch needs.
     """
     cross = kernel(model.known, features, model.genes, model.hyperparameters)
-    mean = model.mean + model.deviation * (model.weights @ cross[: len(model.weights)])
+    mean = model.weights @ cross[: len(model.weights)]
     white = solve_triangular(model.factor, cross, lower=True, overwrite_b=True, check_finite=False)
-    variance = model.prior - np.einsum("nm,nm->m", white, white)
-    return mean, model.deviation * np.sqrt(np.maximum(variance, 1e-12)), white
+    variance = model.hyperparameters.prior - np.einsum("nm,nm->m", white, white)
+    return mean, np.sqrt(np.maximum(variance, 1e-12)), white
 
 
 def expected_improvement(
@@ -351,6 +543,7 @@ def expected_improvement(
     latency_ms: FloatArray,
     front: tuple[FloatArray, FloatArray],
     reference: tuple[float, float],
+    scale: Scale | None = None,
 ) -> FloatArray:
     """Expected growth of the hypervolume of accuracy and latency by each candidate, [M].
 
@@ -358,29 +551,44 @@ def expected_improvement(
     what it is above the accuracy f_i there: the sum over i of max(0, l_(i+1) - max(l_i, l)) times the expected
     improvement over f_i, with l_0 = -infinity, f_0 the reference accuracy and l_(k+1) the reference latency.
 
+    Below a ceiling c the distance of an accuracy to it is log-normal, and the improvement over f_i is what that
+    distance falls short of c - f_i: the closed form of Black and Scholes 1973 for a put.
+
     Args:
-        mean: of the candidates' accuracy, [M].
+        mean: of the candidates' standardised accuracy, [M].
         deviation: of that, [M]; 0 is allowed.
         latency_ms: of the candidates, [M].
         front: accuracies [K] and latencies [K] in any order, dominated ones allowed.
         reference: accuracy above and latency below which a point counts.
+        scale: how accuracies were standardised; None: not at all.
     """
+    scale = scale or Scale(0.0, 1.0)
     accuracies, latencies = staircase(front[0], front[1], reference)
     heights = np.append(reference[0], accuracies)
     ends = np.append(latencies, reference[1])
     starts = np.append(-np.inf, latencies)
     result = np.zeros(len(mean))
-    positive = np.maximum(deviation, 1e-12)
+    bent = scale.mean + scale.deviation * mean
+    spread = np.maximum(scale.deviation * deviation, 1e-12)
+    distance = np.exp(0.5 * spread**2 - bent) if np.isfinite(scale.ceiling) else bent  # mean one to the ceiling
     order = np.argsort(latency_ms)
     first = np.searchsorted(latency_ms[order], ends)  # candidates from here on are not faster than the strip's end
     for height, start, end, until in zip(heights, starts, ends, first, strict=True):
         rows = order[:until]
-        if len(rows):
-            gain, spread = mean[rows] - height, positive[rows]
-            u = gain / spread
-            density = np.exp(-0.5 * u * u) * (1 / np.sqrt(2 * np.pi))
-            width = end - np.maximum(start, latency_ms[rows])
-            result[rows] += width * np.maximum(gain * ndtr(u) + spread * density, 0.0)
+        if not len(rows):
+            continue
+        if np.isinf(scale.ceiling):
+            gain = bent[rows] - height
+            u = gain / spread[rows]
+            improvement = gain * ndtr(u) + spread[rows] * np.exp(-0.5 * u * u) * (1 / np.sqrt(2 * np.pi))
+        elif scale.ceiling > height:
+            room = scale.ceiling - height
+            u = (np.log(room) + bent[rows]) / spread[rows]
+            improvement = room * ndtr(u) - distance[rows] * ndtr(u - spread[rows])
+        else:
+            continue
+        width = end - np.maximum(start, latency_ms[rows])
+        result[rows] += width * np.maximum(improvement, 0.0)
     return result
 
 
@@ -393,6 +601,16 @@ def staircase(
     before = np.maximum.accumulate(np.append(reference[0], accuracies[order]))[:-1]
     order = order[accuracies[order] > before]
     return accuracies[order], latencies_ms[order]
+
+
+def worthless_accuracy(first: FloatArray) -> float:
+    """Accuracy from which on a network counts, from those of the first trainings, which are spread over latency.
+
+    As far below the worst of them as that is below their median: the fastest networks of the front are less accurate
+    than random ones of any latency. Trainings that failed at chance level do not draw it down.
+    """
+    worst, middle, high = np.quantile(first, [0.0, 0.5, 0.9])
+    return float(max(2 * worst - middle, middle - OUTLIER_SPREADS * (high - middle)))
 
 
 def model_rows(accuracies: FloatArray, latency_ms: FloatArray, most: int) -> IntArray:
@@ -643,7 +861,7 @@ class _Fronts:
 
 
 def _value(
-    problem: GreyBoxProblem, fronts: _Fronts, known: Latencies, mean: FloatArray, deviation: FloatArray
+    problem: GreyBoxProblem, model: Model, fronts: _Fronts, known: Latencies, mean: FloatArray, deviation: FloatArray
 ) -> FloatArray:
     """Sum over the devices of the expected improvement of their fronts, each as a share of its budget, [M]."""
     result = np.zeros(len(mean))
@@ -652,7 +870,7 @@ def _value(
         rows = np.flatnonzero(known.within[:, device])
         front = fronts.accuracies[on], fronts.latencies.ms[on, device]
         gain = expected_improvement(
-            mean[rows], deviation[rows], known.ms[rows, device], front, (fronts.reference, budget)
+            mean[rows], deviation[rows], known.ms[rows, device], front, (fronts.reference, budget), model.scale
         )
         result[rows] += gain / budget * (known.keeping[rows, device] if problem.weigh_keeping else 1.0)
     return result
@@ -671,7 +889,7 @@ def _modelled(
     of_scored = latencies(problem, scored.genotypes)
     reference = problem.reference_accuracy
     if reference is None:
-        reference = float(np.quantile(scored.accuracies[: max(effort.start, 4)], 0.25))
+        reference = worthless_accuracy(scored.accuracies[: max(effort.start, 4)])
     rows = model_rows(scored.accuracies, of_scored.ms, effort.model_points)
     seen = scored.at(rows)
     model = fit_model(problem, seen, hyperparameters, pending)
@@ -679,7 +897,7 @@ def _modelled(
     front_rows = np.concatenate([np.flatnonzero(on), len(rows) + np.arange(len(pending))])
     genotypes = np.concatenate([seen.genotypes[on], pending])
     fronts = _Fronts(
-        predict_mean(model, model.known.at(front_rows)), latencies(problem, genotypes), genotypes, reference
+        predict_accuracy(model, model.known.at(front_rows)), latencies(problem, genotypes), genotypes, reference
     )
     base = _on_a_front(problem, fronts)
     near = fronts.genotypes[base] if len(base) else seen.genotypes
@@ -722,9 +940,10 @@ class _Pool:
         known = latencies(problem, genotypes)
         keep = known.within.any(axis=1)
         known = Latencies(known.ms[keep], known.keeping[keep], known.within[keep])
-        features = encode(genotypes[keep], problem.cardinalities, problem.ordinal)
+        relevance = model.hyperparameters.relevance
+        features = encode(genotypes[keep], problem.cardinalities, problem.ordinal, relevance)
         mean, deviation, white = predict(model, features)
-        values = _value(problem, fronts, known, mean, deviation)
+        values = _value(problem, model, fronts, known, mean, deviation)
         return _Pool(genotypes[keep], features, known, mean, deviation, white, values)
 
     def united(self, other: _Pool) -> _Pool:
@@ -746,18 +965,21 @@ class _Pool:
 def _batch(problem: GreyBoxProblem, model: Model, fronts: _Fronts, pool: _Pool, count: int) -> IntArray:
     """The best candidate, then each next one as if those before had given their mean."""
     picked: list[int] = []
-    values, variance = pool.values, (pool.deviation / model.deviation) ** 2
+    values, variance = pool.values, pool.deviation**2
     white = pool.white
     while len(picked) < min(count, len(pool.genotypes)):
         if picked:
-            values = _value(problem, fronts, pool.latencies, pool.mean, model.deviation * np.sqrt(variance))
+            values = _value(problem, model, fronts, pool.latencies, pool.mean, np.sqrt(variance))
         values = np.where(np.isin(np.arange(len(values)), picked), -np.inf, values)
         best = int(values.argmax())
         picked.append(best)
         if len(picked) == count:
             break
         fronts = fronts.with_one(
-            float(pool.mean[best]), pool.latencies.ms[best], pool.latencies.within[best], pool.genotypes[best]
+            float(model.scale.accuracy(pool.mean[best])),
+            pool.latencies.ms[best],
+            pool.latencies.within[best],
+            pool.genotypes[best],
         )
         # One more row of the Cholesky factor: the covariance with the picked one that is left, over its deviation.
         prior = kernel(pool.features.at(np.array([best])), pool.features, model.genes, model.hyperparameters)[0]

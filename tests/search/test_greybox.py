@@ -14,12 +14,14 @@ from nas.search.greybox import (
     Effort,
     GreyBoxProblem,
     Hyperparameters,
+    Scale,
     Scored,
     batch_count,
     encode,
     expected_improvement,
     fit_hyperparameters,
     fit_model,
+    fit_relevance,
     hashes,
     kernel,
     latencies,
@@ -121,28 +123,30 @@ def test_expected_improvement_of_an_empty_front_is_the_box_to_the_reference() ->
 def test_the_posterior_is_that_of_the_textbook() -> None:
     of = problem()
     rows, new = drawn(40)[:25], drawn(60, 7)[-10:]
-    h = Hyperparameters(0.7, 0.4, 1.1, 0.02)
+    h = Hyperparameters(0.7, 0.3, 0.4, 1.1, 0.02)
     known = scored(rows)
     mean, deviation, _ = predict(fit_model(of, known, h), encode(new, SIZES, ORDINAL))
     a, b = encode(rows, SIZES, ORDINAL), encode(new, SIZES, ORDINAL)
-    y, centre, spread = standardised(known.accuracies)
+    y, scale, _, _ = standardised(known.accuracies)
     inverse = np.linalg.inv(kernel(a, a, len(SIZES), h) + (h.noise + 1e-8) * np.eye(25))
     cross = kernel(a, b, len(SIZES), h)
-    np.testing.assert_allclose(mean, centre + spread * cross.T @ inverse @ y, rtol=1e-8)
+    np.testing.assert_allclose(mean, cross.T @ inverse @ y, rtol=1e-8)
+    np.testing.assert_allclose(scale.accuracy(y), known.accuracies)
     covariance = kernel(b, b, len(SIZES), h) - cross.T @ inverse @ cross
-    np.testing.assert_allclose(deviation, spread * np.sqrt(np.diag(covariance)), rtol=1e-5)
+    np.testing.assert_allclose(deviation, np.sqrt(np.diag(covariance)), rtol=1e-5)
 
 
 def test_the_kernel_is_what_its_definition_says_gene_by_gene() -> None:
     x, y = drawn(30)[[0, 11]], drawn(30)[[20]]
-    h = Hyperparameters(0.7, 0.4, 1.1, 0.02)
+    h = Hyperparameters(0.7, 0.3, 0.4, 1.1, 0.02)
     found = kernel(encode(x, SIZES, ORDINAL), encode(y, SIZES, ORDINAL), len(SIZES), h)
     for i in range(2):
         squared = sum(
             ((a - b) / (n - 1)) ** 2 if ordered else float(a != b)
             for a, b, n, ordered in zip(x[i], y[0], SIZES, ORDINAL, strict=True)
         )
-        expected = 0.7 * (x[i] == y[0]).mean() + 0.4 * math.exp(-squared / (2 * 1.1**2))
+        share = (x[i] == y[0]).mean()
+        expected = 0.7 * share + 0.3 * share**2 + 0.4 * math.exp(-squared / (2 * 1.1**2))
         assert found[i, 0] == pytest.approx(expected, rel=1e-6)
 
 
@@ -164,13 +168,90 @@ def test_the_unit_of_lengths_is_the_distance_of_random_genotypes() -> None:
 def test_more_noise_is_found_where_trainings_repeat_badly() -> None:
     rows = drawn(600)[::4]
     quiet, loud = (fit_hyperparameters(problem(), scored(rows, noise)) for noise in (0.01, 5.0))
-    assert loud.noise / (loud.linear + loud.rbf) > quiet.noise / (quiet.linear + quiet.rbf)
+    assert loud.noise / loud.prior > quiet.noise / quiet.prior
 
 
 def test_a_collapsed_training_does_not_hide_the_differences_of_the_others() -> None:
     values = np.append(np.linspace(70, 75, 20), 1.0)
-    found, _, _ = standardised(values)
+    found, *_ = standardised(values)
     assert np.ptp(found[:20]) > 1.0
+
+
+def test_expected_improvement_below_a_ceiling_agrees_with_random_draws() -> None:
+    rng = np.random.default_rng(5)
+    front = np.array([64.0, 70.0, 74.0]), np.array([2.0, 4.0, 6.0])
+    scale = Scale(-2.0, 0.5, 78.0)
+    mean, deviation, ms = np.array([0.2, -0.8, 1.0, -3.0]), np.array([0.6, 0.3, 1.2, 0.0]), np.array([1, 5, 3, 6.5])
+    found = expected_improvement(mean, deviation, ms, front, (60.0, 8.0), scale)
+    before = one_hypervolume(*front, (60.0, 8.0))
+    for i in range(4):
+        draws = scale.accuracy(rng.normal(mean[i], deviation[i], 4000))
+        assert draws.max() < 78.0
+        grown = [
+            one_hypervolume(np.append(front[0], a), np.append(front[1], ms[i]), (60.0, 8.0)) - before for a in draws
+        ]
+        assert found[i] == pytest.approx(np.mean(grown), abs=4 * np.std(grown) / math.sqrt(4000) + 1e-9)
+
+
+def test_a_ceiling_below_the_reference_leaves_nothing_to_gain() -> None:
+    found = expected_improvement(np.zeros(1), np.ones(1), np.ones(1), (np.empty(0),) * 2, (80.0, 8.0), Scale(0, 1, 79))
+    assert found.tolist() == [0.0]
+
+
+def test_standardising_below_a_ceiling_can_be_undone_and_has_the_density_it_says() -> None:
+    values = np.linspace(60.0, 75.0, 9)
+    found, scale, noise, log_density = standardised(values, headroom=0.5)
+    np.testing.assert_allclose(scale.accuracy(found), values)
+    step = 1e-6
+    slopes = (-np.log(scale.ceiling - values - step) + np.log(scale.ceiling - values)) / step / scale.deviation
+    assert log_density == pytest.approx(np.log(slopes).sum(), rel=1e-5)
+    np.testing.assert_allclose(noise, (slopes / slopes[4]) ** 2, rtol=1e-4)
+
+
+def test_a_ceiling_is_found_where_accuracy_saturates_and_none_where_it_does_not() -> None:
+    rows = drawn(600)[::3]
+    total = rows @ WEIGHTS
+    every = np.ones(len(rows), bool)
+    saturating = fit_hyperparameters(problem(), Scored(rows, 90 - 30 * np.exp(-total / 3), every))
+    straight = fit_hyperparameters(problem(), Scored(rows, total, every))
+    assert np.isfinite(saturating.headroom)
+    assert straight.headroom > saturating.headroom
+
+
+def test_pair_interactions_are_seen_as_such() -> None:
+    rows = drawn(900)[::3]
+    rng = np.random.default_rng(0)
+    tables = {(a, b): rng.normal(size=(SIZES[a], SIZES[b])) for a in range(5) for b in range(a + 1, 6)}
+    together = sum(table[rows[:, a], rows[:, b]] for (a, b), table in tables.items())
+    every = np.ones(len(rows), bool)
+    paired, single = (
+        fit_hyperparameters(problem(), Scored(rows, np.asarray(y), every)) for y in (together, rows @ WEIGHTS)
+    )
+    assert paired.pair / paired.prior > 0.2 > single.pair / single.prior
+
+
+def test_genes_that_matter_get_more_weight_than_those_that_do_not() -> None:
+    rows = drawn(400)[::4]
+    y = 3.0 * rows[:, 0] - 2.0 * (rows[:, 4] == 1) + 1.5 * rows[:, 0] * (rows[:, 3] == 2)
+    y = y + 0.1 * np.random.default_rng(0).normal(size=len(rows))
+    found = fit_hyperparameters(problem(), Scored(rows, y, np.ones(len(rows), bool))).relevance
+    assert found is not None and found.mean() == pytest.approx(1.0)
+    assert found[[0, 3, 4]].min() > found[[1, 2, 5, 6, 7]].max()
+
+
+def test_relevance_raises_the_marginal_likelihood_it_is_fitted_to() -> None:
+    rows = drawn(400)[::4]
+    of, known = problem(), scored(rows)
+    start = Hyperparameters(0.5, 0.2, 0.3, 0.8, 0.01)
+    found = fit_relevance(of, known, start)
+    y, *_ = standardised(known.accuracies)
+
+    def likelihood(h: Hyperparameters) -> float:
+        features = encode(rows, SIZES, ORDINAL, h.relevance)
+        covariance = kernel(features, features, len(SIZES), h) + (h.noise + 1e-8) * np.eye(len(rows))
+        return log_marginal_likelihood(covariance, y)
+
+    assert likelihood(found) > likelihood(start) + 5
 
 
 @pytest.mark.parametrize("count", [0, 5, 8, 12, 60])
