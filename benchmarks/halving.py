@@ -40,7 +40,7 @@ from nas.recipe.context import open_context
 from nas.recipe.pool import JobFailure, WorkerPool
 from nas.recipe.records import read_scored, top1_per_exit
 from nas.recipe.score import ScoreJob, deployed_answers, score, student_folder
-from nas.recipe.standalone import TOGETHER, Ladder, foreseen, promoted
+from nas.recipe.standalone import TOGETHER, Halving, foreseen, promoted
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder
 from nas.search.greybox import (
@@ -48,7 +48,7 @@ from nas.search.greybox import (
     encode,
     fit_hyperparameters,
     fit_model,
-    predict_mean,
+    predict_accuracy,
 )
 from nas.search.greybox import Scored as Observed
 from nas.search.predictor import BudgetFilter, Predictor
@@ -245,12 +245,12 @@ class Reached:
 Policy = Callable[[Sequence[Curve], tuple[int, ...], float, int], Reached]
 
 
-def ladder(
+def halving(
     curves: Sequence[Curve], rungs: tuple[int, ...], keep: float, batch: int, together: int = TOGETHER
 ) -> Reached:
     """What `nas search` does."""
     compared = dict.fromkeys((c.number for c in curves), 0)
-    steps = Ladder(len(rungs), keep, together)
+    steps = Halving(len(rungs), keep, together)
     for first in range(0, len(curves), batch):
         for c in curves[first : first + batch]:
             steps.join(c.number, (c.latency_ms,))
@@ -303,7 +303,7 @@ def _in_turn(is_sent: Callable[[list[int], set[int], Curve], list[int]]) -> Poli
 
 # MO-ASHA as published promotes; Syne Tune's class decides once for each, when it is compared.
 POLICIES: dict[str, Policy] = {
-    "ladder": ladder,
+    "halving": halving,
     "within batches": within_batches,
     "promotion without limit": _in_turn(lambda best, gone, _: [n for n in best if n not in gone]),
     "stopping": _in_turn(lambda best, _, c: [c.number] if c.number in best else []),
@@ -327,7 +327,7 @@ def idle_share(
                 clock, busy = max(ends), busy + sum(jobs)
     if has_barriers:
         return 1 - busy / (workers * clock)
-    steps = Ladder(len(rungs), keep, TOGETHER)
+    steps = Halving(len(rungs), keep, TOGETHER)
     for first in range(0, len(curves), batch):
         for c in curves[first : first + batch]:
             steps.join(c.number, (c.latency_ms,))
@@ -422,7 +422,8 @@ def _predicts(
     observed = Observed(genotypes, np.array([taught[n] for n in numbers]), np.ones(len(numbers), bool))
     model = fit_model(problem, observed, fit_hyperparameters(problem, observed))
     asked = np.array([c.genotype for c in strangers], np.int64)
-    mean = predict_mean(model, encode(asked, problem.cardinalities, problem.ordinal))
+    relevance = model.hyperparameters.relevance
+    mean = predict_accuracy(model, encode(asked, problem.cardinalities, problem.ordinal, relevance))
     truth = np.array([c.val_top1[-1] for c in strangers])
     return {
         "n": len(truth),
@@ -495,9 +496,9 @@ def _simulated_report(seeds: int, count: int, batch: int, settings: Sequence[tup
     """Policies, and numbers of students that are compared together, on simulated curves; prints two tables."""
 
     def group(together: int) -> Policy:
-        return lambda curves, rungs, keep, batch: ladder(curves, rungs, keep, batch, together)
+        return lambda curves, rungs, keep, batch: halving(curves, rungs, keep, batch, together)
 
-    tried = POLICIES | {f"ladder, together {n}": group(n) for n in (1, 4, 6, 12)}
+    tried = POLICIES | {f"halving, together {n}": group(n) for n in (1, 4, 6, 12)}
     rows = []
     for is_learning in (False, True):
         all_curves = [simulated(seed, count, is_learning) for seed in range(seeds)]
@@ -567,11 +568,11 @@ def _report(
     for seed, own in curves.items():
         others = [c for other, found in curves.items() if other != seed for c in found]
         if others:
-            model[str(seed)] = model_quality(bench, own, others, ladder(own, rungs, keep, bench.batch))
+            model[str(seed)] = model_quality(bench, own, others, halving(own, rungs, keep, bench.batch))
     idle = {
         f"{workers} workers": {
             kind: [idle_share(c, rungs, keep, bench.batch, workers, has_barriers=has) for c in curves.values()]
-            for kind, has in (("ladder", False), ("barriers", True))
+            for kind, has in (("halving", False), ("barriers", True))
         }
         for workers in WORKERS
     }
@@ -587,10 +588,10 @@ def _report(
     ]
     print()
     columns = ("taught by", "n", "spearman", "rmse", "rmse without bias")
-    where = f"the sampler's model on candidates of other seeds, ladder {rungs} {keep}"
+    where = f"the sampler's model on candidates of other seeds, halving {rungs} {keep}"
     common.report(where, columns, model_rows, {}, False)
     print()
-    idle_rows = [[w, *(_cell(found[kind]) for kind in ("ladder", "barriers"))] for w, found in idle.items()]
+    idle_rows = [[w, *(_cell(found[kind]) for kind in ("halving", "barriers"))] for w, found in idle.items()]
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     everything = {
         "options": shown,
@@ -602,7 +603,7 @@ def _report(
     }
     common.report(
         "simulated searches: share of the workers' time without work",
-        ("", "ladder", "barriers"),
+        ("", "halving", "barriers"),
         idle_rows,
         everything,
         args.json,

@@ -59,7 +59,7 @@ class _Rung:
     early: dict[int, float | None] = field(default_factory=dict)  # scores of those in the line; None: it failed
 
 
-class Ladder:
+class Halving:
     """Who is trained up to which rung: decisions only, no training.
 
     Args:

@@ -17,6 +17,7 @@ from nas.search.greybox import (
     Scored,
     fit_hyperparameters,
     fit_model,
+    least_ceiling,
     spread_rows,
     standardised,
 )
@@ -36,12 +37,13 @@ def leave_one_out(model: Model, observed: FloatArray) -> tuple[FloatArray, Float
         observed: standardised accuracies that it was given, [N].
 
     Returns:
-        Mean and deviation of the accuracy that a training shows, noise included, in units of accuracy, [N] each.
+        Mean and deviation of the standardised accuracy that a training shows, noise included, [N] each; `model.scale`
+        makes accuracies of them.
     """
     half = solve_triangular(model.factor, np.eye(len(observed)), lower=True, check_finite=False)
     precision = np.square(half).sum(axis=0)  # the diagonal of the inverse covariance
     mean = observed - model.weights / precision
-    return model.mean + model.deviation * mean, model.deviation / np.sqrt(precision)
+    return mean, 1 / np.sqrt(precision)
 
 
 def accuracy_fit(problem: GreyBoxProblem, scored: Scored) -> AccuracyFit | None:
@@ -55,11 +57,14 @@ def accuracy_fit(problem: GreyBoxProblem, scored: Scored) -> AccuracyFit | None:
     shown = scored.at(rows)
     if len(rows) < FEWEST or float(np.ptp(shown.accuracies)) == 0:
         return None
-    model = fit_model(problem, shown, fit_hyperparameters(problem, shown))
-    mean, deviation = leave_one_out(model, standardised(shown.accuracies)[0])
-    error = np.abs(mean - shown.accuracies)
-    rank = rank_correlation(mean, shown.accuracies)
-    return AccuracyFit(len(rows), rank, float(error.mean()), float((error <= WITHIN_90 * deviation).mean()))
+    chosen = fit_hyperparameters(problem, shown)
+    model = fit_model(problem, shown, chosen)
+    observed = standardised(shown.accuracies, chosen.headroom, least_ceiling(problem))[0]
+    mean, deviation = leave_one_out(model, observed)
+    told = model.scale.accuracy(mean)
+    within = np.abs(mean - observed) <= WITHIN_90 * deviation  # a rising scale keeps what is within
+    rank = rank_correlation(told, shown.accuracies)
+    return AccuracyFit(len(rows), rank, float(np.abs(told - shown.accuracies).mean()), float(within.mean()))
 
 
 def rank_correlation(a: FloatArray, b: FloatArray) -> float:

@@ -341,7 +341,7 @@ def _best_of_grid(
     features = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
     shared, squared = _shared(features, features, len(problem.cardinalities)), _squared_distances(features, features)
     unit = typical_distance(problem.cardinalities, problem.ordinal)
-    observed, _, noise_shape, log_density = standardised(scored.accuracies, headroom, _least_ceiling(problem))
+    observed, _, noise_shape, log_density = standardised(scored.accuracies, headroom, least_ceiling(problem))
     count = len(observed)
     best, best_value = Hyperparameters(0.6, 0.0, 0.4, lengths[0] * unit, noises[0], headroom), -np.inf
     for length, pair_share in itertools.product(lengths, pair_shares):
@@ -370,7 +370,7 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
     Automatic relevance determination (Rasmussen and Williams, section 5.1; gradient: eq. 5.9) in which one weight of a
     gene serves all three parts of the kernel, as in Agrawal and Broderick 2021, arXiv 2106.12408.
     """
-    least = _least_ceiling(problem)
+    least = least_ceiling(problem)
     observed, _, noise_shape, _ = standardised(scored.accuracies, start.headroom, least)
     genes, count = len(problem.cardinalities), len(observed)
     plain = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
@@ -500,7 +500,7 @@ def fit_model(
     Pending networks are believed to give their mean: that leaves every mean as it is and takes away the doubt near
     them, so that parallel workers spread.
     """
-    observed, scale, noise_shape, _ = standardised(scored.accuracies, hyperparameters.headroom, _least_ceiling(problem))
+    observed, scale, noise_shape, _ = standardised(scored.accuracies, hyperparameters.headroom, least_ceiling(problem))
     pending = scored.genotypes[:0] if pending is None else pending
     genotypes = np.concatenate([scored.genotypes, pending])
     features = encode(genotypes, problem.cardinalities, problem.ordinal, hyperparameters.relevance)
@@ -514,7 +514,8 @@ def fit_model(
     return Model(features, factor, weights, scale, genes, hyperparameters)
 
 
-def _least_ceiling(problem: GreyBoxProblem) -> float:
+def least_ceiling(problem: GreyBoxProblem) -> float:
+    """Below which the ceiling of accuracies is not, before the headroom."""
     return -np.inf if problem.reference_accuracy is None else problem.reference_accuracy
 
 

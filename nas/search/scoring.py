@@ -11,7 +11,7 @@ from nas.core.records import Candidate
 from nas.recipe.pool import JobFailure, WorkerPool
 from nas.recipe.records import ScoredStudent, read_logits
 from nas.recipe.score import ScoreJob, Source, score, student_folder
-from nas.recipe.standalone import TOGETHER, Ladder, Standing
+from nas.recipe.standalone import TOGETHER, Halving, Standing
 from nas.search.progress import Reporter
 from nas.train.settings import DistillSettings
 
@@ -104,7 +104,7 @@ class Earlier:
 
     @property
     def standing(self) -> Standing:
-        """The same for the ladder."""
+        """The same for the halving."""
         went_on = len(self.rung_top1) - (not self.has_failed)
         return Standing(self.number, self.rung_top1, self.latency_ms, went_on)
 
@@ -124,7 +124,7 @@ def score_batch(
     """Number and result of each candidate that is decided; every candidate of the batch comes exactly once.
 
     With several rungs a candidate goes on when it is in the best share of all that have reached its rung, in this batch
-    or before (`nas.recipe.standalone.Ladder`): multi-objective successive halving on accuracy and latency, in
+    or before (`nas.recipe.standalone.Halving`): multi-objective successive halving on accuracy and latency, in
     groups of `TOGETHER`. So one of an earlier batch may come again, with a higher rung. What was decided comes when
     the batch is over, earlier candidates first, because until then a stopped one may go on (`is_complete` False: it
     did not); failures come at once. With one rung all comes as it is ready.
@@ -191,9 +191,9 @@ class _Batch:
         self._cost_s = {e.number: e.cost_s for e in earlier}
         self._running: dict[ScoreJob, tuple[int, list[int]]] = {}
         self._jobs: dict[tuple[int, int], ScoreJob] = {}
-        self._ladder = Ladder(len(plan.rungs), plan.keep, TOGETHER, (e.standing for e in earlier))
+        self._halving = Halving(len(plan.rungs), plan.keep, TOGETHER, (e.standing for e in earlier))
         for number, ms in enumerate(latency_ms, start=before):
-            self._ladder.join(number, ms)
+            self._halving.join(number, ms)
         self._pass_over()
 
     def next_job(self) -> ScoreJob | None:
@@ -203,7 +203,7 @@ class _Batch:
         """
         begun = {n for _, numbers in self._running.values() for n in numbers}
         trained = {job.candidate.arch_id for job in self._running if self._plan.source == "standalone"}
-        for place, number in self._ladder.open():
+        for place, number in self._halving.open():
             job = self._job(number, place)
             if number not in begun and job not in self._running and job.candidate.arch_id not in trained:
                 self._running[job] = place, [n for n in self.needed(place) if self._job(n, place) == job]
@@ -212,7 +212,7 @@ class _Batch:
 
     def needed(self, place: int) -> list[int]:
         """Candidates whose score at a rung is needed and is not there yet."""
-        return [n for rung, n in self._ladder.open() if rung == place]
+        return [n for rung, n in self._halving.open() if rung == place]
 
     def ended(self, job: ScoreJob) -> tuple[int, list[int]]:
         """Rung of a job, and the candidates whose score it is."""
@@ -221,7 +221,7 @@ class _Batch:
     def failed(self, number: int, place: int, reason: str) -> ScoreFailure:
         """A candidate is not compared at a rung; what it reached before is no result, but the others keep theirs."""
         self.results.pop(number, None)
-        self._ladder.arrive(number, place, None)
+        self._halving.arrive(number, place, None)
         self._pass_over()
         return ScoreFailure(reason, self._plan.rungs[place], self._rung_top1.get(number, ()))
 
@@ -238,7 +238,7 @@ class _Batch:
             self._rung_top1[number],
             place + 1 == len(self._plan.rungs),
         )
-        self._ladder.arrive(number, place, record.top1[-1])
+        self._halving.arrive(number, place, record.top1[-1])
         self._pass_over()
 
     def _job(self, number: int, place: int) -> ScoreJob:
@@ -248,7 +248,7 @@ class _Batch:
 
     def _pass_over(self) -> None:
         """Those that failed in an earlier call fail again without being trained, which may open further places."""
-        while found := [(k, n) for k, n in self._ladder.open() if self._failed_before.get(n) == self._plan.rungs[k]]:
+        while found := [(k, n) for k, n in self._halving.open() if self._failed_before.get(n) == self._plan.rungs[k]]:
             for place, number in found:
                 self.results.pop(number, None)
-                self._ladder.arrive(number, place, None)
+                self._halving.arrive(number, place, None)

@@ -23,19 +23,22 @@ from nas.search.greybox import (
     Hyperparameters,
     Latencies,
     Model,
+    Scale,
     Scored,
     encode,
     expected_improvement,
     fit_hyperparameters,
     fit_model,
     hashes,
+    kernel,
     latencies,
     model_rows,
     mutated,
     predict,
-    predict_mean,
+    predict_accuracy,
     propose,
     refit_count,
+    worthless_accuracy,
 )
 
 FloatArray = NDArray[np.float64]
@@ -52,7 +55,7 @@ FEWEST = 8  # scored networks, below which there is no model
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Front:
-    """Networks that may stand on a front: mean accuracies [F] and what the tables say of them."""
+    """Networks that may stand on a front: median accuracies [F] and what the tables say of them."""
 
     accuracies: FloatArray
     latencies: Latencies
@@ -97,7 +100,7 @@ def screened(
         candidates = candidates[np.sort(np.unique(hashes(candidates), return_index=True)[1])]
     picked: list[int] = []
     known = latencies(problem, candidates)
-    features = encode(candidates, problem.cardinalities, problem.ordinal)
+    features = encode(candidates, problem.cardinalities, problem.ordinal, chosen.relevance)
     while len(picked) < min(count, len(candidates)):
         # Those picked are believed to give their mean: doubt near them is gone, and what they would add is theirs.
         pending = candidates[picked]
@@ -113,8 +116,8 @@ def _front(problem: GreyBoxProblem, scored: Scored, seen: Scored, model: Model) 
     on = np.flatnonzero(seen.eligible & known.within.any(axis=1))
     reference = problem.reference_accuracy
     if reference is None:
-        reference = float(np.quantile(scored.accuracies[: Effort().start], 0.25))
-    return _Front(predict_mean(model, model.known.at(on)), _rows(known, on), reference)
+        reference = worthless_accuracy(scored.accuracies[: Effort().start])
+    return _Front(predict_accuracy(model, model.known.at(on)), _rows(known, on), reference)
 
 
 def _rows(known: Latencies, rows: IntArray | list[int]) -> Latencies:
@@ -128,7 +131,7 @@ def _with(front: _Front, known: Latencies, model: Model, features: Features, pic
     more = _rows(known, picked)
     old = front.latencies
     return _Front(
-        np.concatenate([front.accuracies, predict_mean(model, features.at(np.array(picked)))]),
+        np.concatenate([front.accuracies, predict_accuracy(model, features.at(np.array(picked)))]),
         Latencies(*(np.concatenate([getattr(old, n), getattr(more, n)]) for n in ("ms", "keeping", "within"))),
         front.reference,
     )
@@ -136,13 +139,16 @@ def _with(front: _Front, known: Latencies, model: Model, features: Features, pic
 
 def _values(problem: GreyBoxProblem, front: _Front, model: Model, features: Features, known: Latencies) -> FloatArray:
     mean, deviation, _ = predict(model, features)
-    return _improvement(problem, front, known, mean, deviation)
+    return _improvement(problem, front, known, mean, deviation, model.scale)
 
 
 def _improvement(
-    problem: GreyBoxProblem, front: _Front, known: Latencies, mean: FloatArray, deviation: FloatArray
+    problem: GreyBoxProblem, front: _Front, known: Latencies, mean: FloatArray, deviation: FloatArray, scale: Scale
 ) -> FloatArray:
-    """Sum over the devices of the expected growth of their fronts, each as a share of its budget, [M]."""
+    """Sum over the devices of the expected growth of their fronts, each as a share of its budget, [M].
+
+    `mean` and `deviation` are those of standardised accuracies.
+    """
     result = np.zeros(len(mean))
     for device, budget in enumerate(problem.budgets_ms):
         on = front.latencies.within[:, device]
@@ -153,6 +159,7 @@ def _improvement(
             known.ms[rows, device],
             (front.accuracies[on], front.latencies.ms[on, device]),
             (front.reference, budget),
+            scale,
         )
         result[rows] += gain / budget * (known.keeping[rows, device] if problem.weigh_keeping else 1.0)
     return result
@@ -173,7 +180,8 @@ def _screen(
     """
     few = seen.at(model_rows(seen.accuracies, latencies(problem, seen.genotypes).ms, CHEAP_POINTS))
     model = fit_model(problem, few, chosen)
-    doubt = model.deviation * float(np.sqrt(chosen.rbf))
+    doubt = float(np.sqrt(chosen.pair + chosen.rbf))
+    trained = model.known.at(slice(len(model.weights)))
     parents = _parents(problem, seen, model)
     codes = hashes(taken)
     genes = len(problem.cardinalities)
@@ -187,8 +195,9 @@ def _screen(
         known = latencies(problem, rows)
         inside = np.flatnonzero(known.within.any(axis=1))
         rows, known = rows[inside], _rows(known, inside)
-        mean = predict_mean(model, encode(rows, problem.cardinalities, problem.ordinal))
-        values = _improvement(problem, front, known, mean, np.full(len(rows), doubt))
+        features = encode(rows, problem.cardinalities, problem.ordinal, chosen.relevance)
+        mean = kernel(features, trained, model.genes, chosen) @ model.weights
+        values = _improvement(problem, front, known, mean, np.full(len(rows), doubt), model.scale)
         best = np.argsort(-values, kind="stable")[: 2 * KEPT]
         kept, kept_values = np.concatenate([kept, rows[best]]), np.concatenate([kept_values, values[best]])
         kept_codes = hashes(kept)
@@ -202,7 +211,8 @@ def _screen(
 def _parents(problem: GreyBoxProblem, seen: Scored, model: Model) -> IntArray:
     """Trained networks that no other one dominates on some device by their mean accuracy; all where there are none."""
     known = latencies(problem, seen.genotypes)
-    mean = predict_mean(model, encode(seen.genotypes, problem.cardinalities, problem.ordinal))
+    relevance = model.hyperparameters.relevance
+    mean = predict_accuracy(model, encode(seen.genotypes, problem.cardinalities, problem.ordinal, relevance))
     found: list[int] = []
     for device in range(len(problem.budgets_ms)):
         rows = np.flatnonzero(known.within[:, device] & seen.eligible)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nas.core.errors import RecordError
-from nas.recipe.standalone import Ladder, Standing, foreseen, promoted
+from nas.recipe.standalone import Halving, Standing, foreseen, promoted
 
 
 def test_better_fronts_go_on_first() -> None:
@@ -66,12 +66,12 @@ def test_students_that_went_on_before_are_compared_but_not_chosen_again() -> Non
 Scores = dict[int, tuple[float, ...]]
 
 
-def climbed(ladder: Ladder, scores: Scores, choose: Callable[[list[tuple[int, int]]], tuple[int, int]]) -> list[int]:
+def climbed(halving: Halving, scores: Scores, choose: Callable[[list[tuple[int, int]]], tuple[int, int]]) -> list[int]:
     """Gives every score that is asked for, in an order of choice; numbers of those that reached the last rung."""
     last = []
-    while found := ladder.open():
+    while found := halving.open():
         place, number = choose(found)
-        ladder.arrive(number, place, scores[number][place])
+        halving.arrive(number, place, scores[number][place])
         if place == 2:
             last.append(number)
     return sorted(last)
@@ -90,10 +90,10 @@ def test_who_goes_on_does_not_depend_on_which_score_is_ready_first(together: int
         scores, latency = made_scores(24, seed)
         found = set()
         for order in range(6):
-            rng, ladder = np.random.default_rng(order), Ladder(3, 0.5, together)
+            rng, halving = np.random.default_rng(order), Halving(3, 0.5, together)
             for number in scores:
-                ladder.join(number, (latency[number],))
-            last = climbed(ladder, scores, lambda pairs, rng=rng: pairs[rng.integers(len(pairs))])  # type: ignore[misc]
+                halving.join(number, (latency[number],))
+            last = climbed(halving, scores, lambda pairs, rng=rng: pairs[rng.integers(len(pairs))])  # type: ignore[misc]
             found.add(tuple(last))
         assert len(found) == 1
 
@@ -102,44 +102,44 @@ def test_who_goes_on_does_not_depend_on_which_score_is_ready_first(together: int
 def test_never_more_than_the_share_of_those_seen_have_gone_on(together: int) -> None:
     scores, latency = made_scores(40, 3)
     scores = {n: (0.1 + n / 100, 0.2 + n / 100, 0.3 + n / 100) for n in scores}  # every one better than all before
-    ladder, asked = Ladder(3, 0.5, together), [0, 0, 0]
+    halving, asked = Halving(3, 0.5, together), [0, 0, 0]
     for number in scores:
-        ladder.join(number, (latency[number],))
-    while found := ladder.open():
+        halving.join(number, (latency[number],))
+    while found := halving.open():
         place, number = found[-1]  # the lowest rung first
         asked[place] += 1
-        ladder.arrive(number, place, scores[number][place])
+        halving.arrive(number, place, scores[number][place])
     assert asked == [40, 20, 10]
 
 
 def test_a_student_goes_on_before_the_others_of_its_batch_are_scored() -> None:
-    ladder = Ladder(2, 0.5, 1)
+    halving = Halving(2, 0.5, 1)
     for number in range(4):
-        ladder.join(number, (1.0 + number,))
-    ladder.arrive(1, 0, 0.9)
-    assert ladder.open() == [(0, 0), (0, 2), (0, 3)]  # a score that is early waits for those before it
-    ladder.arrive(0, 0, 0.5)
-    assert ladder.open()[0] == (1, 0)  # of the first one alone the best is itself
-    ladder.arrive(2, 0, 0.1)
-    ladder.arrive(3, 0, 0.1)
-    assert [n for place, n in ladder.open() if place == 1] == [0, 1]
+        halving.join(number, (1.0 + number,))
+    halving.arrive(1, 0, 0.9)
+    assert halving.open() == [(0, 0), (0, 2), (0, 3)]  # a score that is early waits for those before it
+    halving.arrive(0, 0, 0.5)
+    assert halving.open()[0] == (1, 0)  # of the first one alone the best is itself
+    halving.arrive(2, 0, 0.1)
+    halving.arrive(3, 0, 0.1)
+    assert [n for place, n in halving.open() if place == 1] == [0, 1]
 
 
 def test_places_are_given_away_among_so_many_or_when_nobody_else_can_come() -> None:
-    ladder = Ladder(2, 0.5, 2)
+    halving = Halving(2, 0.5, 2)
     for number in range(3):
-        ladder.join(number, (1.0,))
-    ladder.arrive(0, 0, 0.5)
-    assert ladder.open() == [(0, 1), (0, 2)]
-    ladder.arrive(1, 0, 0.9)
-    assert ladder.open() == [(1, 1), (0, 2)]
-    ladder.arrive(2, 0, None)
-    ladder.join(3, (0.1,))
-    ladder.arrive(3, 0, 0.1)  # one of three: the next place would be that of the fourth
-    assert ladder.open() == [(1, 1)]
-    ladder.join(4, (2.0,))
-    ladder.arrive(4, 0, 0.8)
-    assert ladder.open() == [(1, 1), (1, 3)]
+        halving.join(number, (1.0,))
+    halving.arrive(0, 0, 0.5)
+    assert halving.open() == [(0, 1), (0, 2)]
+    halving.arrive(1, 0, 0.9)
+    assert halving.open() == [(1, 1), (0, 2)]
+    halving.arrive(2, 0, None)
+    halving.join(3, (0.1,))
+    halving.arrive(3, 0, 0.1)  # one of three: the next place would be that of the fourth
+    assert halving.open() == [(1, 1)]
+    halving.join(4, (2.0,))
+    halving.arrive(4, 0, 0.8)
+    assert halving.open() == [(1, 1), (1, 3)]
 
 
 def test_the_best_of_those_that_were_left_behind_goes_on_with_a_later_batch() -> None:
@@ -148,42 +148,42 @@ def test_the_best_of_those_that_were_left_behind_goes_on_with_a_later_batch() ->
         Standing(1, (0.8,), (0.5,), 0),
         Standing(2, (0.3,), (2.0,), 0),
     ]
-    ladder = Ladder(2, 0.5, 1, before)
-    assert ladder.open() == []
-    ladder.join(3, (3.0,))
-    ladder.arrive(3, 0, 0.2)
-    assert ladder.open() == [(1, 1)]
+    halving = Halving(2, 0.5, 1, before)
+    assert halving.open() == []
+    halving.join(3, (3.0,))
+    halving.arrive(3, 0, 0.2)
+    assert halving.open() == [(1, 1)]
 
 
 def test_a_ladder_that_is_built_anew_between_batches_decides_as_one_that_was_not() -> None:
     scores, latency = made_scores(30, 5)
-    whole, reached = Ladder(3, 0.5, 4), dict.fromkeys(scores, 0)
+    whole, reached = Halving(3, 0.5, 4), dict.fromkeys(scores, 0)
     resumed: dict[int, int] = dict.fromkeys(scores, 0)
     for first in range(0, 30, 6):
         before = [Standing(n, scores[n][: resumed[n]], (latency[n],), resumed[n] - 1) for n in range(first)]
-        anew = Ladder(3, 0.5, 4, before)
-        for ladder, count in ((whole, reached), (anew, resumed)):
+        anew = Halving(3, 0.5, 4, before)
+        for halving, count in ((whole, reached), (anew, resumed)):
             for number in range(first, first + 6):
-                ladder.join(number, (latency[number],))
-            while found := ladder.open():
+                halving.join(number, (latency[number],))
+            while found := halving.open():
                 place, number = found[0]
                 count[number] = place + 1
-                ladder.arrive(number, place, scores[number][place])
+                halving.arrive(number, place, scores[number][place])
     assert resumed == reached
     late = [n for n in range(30) if reached[n] == 3]
     assert late and len(late) == 7
 
 
 def test_a_student_that_fails_is_not_compared_and_holds_nobody_up() -> None:
-    ladder = Ladder(2, 0.5, 2)
+    halving = Halving(2, 0.5, 2)
     for number in range(3):
-        ladder.join(number, (1.0,))
-    ladder.arrive(1, 0, 0.9)
-    ladder.arrive(2, 0, 0.5)
-    ladder.arrive(0, 0, None)
-    assert ladder.open() == [(1, 1)]
-    ladder.arrive(1, 1, None)
-    assert ladder.open() == []
+        halving.join(number, (1.0,))
+    halving.arrive(1, 0, 0.9)
+    halving.arrive(2, 0, 0.5)
+    halving.arrive(0, 0, None)
+    assert halving.open() == [(1, 1)]
+    halving.arrive(1, 1, None)
+    assert halving.open() == []
 
 
 def test_foreseen_accuracy_follows_the_students_that_went_all_the_way() -> None:

@@ -38,17 +38,18 @@ def scored(count: int, noise: float, seed: int = 0) -> Scored:
 
 
 def test_leave_one_out_is_what_leaving_out_each_gives() -> None:
-    seen, h = scored(15, 0.02), Hyperparameters(0.7, 0.4, 0.6, 0.05)
+    seen, h = scored(15, 0.02), Hyperparameters(0.7, 0.1, 0.4, 0.6, 0.05)
     model = fit_model(PROBLEM, seen, h)
-    observed, centre, unit = standardised(seen.accuracies)
+    observed, scale, *_ = standardised(seen.accuracies)
+    assert model.scale == scale
     features = encode(seen.genotypes, SIZES, PROBLEM.ordinal)
     covariance = kernel(features, features, 6, h) + (h.noise + 1e-8) * np.eye(15)
     mean, deviation = leave_one_out(model, observed)
     for i in range(15):
         others = np.delete(np.arange(15), i)
         row = np.linalg.solve(covariance[np.ix_(others, others)], covariance[others, i])
-        assert mean[i] == pytest.approx(centre + unit * row @ observed[others])
-        assert deviation[i] == pytest.approx(unit * np.sqrt(covariance[i, i] - row @ covariance[others, i]))
+        assert mean[i] == pytest.approx(row @ observed[others])
+        assert deviation[i] == pytest.approx(np.sqrt(covariance[i, i] - row @ covariance[others, i]))
 
 
 def test_accuracy_that_genes_decide_is_predicted_and_noise_is_not() -> None:

@@ -179,16 +179,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(make: Make, whole: Searc
     assert free(again.folder.trials()) == free(whole.folder.trials())
 
 
-def test_a_run_that_was_killed_while_it_recorded_a_batch_goes_on_to_the_same_end(
-    make: Make, whole: SearchParts, tmp_path: Path
-) -> None:
+def test_a_run_that_was_killed_while_it_recorded_a_batch_goes_on_to_the_same_end(make: Make, tmp_path: Path) -> None:
+    whole = make("whole", sampler="random")
+    run_rounds(whole)
     decisions = whole.folder.decisions()
     last = whole.folder.batches()[-1].first
     begun = next(i for i, r in enumerate(decisions) if r.decided_in == last)
     assert decisions[begun].number < last, "one of an earlier batch comes first"
     for left in range(1, len(decisions) - begun):
         shutil.copytree(whole.folder.path, tmp_path / str(left) / "run")
-        again = make(str(left))
+        again = make(str(left), sampler="random")
         for name, count in (("trials.jsonl", begun + left), ("events.jsonl", -1)):  # the round is not over
             file = again.folder.path / name
             file.write_text("".join(file.read_text().splitlines(keepends=True)[:count]))
