@@ -20,7 +20,10 @@ from nas.core.errors import InterruptedRunError, NasError, StorageError, did_you
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Order of the help page: as a user meets them.
-COMMANDS = ("init", "doctor", "measure", "table", "search", "pareto", "report", "export", "bench")
+COMMANDS = (
+    *("init", "doctor", "measure", "table", "search", "pareto", "report", "export", "bench"),
+    *("worker", "storage-proxy"),
+)
 
 EXIT_CODES = """\b
 Exit codes:
@@ -40,7 +43,15 @@ progress and messages go to stderr. No colours without a terminal or with NO_COL
 """
 
 # Optional packages and the extra that brings them.
-EXTRAS = {"tensorrt": "tensorrt", "pycuda": "tensorrt", "pytest": "dev", "hypothesis": "dev"}
+EXTRAS = {
+    "tensorrt": "tensorrt",
+    "pycuda": "tensorrt",
+    "psycopg": "scale",
+    "grpc": "scale",
+    "boto3": "scale",
+    "pytest": "dev",
+    "hypothesis": "dev",
+}
 
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
 
@@ -54,7 +65,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"nas.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"nas.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

@@ -1,0 +1,422 @@
+"""One search on many workers that are killed at random: what is lost, what comes twice, what the front is worth.
+
+    python -m benchmarks.workers [--trials 300] [--workers 8] [--seeds 1] [--kills-every 4] [--json]
+
+A real PostgreSQL (Debian's package) on loopback, the real rounds, queue and workers, one process per worker. Only two
+things are made up: the device (simulated), and the score of a candidate, which is computed from it in about 50 ms
+instead of being trained. Workers are killed by SIGKILL all the time and replaced; the database is stopped as by a crash
+once, in the middle. The same search with one worker and no accident is what it is compared with: its sampler sees the
+same scores in the same order, so the candidates should be the same, and the front with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.trial import TrialState
+
+from benchmarks.common import parser, report, spread
+from nas.core.jsonio import content_hash, write_bytes, write_record, write_text
+from nas.core.walk import total_macs
+from nas.latency.table import LatencyTable
+from nas.recipe.context import TARGET_FILES, ContextFile, ResolutionFiles
+from nas.recipe.pool import JobPool, JobResult
+from nas.recipe.records import ScoredStudent, write_scored
+from nas.recipe.score import ScoreJob, student_folder
+from nas.recipe.supernet import RECORD_FILE, WEIGHTS_FILE
+from nas.search.experiment import SPACES
+from nas.search.folder import RunFolder, open_run
+from nas.search.predictor import Predictor
+from nas.search.progress import StopFlag, StoppableReporter, stop_on_signals
+from nas.search.rounds import SearchParts, run_rounds
+from nas.search.scoring import ScoringPlan
+from nas.search.select import hypervolume
+from nas.search.settings import BudgetSettings, FeedbackSettings, SearchSettings
+from nas.search.shared_study import SharedPool, SharedSettings, SharedStudy, labels, shared_study
+from nas.search.worker import WorkerSettings, run_worker
+from nas.space.space import SearchSpace, load_space
+from nas.testing import PostgresServer, SimulatedDevice, requires_postgresql
+from nas.train.settings import DistillSettings
+
+CLASSES = 10
+IMAGES = 64
+SCORE_S = 0.05
+LEASE_S = 6.0
+ROOT = Path(__file__).parents[1]
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a search came to, counted in its run folder and in the database.
+
+    `lost`: planned trials without a record. `recorded_twice`: trial numbers with two records. `scored_twice`: jobs with
+    two results. `retried`: jobs that were queued anew. `silent`: workers that were taken for dead.
+    """
+
+    trials: int
+    lost: int
+    recorded_twice: int
+    scored_twice: int
+    retried: int
+    silent: int
+    killed: int
+    restarts: int
+    wall_s: float
+    volume: float
+    candidates: tuple[str, ...]
+
+
+class Quiet:
+    """Passes on warnings only."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """A line on stderr."""
+        print(text, file=sys.stderr, flush=True)
+
+    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Nothing."""
+
+
+class MadeUpScores:
+    """A pool that scores a candidate from its content alone, in `SCORE_S`; no training."""
+
+    def map(
+        self,
+        function: Callable[[Any], Any],  # noqa: ARG002 - the interface of the pool
+        jobs: Sequence[Any],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[JobResult[Any, Any]]:
+        """The score of each job."""
+        for job in jobs:
+            end = time.monotonic() + SCORE_S
+            while time.monotonic() < end:
+                should_stop()
+                time.sleep(SCORE_S / 5)
+            yield JobResult(job, made_up(job))
+
+
+def made_up(job: ScoreJob) -> ScoredStudent:
+    """Accuracy grows with the multiply-adds, plus noise that follows from the candidate."""
+    labels = validation_labels()
+    exits = len(job.candidate.exits) + 1
+    rng = np.random.default_rng(int(content_hash(job.candidate), 16))
+    logits = rng.normal(size=(exits, IMAGES, CLASSES)).astype(np.float32)
+    logits[:, np.arange(IMAGES), labels] += total_macs(job.candidate) / 4e5
+    folder = student_folder(job.students, job.candidate.arch_id)
+    return write_scored(
+        folder, job.candidate, epochs=job.epochs, cost_s=0.0, logits=logits, labels=labels, name=job.name
+    )
+
+
+def validation_labels() -> np.ndarray:
+    """Labels of the made-up validation split."""
+    return np.random.default_rng(1).integers(0, CLASSES, IMAGES)
+
+
+def work(run: str, url: str, cache: Path) -> None:
+    """A worker process, until the run is finished."""
+    stop = StopFlag()
+    with stop_on_signals(stop, Quiet()):
+        run_worker(WorkerSettings(run, url, cache), Quiet(), stop, MadeUpScores())
+
+
+class Crew:
+    """Worker processes, of which some are killed and replaced now and then.
+
+    Args:
+        count: of workers at any time.
+        arguments: of a worker process.
+        kills_every_s: mean time between two kills; 0: none.
+        seed: of who is killed when.
+    """
+
+    def __init__(self, count: int, arguments: Sequence[str], kills_every_s: float, seed: int) -> None:
+        self._arguments, self._every_s, self._random = list(arguments), kills_every_s, random.Random(seed)
+        self._processes = [self._start() for _ in range(count)]
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._kill_some)
+        self.killed = 0
+
+    def __enter__(self) -> Crew:
+        if self._every_s:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._every_s:
+            self._thread.join()
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)  # they see that the run is finished
+            process.kill()
+            process.wait()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        return subprocess.Popen([sys.executable, *self._arguments], env={**os.environ, **one}, cwd=ROOT)
+
+    def _kill_some(self) -> None:
+        while not self._done.wait(self._random.expovariate(1 / self._every_s)):
+            i = self._random.randrange(len(self._processes))
+            self._processes[i].send_signal(signal.SIGKILL)
+            self._processes[i].wait()
+            self.killed += 1
+            self._processes[i] = self._start()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Setting:
+    """What the searches of one seed share: space, table, budget."""
+
+    space: SearchSpace
+    predictor: Predictor
+    budget_ms: float
+
+
+def setting(home: Path, seed: int) -> Setting:
+    """The 32 px space on a simulated device."""
+    space = load_space(SPACES / "tiny-32.yaml", CLASSES)
+    device = SimulatedDevice(seed)
+    predictor = Predictor(space, LatencyTable.open(home / "table", device.profile), device, Quiet())
+    predictor.prepare()
+    return Setting(space, predictor, 0.6 * float(predictor.worst([space.largest()])[0][0]))
+
+
+def prove(
+    server: PostgresServer,
+    home: Path,
+    of: Setting,
+    *,
+    trials: int,
+    workers: int,
+    kills_every_s: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
+) -> Outcome:
+    """One search.
+
+    Args:
+        server: running.
+        home: folder for everything; its name names the run.
+        of: space and budget.
+        trials: to be scored.
+        workers: processes.
+        kills_every_s: mean time between two kills; 0: none.
+        restarts: of the database, spread over the trials.
+        seed: of the search and of the kills.
+    """
+    run = home / f"proof-{home.name}-{workers}"
+    stop = StopFlag()
+    reporter = StoppableReporter(Quiet(), stop)
+    settings = SharedSettings(server.url, lease_s=LEASE_S)
+    arguments = ["-m", "benchmarks.workers", "--work", run.name, "--url", server.url, "--cache", str(home / "cache")]
+    restarted = 0
+    with (
+        open_run(run, {"benchmark": "1"}, "name: benchmark\n") as folder,
+        Crew(workers, arguments, kills_every_s, seed) as crew,
+        shared_study(settings, run, (), {}, Quiet(), lambda: False) as study,
+    ):
+        started = time.monotonic()
+        pool = SharedPool(study, labels(of.space, lambda c: (of.predictor.estimate(c).worst_ms,)), Quiet())
+        due = [round(trials * (i + 1) / (restarts + 1)) for i in range(restarts)]
+
+        def on_progress() -> None:
+            nonlocal restarted
+            if due and len(folder.trials()) >= due[0]:
+                due.pop(0)
+                server.stop()
+                threading.Timer(3.0, server.start).start()
+                restarted += 1
+
+        rounds(of, folder, Noticing(pool, on_progress), reporter, stop, trials, seed)
+        wall_s = time.monotonic() - started
+        return counted(study, folder, of, trials, crew.killed, restarted, wall_s)
+
+
+class Noticing:
+    """A pool that calls back after every result.
+
+    Args:
+        pool: does the work.
+        on_result: called.
+    """
+
+    def __init__(self, pool: JobPool, on_result: Callable[[], None]) -> None:
+        self._pool, self._on_result = pool, on_result
+
+    def map(
+        self, function: Callable[[Any], Any], jobs: Sequence[Any], should_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[JobResult[Any, Any]]:
+        """The results of the pool."""
+        for result in self._pool.map(function, jobs, should_stop):
+            yield result
+            self._on_result()
+
+
+def rounds(
+    of: Setting,
+    folder: RunFolder,
+    pool: JobPool,
+    reporter: StoppableReporter,
+    stop: StopFlag,
+    trials: int,
+    seed: int,
+) -> None:
+    """The search's own rounds on the made-up scores."""
+    home = folder.path
+    plan = ScoringPlan(
+        "supernet",
+        str(placeholder_context(home / "context")),
+        str(home / "students"),
+        str(placeholder_supernet(home / "supernet")),
+        str(home / "stop"),
+        DistillSettings(),
+        (0,),
+        0.5,
+        seed,
+        256,
+    )
+    parts = SearchParts(
+        folder,
+        of.space,
+        of.predictor,
+        plan,
+        pool,
+        validation_labels(),
+        BudgetSettings(ms=of.budget_ms),
+        SearchSettings(trials=trials, rounds=2, batch=BATCH, seed=seed),
+        FeedbackSettings(first_networks=0, networks_per_round=0),
+        reporter,
+        stop,
+    )
+    run_rounds(parts)
+
+
+def placeholder_context(folder: Path) -> Path:
+    """A context whose arrays nobody reads."""
+    names = ("val.npy", "test.npy", "sample.npy", "val_labels.npy", "test_labels.npy", *TARGET_FILES)
+    for name in names:
+        write_bytes(folder / name, name.encode())
+    paths = {name: str(folder / name) for name in names}
+    files = ResolutionFiles(32, paths["val.npy"], paths["test.npy"], paths["sample.npy"], paths["images.npy"])
+    labels = (paths["val_labels.npy"], paths["test_labels.npy"])
+    record = ContextFile("made up", ("a", "b"), (0.5,) * 3, (0.5,) * 3, str(folder), *labels, (files,))
+    write_record(folder / "context.json", record)
+    return folder / "context.json"
+
+
+def placeholder_supernet(folder: Path) -> Path:
+    """Shared weights that nobody reads."""
+    for name in (RECORD_FILE, WEIGHTS_FILE):
+        write_text(folder / name, "{}")
+    return folder
+
+
+def counted(
+    study: SharedStudy, folder: RunFolder, of: Setting, trials: int, killed: int, restarts: int, wall_s: float
+) -> Outcome:
+    """The outcome of a search that is over."""
+    records = folder.trials()
+    jobs = study.scores.jobs()
+    results = Counter(job.key for job in jobs if job.state == TrialState.COMPLETE)
+    numbers = Counter(record.number for record in records)
+    top1 = [record.top1 or 0.0 for record in records]
+    latency_ms = [record.latency_ms for record in records]
+    return Outcome(
+        trials=len(records),
+        lost=trials - len({r.number for r in records if r.state == "complete"}),
+        recorded_twice=sum(count > 1 for count in numbers.values()),
+        scored_twice=sum(count > 1 for count in results.values()),
+        retried=sum("retry_of" in job.trial.user_attrs for job in jobs),
+        silent=sum(job.ended == "expired" for job in jobs),
+        killed=killed,
+        restarts=restarts,
+        wall_s=wall_s,
+        volume=hypervolume(top1, latency_ms, 1 / CLASSES, of.budget_ms),
+        candidates=tuple(record.candidate.id for record in records),
+    )
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--trials", type=int, default=300)
+    options.add_argument("--workers", type=int, default=8)
+    options.add_argument("--seeds", type=int, default=1, help="each with one worker and with many (default 1)")
+    options.add_argument("--kills-every", type=float, default=4.0, help="seconds between two kills on average")
+    options.add_argument("--work", help="internal: be a worker of this run")
+    options.add_argument("--url", help="internal: its storage")
+    options.add_argument("--cache", type=Path, help="internal: its cache")
+    args = options.parse_args()
+    if args.work:
+        work(args.work, args.url, args.cache)
+        return
+    rows: list[list[Any]] = []
+    pairs: list[tuple[Outcome, Outcome]] = []
+    with PostgresServer(requires_postgresql()) as server, tempfile.TemporaryDirectory() as scratch:
+        for seed in range(args.seeds):
+            home = Path(scratch) / str(seed)
+            of = setting(home, seed)
+            many = prove(
+                server,
+                home,
+                of,
+                trials=args.trials,
+                workers=args.workers,
+                kills_every_s=args.kills_every,
+                restarts=1,
+                seed=seed,
+            )
+            one = prove(server, home, of, trials=args.trials, workers=1, seed=seed)
+            pairs.append((many, one))
+            for workers, o in ((args.workers, many), (1, one)):
+                counts = [o.trials, o.killed, o.restarts, o.lost, o.recorded_twice, o.scored_twice, o.retried]
+                rows.append([seed, workers, *counts, o.volume, o.wall_s])
+    same = sum(many.candidates == one.candidates for many, one in pairs)
+    report(
+        f"{args.trials} trials with {args.workers} workers that are killed, and with one that is not; the same "
+        f"candidates in {same} of {len(pairs)} searches",
+        (
+            "seed",
+            "workers",
+            "trials",
+            "kills",
+            "restarts",
+            "lost",
+            "recorded twice",
+            "scored twice",
+            "queued anew",
+            "hypervolume",
+            "wall s",
+        ),
+        rows,
+        {
+            "rows": rows,
+            "same_candidates": same,
+            "volume_many": spread([many.volume for many, _ in pairs]),
+            "volume_one": spread([one.volume for _, one in pairs]),
+        },
+        args.json,
+    )
+
+
+if __name__ == "__main__":
+    main()
