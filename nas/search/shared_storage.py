@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
@@ -60,6 +61,7 @@ class Connection:
         errors: what its operations raise when they cannot be done.
         is_away: whether such an error means that the storage cannot be reached now, and may be later.
         secrets: what must not be shown.
+        close: closes what is open; `contextlib.closing` calls it.
     """
 
     storage: optuna.storages.BaseStorage
@@ -67,6 +69,7 @@ class Connection:
     errors: tuple[type[Exception], ...]
     is_away: Callable[[BaseException], bool]
     secrets: tuple[str, ...] = ()
+    close: Callable[[], None] = lambda: None
 
     def shown(self, error: BaseException) -> str:
         """The first line of what an error says, without passwords."""
@@ -144,7 +147,7 @@ def _connect_postgresql(url: str, connections: int) -> Connection:
 
     # What `optuna.create_study(storage=URL)` does with it: finished trials are read once.
     errors = (optuna.exceptions.StorageInternalError, exc.SQLAlchemyError)
-    return Connection(optuna.storages.get_storage(plain), where, errors, is_away, secrets)
+    return Connection(optuna.storages.get_storage(plain), where, errors, is_away, secrets, plain.engine.dispose)
 
 
 def _connect_proxy(host: str, port: int, url: str) -> Connection:
@@ -157,11 +160,12 @@ def _connect_proxy(host: str, port: int, url: str) -> Connection:
     try:
         proxy.wait_server_ready(timeout=CONNECT_S)
     except ConnectionError as e:
+        proxy.close()
         raise StorageError(
             f"{where}: nothing answers there within {CONNECT_S} s. Start it: nas storage-proxy --storage URL"
         ) from e
     # What goes wrong between the proxy and its database arrives as an error of the call, too.
-    return Connection(proxy, where, (grpc.RpcError,), lambda _: True)
+    return Connection(proxy, where, (grpc.RpcError,), lambda _: True, close=proxy.close)
 
 
 class Patience:
@@ -255,10 +259,9 @@ def serve_proxy(url: str, host: str, port: int, connections: int) -> None:
 
     if urlsplit(url).scheme.partition("+")[0] == "grpc":
         raise UsageError(f"--storage: {redacted(url)!r} is a proxy itself; name the database behind it")
-    connection = connect(url, connections)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with warnings.catch_warnings():
+        with closing(connect(url, connections)) as connection, warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             with ThreadPoolExecutor(connections) as threads:
                 optuna.storages.run_grpc_proxy_server(connection.storage, host=host, port=port, thread_pool=threads)

@@ -24,7 +24,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -325,11 +325,10 @@ def shared_study(
         RunMismatchError: the study belongs to another run folder.
         StorageError, UsageError: see `connect` and `open_artifacts`.
     """
-    connection = connect(settings.storage)
-    with open_study(
-        connection, settings, run_dir, devices, marks, Patience(connection, reporter, should_stop)
-    ) as study:
-        yield study
+    with closing(connect(settings.storage)) as connection:
+        patience = Patience(connection, reporter, should_stop)
+        with open_study(connection, settings, run_dir, devices, marks, patience) as study:
+            yield study
 
 
 @contextmanager

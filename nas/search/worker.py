@@ -13,6 +13,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -95,16 +96,15 @@ def run_worker(settings: WorkerSettings, reporter: Reporter, stop: StopFlag, poo
         StorageError: the storage stayed away, or a file cannot be had; a job that was begun is given back.
         UsageError: an address that cannot be used.
     """
-    connection = connect(settings.storage, connections=1)
-    patience = Patience(connection, reporter, lambda: stop.is_set)
     try:
-        joined = join(settings, connection, patience, reporter, stop)
-        if joined is None:
-            return WorkerSummary(ended=f"no run {settings.run!r} appeared")
-        with tempfile.TemporaryDirectory(prefix="nas-worker-") as scratch:
-            worker = Worker(settings, joined, Path(scratch), reporter, stop, pool)
-            reporter.say(f"worker {settings.name} joined {settings.run}")
-            return worker.run()
+        with closing(connect(settings.storage, connections=1)) as connection:
+            patience = Patience(connection, reporter, lambda: stop.is_set)
+            joined = join(settings, connection, patience, reporter, stop)
+            if joined is None:
+                return WorkerSummary(ended=f"no run {settings.run!r} appeared")
+            with tempfile.TemporaryDirectory(prefix="nas-worker-") as scratch:
+                reporter.say(f"worker {settings.name} joined {settings.run}")
+                return Worker(settings, joined, Path(scratch), reporter, stop, pool).run()
     except InterruptedRunError:  # while the storage was away: the search takes the job back by itself
         return WorkerSummary(ended="stopped")
 

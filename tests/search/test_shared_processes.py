@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import optuna
@@ -19,7 +20,7 @@ from search_examples import Life, Notes, Zygote, write_experiment
 from benchmarks.workers import prove, setting
 from nas.core.errors import StorageError
 from nas.search.folder import RunFolder
-from nas.search.shared_storage import Patience, connect
+from nas.search.shared_storage import Connection, Patience, connect
 from nas.search.shared_study import JobQueue
 from nas.search.view import load_view
 from nas.testing import PostgresServer, requires_package, requires_postgresql
@@ -32,17 +33,33 @@ def server() -> Iterator[PostgresServer]:
         yield running
 
 
-def queue(url: str, name: str) -> JobQueue:
-    """A study with one waiting job, over a connection of its own."""
-    connection = connect(url)
-    study = optuna.create_study(storage=connection.storage, study_name=name, load_if_exists=True)
-    if not study.get_trials(deepcopy=False):
-        study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"job": {}}))
-    return JobQueue(connection, name, Patience(connection, Notes()))
+Open = Callable[[str], Connection]
+Queue = Callable[[str], JobQueue]
 
 
-def test_of_many_that_want_a_job_one_gets_it(server: PostgresServer) -> None:
-    queues = [queue(server.url, "race") for _ in range(6)]
+@pytest.fixture
+def opened() -> Iterator[Open]:
+    """Opens storages, which are closed in the end."""
+    with ExitStack() as stack:
+        yield lambda url: stack.enter_context(closing(connect(url)))
+
+
+@pytest.fixture
+def queue(server: PostgresServer, opened: Open) -> Queue:
+    """Opens a study with one waiting job, over a connection of its own."""
+
+    def made(name: str) -> JobQueue:
+        connection = opened(server.url)
+        study = optuna.create_study(storage=connection.storage, study_name=name, load_if_exists=True)
+        if not study.get_trials(deepcopy=False):
+            study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs={"job": {}}))
+        return JobQueue(connection, name, Patience(connection, Notes()))
+
+    return made
+
+
+def test_of_many_that_want_a_job_one_gets_it(queue: Queue) -> None:
+    queues = [queue("race") for _ in range(6)]
     barrier, won = threading.Barrier(len(queues)), []
 
     def claim(own: JobQueue) -> None:
@@ -58,24 +75,24 @@ def test_of_many_that_want_a_job_one_gets_it(server: PostgresServer) -> None:
 
 
 def test_the_password_comes_from_the_environment_or_a_file_as_for_every_client(
-    server: PostgresServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    server: PostgresServer, opened: Open, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("PGPASSWORD", raising=False)
     with pytest.raises(StorageError, match="no password supplied"):
-        connect(server.plain_url)
+        opened(server.plain_url)
     monkeypatch.setenv("PGPASSWORD", server.password)
-    assert connect(server.plain_url).where == server.plain_url
+    assert opened(server.plain_url).where == server.plain_url
     monkeypatch.delenv("PGPASSWORD")
     (tmp_path / "pgpass").write_text(f"127.0.0.1:{server.port}:*:postgres:{server.password}\n")
     (tmp_path / "pgpass").chmod(0o600)
     monkeypatch.setenv("PGPASSFILE", str(tmp_path / "pgpass"))
-    assert connect(server.plain_url).where == server.plain_url
-    assert server.password not in connect(server.url).where
+    assert opened(server.plain_url).where == server.plain_url
+    assert server.password not in opened(server.url).where
 
 
-def test_a_restart_of_the_server_is_waited_for(server: PostgresServer) -> None:
-    connection, notes = connect(server.url), Notes()
-    own = JobQueue(connection, queue(server.url, "restart").name, Patience(connection, notes))
+def test_a_restart_of_the_server_is_waited_for(server: PostgresServer, opened: Open, queue: Queue) -> None:
+    connection, notes = opened(server.url), Notes()
+    own = JobQueue(connection, queue("restart").name, Patience(connection, notes))
     assert own.claim(0)
     server.stop()
     again = threading.Timer(1.0, server.start)
@@ -88,7 +105,7 @@ def test_a_restart_of_the_server_is_waited_for(server: PostgresServer) -> None:
 
 
 def test_a_search_with_workers_of_which_one_is_killed_finds_what_one_machine_finds(
-    server: PostgresServer, zygote: Zygote, finished: Path, tmp_path: Path
+    server: PostgresServer, zygote: Zygote, queue: Queue, finished: Path, tmp_path: Path
 ) -> None:
     experiment = write_experiment(tmp_path, cache=finished / "cache", tables=tmp_path / "tables")
     run, cache = tmp_path / "run", tmp_path / "worker-cache"
@@ -114,7 +131,7 @@ def test_a_search_with_workers_of_which_one_is_killed_finds_what_one_machine_fin
     assert load_view(run).status == "finished"
     for path in (tmp_path / "log", run / "shared.json", run / "experiment.yaml", *(w.log for w in workers)):
         assert server.password not in path.read_text()
-    jobs = queue(server.url, "run").jobs()
+    jobs = queue("run").jobs()
     done = [job.key for job in jobs if job.state == TrialState.COMPLETE]
     assert len(done) == len(set(done))
 
@@ -129,9 +146,11 @@ def test_kills_and_a_restart_lose_nothing_and_score_nothing_twice(server: Postgr
     assert many.volume == one.volume
 
 
-def test_the_proxy_hands_out_a_job_once_and_ends_when_asked(server: PostgresServer, tmp_path: Path) -> None:
+def test_the_proxy_hands_out_a_job_once_and_ends_when_asked(
+    server: PostgresServer, opened: Open, queue: Queue, tmp_path: Path
+) -> None:
     requires_package("grpc", "the storage proxy")
-    queue(server.url, "proxied")
+    queue("proxied")
     port = server.port + 1
     command = [sys.executable, "-m", "nas", "storage-proxy", "--storage", server.plain_url, "--port", str(port)]
     log = tmp_path / "log"
@@ -140,7 +159,7 @@ def test_the_proxy_hands_out_a_job_once_and_ends_when_asked(server: PostgresServ
             command, env={**os.environ, "PGPASSWORD": server.password}, stdout=out, stderr=subprocess.STDOUT
         )
     try:
-        connection = connect(f"grpc://127.0.0.1:{port}")
+        connection = opened(f"grpc://127.0.0.1:{port}")
         first, second = (JobQueue(connection, "proxied", Patience(connection, Notes())) for _ in range(2))
         assert (first.claim(0), second.claim(0)) == (True, False)
         assert first.note(0, "beat", 1)
