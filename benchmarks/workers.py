@@ -1,21 +1,20 @@
 """One search on many workers that are killed at random: what is lost, what comes twice, what the front is worth.
 
-    python -m benchmarks.workers [--trials 300] [--workers 8] [--seeds 1] [--kills-every 4] [--json]
+    python -m benchmarks.workers [--trials 300] [--workers 8] [--seeds 1] [--kills 40] [--json]
 
 A real PostgreSQL (Debian's package) on loopback, the real rounds, queue and workers, one process per worker. Only two
 things are made up: the device (simulated), and the score of a candidate, which is computed from it in about 50 ms
-instead of being trained. Workers are killed by SIGKILL all the time and replaced; the database is stopped as by a crash
-once, in the middle. The same search with one worker and no accident is what it is compared with: its sampler sees the
-same scores in the same order, so the candidates should be the same, and the front with them.
+instead of being trained. Workers that hold a job are killed by SIGKILL and replaced; the database is stopped as by a
+crash once, in the middle, for three seconds. The same search with one worker and no accident is what it is compared
+with: its sampler sees the same scores in the same order, so the candidates should be the same, and the front with them.
 """
 
 from __future__ import annotations
 
-import contextlib
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -23,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ CLASSES = 10
 IMAGES = 64
 SCORE_S = 0.05
 LEASE_S = 6.0
-ROOT = Path(__file__).parents[1]
+OUTAGE_S = 3.0
+KILL_TRIES = 20
 BATCH = 16
 
 
@@ -65,7 +66,8 @@ class Outcome:
     """What a search came to, counted in its run folder and in the database.
 
     `lost`: planned trials without a record. `recorded_twice`: trial numbers with two records. `scored_twice`: jobs with
-    two results. `retried`: jobs that were queued anew. `silent`: workers that were taken for dead.
+    two results. `retried`: jobs that were queued anew. `silent`: workers that were taken for dead. `killed_in_job`: of
+    `killed`, those that held a job.
     """
 
     trials: int
@@ -75,6 +77,7 @@ class Outcome:
     retried: int
     silent: int
     killed: int
+    killed_in_job: int
     restarts: int
     wall_s: float
     volume: float
@@ -139,48 +142,62 @@ def work(run: str, url: str, cache: Path) -> None:
 
 
 class Crew:
-    """Worker processes, of which some are killed and replaced now and then.
+    """Worker processes that can be killed and replaced.
+
+    They are forked from a process that has imported everything: else most would be killed while they import.
 
     Args:
         count: of workers at any time.
-        arguments: of a worker process.
-        kills_every_s: mean time between two kills; 0: none.
-        seed: of who is killed when.
+        run, url, cache: of `work`.
+        seed: of who is killed.
     """
 
-    def __init__(self, count: int, arguments: Sequence[str], kills_every_s: float, seed: int) -> None:
-        self._arguments, self._every_s, self._random = list(arguments), kills_every_s, random.Random(seed)
+    def __init__(self, count: int, run: str, url: str, cache: Path, seed: int) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["benchmarks.workers"])
+        self._arguments = (run, url, cache)
+        self._random = random.Random(seed)
         self._processes = [self._start() for _ in range(count)]
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._kill_some)
-        self.killed = 0
+        self.killed = self.killed_in_job = 0
 
     def __enter__(self) -> Crew:
-        if self._every_s:
-            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self._every_s:
-            self._thread.join()
         for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)  # they see that the run is finished
+            process.join(20)  # they see that the run is finished
             process.kill()
-            process.wait()
+            process.join()
+            process.close()
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        return subprocess.Popen([sys.executable, *self._arguments], env={**os.environ, **one}, cwd=ROOT)
+    def _start(self) -> ForkServerProcess:
+        process = self._context.Process(target=work, args=self._arguments)
+        process.start()
+        return process
 
-    def _kill_some(self) -> None:
-        while not self._done.wait(self._random.expovariate(1 / self._every_s)):
-            i = self._random.randrange(len(self._processes))
-            self._processes[i].send_signal(signal.SIGKILL)
-            self._processes[i].wait()
-            self.killed += 1
-            self._processes[i] = self._start()
+    def kill_one(self, busy: Callable[[], set[int]]) -> None:
+        """Kills a worker in the middle of a job where there is one, else any, and starts another.
+
+        Args:
+            busy: gives the process numbers of workers that hold a job now.
+        """
+        for _ in range(KILL_TRIES):
+            held = busy()
+            working = [i for i, process in enumerate(self._processes) if process.pid in held]
+            i = self._random.choice(working or range(len(self._processes)))
+            pid = self._processes[i].pid
+            if pid is None or not working:
+                continue
+            os.kill(pid, signal.SIGSTOP)  # it cannot end the job while this is looked up
+            if pid in busy():
+                self.killed_in_job += 1
+                break
+            os.kill(pid, signal.SIGCONT)
+        self._processes[i].kill()
+        self._processes[i].join()
+        self._processes[i].close()
+        self.killed += 1
+        self._processes[i] = self._start()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,7 +225,7 @@ def prove(
     *,
     trials: int,
     workers: int,
-    kills_every_s: float = 0.0,
+    kills: int = 0,
     restarts: int = 0,
     seed: int = 0,
 ) -> Outcome:
@@ -220,7 +237,7 @@ def prove(
         of: space and budget.
         trials: to be scored.
         workers: processes.
-        kills_every_s: mean time between two kills; 0: none.
+        kills: of workers, spread over the trials.
         restarts: of the database, spread over the trials.
         seed: of the search and of the kills.
     """
@@ -228,28 +245,39 @@ def prove(
     stop = StopFlag()
     reporter = StoppableReporter(Quiet(), stop)
     settings = SharedSettings(server.url, lease_s=LEASE_S)
-    arguments = ["-m", "benchmarks.workers", "--work", run.name, "--url", server.url, "--cache", str(home / "cache")]
     restarted = 0
     with (
         open_run(run, {"benchmark": "1"}, "name: benchmark\n") as folder,
-        Crew(workers, arguments, kills_every_s, seed) as crew,
+        Crew(workers, run.name, server.url, home / "cache", seed) as crew,
         shared_study(settings, run, (), {}, Quiet(), lambda: False) as study,
     ):
         started = time.monotonic()
         pool = SharedPool(study, labels(of.space, lambda c: (of.predictor.estimate(c).worst_ms,)), Quiet())
-        due = [round(trials * (i + 1) / (restarts + 1)) for i in range(restarts)]
+        stops, deaths = spread_over(trials, restarts), spread_over(trials, kills)
+        results = 0
 
-        def on_progress() -> None:
-            nonlocal restarted
-            if due and len(folder.trials()) >= due[0]:
-                due.pop(0)
+        def busy() -> set[int]:
+            running = [job for job in study.scores.jobs() if job.state == TrialState.RUNNING]
+            return {int(job.worker.rpartition("-")[2]) for job in running if job.worker}
+
+        def on_result() -> None:
+            nonlocal restarted, results
+            results += 1
+            if results in deaths:
+                crew.kill_one(busy)
+            if results in stops:
                 server.stop()
-                threading.Timer(3.0, server.start).start()
+                threading.Timer(OUTAGE_S, server.start).start()
                 restarted += 1
 
-        rounds(of, folder, Noticing(pool, on_progress), reporter, stop, trials, seed)
+        rounds(of, folder, Noticing(pool, on_result), reporter, stop, trials, seed)
         wall_s = time.monotonic() - started
-        return counted(study, folder, of, trials, crew.killed, restarted, wall_s)
+        return counted(study, folder, of, trials, crew, restarted, wall_s)
+
+
+def spread_over(trials: int, count: int) -> set[int]:
+    """`count` numbers of results, evenly."""
+    return {round(trials * (i + 1) / (count + 1)) for i in range(count)}
 
 
 class Noticing:
@@ -332,7 +360,7 @@ def placeholder_supernet(folder: Path) -> Path:
 
 
 def counted(
-    study: SharedStudy, folder: RunFolder, of: Setting, trials: int, killed: int, restarts: int, wall_s: float
+    study: SharedStudy, folder: RunFolder, of: Setting, trials: int, crew: Crew, restarts: int, wall_s: float
 ) -> Outcome:
     """The outcome of a search that is over."""
     records = folder.trials()
@@ -348,7 +376,8 @@ def counted(
         scored_twice=sum(count > 1 for count in results.values()),
         retried=sum("retry_of" in job.trial.user_attrs for job in jobs),
         silent=sum(job.ended == "expired" for job in jobs),
-        killed=killed,
+        killed=crew.killed,
+        killed_in_job=crew.killed_in_job,
         restarts=restarts,
         wall_s=wall_s,
         volume=hypervolume(top1, latency_ms, 1 / CLASSES, of.budget_ms),
@@ -361,14 +390,8 @@ def main() -> None:
     options.add_argument("--trials", type=int, default=300)
     options.add_argument("--workers", type=int, default=8)
     options.add_argument("--seeds", type=int, default=1, help="each with one worker and with many (default 1)")
-    options.add_argument("--kills-every", type=float, default=4.0, help="seconds between two kills on average")
-    options.add_argument("--work", help="internal: be a worker of this run")
-    options.add_argument("--url", help="internal: its storage")
-    options.add_argument("--cache", type=Path, help="internal: its cache")
+    options.add_argument("--kills", type=int, default=40, help="workers killed in the middle of a job (default 40)")
     args = options.parse_args()
-    if args.work:
-        work(args.work, args.url, args.cache)
-        return
     rows: list[list[Any]] = []
     pairs: list[tuple[Outcome, Outcome]] = []
     with PostgresServer(requires_postgresql()) as server, tempfile.TemporaryDirectory() as scratch:
@@ -381,14 +404,23 @@ def main() -> None:
                 of,
                 trials=args.trials,
                 workers=args.workers,
-                kills_every_s=args.kills_every,
+                kills=args.kills,
                 restarts=1,
                 seed=seed,
             )
             one = prove(server, home, of, trials=args.trials, workers=1, seed=seed)
             pairs.append((many, one))
             for workers, o in ((args.workers, many), (1, one)):
-                counts = [o.trials, o.killed, o.restarts, o.lost, o.recorded_twice, o.scored_twice, o.retried]
+                counts = [
+                    o.trials,
+                    o.killed,
+                    o.killed_in_job,
+                    o.restarts,
+                    o.lost,
+                    o.recorded_twice,
+                    o.scored_twice,
+                    o.retried,
+                ]
                 rows.append([seed, workers, *counts, o.volume, o.wall_s])
     same = sum(many.candidates == one.candidates for many, one in pairs)
     report(
@@ -399,6 +431,7 @@ def main() -> None:
             "workers",
             "trials",
             "kills",
+            "in a job",
             "restarts",
             "lost",
             "recorded twice",

@@ -6,6 +6,7 @@ locks by which a waiting trial is given to one worker only (two of four workers 
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 import warnings
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 GRPC_PORT = 13000  # Optuna's default
 CONNECT_S = 10
+TABLE_TRIES = 8  # of processes that open an empty database together
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 OUTAGE_LIMIT_S = 900.0  # a database server that is updated or moved is back by then
 REMIND_S = 60.0
@@ -134,10 +136,17 @@ def _connect_postgresql(url: str, connections: int) -> Connection:
             "keepalives_count": 3,
         },
     }
-    try:
-        plain = optuna.storages.RDBStorage(urlunsplit(("postgresql+psycopg", *parts[1:])), engine_kwargs=options)
-    except (exc.SQLAlchemyError, RuntimeError) as e:  # the latter: tables of another Optuna
-        raise StorageError(f"{where}: cannot be opened: {_first_line(e, secrets)}") from e
+    address = urlunsplit(("postgresql+psycopg", *parts[1:]))
+    for tries_left in reversed(range(TABLE_TRIES)):
+        try:
+            plain = optuna.storages.RDBStorage(address, engine_kwargs=dict(options))
+            break
+        except (exc.IntegrityError, exc.ProgrammingError) as e:  # of an empty database others make the tables, too
+            if not tries_left:
+                raise StorageError(f"{where}: cannot be opened: {_first_line(e, secrets)}") from e
+            time.sleep(random.uniform(0.1, 1.0))
+        except (exc.SQLAlchemyError, RuntimeError) as e:  # the latter: tables of another Optuna
+            raise StorageError(f"{where}: cannot be opened: {_first_line(e, secrets)}") from e
     permanent = (exc.DataError, exc.ProgrammingError, exc.IntegrityError, exc.NotSupportedError, exc.ArgumentError)
 
     def is_away(error: BaseException) -> bool:

@@ -48,6 +48,7 @@ from nas.search.shared_storage import Connection, Patience, connect
 from nas.search.shared_study import BEATS_PER_LEASE, FINALS, JobQueue, QueuedJob, bundle_attribute
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.5, 5.0  # between two looks for a job, on average: more while there is none
+START_LIMIT_S = 60.0  # a wrong password should not be tried for longer
 RUN_WAIT_S = 5.0  # between two looks for a run that is not there yet
 
 
@@ -97,7 +98,7 @@ def run_worker(settings: WorkerSettings, reporter: Reporter, stop: StopFlag, poo
         UsageError: an address that cannot be used.
     """
     try:
-        with closing(connect(settings.storage, connections=1)) as connection:
+        with closing(_connected(settings.storage, reporter, stop)) as connection:
             patience = Patience(connection, reporter, lambda: stop.is_set)
             joined = join(settings, connection, patience, reporter, stop)
             if joined is None:
@@ -107,6 +108,28 @@ def run_worker(settings: WorkerSettings, reporter: Reporter, stop: StopFlag, poo
                 return Worker(settings, joined, Path(scratch), reporter, stop, pool).run()
     except InterruptedRunError:  # while the storage was away: the search takes the job back by itself
         return WorkerSummary(ended="stopped")
+
+
+def _connected(url: str, reporter: Reporter, stop: StopFlag) -> Connection:
+    """The open storage; a worker that is started during an outage waits for its end.
+
+    Raises:
+        StorageError: it cannot be opened for `START_LIMIT_S`.
+    """
+    began = time.monotonic()
+    is_told = False
+    while True:
+        try:
+            return connect(url, connections=1)
+        except StorageError as e:
+            if stop.is_set:
+                raise InterruptedRunError("stopped before it could join") from e
+            if time.monotonic() - began > START_LIMIT_S:
+                raise
+            if not is_told:
+                reporter.warn(f"{e}; trying again for {format_duration(START_LIMIT_S)}")
+                is_told = True
+        _sleep(FIRST_LOOK_S * random.uniform(1, 3), stop)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
