@@ -136,6 +136,7 @@ def test_a_search_with_workers_of_which_one_is_killed_finds_what_one_machine_fin
     assert len(done) == len(set(done))
 
 
+@pytest.mark.timeout(400)  # two whole searches, with processes that come and go
 def test_kills_and_a_restart_lose_nothing_and_score_nothing_twice(server: PostgresServer, tmp_path: Path) -> None:
     of = setting(tmp_path, 0)
     many = prove(server, tmp_path, of, trials=32, workers=3, kills=3, restarts=1)
