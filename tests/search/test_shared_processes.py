@@ -142,8 +142,7 @@ def test_kills_and_a_restart_lose_nothing_and_score_nothing_twice(server: Postgr
     many = prove(server, tmp_path, of, trials=32, workers=3, kills=3, restarts=1)
     one = prove(server, tmp_path, of, trials=32, workers=1)
     assert (many.trials, many.lost, many.recorded_twice, many.scored_twice, many.restarts) == (32, 0, 0, 0, 1)
-    assert many.killed == 3
-    assert many.retried >= many.killed_in_job > 0
+    assert many.retried >= many.killed > 0
     assert many.candidates == one.candidates
     assert many.volume == one.volume
 
