@@ -67,8 +67,8 @@ class Outcome:
     """What a search came to, counted in its run folder and in the database.
 
     `lost`: planned trials without a record. `recorded_twice`: trial numbers with two records. `scored_twice`: jobs with
-    two results. `retried`: jobs that were queued anew. `silent`: workers that were taken for dead. `killed`: workers in the
-    middle of a job.
+    two results. `retried`: jobs that were queued anew. `silent`: workers that were taken for dead.
+    `killed`: workers in the middle of a job.
     """
 
     trials: int
@@ -426,7 +426,6 @@ def main() -> None:
                 counts = [
                     o.trials,
                     o.killed,
-                    o.killed_in_job,
                     o.restarts,
                     o.lost,
                     o.recorded_twice,
