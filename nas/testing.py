@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import re
+import secrets
 import shutil
+import socket
+import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -451,6 +456,90 @@ def requires_package(name: str, what: str) -> None:
         import pytest
 
         pytest.skip(f"{what} needs the package {name}, which is not installed")
+
+
+def requires_postgresql() -> Path:
+    """Folder of PostgreSQL's server programs; otherwise the calling test is skipped."""
+    on_path = shutil.which("initdb")
+    found = [Path(on_path).parent] if on_path else sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    usable = [folder for folder in found if (folder / "initdb").exists() and (folder / "pg_ctl").exists()]
+    debian = Path("/usr/lib/postgresql/VERSION/bin")
+    return requires_path(usable[-1] if usable else debian, "PostgreSQL (Debian: apt-get install postgresql)")
+
+
+class PostgresServer:
+    """A PostgreSQL server on loopback with data, port and password of its own; a context manager.
+
+    PostgreSQL refuses to run as root: there its own user runs it, who is there where Debian's package is.
+
+    Args:
+        programs: from `requires_postgresql`.
+    """
+
+    def __init__(self, programs: Path) -> None:
+        self._programs = programs
+        self.password = secrets.token_urlsafe(12)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._user = "postgres" if os.geteuid() == 0 else None
+        self._folder = Path(tempfile.mkdtemp(prefix="nas-postgresql-"))
+        if self._user is not None:
+            shutil.chown(self._folder, self._user)
+
+    @property
+    def url(self) -> str:
+        """Address with the password."""
+        return f"postgresql://postgres:{self.password}@127.0.0.1:{self.port}/postgres"
+
+    @property
+    def plain_url(self) -> str:
+        """Address without: for those who have it in PGPASSWORD."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/postgres"
+
+    def __enter__(self) -> PostgresServer:
+        secret = self._folder / "password"
+        secret.write_text(self.password)
+        secret.chmod(0o644)
+        options = ["--username=postgres", "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync"]
+        self._call("initdb", f"--pgdata={self._data}", f"--pwfile={secret}", *options)
+        secret.unlink()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def start(self) -> None:
+        """Starts it, again with what it held."""
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -k {self._folder}"
+        self._call("pg_ctl", "start", "-w", "-s", "-D", str(self._data), "-l", f"{self._folder}/log", "-o", options)
+
+    def stop(self) -> None:
+        """Ends it at once, as a crash would: connections break, and it recovers from its log at the next start."""
+        self._call("pg_ctl", "stop", "-w", "-s", "-m", "immediate", "-D", str(self._data))
+
+    @property
+    def _data(self) -> Path:
+        return self._folder / "data"
+
+    def _call(self, program: str, *arguments: str) -> None:
+        said = self._folder / "programs.log"
+        with said.open("ab") as out:  # not a pipe: the server would keep it open
+            done = subprocess.run(
+                [str(self._programs / program), *arguments],
+                user=self._user,
+                group=self._user,
+                extra_groups=None if self._user is None else [],
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                check=False,
+            )
+        if done.returncode:
+            raise DeviceError(f"{program} ended with {done.returncode}: {said.read_text()[-2000:]}")
 
 
 def mean_model(batch: int | None = 1, size: int = 8, factor: float = 2.0) -> bytes:

@@ -20,7 +20,10 @@ from nas.core.errors import InterruptedRunError, NasError, StorageError, did_you
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Order of the help page: as a user meets them.
-COMMANDS = ("init", "doctor", "measure", "table", "search", "pareto", "report", "dashboard", "export", "bench")
+COMMANDS = (
+    *("init", "doctor", "measure", "table", "search", "pareto", "report", "dashboard", "export", "bench"),
+    *("worker", "storage-proxy"),
+)
 
 EXIT_CODES = """\b
 Exit codes:
@@ -44,6 +47,9 @@ EXTRAS = {
     "tensorrt": "tensorrt",
     "pycuda": "tensorrt",
     "optuna_dashboard": "dashboard",
+    "psycopg": "scale",
+    "grpc": "scale",
+    "boto3": "scale",
     "pytest": "dev",
     "hypothesis": "dev",
 }
@@ -60,7 +66,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = importlib.import_module(f"nas.cli.{cmd_name}").command
+        command: click.Command = importlib.import_module(f"nas.cli.{cmd_name.replace('-', '_')}").command
         return command
 
     def resolve_command(

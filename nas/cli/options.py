@@ -33,6 +33,20 @@ def set_option(function: F) -> F:
     )(function)
 
 
+def shared_options(function: F) -> F:
+    """`--storage` and `--artifacts` of a search on many machines."""
+    function = click.option(
+        "--artifacts",
+        metavar="PLACE",
+        help="Folder that all machines see, or s3://BUCKET/PREFIX [artifacts in the run folder].",
+    )(function)
+    return click.option(
+        "--storage",
+        metavar="URL",
+        help="postgresql://USER@HOST/DATABASE (password from PGPASSWORD or PGPASSFILE), or grpc://HOST:PORT.",
+    )(function)
+
+
 class Milliseconds(click.ParamType[float]):
     """A time with its unit: `5ms`, `800us`, `0.005s`; milliseconds without one."""
 

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 # A command of this program inside a sentence or on a line of its own.
-COMMAND = re.compile(r"(?<![\w./-])nas (?=(?:init|doctor|measure|table|search|pareto|report|dashboard|export|bench)\b)")
+COMMAND = re.compile(
+    r"(?<![\w./-])nas "
+    r"(?=(?:init|doctor|measure|table|search|pareto|report|dashboard|export|bench|worker|storage-proxy)\b)"
+)
 PLAIN_INTERVAL_S = 10.0  # at most one line in this time and stage where nobody watches a terminal
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nas.cli.options import Milliseconds, common_options, set_option
+from nas.cli.options import Milliseconds, common_options, set_option, shared_options
 from nas.cli.output import Console
 from nas.cli.pareto import show_common, show_front
-from nas.core.errors import BudgetError
+from nas.core.errors import BudgetError, UsageError
 from nas.core.run import FOREIGN_MARK
 from nas.core.units import format_duration, format_ms, rounded_up
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nas.core.run import PackageView, RunView
     from nas.search.experiment import Experiment
     from nas.search.plan import Plan
+    from nas.search.shared_study import SharedSettings
 
 
 @click.command(short_help="Search for a latency budget; the same command goes on after a stop.")
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Print the resolved settings, the rows to measure and a rough duration.")
 @click.option("--fork", is_flag=True, help="New run folder that keeps the scores of the old one which stay valid.")
+@shared_options
+@click.option(
+    "--lease",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --storage: a worker that was not heard of for so long is taken for dead.",
+)
 @common_options
 @click.pass_obj
 def command(
@@ -44,11 +54,16 @@ def command(
     foreign: Path | None,
     dry_run: bool,
     fork: bool,
+    storage: str | None,
+    artifacts: str | None,
+    lease: float,
 ) -> None:
     """Searches as EXPERIMENT (a YAML file) says, or resumes: finished work is never repeated.
 
     Ctrl-C once finishes or checkpoints the current step. At the end the front is shown with the pick for the budget,
     the HTML report and the package.
+
+    With --storage the trainings are done by `nas worker` on any machines; see docs/scale.md.
     """
     from nas.search.experiment import load_experiment
 
@@ -63,7 +78,7 @@ def command(
     from nas.search.api import run_search
 
     with console.reporter() as reporter:
-        view = run_search(loaded, reporter, fork=fork)
+        view = run_search(loaded, reporter, fork=fork, shared=_shared(storage, artifacts, lease))
     folder = loaded.run_dir.with_name(view.name)  # a fork lies beside the old run
     page = write_report(view, folder / "report")
     console.say()
@@ -120,6 +135,16 @@ def command(
                 f"no finished student keeps {format_ms(pick.budget_ms)} ({view.budget_of}): {pick.reason}. "
                 "Allow more time: --set budget.also_ms=[MS] --fork"
             )
+
+
+def _shared(storage: str | None, artifacts: str | None, lease: float) -> SharedSettings | None:
+    from nas.search.shared_study import SharedSettings
+
+    if storage is None:
+        if artifacts is not None:
+            raise UsageError("--artifacts goes with --storage: it is where the machines of a shared search leave files")
+        return None
+    return SharedSettings(storage, artifacts, lease)
 
 
 def _show_device(console: Console, view: RunView) -> None:

@@ -168,3 +168,54 @@ def _open(path: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as e:
         raise StorageError(f"{path}: cannot be read: {e}. Delete it and run the same command again") from e
+
+
+TARGET_FILES = ("targets.json", "images.npy", "logits.npy", "labels.npy")
+
+
+def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
+    """A context as another machine can have it: the record with plain file names, and where each of these files lies.
+
+    Raises:
+        StorageError, RecordError: the record cannot be read.
+    """
+    record = read_record(ContextFile, path)
+    targets = Path(record.targets)
+    files = {name: targets / name for name in TARGET_FILES}
+    files |= {"val_labels.npy": Path(record.val_labels), "test_labels.npy": Path(record.test_labels)}
+    resolutions = []
+    for each in record.resolutions:
+        names = {part: f"{part}-{each.resolution}.npy" for part in ("val", "test", "sample", "variants")}
+        if Path(each.variants) == targets / "images.npy":
+            names["variants"] = "images.npy"
+        files |= {name: Path(getattr(each, part)) for part, name in names.items()}
+        resolutions.append(ResolutionFiles(each.resolution, **names))
+    plain = replace(
+        record,
+        targets="",
+        val_labels="val_labels.npy",
+        test_labels="test_labels.npy",
+        resolutions=tuple(resolutions),
+    )
+    return plain, files
+
+
+def place_context(record: ContextFile, folder: Path) -> Path:
+    """Writes the record of `context_parts` into a folder that holds all of its files; gives its path."""
+
+    def here(name: str) -> str:
+        return str(folder / Path(name).name)
+
+    placed = replace(
+        record,
+        targets=str(folder),
+        val_labels=here(record.val_labels),
+        test_labels=here(record.test_labels),
+        resolutions=tuple(
+            ResolutionFiles(r.resolution, here(r.val), here(r.test), here(r.sample), here(r.variants))
+            for r in record.resolutions
+        ),
+    )
+    path = folder / "context.json"
+    write_record(path, placed)
+    return path

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from nas.core.errors import InterruptedRunError, NasError, StorageError
 
@@ -45,6 +45,28 @@ class JobResult(Generic[J, R]):
 
     job: J
     value: R | JobFailure
+
+
+class JobPool(Protocol):
+    """Whatever runs jobs: processes of this machine, or workers on many that share a storage."""
+
+    def map(
+        self,
+        function: Callable[[J], R],
+        jobs: Sequence[J],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[JobResult[J, R]]:
+        """Every job once with what came of it, in the order in which they are ready; see `WorkerPool.map`."""
+        ...
+
+    def feed(
+        self,
+        function: Callable[[J], R],
+        next_job: Callable[[], J | None],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[JobResult[J, R]]:
+        """The same for jobs that are asked for while others run; see `WorkerPool.feed`."""
+        ...
 
 
 class WorkerPool:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nas.core.errors import BudgetError, InterruptedRunError, StorageError, UsageError
 from nas.core.jsonio import read_record, read_text, write_record
+from nas.core.records import Candidate
 from nas.core.run import (
     FOREIGN_MARK,
     INTERPOLATED_MARK,
@@ -39,7 +40,7 @@ from nas.export.package import Package
 from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
 from nas.recipe.context import ContextFile, open_context
-from nas.recipe.pool import StartMethod, WorkerPool
+from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
@@ -69,6 +70,8 @@ from nas.search.progress import (
 from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
 from nas.search.seeds import resolve
 from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
+from nas.search.shared_storage import redacted
+from nas.search.shared_study import SharedPool, SharedSettings, SharedStudy, labels, shared_study, worker_command
 from nas.search.view import (
     CLOCK_FILE,
     OUTCOME_SCHEMA,
@@ -92,6 +95,7 @@ def run_search(
     device: Device | None = None,
     others: Sequence[Device] | None = None,
     start_workers: StartMethod = "spawn",
+    shared: SharedSettings | None = None,
 ) -> RunView:
     """Searches, or resumes the search of the experiment's run folder, to its end.
 
@@ -102,6 +106,7 @@ def run_search(
         device: measures; by default the one that the experiment names.
         others: the further devices; by default those that the experiment names.
         start_workers: how worker processes come to life, see `WorkerPool`.
+        shared: where workers of other machines find the jobs; None: processes of this machine do them.
 
     Raises:
         NasError: with what to do next; a stopped run raises InterruptedRunError.
@@ -119,11 +124,14 @@ def run_search(
             space_yaml = read_text(Path(inputs.experiment.space))
             with open_run(run_dir, marks, resolved_yaml(inputs.experiment), space_yaml) as folder:
                 stop.tell_workers(folder.path / "stop")
-                return _run(_within_pipeline(inputs, folder, reporter), folder, told, stop, start_workers)
+                return _run(_within_pipeline(inputs, folder, reporter), folder, told, stop, start_workers, shared)
     except (InterruptedRunError, KeyboardInterrupt) as e:
         # The folder's own file holds every setting that was given, those of the command line too.
         again = run_dir / "experiment.yaml"
         command = f"nas search {quote(str(again))}" if again.exists() else "the same command"
+        if shared is not None and again.exists():
+            command += f" --storage {quote(redacted(shared.storage))}"
+            command += f" --artifacts {quote(shared.artifacts)}" if shared.artifacts else ""
         raise InterruptedRunError(f"stopped; finished work is kept. Go on with: {command}") from e
 
 
@@ -162,7 +170,12 @@ def _forked(inputs: Inputs, marks: dict[str, str], reporter: Reporter) -> Inputs
 
 
 def _run(
-    inputs: Inputs, folder: RunFolder, told: StoppableReporter, stop: StopFlag, start_workers: StartMethod
+    inputs: Inputs,
+    folder: RunFolder,
+    told: StoppableReporter,
+    stop: StopFlag,
+    start_workers: StartMethod,
+    shared: SharedSettings | None,
 ) -> RunView:
     e = inputs.experiment
     with kept_clock(folder.path / CLOCK_FILE) as clock:
@@ -172,8 +185,14 @@ def _run(
         else:
             for _, device in inputs.each:
                 reporter.say(f"device {device.profile.name}")
-            with WorkerPool(worker_count(e), start_workers) as pool:
-                _search(inputs, folder, reporter, stop, pool, clock)
+            if shared is None:
+                with WorkerPool(worker_count(e), start_workers) as pool:
+                    _search(inputs, folder, reporter, stop, pool, clock)
+            else:
+                names, marks = [name for name, _ in inputs.each[1:]], fingerprint(inputs)
+                with shared_study(shared, folder.path, names, marks, told.plain, lambda: stop.is_set) as study:
+                    reporter.say(f"workers join from any machine with: {worker_command(study)}")
+                    _search(inputs, folder, reporter, stop, study, clock)
         for name, device in inputs.each:
             _export_pick(folder.on(name), device, reporter)
             _export_others(folder.on(name), device, reporter)
@@ -182,7 +201,12 @@ def _run(
 
 
 def _search(
-    inputs: Inputs, folder: RunFolder, reporter: StoppableReporter, stop: StopFlag, pool: WorkerPool, clock: RunClock
+    inputs: Inputs,
+    folder: RunFolder,
+    reporter: StoppableReporter,
+    stop: StopFlag,
+    workers: WorkerPool | SharedStudy,
+    clock: RunClock,
 ) -> None:
     """Everything up to `outcome.json`."""
     e = inputs.experiment
@@ -204,6 +228,7 @@ def _search(
     teacher, _, context = prepare_training(inputs, folder, reporter)
     teacher_ms = [teacher_latency(teacher, device, folder.on(name)) for name, device in inputs.each]
     first, *others = targets
+    pool = _shared_pool(inputs, workers, targets, reporter) if isinstance(workers, SharedStudy) else workers
     parts = SearchParts(
         folder,
         inputs.space,
@@ -228,6 +253,15 @@ def _search(
     cpu_s = spent.cpu_s + sum(r.cost_s for r in folder.trials()) + students_s
     for own, outcome in reversed(list(zip(parts.each, outcomes, strict=True))):  # that of the first device: all is done
         write_record(own.folder.device_path / "outcome.json", replace(outcome, wall_s=spent.wall_s, cpu_s=cpu_s))
+
+
+def _shared_pool(inputs: Inputs, study: SharedStudy, targets: Sequence[Target], reporter: StoppableReporter) -> JobPool:
+    """Workers of other machines; they are shown what each candidate is, and its latency as it is predicted now."""
+
+    def latency_ms(candidate: Candidate) -> tuple[float, ...]:
+        return tuple(t.predictor.estimate(candidate).worst_ms for t in targets)
+
+    return SharedPool(study, labels(inputs.space, latency_ms), reporter.plain)
 
 
 def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, reporter: Reporter) -> None:

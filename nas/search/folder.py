@@ -11,6 +11,7 @@
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
   outcome.json       finished students            space.yaml   the search space as it was
   report/  packages/                              package.json the package of the pick
+  shared.json        the study by which workers of other machines are reached, artifacts/ their files
   devices/<name>/    of each further device: its chosen, events, measured, outcome, package and packages
 ```
 """

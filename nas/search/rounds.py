@@ -20,7 +20,7 @@ from nas.core.walk import total_macs
 from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
-from nas.recipe.pool import WorkerPool
+from nas.recipe.pool import JobPool
 from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
 from nas.search.choice import choose_sampler
@@ -77,7 +77,7 @@ class SearchParts:
     space: SearchSpace
     predictor: Predictor
     plan: ScoringPlan
-    pool: WorkerPool
+    pool: JobPool
     labels: np.ndarray
     budget: BudgetSettings
     search: SearchSettings

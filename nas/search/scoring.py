@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nas.core.records import Candidate
-from nas.recipe.pool import JobFailure, WorkerPool
+from nas.recipe.pool import JobFailure, JobPool
 from nas.recipe.records import ScoredStudent, read_logits
 from nas.recipe.score import ScoreJob, Source, score, student_folder
 from nas.recipe.standalone import TOGETHER, Halving, Standing
@@ -111,7 +111,7 @@ class Earlier:
 
 def score_batch(
     plan: ScoringPlan,
-    pool: WorkerPool,
+    pool: JobPool,
     candidates: Sequence[Candidate],
     latency_ms: Sequence[Sequence[float]],
     reporter: Reporter,

@@ -100,7 +100,7 @@ def test_every_command_file_is_listed_and_described(capsys: pytest.CaptureFixtur
         assert f"\n  {name} " in text
     folder = Path(cli_main.__file__).parent
     helpers = {"__init__", "main", "output", "options"}
-    assert {p.stem for p in folder.glob("*.py")} - helpers >= set(cli_main.COMMANDS)
+    assert {p.stem.replace("_", "-") for p in folder.glob("*.py")} - helpers >= set(cli_main.COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ class Zygote:
         self._process.stdout.close()
 
     def start(self, log: Path, *arguments: object, what: str = "search") -> Life:
-        """A new process that searches, or with `what="cli"` a command line."""
+        """A new process that searches, or with `what` "worker" or "cli" one that works for a search, a command line."""
         answer = self._ask({"start": what, "arguments": [str(a) for a in arguments], "log": str(log)})
         return Life(self, answer["pid"], log)
 

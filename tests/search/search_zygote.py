@@ -1,7 +1,7 @@
 """A process that has imported everything and forks one search after the other: lives of a second instead of ten.
 
 Commands come as JSON lines on stdin, answers go as JSON lines to stdout:
-    {"start": "search" | "cli", "arguments": [...], "log": FILE}   -> {"pid": number}
+    {"start": "search" | "worker" | "cli", "arguments": [...], "log": FILE}   -> {"pid": number}
     {"wait": pid}                                                  -> {"code": exit code, negative: signal}
 
 It never trains itself: torch cannot differentiate in a copy of a process that has done so.
@@ -23,8 +23,14 @@ import nas.report.html
 import nas.search.api
 from nas.cli.main import run
 from nas.core.errors import NasError
+from nas.recipe.pool import WorkerPool
 from nas.search.experiment import load_experiment
+from nas.search.progress import StopFlag, stop_on_signals
+from nas.search.shared_study import SharedSettings
+from nas.search.worker import WorkerSettings, run_worker
 from nas.testing import SimulatedDevice
+
+SHARED_LEASE_S = 3.0
 
 
 class PrintingReporter:
@@ -51,10 +57,29 @@ def search(arguments: Sequence[str]) -> int:
             device=SimulatedDevice(),
             others=[simulated(other.device) for other in experiment.also_on],
             start_workers="fork",
+            shared=next((shared(a) for a in arguments if a.startswith("--storage=")), None),
         )
     except NasError as e:
         print(f"{type(e).__name__}: {e}", flush=True)
         return e.exit_code
+    return 0
+
+
+def shared(argument: str) -> SharedSettings:
+    """`--storage=URL`: silent workers are given up soon."""
+    return SharedSettings(argument.partition("=")[2], lease_s=SHARED_LEASE_S)
+
+
+def work(arguments: Sequence[str]) -> int:
+    """`RUN URL CACHE`: a worker whose training process is forked."""
+    run_name, url, cache = arguments
+    stop, reporter = StopFlag(), PrintingReporter()
+    with stop_on_signals(stop, reporter), WorkerPool(1, "fork") as pool:
+        try:
+            print(run_worker(WorkerSettings(run_name, url, Path(cache)), reporter, stop, pool), flush=True)
+        except NasError as e:
+            print(f"{type(e).__name__}: {e}", flush=True)
+            return e.exit_code
     return 0
 
 
@@ -67,7 +92,8 @@ def live(command: dict[str, object]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     arguments = [str(a) for a in command["arguments"]]  # type: ignore[attr-defined]
-    return search(arguments) if command["start"] == "search" else run(arguments)
+    lives = {"search": search, "worker": work, "cli": run}
+    return lives[str(command["start"])](arguments)
 
 
 def main() -> None:
