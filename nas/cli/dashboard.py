@@ -77,11 +77,11 @@ def _show_run(console: Console, run_dir: Path, port: int) -> None:
 
 def _show_shared(console: Console, url: str, port: int) -> None:
     from nas.report.redact import redacted
-    from nas.search.dashboard import opened, serve, study_names
+    from nas.search.dashboard import serve, shared, study_names
 
     shown = redacted(url)
     try:
-        with _ended_by_signals(), opened(url) as storage:
+        with _ended_by_signals(), shared(url) as storage:
             names = study_names(storage)
             if not names:
                 raise UsageError(f"{shown}: no study in it. Run: nas search EXPERIMENT.yaml")

@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
@@ -26,6 +27,7 @@ from nas.core.errors import StorageError, UsageError
 from nas.core.run import RunView
 from nas.search.folder import SPACE_FILE, RunFolder, TrialRecord
 from nas.search.notes import MirroredTrial
+from nas.search.shared_storage import connect
 from nas.search.study import CONSTRAINT, RDB_SCHEMA, Scored, mirror
 from nas.space.space import load_space
 
@@ -136,6 +138,25 @@ def opened(url: str) -> Iterator[optuna.storages.RDBStorage]:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+@contextmanager
+def shared(url: str) -> Iterator[optuna.storages.BaseStorage]:
+    """The storage of a search on several machines, or any other database of studies; closed afterwards.
+
+    Args:
+        url: as `nas.search.shared_storage.connect` or SQLAlchemy takes it.
+
+    Raises:
+        StorageError: as `opened`.
+        ModuleNotFoundError: the package that speaks to it is not installed.
+    """
+    if urlsplit(url).scheme.partition("+")[0] in ("postgresql", "postgres", "grpc"):
+        with closing(connect(url)) as connection:
+            yield connection.storage
+    else:
+        with opened(url) as storage:
+            yield storage
 
 
 def add_notes(file: Path, study_note: str, trial_notes: Mapping[int, str]) -> None:

@@ -13,15 +13,17 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 from nas.cli.main import run
 from nas.search.notes import GAP
-from nas.testing import requires_package
+from nas.search.shared_storage import connect
+from nas.testing import PostgresServer, requires_package, requires_postgresql
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,3 +185,18 @@ def test_what_cannot_be_shown_is_one_message_without_passwords(
     assert not missing.exists()
     assert run(["dashboard", "runs/tiny", "--storage", "sqlite:///x"]) == 2
     assert "RUN and --storage exclude each other" in capsys.readouterr().err
+
+
+def test_a_postgresql_of_several_machines_is_served_without_its_password(tmp_path: Path) -> None:
+    requires_package("optuna_dashboard", "nas dashboard")
+    requires_package("psycopg", "a shared search")
+    with PostgresServer(requires_postgresql()) as server:
+        with closing(connect(server.url)) as connection:
+            optuna.create_study(study_name="board", storage=connection.storage)
+        with served(tmp_path, tmp_path / "scratch", "--storage", server.url) as (process, document):
+            assert document["studies"] == ["board"]
+            assert server.password not in json.dumps(document)
+            (study,) = json.loads(answer(f"{document['url']}api/studies")[1])["study_summaries"]
+            assert study["study_name"] == "board"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
