@@ -318,7 +318,9 @@ def test_a_job_that_ends_one_worker_after_the_other_is_a_failure(scene: Scene, p
     scene.turns = [die, lambda: scene.pass_s(LEASE_S + 1), lambda: None] * MAX_DEATHS
     [result] = scene.pool(study, prepared).map(score, jobs)
     assert isinstance(result.value, JobFailure)
-    assert result.value.reason.startswith(f"its workers ended {MAX_DEATHS} times; the last: nothing was heard of its worker")
+    assert result.value.reason.startswith(
+        f"its workers ended {MAX_DEATHS} times; the last: nothing was heard of its worker"
+    )
     assert states(study) == ["FAIL"] * MAX_DEATHS
 
 
