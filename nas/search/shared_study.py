@@ -69,7 +69,7 @@ SHARED_FILE = "shared.json"
 FINALS = ".finals"  # ending of the name of the second study: full distillations, whose accuracy is another thing
 LEASE_S = 60.0
 BEATS_PER_LEASE = 4
-MAX_DEATHS = 3  # of the workers of one job, then the job is to blame
+MAX_DEATHS = 5  # of the workers of one job, then the job is to blame; under frequent kills three are chance
 POLL_S = 0.5
 NOBODY_S = 15.0  # without a worker before the user is told how to start one
 

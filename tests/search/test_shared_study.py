@@ -308,7 +308,7 @@ def test_a_training_that_fails_is_a_result_and_is_not_tried_again(scene: Scene, 
     assert again.value == result.value
 
 
-def test_a_job_that_ends_three_workers_is_a_failure(scene: Scene, prepared: Prepared) -> None:
+def test_a_job_that_ends_one_worker_after_the_other_is_a_failure(scene: Scene, prepared: Prepared) -> None:
     study = scene.study()
     jobs = [plan(prepared, scene.folder).job(candidates(prepared, 1)[0], 0)]
 
@@ -318,7 +318,9 @@ def test_a_job_that_ends_three_workers_is_a_failure(scene: Scene, prepared: Prep
     scene.turns = [die, lambda: scene.pass_s(LEASE_S + 1), lambda: None] * MAX_DEATHS
     [result] = scene.pool(study, prepared).map(score, jobs)
     assert isinstance(result.value, JobFailure)
-    assert result.value.reason.startswith("its workers ended 3 times; the last: nothing was heard of its worker")
+    assert result.value.reason.startswith(
+        f"its workers ended {MAX_DEATHS} times; the last: nothing was heard of its worker"
+    )
     assert states(study) == ["FAIL"] * MAX_DEATHS
 
 
