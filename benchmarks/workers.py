@@ -308,7 +308,19 @@ class Noticing:
         self, function: Callable[[Any], Any], jobs: Sequence[Any], should_stop: Callable[[], bool] = lambda: False
     ) -> Iterator[JobResult[Any, Any]]:
         """The results of the pool."""
-        for result in self._pool.map(function, jobs, should_stop):
+        yield from self._noticed(self._pool.map(function, jobs, should_stop))
+
+    def feed(
+        self,
+        function: Callable[[Any], Any],
+        next_job: Callable[[], Any],
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[JobResult[Any, Any]]:
+        """The same for jobs that are asked for while others run."""
+        yield from self._noticed(self._pool.feed(function, next_job, should_stop))
+
+    def _noticed(self, results: Iterator[JobResult[Any, Any]]) -> Iterator[JobResult[Any, Any]]:
+        for result in results:
             yield result
             self._on_result()
 
