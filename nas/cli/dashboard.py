@@ -100,12 +100,13 @@ def _show_shared(console: Console, url: str, port: int) -> None:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that the copy is removed."""
+    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that the copy is removed; SIGINT also in the background,
+    where a shell has told the command to ignore it."""
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface of handlers
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

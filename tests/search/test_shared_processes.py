@@ -160,6 +160,9 @@ def test_the_proxy_hands_out_a_job_once_and_ends_when_asked(
             command, env={**os.environ, "PGPASSWORD": server.password}, stdout=out, stderr=subprocess.STDOUT
         )
     try:
+        until = time.monotonic() + 60  # imports take their time on a busy machine
+        while "serving" not in log.read_text() and proxy.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
         connection = opened(f"grpc://127.0.0.1:{port}")
         first, second = (JobQueue(connection, "proxied", Patience(connection, Notes())) for _ in range(2))
         assert (first.claim(0), second.claim(0)) == (True, False)
