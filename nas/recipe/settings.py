@@ -73,7 +73,7 @@ class StandaloneSettings:
             earlier batches may go on too, from their checkpoint.
     """
 
-    rungs: tuple[int, ...] = (2, 4, 8)
+    rungs: tuple[int, ...] = (1, 2, 8)
     keep: float = 0.5
 
     def __post_init__(self) -> None:
