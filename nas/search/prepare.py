@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +186,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
     s, finish = e.search, e.finish
     scorer = {"supernet": e.supernet, "standalone": e.standalone}[e.search.scorer]
     return {
+        "program": f"nas {version('nas')}",
         "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
         "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}",
         "augmentation": content_hash(inputs.dataset.augment),

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from shlex import quote
 
-from nas.core.errors import UsageError
+from nas.core.errors import RunMismatchError, UsageError
 from nas.core.jsonio import from_plain, parse_json, read_record, read_text
 from nas.core.records import DeviceProfile
 from nas.core.run import (
@@ -98,7 +98,7 @@ def load_view(run_dir: Path, on: str = "") -> RunView:
     marks = parse_json(read_text(file), str(file))
     records, events = folder.trials(), folder.events()
     outcome_file = folder.device_path / "outcome.json"
-    outcome = read_record(Outcome, outcome_file) if outcome_file.exists() else None
+    outcome = _read_outcome(outcome_file) if outcome_file.exists() else None
     latencies = [_latency_ms(r, place) for r in records]
     points = () if outcome is None else outcome.points
     importance_file = run_dir / "importances.json"
@@ -232,12 +232,25 @@ def load_outcome(run_dir: Path, device: str = "") -> Outcome:
 
     Raises:
         UsageError: the run is not finished.
+        RunMismatchError: another version of the program wrote it.
     """
     file = RunFolder(run_dir, device).device_path / "outcome.json"
     if not (run_dir / "outcome.json").exists():  # written last
         view = load_view(run_dir)
         raise UsageError(f"{run_dir}: this run is not finished. Go on with it: {view.commands[0]}")
-    return read_record(Outcome, file)
+    return _read_outcome(file)
+
+
+def _read_outcome(file: Path) -> Outcome:
+    """Raises RunMismatchError when another version of the program wrote it."""
+    data = parse_json(read_text(file), str(file))
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema != OUTCOME_SCHEMA:  # before its fields, which may be others
+        raise RunMismatchError(
+            f"{file}: written in form {schema}, this program reads form {OUTCOME_SCHEMA}. Use the program that wrote "
+            "it, or search again in another folder: nas search FILE --set run.dir=DIR"
+        )
+    return from_plain(Outcome, data, str(file))
 
 
 def failed_candidates(records: Sequence[TrialRecord], events: Sequence[Event]) -> tuple[FailedCandidate, ...]:

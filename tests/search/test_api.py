@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -640,3 +641,13 @@ def test_a_stopped_fork_names_the_command_that_goes_on_with_it(made: MadeRun) ->
     file = made.path.with_name("a run-2") / "experiment.yaml"
     assert str(error.value) == f"stopped; finished work is kept. Go on with: nas search {quote(str(file))}"
     assert load_experiment(file).budget.ms == 0.007
+
+
+def test_a_result_in_the_form_of_another_version_is_told_and_not_misread(made: MadeRun) -> None:
+    file = made.path / "outcome.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps({**plain, "schema": 99, "picks": []}))
+    for read in (load_outcome, load_view):
+        with pytest.raises(RunMismatchError) as e:
+            read(made.path)
+        assert "outcome.json: written in form 99, this program reads form 1. Use the program that" in str(e.value)
