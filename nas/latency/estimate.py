@@ -21,6 +21,7 @@ from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSp
 from nas.core.walk import expand
 from nas.latency.feedback import Sums, predict_sums
 from nas.latency.fitting import BYTES_PER_MB, MIXED, CompactFit, Fitted, LabelFit, Paths, describe, joined, paths_of
+from nas.latency.ranks import ranks
 from nas.latency.table import LatencyTable
 
 CHUNK = 1024  # genotypes at a time: the arrays stay in the cache
@@ -344,18 +345,11 @@ def describe_errors(estimated_ms: ArrayLike, measured_ms: ArrayLike) -> Mapping[
     return {
         "mape": float(np.abs(ratio).mean()),
         "bias": float(ratio.mean()),
-        "spearman": float(np.corrcoef(_ranks(estimated), _ranks(measured))[0, 1]),
+        "spearman": float(np.corrcoef(ranks(estimated), ranks(measured))[0, 1]),
         "within_5": float((np.abs(ratio) <= 0.05).mean()),
         "within_10": float((np.abs(ratio) <= 0.10).mean()),
         "n": float(len(ratio)),
     }
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return ((2 * last - counts - 1) / 2)[place]
 
 
 _CHANGES, _SQUARES = 5, 7  # columns of the numbers of a row: those of Paths in their order, then squares of rows_ms

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nas.core.run import PredictedMeasured
+from nas.latency.ranks import rank_correlation
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +46,6 @@ def error_figures(predictions: Sequence[PredictedMeasured]) -> ErrorFigures | No
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Rank correlation of two equally long sequences; None below three values or where one does not vary."""
-    ranks_a, ranks_b = _ranks(a), _ranks(b)
-    if len(ranks_a) < 3 or ranks_a.std() == 0 or ranks_b.std() == 0:
+    if len(a) < 3 or len(set(a)) == 1 or len(set(b)) == 1:
         return None
-    return float(np.corrcoef(ranks_a, ranks_b)[0, 1])
-
-
-def _ranks(values: Sequence[float]) -> NDArray[np.float64]:
-    """Ranks from 1; equal values share the mean of their ranks."""
-    _, inverse, counts = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    ranks: NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
-    return ranks
+    return rank_correlation(a, b)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
 from nas.core.run import AccuracyFit
+from nas.latency.ranks import rank_correlation
 from nas.search.greybox import (
     GreyBoxProblem,
     Model,
@@ -65,16 +66,3 @@ def accuracy_fit(problem: GreyBoxProblem, scored: Scored) -> AccuracyFit | None:
     within = np.abs(mean - observed) <= WITHIN_90 * deviation  # a rising scale keeps what is within
     rank = rank_correlation(told, shown.accuracies)
     return AccuracyFit(len(rows), rank, float(np.abs(told - shown.accuracies).mean()), float(within.mean()))
-
-
-def rank_correlation(a: FloatArray, b: FloatArray) -> float:
-    """Spearman's, equal values sharing the mean of their ranks; 0 where all values of one are equal."""
-    first, second = _ranks(a), _ranks(b)
-    first, second = first - first.mean(), second - second.mean()
-    size = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / size if size > 0 else 0.0
-
-
-def _ranks(values: FloatArray) -> FloatArray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return ((2 * np.cumsum(counts) - counts - 1) / 2)[place]

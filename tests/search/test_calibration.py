@@ -12,7 +12,8 @@ from test_rounds import make, space, tables  # noqa: F401
 
 from nas.core.errors import RecordError
 from nas.core.run import AccuracyFit
-from nas.search.calibration import FEWEST, accuracy_fit, leave_one_out, rank_correlation
+from nas.latency.ranks import rank_correlation
+from nas.search.calibration import FEWEST, accuracy_fit, leave_one_out
 from nas.search.greybox import (
     GreyBoxProblem,
     Hyperparameters,
