@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution
 from scipy.stats import spearmanr
 
 from benchmarks import common
@@ -51,12 +50,13 @@ from nas.search.greybox import (
     predict_accuracy,
 )
 from nas.search.greybox import Scored as Observed
+from nas.search.greybox_sampler import is_ordered
 from nas.search.predictor import BudgetFilter, Predictor
 from nas.search.prepare import Inputs, load_inputs, open_table, prepare_training, scoring_plan, worker_count
 from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
 from nas.search.select import front_indices, hypervolume
-from nas.search.study import KnownLatency, Proposer, Scored, distributions
+from nas.search.study import KnownLatency, Proposer, Scored
 from nas.train.loop import epochs_from_plain, read_checkpoint
 from nas.train.trainer import new_student, train_student
 
@@ -414,8 +414,7 @@ def _predicts(
     bench: Bench, curves: Sequence[Curve], strangers: Sequence[Curve], taught: dict[int, float]
 ) -> dict[str, float | None]:
     space, budget = bench.inputs.space, bench.inputs.experiment.budget
-    kinds = distributions(space)
-    ordinal = tuple(not isinstance(kinds.get(gene.name), CategoricalDistribution) for gene in space.genes)
+    ordinal = tuple(is_ordered(gene.choices) for gene in space.genes)
     problem = GreyBoxProblem(space.gene_sizes, ordinal, space.canonical_many, bench.known, (budget.ms,))
     numbers = sorted(taught)
     genotypes = np.array([curves[n].genotype for n in numbers], np.int64)

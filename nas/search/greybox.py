@@ -660,6 +660,10 @@ class Latencies:
     keeping: FloatArray
     within: BoolArray
 
+    def at(self, rows: IntArray | BoolArray) -> Latencies:
+        """Some of them."""
+        return Latencies(self.ms[rows], self.keeping[rows], self.within[rows])
+
 
 def latencies(problem: GreyBoxProblem, genotypes: IntArray) -> Latencies:
     """Latency of canonical genotypes [N, G].
@@ -843,7 +847,7 @@ def propose(
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Fronts:
+class Fronts:
     """Accuracies and latencies of the networks that may stand on the front of each device."""
 
     accuracies: FloatArray  # [F]
@@ -851,9 +855,9 @@ class _Fronts:
     genotypes: IntArray  # [F, G]
     reference: float
 
-    def with_one(self, accuracy: float, ms: FloatArray, within: BoolArray, genotype: IntArray) -> _Fronts:
+    def with_one(self, accuracy: float, ms: FloatArray, within: BoolArray, genotype: IntArray) -> Fronts:
         known = self.latencies
-        return _Fronts(
+        return Fronts(
             np.append(self.accuracies, accuracy),
             Latencies(np.vstack([known.ms, ms]), np.vstack([known.keeping, within]), np.vstack([known.within, within])),
             np.vstack([self.genotypes, genotype]),
@@ -861,8 +865,8 @@ class _Fronts:
         )
 
 
-def _value(
-    problem: GreyBoxProblem, model: Model, fronts: _Fronts, known: Latencies, mean: FloatArray, deviation: FloatArray
+def improvement(
+    problem: GreyBoxProblem, model: Model, fronts: Fronts, known: Latencies, mean: FloatArray, deviation: FloatArray
 ) -> FloatArray:
     """Sum over the devices of the expected improvement of their fronts, each as a share of its budget, [M]."""
     result = np.zeros(len(mean))
@@ -877,16 +881,10 @@ def _value(
     return result
 
 
-def _modelled(
-    problem: GreyBoxProblem,
-    scored: Scored,
-    pending: IntArray,
-    taken: IntArray,
-    count: int,
-    rng: np.random.Generator,
-    effort: Effort,
-    hyperparameters: Hyperparameters,
-) -> IntArray:
+def posterior(
+    problem: GreyBoxProblem, scored: Scored, pending: IntArray, effort: Effort, hyperparameters: Hyperparameters
+) -> tuple[Scored, Model, Fronts]:
+    """The networks that the model sees, the model, and the denoised fronts of these and of pending ones."""
     of_scored = latencies(problem, scored.genotypes)
     reference = problem.reference_accuracy
     if reference is None:
@@ -897,23 +895,35 @@ def _modelled(
     on = seen.eligible & of_scored.within[rows].any(axis=1)
     front_rows = np.concatenate([np.flatnonzero(on), len(rows) + np.arange(len(pending))])
     genotypes = np.concatenate([seen.genotypes[on], pending])
-    fronts = _Fronts(
-        predict_accuracy(model, model.known.at(front_rows)), latencies(problem, genotypes), genotypes, reference
-    )
-    base = _on_a_front(problem, fronts)
+    accuracies = predict_accuracy(model, model.known.at(front_rows))
+    return seen, model, Fronts(accuracies, latencies(problem, genotypes), genotypes, reference)
+
+
+def _modelled(
+    problem: GreyBoxProblem,
+    scored: Scored,
+    pending: IntArray,
+    taken: IntArray,
+    count: int,
+    rng: np.random.Generator,
+    effort: Effort,
+    hyperparameters: Hyperparameters,
+) -> IntArray:
+    seen, model, fronts = posterior(problem, scored, pending, effort, hyperparameters)
+    base = on_a_front(problem, fronts)
     near = fronts.genotypes[base] if len(base) else seen.genotypes
     codes = hashes(taken)
     candidates = _new(random_within(problem, rng, effort.random, effort.draws, near), codes)
-    pool = _Pool.of(problem, model, fronts, candidates)
+    pool = Pool.of(problem, model, fronts, candidates)
     for _ in range(effort.rounds):
         best = pool.genotypes[np.argsort(-pool.values, kind="stable")[: effort.parents]]
         parents = np.concatenate([near, best])
         children = _new(bred(problem, parents, rng, effort.children), np.concatenate([codes, hashes(pool.genotypes)]))
-        pool = pool.united(_Pool.of(problem, model, fronts, children))
-    return _batch(problem, model, fronts, pool, count)
+        pool = pool.united(Pool.of(problem, model, fronts, children))
+    return best_batch(problem, model, fronts, pool, count)
 
 
-def _on_a_front(problem: GreyBoxProblem, fronts: _Fronts) -> IntArray:
+def on_a_front(problem: GreyBoxProblem, fronts: Fronts) -> IntArray:
     """Rows of the networks that no other one dominates on some device."""
     found: list[int] = []
     for device in range(len(problem.budgets_ms)):
@@ -925,7 +935,7 @@ def _on_a_front(problem: GreyBoxProblem, fronts: _Fronts) -> IntArray:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Pool:
+class Pool:
     """Candidates with what the model says of them."""
 
     genotypes: IntArray
@@ -937,22 +947,22 @@ class _Pool:
     values: FloatArray
 
     @staticmethod
-    def of(problem: GreyBoxProblem, model: Model, fronts: _Fronts, genotypes: IntArray) -> _Pool:
+    def of(problem: GreyBoxProblem, model: Model, fronts: Fronts, genotypes: IntArray) -> Pool:
         known = latencies(problem, genotypes)
         keep = known.within.any(axis=1)
-        known = Latencies(known.ms[keep], known.keeping[keep], known.within[keep])
+        known = known.at(keep)
         relevance = model.hyperparameters.relevance
         features = encode(genotypes[keep], problem.cardinalities, problem.ordinal, relevance)
         mean, deviation, white = predict(model, features)
-        values = _value(problem, model, fronts, known, mean, deviation)
-        return _Pool(genotypes[keep], features, known, mean, deviation, white, values)
+        values = improvement(problem, model, fronts, known, mean, deviation)
+        return Pool(genotypes[keep], features, known, mean, deviation, white, values)
 
-    def united(self, other: _Pool) -> _Pool:
+    def united(self, other: Pool) -> Pool:
         def both(a: NDArray, b: NDArray) -> NDArray:
             return np.concatenate([a, b])
 
         a, b = self.latencies, other.latencies
-        return _Pool(
+        return Pool(
             both(self.genotypes, other.genotypes),
             joined([self.features, other.features]),
             Latencies(both(a.ms, b.ms), both(a.keeping, b.keeping), both(a.within, b.within)),
@@ -963,14 +973,14 @@ class _Pool:
         )
 
 
-def _batch(problem: GreyBoxProblem, model: Model, fronts: _Fronts, pool: _Pool, count: int) -> IntArray:
+def best_batch(problem: GreyBoxProblem, model: Model, fronts: Fronts, pool: Pool, count: int) -> IntArray:
     """The best candidate, then each next one as if those before had given their mean."""
     picked: list[int] = []
     values, variance = pool.values, pool.deviation**2
     white = pool.white
     while len(picked) < min(count, len(pool.genotypes)):
         if picked:
-            values = _value(problem, model, fronts, pool.latencies, pool.mean, np.sqrt(variance))
+            values = improvement(problem, model, fronts, pool.latencies, pool.mean, np.sqrt(variance))
         values = np.where(np.isin(np.arange(len(values)), picked), -np.inf, values)
         best = int(values.argmax())
         picked.append(best)

@@ -71,11 +71,8 @@ def choices_of(name: str, distribution: BaseDistribution) -> tuple[Any, ...]:
     return found
 
 
-def _ordered(distribution: BaseDistribution) -> bool:
-    """Numbers are ordered; categories where all of them are numbers that rise or fall."""
-    if not isinstance(distribution, CategoricalDistribution):
-        return True
-    choices = distribution.choices
+def is_ordered(choices: Sequence[Any]) -> bool:
+    """Whether neighbouring choices are alike: numbers that rise or fall."""
     if not all(isinstance(c, int | float) and not isinstance(c, bool) for c in choices):
         return False
     steps = np.sign(np.diff(np.array(choices, float)))
@@ -163,7 +160,7 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         self._effort = effort or Effort()
         self._problem = GreyBoxProblem(
             tuple(map(len, self._choices.values())),
-            tuple(map(_ordered, self._space.values())),
+            tuple(map(is_ordered, self._choices.values())),
             self._canonical,
             latency,
             tuple(budgets_ms),

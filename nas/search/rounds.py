@@ -25,6 +25,7 @@ from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
 from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord, latest
+from nas.search.greybox_sampler import is_ordered
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
 from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
 from nas.search.progress import StopFlag, StoppableReporter
@@ -39,7 +40,6 @@ from nas.search.study import (
     greybox_problem,
     greybox_scored,
     importances,
-    is_ordered,
     mirror,
 )
 from nas.space.space import SearchSpace
@@ -453,7 +453,7 @@ def _ladder(parts: SearchParts, proposer: Proposer, records: Sequence[TrialRecor
         np.array([r.genotype for r in complete], np.int64),
         np.array([r.top1 or 0.0 for r in complete]),
         space.gene_sizes,
-        [is_ordered(gene) for gene in space.genes],
+        [is_ordered(gene.choices) for gene in space.genes],
     )
     terms = network_parts(space, parts.predictor.row_ms, scores)
     best = space.canonical_many(best_for_each_cost(terms, space.gene_sizes, LADDER_REACH * parts.budget.ms))

@@ -11,55 +11,43 @@ posterior.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.search.greybox import (
     Effort,
-    Features,
+    Fronts,
     GreyBoxProblem,
     Hyperparameters,
-    Latencies,
-    Model,
-    Scale,
+    Pool,
     Scored,
+    best_batch,
     encode,
-    expected_improvement,
     fit_hyperparameters,
     fit_model,
     hashes,
+    improvement,
     kernel,
     latencies,
     model_rows,
     mutated,
-    predict,
+    on_a_front,
+    posterior,
     predict_accuracy,
     propose,
     refit_count,
-    worthless_accuracy,
 )
 
-FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 CHUNK = 32_768  # candidates at a time: 30 MB of features
 KEPT = 2048  # candidates that the full model looks at
 CHEAP_POINTS = 128  # scored networks that the cheap model sees
-MODEL_POINTS = 700  # those that the full one sees
 NEAR = 0.5  # share of the candidates that are changed ones of the front; the others are drawn from the whole space
 CHANGES = (1, 2, 4, 8)  # genes changed in those, on average
 FEWEST = 8  # scored networks, below which there is no model
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Front:
-    """Networks that may stand on a front: median accuracies [F] and what the tables say of them."""
-
-    accuracies: FloatArray
-    latencies: Latencies
-    reference: float
 
 
 def screened(
@@ -86,90 +74,22 @@ def screened(
     Returns:
         int64 [<= count, G].
     """
-    rng = np.random.default_rng(list(seed))
-    genes = len(problem.cardinalities)
     taken = scored.genotypes if excluded is None else np.concatenate([scored.genotypes, excluded])
     chosen = fit_hyperparameters(problem, scored.at(slice(refit_count(len(scored.genotypes)))))
-    seen = scored.at(model_rows(scored.accuracies, latencies(problem, scored.genotypes).ms, MODEL_POINTS))
-    model = fit_model(problem, seen, chosen)
-    front = _front(problem, scored, seen, model)
-    candidates = _screen(problem, seen, chosen, front, taken, draws, rng)
+    seen, model, fronts = posterior(problem, scored, scored.genotypes[:0], Effort(), chosen)
+    candidates = _screen(problem, seen, chosen, fronts, taken, draws, np.random.default_rng(list(seed)))
     if is_with_local:
         local = propose(problem, scored, excluded=excluded, count=count, seed=seed, hyperparameters=lambda *_: chosen)
         candidates = np.concatenate([local, candidates])
         candidates = candidates[np.sort(np.unique(hashes(candidates), return_index=True)[1])]
-    picked: list[int] = []
-    known = latencies(problem, candidates)
-    features = encode(candidates, problem.cardinalities, problem.ordinal, chosen.relevance)
-    while len(picked) < min(count, len(candidates)):
-        # Those picked are believed to give their mean: doubt near them is gone, and what they would add is theirs.
-        pending = candidates[picked]
-        believing = fit_model(problem, seen, chosen, pending) if picked else model
-        values = _values(problem, _with(front, known, believing, features, picked), believing, features, known)
-        values[picked] = -np.inf
-        picked.append(int(values.argmax()))
-    return candidates[picked].reshape(-1, genes)
-
-
-def _front(problem: GreyBoxProblem, scored: Scored, seen: Scored, model: Model) -> _Front:
-    known = latencies(problem, seen.genotypes)
-    on = np.flatnonzero(seen.eligible & known.within.any(axis=1))
-    reference = problem.reference_accuracy
-    if reference is None:
-        reference = worthless_accuracy(scored.accuracies[: Effort().start])
-    return _Front(predict_accuracy(model, model.known.at(on)), _rows(known, on), reference)
-
-
-def _rows(known: Latencies, rows: IntArray | list[int]) -> Latencies:
-    return Latencies(known.ms[rows], known.keeping[rows], known.within[rows])
-
-
-def _with(front: _Front, known: Latencies, model: Model, features: Features, picked: list[int]) -> _Front:
-    """The front with picked candidates as if they had given their mean."""
-    if not picked:
-        return front
-    more = _rows(known, picked)
-    old = front.latencies
-    return _Front(
-        np.concatenate([front.accuracies, predict_accuracy(model, features.at(np.array(picked)))]),
-        Latencies(*(np.concatenate([getattr(old, n), getattr(more, n)]) for n in ("ms", "keeping", "within"))),
-        front.reference,
-    )
-
-
-def _values(problem: GreyBoxProblem, front: _Front, model: Model, features: Features, known: Latencies) -> FloatArray:
-    mean, deviation, _ = predict(model, features)
-    return _improvement(problem, front, known, mean, deviation, model.scale)
-
-
-def _improvement(
-    problem: GreyBoxProblem, front: _Front, known: Latencies, mean: FloatArray, deviation: FloatArray, scale: Scale
-) -> FloatArray:
-    """Sum over the devices of the expected growth of their fronts, each as a share of its budget, [M].
-
-    `mean` and `deviation` are those of standardised accuracies.
-    """
-    result = np.zeros(len(mean))
-    for device, budget in enumerate(problem.budgets_ms):
-        on = front.latencies.within[:, device]
-        rows = np.flatnonzero(known.within[:, device])
-        gain = expected_improvement(
-            mean[rows],
-            deviation[rows],
-            known.ms[rows, device],
-            (front.accuracies[on], front.latencies.ms[on, device]),
-            (front.reference, budget),
-            scale,
-        )
-        result[rows] += gain / budget * (known.keeping[rows, device] if problem.weigh_keeping else 1.0)
-    return result
+    return best_batch(problem, model, fronts, Pool.of(problem, model, fronts, candidates), count)
 
 
 def _screen(
     problem: GreyBoxProblem,
     seen: Scored,
     chosen: Hyperparameters,
-    front: _Front,
+    fronts: Fronts,
     taken: IntArray,
     draws: int,
     rng: np.random.Generator,
@@ -182,7 +102,9 @@ def _screen(
     model = fit_model(problem, few, chosen)
     doubt = float(np.sqrt(chosen.pair + chosen.rbf))
     trained = model.known.at(slice(len(model.weights)))
-    parents = _parents(problem, seen, model)
+    promising = encode(fronts.genotypes, problem.cardinalities, problem.ordinal, chosen.relevance)
+    base = on_a_front(problem, replace(fronts, accuracies=predict_accuracy(model, promising)))
+    parents = fronts.genotypes[base] if len(base) else seen.genotypes
     codes = hashes(taken)
     genes = len(problem.cardinalities)
     kept, kept_values = np.empty((0, genes), np.int64), np.empty(0)
@@ -194,10 +116,10 @@ def _screen(
         rows = np.concatenate([drawn, changed])
         known = latencies(problem, rows)
         inside = np.flatnonzero(known.within.any(axis=1))
-        rows, known = rows[inside], _rows(known, inside)
+        rows, known = rows[inside], known.at(inside)
         features = encode(rows, problem.cardinalities, problem.ordinal, chosen.relevance)
         mean = kernel(features, trained, model.genes, chosen) @ model.weights
-        values = _improvement(problem, front, known, mean, np.full(len(rows), doubt), model.scale)
+        values = improvement(problem, model, fronts, known, mean, np.full(len(rows), doubt))
         best = np.argsort(-values, kind="stable")[: 2 * KEPT]
         kept, kept_values = np.concatenate([kept, rows[best]]), np.concatenate([kept_values, values[best]])
         kept_codes = hashes(kept)
@@ -206,17 +128,3 @@ def _screen(
         order = first[np.argsort(-kept_values[first], kind="stable")[:KEPT]]
         kept, kept_values = kept[order], kept_values[order]
     return kept
-
-
-def _parents(problem: GreyBoxProblem, seen: Scored, model: Model) -> IntArray:
-    """Trained networks that no other one dominates on some device by their mean accuracy; all where there are none."""
-    known = latencies(problem, seen.genotypes)
-    relevance = model.hyperparameters.relevance
-    mean = predict_accuracy(model, encode(seen.genotypes, problem.cardinalities, problem.ordinal, relevance))
-    found: list[int] = []
-    for device in range(len(problem.budgets_ms)):
-        rows = np.flatnonzero(known.within[:, device] & seen.eligible)
-        order = rows[np.lexsort((-mean[rows], known.ms[rows, device]))]
-        before = np.maximum.accumulate(np.append(-np.inf, mean[order]))[:-1]
-        found += order[mean[order] > before].tolist()
-    return seen.genotypes[sorted(set(found))] if found else seen.genotypes

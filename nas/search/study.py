@@ -31,7 +31,7 @@ from optuna.trial import TrialState
 from nas.core.errors import BudgetError, StorageError
 from nas.core.run import Importance
 from nas.search import greybox
-from nas.search.greybox_sampler import GreyBoxSampler
+from nas.search.greybox_sampler import GreyBoxSampler, is_ordered
 from nas.search.screening import FEWEST, screened
 from nas.space.layout import Gene
 from nas.space.space import SearchSpace
@@ -301,19 +301,11 @@ def _sampler(
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def is_ordered(gene: Gene) -> bool:
-    """Whether neighbouring choices of a gene are alike: numbers that rise or fall."""
-    if not all(isinstance(c, int | float) and not isinstance(c, bool) for c in gene.choices):
-        return False
-    steps = np.sign(np.diff(np.array(gene.choices, float)))
-    return bool((steps > 0).all() or (steps < 0).all())
-
-
 def greybox_problem(space: SearchSpace, latency: KnownLatency) -> greybox.GreyBoxProblem:
     """What the grey-box model knows of a space before any training."""
     return greybox.GreyBoxProblem(
         space.gene_sizes,
-        tuple(map(is_ordered, space.genes)),
+        tuple(is_ordered(gene.choices) for gene in space.genes),
         space.canonical_many,
         latency.of,
         latency.budgets_ms,
