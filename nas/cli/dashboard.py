@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 import click
 
@@ -50,10 +47,11 @@ def _show_run(console: Console, run_dir: Path, port: int) -> None:
     from nas.report.study_figure import Score, study_figure
     from nas.search.dashboard import add_figure, add_notes, opened, serve, study_copy
     from nas.search.notes import FIGURE_TITLE, candidate_note, study_note
+    from nas.search.progress import interrupted_by_signals
     from nas.search.view import load_view
 
     view = load_view(run_dir)
-    with tempfile.TemporaryDirectory(prefix="nas-dashboard-") as scratch, _ended_by_signals():
+    with tempfile.TemporaryDirectory(prefix="nas-dashboard-") as scratch, interrupted_by_signals():
         copy = Path(scratch) / "study.db"
         trials = study_copy(run_dir, view, copy)
         notes = {number: redacted(candidate_note(trial, view)) for number, trial in enumerate(trials)}
@@ -78,10 +76,11 @@ def _show_run(console: Console, run_dir: Path, port: int) -> None:
 def _show_shared(console: Console, url: str, port: int) -> None:
     from nas.report.redact import redacted
     from nas.search.dashboard import serve, shared, study_names
+    from nas.search.progress import interrupted_by_signals
 
     shown = redacted(url)
     try:
-        with _ended_by_signals(), shared(url) as storage:
+        with interrupted_by_signals(), shared(url) as storage:
             names = study_names(storage)
             if not names:
                 raise UsageError(f"{shown}: no study in it. Run: nas search EXPERIMENT.yaml")
@@ -96,19 +95,3 @@ def _show_shared(console: Console, url: str, port: int) -> None:
     except StorageError as e:
         raise StorageError(f"{shown}: {redacted(str(e))}") from e
     console.say("ended")
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that the copy is removed; SIGINT also in the background,
-    where a shell has told the command to ignore it."""
-
-    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface of handlers
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,6 @@ locks by which a waiting trial is given to one worker only (two of four workers 
 from __future__ import annotations
 
 import random
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import optuna
 
 from nas.core.errors import InterruptedRunError, StorageError, UsageError
 from nas.core.units import format_duration
-from nas.search.progress import Reporter
+from nas.search.progress import Reporter, interrupted_by_signals
 
 T = TypeVar("T")
 
@@ -252,7 +251,7 @@ class Patience:
 
 
 def serve_proxy(url: str, host: str, port: int, connections: int) -> None:
-    """Serves a database through Optuna's gRPC proxy until SIGINT or SIGTERM.
+    """Serves a database through Optuna's gRPC proxy until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         url: of a PostgreSQL database.
@@ -268,15 +267,16 @@ def serve_proxy(url: str, host: str, port: int, connections: int) -> None:
 
     if urlsplit(url).scheme.partition("+")[0] == "grpc":
         raise UsageError(f"--storage: {redacted(url)!r} is a proxy itself; name the database behind it")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with closing(connect(url, connections)) as connection, warnings.catch_warnings():
+        with (
+            interrupted_by_signals(),
+            closing(connect(url, connections)) as connection,
+            warnings.catch_warnings(),
+            ThreadPoolExecutor(connections) as threads,
+        ):
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            with ThreadPoolExecutor(connections) as threads:
-                optuna.storages.run_grpc_proxy_server(connection.storage, host=host, port=port, thread_pool=threads)
+            optuna.storages.run_grpc_proxy_server(connection.storage, host=host, port=port, thread_pool=threads)
     except KeyboardInterrupt:
         return
     except RuntimeError as e:  # what grpc raises where it cannot listen
         raise StorageError(f"{host}:{port}: cannot listen there: {_first_line(e, ())}. Choose another --port") from e
-    finally:
-        signal.signal(signal.SIGTERM, before)

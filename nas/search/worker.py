@@ -28,7 +28,7 @@ from nas.core.units import format_duration
 from nas.recipe.finish import finish_student
 from nas.recipe.pool import JobFailure, JobPool, JobResult
 from nas.recipe.score import ScoreJob, score, student_folder
-from nas.search.artifacts import Artifacts, FileRef, open_artifacts
+from nas.search.artifacts import FileRef, open_artifacts
 from nas.search.progress import Reporter, StopFlag
 from nas.search.shared_jobs import (
     Bundle,
@@ -45,7 +45,7 @@ from nas.search.shared_jobs import (
     unpacked,
 )
 from nas.search.shared_storage import Connection, Patience, connect
-from nas.search.shared_study import BEATS_PER_LEASE, FINALS, JobQueue, QueuedJob, bundle_attribute
+from nas.search.shared_study import BEATS_PER_LEASE, FINALS, JobQueue, QueuedJob, SharedStudy, bundle_attribute
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.5, 5.0  # between two looks for a job, on average: more while there is none
 START_LIMIT_S = 60.0  # a wrong password should not be tried for longer
@@ -132,21 +132,9 @@ def _connected(url: str, reporter: Reporter, stop: StopFlag) -> Connection:
         _sleep(FIRST_LOOK_S * random.uniform(1, 3), stop)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Joined:
-    """An open run as its workers see it."""
-
-    connection: Connection
-    patience: Patience
-    scores: JobQueue
-    finals: JobQueue
-    artifacts: Artifacts
-    lease_s: float
-
-
 def join(
     settings: WorkerSettings, connection: Connection, patience: Patience, reporter: Reporter, stop: StopFlag
-) -> Joined | None:
+) -> SharedStudy | None:
     """The run, when it is there and ready; None where it did not come in time.
 
     Args:
@@ -185,7 +173,7 @@ def join(
         )
     place = settings.artifacts or from_plain(str, attributes.get("artifacts"), f"{settings.run}: artifacts")
     lease_s = from_plain(float, attributes.get("lease_s"), f"{settings.run}: lease_s")
-    return Joined(connection, patience, scores, finals, open_artifacts(place, connection.storage), lease_s)
+    return SharedStudy(connection, patience, scores, finals, open_artifacts(place, connection.storage), lease_s)
 
 
 def _sleep(seconds: float, stop: StopFlag) -> None:
@@ -205,7 +193,13 @@ class Worker:
     """
 
     def __init__(
-        self, settings: WorkerSettings, joined: Joined, scratch: Path, reporter: Reporter, stop: StopFlag, pool: JobPool
+        self,
+        settings: WorkerSettings,
+        joined: SharedStudy,
+        scratch: Path,
+        reporter: Reporter,
+        stop: StopFlag,
+        pool: JobPool,
     ) -> None:
         self._settings, self._joined, self._scratch = settings, joined, scratch
         self._reporter, self._stop, self._pool = reporter, stop, pool
@@ -331,7 +325,7 @@ class JobProgress:
         job: QueuedJob,
         folder: Path,
         scratch: Path,
-        joined: Joined,
+        joined: SharedStudy,
         stop: StopFlag,
         reporter: Reporter,
         clock: Callable[[], float] = time.monotonic,
