@@ -614,9 +614,10 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     left_var = np.maximum(1 / diagonal - noise * inflated**2, 0.0) + noise  # of an ordinary new measurement
     left_r = share @ left_mean
     left_std = np.sqrt(share @ (left_var + (left_mean - left_r) ** 2))
-    z = np.minimum(np.abs(r - left_r) / left_std, OUTLIER)
+    deviations = np.abs(r - left_r) / left_std
+    z = np.minimum(deviations, OUTLIER)
     spread_out = float(np.sqrt((CALIBRATION_WEIGHT + z @ z) / (CALIBRATION_WEIGHT + n)))
-    calibration = max(1.0, spread_out, _reaching(np.abs(r - left_r) / left_std))
+    calibration = max(1.0, spread_out, _reaching(deviations))
     mean_h = share @ h
     return Feedback(
         method="bayes",
@@ -645,9 +646,8 @@ def _reaching(deviations: FloatArray) -> float:
 
     As many as `CALIBRATION_WEIGHT` networks that lie where a normal distribution has them count beside those left out.
     """
-    n = len(deviations)
     usual = special.ndtri(0.5 + (np.arange(CALIBRATION_WEIGHT) + 0.5) / CALIBRATION_WEIGHT / 2)
-    return float(np.quantile(np.concatenate([deviations, usual]), 0.9) / special.ndtri(0.95)) if n else 1.0
+    return float(np.quantile(np.concatenate([deviations, usual]), 0.9) / special.ndtri(0.95))
 
 
 def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray]:

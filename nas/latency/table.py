@@ -278,25 +278,25 @@ class LatencyTable:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know before trusting the numbers, a line each."""
-        torn = tuple(
+        others = [
             f"{self._folder / name}: the last line is torn after {count} bytes, because writing it was interrupted. It"
             " is left out; nothing else is lost"
             for name, count in self._torn.items()
             if count
-        )
+        ]
         if self._other_protocol:
-            torn = (
+            others.insert(
+                0,
                 f"{self._folder}: {self._other_protocol} networks were measured by another protocol than today's, and"
                 " are left out. They are measured again when a search needs them; rows stay valid",
-                *torn,
             )
-        if not self._edited:
-            return torn
-        return (
-            f"{len(self._edited)} entries of the table are not as measured, or not in this device state, the first:"
-            f" {self._edited[0]}. They are used; take the lines out to have them measured again",
-            *torn,
-        )
+        if self._edited:
+            others.insert(
+                0,
+                f"{len(self._edited)} entries of the table are not as measured, or not in this device state, the first:"
+                f" {self._edited[0]}. They are used; take the lines out to have them measured again",
+            )
+        return tuple(others)
 
     @property
     def has_overhead(self) -> bool:

@@ -102,18 +102,15 @@ def measure_networks(
             def tell(share: float) -> None:
                 say(NetworkProgress(min(start + share * len(part), len(keys_left)), len(keys_left)))
 
-            def measure(part: Sequence[str]) -> list[Measurement]:
-                jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
-                return device.measure(jobs, on_result=take, progress=tell)
-
-            disturbed: list[str] = []
-            for start in range(0, len(keys_left), NETWORKS_AT_A_TIME):
-                part = keys_left[start : start + NETWORKS_AT_A_TIME]
-                disturbed += [m.key for m in measure(part) if m.error is None and not m.is_stable]
-            start = len(keys_left)
-            for again_from in range(0, len(disturbed), NETWORKS_AT_A_TIME):  # once more: noise comes in bursts
-                part = disturbed[again_from : again_from + NETWORKS_AT_A_TIME]
-                measure(part)
+            todo_now = keys_left
+            for before in (0, len(keys_left)):
+                disturbed: list[str] = []
+                for place in range(0, len(todo_now), NETWORKS_AT_A_TIME):
+                    start, part = before + place, todo_now[place : place + NETWORKS_AT_A_TIME]
+                    jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
+                    measured = device.measure(jobs, on_result=take, progress=tell)
+                    disturbed += [m.key for m in measured if m.error is None and not m.is_stable]
+                todo_now = disturbed  # once more: noise comes in bursts
     return [table.networks[key].measurement for key in keys]
 
 
