@@ -46,6 +46,19 @@ def conditions() -> dict[str, Any]:
     }
 
 
+class Silent:
+    """A reporter that says nothing: what a search tells people costs nothing here."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
+        """Nothing."""
+
+
 def spread(values: Sequence[float]) -> dict[str, float | int]:
     """Number, median, smallest and largest of repeated measurements."""
     return {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}

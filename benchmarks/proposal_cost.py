@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import parser, report, spread
+from benchmarks.common import Silent, parser, report, spread
 from nas.latency.table import LatencyTable
 from nas.search.experiment import SPACES
 from nas.search.predictor import BudgetFilter, Predictor
@@ -54,7 +54,7 @@ def prepared(space_name: str, folder: Path, most: int) -> Bench:
     """The bench with `most` different networks inside the budget."""
     space = load_space(SPACES / f"{space_name}.yaml", CLASSES)
     device = SimulatedDevice(0)
-    predictor = Predictor(space, LatencyTable.open(folder / "table", device.profile), device, _Silent())
+    predictor = Predictor(space, LatencyTable.open(folder / "table", device.profile), device, Silent())
     predictor.prepare()
     rng = np.random.default_rng(0)
     drawn = np.unique(space.sample_many(rng, 6 * most + 5_000), axis=0)
@@ -62,17 +62,6 @@ def prepared(space_name: str, folder: Path, most: int) -> Bench:
     budget_ms = float(np.nanquantile(ms, SHARE_INSIDE))
     inside = rng.permutation(drawn[ms <= 0.99 * budget_ms])[:most]
     return Bench(predictor, budget_ms, inside)
-
-
-class _Silent:
-    def say(self, text: str) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        pass
-
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
-        pass
 
 
 def batch_ms(bench: Bench, sampler: str, trials: int, batch: int, repeats: int) -> list[float]:

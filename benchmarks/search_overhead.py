@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import parser, report
+from benchmarks.common import Silent, parser, report
 from nas.core.walk import total_macs
 from nas.latency.table import LatencyTable
 from nas.recipe.pool import JobResult, WorkerPool
@@ -75,23 +75,12 @@ class _Answers(WorkerPool):
         )
 
 
-class _Silent:
-    def say(self, text: str) -> None:
-        pass
-
-    def warn(self, text: str) -> None:
-        pass
-
-    def progress(self, stage: str, done: float, total: float, note: str = "") -> None:
-        pass
-
-
 def overhead_ms(sampler: str, trials: int) -> tuple[float, float]:
     """Wall milliseconds per trial of the rounds, and of writing the study afterwards."""
     space = load_space(SPACES / "tiny-32.yaml", CLASSES)
     device = SimulatedDevice(0)
     stop = StopFlag()
-    reporter = StoppableReporter(_Silent(), stop)
+    reporter = StoppableReporter(Silent(), stop)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         predictor = Predictor(space, LatencyTable.open(home / "table", device.profile), device, reporter)
