@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
 from nas.search.seeds import resolve
 from nas.search.settings import BudgetSettings
+from nas.search.shared_jobs import version_of
 from nas.space.space import SearchSpace, load_space
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
@@ -186,7 +186,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
     s, finish = e.search, e.finish
     scorer = {"supernet": e.supernet, "standalone": e.standalone}[e.search.scorer]
     return {
-        "program": f"nas {version('nas')}",
+        "program": f"nas {version_of('nas')}",
         "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
         "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}",
         "augmentation": content_hash(inputs.dataset.augment),

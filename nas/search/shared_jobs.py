@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import cast
 
 from filelock import FileLock
 
@@ -58,9 +59,7 @@ class SharedJob:
     @property
     def plain(self) -> Job:
         """The job itself, without paths."""
-        job = self.score or self.finish
-        assert job is not None
-        return job
+        return cast("Job", self.score or self.finish)  # one of them is there: see above
 
     @property
     def candidate(self) -> Candidate:
@@ -110,11 +109,11 @@ def unpacked(job: SharedJob, context: str, students: Path, supernet: str, stop_f
         students: folder in which the student gets a folder of its own.
         stop_file: its presence ends the job at its next epoch.
     """
-    if job.score is not None:
-        return replace(job.score, context=context, students=str(students), supernet=supernet, stop_file=str(stop_file))
-    assert job.finish is not None
-    folder = student_folder(str(students), job.candidate.arch_id)
-    return replace(job.finish, context=context, folder=str(folder), stop_file=str(stop_file))
+    plain = job.plain
+    if isinstance(plain, ScoreJob):
+        return replace(plain, context=context, students=str(students), supernet=supernet, stop_file=str(stop_file))
+    folder = student_folder(str(students), plain.candidate.arch_id)
+    return replace(plain, context=context, folder=str(folder), stop_file=str(stop_file))
 
 
 def job_folder(job: Job) -> Path:
@@ -227,11 +226,12 @@ def place_bundle(bundle: Bundle, key: str, artifacts: Artifacts, cache: Path) ->
 
 def program() -> dict[str, str]:
     """What has to be equal on all machines of a search: this program, and the libraries that decide a score."""
-    found = {"schema": str(SHARED_SCHEMA), "nas": _version("nas"), "code": _code()}
-    return {**found, **{name: _version(name) for name in LIBRARIES}}
+    found = {"schema": str(SHARED_SCHEMA), "nas": version_of("nas"), "code": _code()}
+    return {**found, **{name: version_of(name) for name in LIBRARIES}}
 
 
-def _version(name: str) -> str:
+def version_of(name: str) -> str:
+    """Version of an installed package, or `not installed`."""
     try:
         return version(name).partition("+")[0]  # the part after + names the build, such as cpu
     except PackageNotFoundError:
