@@ -129,37 +129,45 @@ def run(space: SearchSpace, table: LatencyTable, device: Device, count: int, see
     calm = device.calm()
     result["calm"] = {"rejected_share": calm.rejected_share, "drift": calm.drift}
     rng = np.random.default_rng(seed)
-    for label in LABELS:
-        candidates = [in_precision(a, label, rng) for a in architectures]
-        layers = dict.fromkeys(x for c in candidates for x in expand(c))
-        say(f"{label}: {len(candidates)} networks, {len(layers)} different rows")
-        measure_streaming(table, device, max(fp32_mb(c) for c in candidates))
-        report = fill(table, device, layers, progress=told_rows)
-        started = time.monotonic()
-        measurements = measure_networks(table, device, candidates, progress=told_networks)
-        networks_s = time.monotonic() - started
-        say("")
-        noise = label_noise(device, table, candidates[:NOISE_NETWORKS])
+    networks = {label: [in_precision(a, label, rng) for a in architectures] for label in LABELS}
+    measured = {label: measure(table, device, label, candidates) for label, candidates in networks.items()}
+    for label, candidates in networks.items():  # by what the table knows in the end
         chosen = [table.networks[network_key(c, "logits")] for c in candidates]
         usable = [n for n in chosen if n.measurement.latency_ms is not None and not unknown(table, n)]
         fit = fit_correction(table, usable).correction.fit_for(label)
         result["precisions"][label] = {
             "networks": len(usable),
-            "rows": len(layers),
-            "rows_disturbed": sum(not table.rows[x.key].is_stable for x in layers),
-            "networks_disturbed": sum(not m.is_stable for m in measurements),
-            "row_ms_to_measure": 1e3 * report.seconds / report.measured if report.measured else None,
-            "network_s_to_measure": networks_s / len(candidates),
+            **measured[label],
             "latency_ms": spread([n.measurement.latency_ms or 0.0 for n in usable]),
-            "label_noise": noise,
-            "noise_networks": len(candidates[:NOISE_NETWORKS]),
             "raw": judged(table, None, usable),
             **{f"after_{size}": after(table, usable, size, seed) for size in FIT_SIZES},
             "fit": None if fit is None else fit_numbers(fit),
         }
-        warn(report)
     result["streaming_us"] = {f"{mb:g} MB": round(1e3 * ms, 1) for mb, ms in table.streaming[1:]}
     return result
+
+
+def measure(table: LatencyTable, device: Device, label: str, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """Measures networks in one precision and their rows; how that went."""
+    layers = dict.fromkeys(x for c in candidates for x in expand(c))
+    say(f"{label}: {len(candidates)} networks, {len(layers)} different rows")
+    measure_streaming(table, device, max(fp32_mb(c) for c in candidates))
+    report = fill(table, device, layers, progress=told_rows)
+    started = time.monotonic()
+    measurements = measure_networks(table, device, candidates, progress=told_networks)
+    networks_s = time.monotonic() - started
+    say("")
+    noise = label_noise(device, table, candidates[:NOISE_NETWORKS])
+    warn(report)
+    return {
+        "rows": len(layers),
+        "rows_disturbed": sum(not table.rows[x.key].is_stable for x in layers),
+        "networks_disturbed": sum(not m.is_stable for m in measurements),
+        "row_ms_to_measure": 1e3 * report.seconds / report.measured if report.measured else None,
+        "network_s_to_measure": networks_s / len(candidates),
+        "label_noise": noise,
+        "noise_networks": len(candidates[:NOISE_NETWORKS]),
+    }
 
 
 def unknown(table: LatencyTable, network: MeasuredNetwork) -> list[str]:

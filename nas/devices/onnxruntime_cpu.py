@@ -163,11 +163,12 @@ class OnnxRuntimeCpu:
         return bound_run(streaming_model(GATE_STREAMING_MB, cached=False), {}, self._threads)
 
     def _batches(self, jobs: Sequence[MeasureJob]) -> list[list[int]]:
-        """Indices of jobs measured together: of one kind, at most as many as may be alive, in the order given."""
+        """Indices of jobs measured together, in the order given: of one kind, of rows as many as may be alive."""
         batches: list[list[int]] = []
         for i, job in enumerate(jobs):
             last = batches[-1] if batches else []
-            if last and jobs[last[0]].kind == job.kind and len(last) < self._settings.alive(job.kind):
+            is_full = job.kind == "row" and len(last) >= self._settings.rows_alive
+            if last and jobs[last[0]].kind == job.kind and not is_full:
                 last.append(i)
             else:
                 batches.append([i])
@@ -188,25 +189,35 @@ class OnnxRuntimeCpu:
             planned = number < self._settings.sessions(kind)
             if not planned:  # sessions differ in where they lie in memory, and in how busy the machine was
                 left = [(i, job) for i, job in left if not agrees(self._session_ms(sessions[i]), self._settings)]
-            subjects: dict[int, Subject] = {}
-            for i, job in left:
-                begin(job.key)
-                try:
-                    run = bound_run(job.model, job.feeds, self._threads)
-                    streams = job.kind != "row" and len(job.model) >= _STREAMS_FROM_BYTES
-                    subjects[i] = Subject(job.key, job.kind, run, streams)
-                except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
-                    errors[i] = one_line(e)
-            after_round = partial(step, planned)
-            measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round, begin)
-            begin("")
-            for i, subject in subjects.items():
-                if subject.error is not None:
-                    errors[i] = subject.error
-                sessions[i].append(subject.attempts)
+            # Every job has its turn before any has its next session: what disturbs a host for seconds or a minute then
+            # meets some sessions of all jobs and not all sessions of some.
+            for start in range(0, len(left), self._settings.alive(kind)):
+                subjects = self._opened(left[start : start + self._settings.alive(kind)], errors, begin)
+                after_round = partial(step, planned)
+                measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round, begin)
+                begin("")
+                for i, subject in subjects.items():
+                    if subject.error is not None:
+                        errors[i] = subject.error
+                    sessions[i].append(subject.attempts)
             left = [(i, job) for i, job in left if i not in errors]
         state = clock_and_temperature(self._root)
         return [(i, self._result(job, sessions[i], errors.get(i), gate, state)) for i, job in batch]
+
+    def _opened(
+        self, jobs: Sequence[tuple[int, MeasureJob]], errors: dict[int, str], begin: Callable[[str], None]
+    ) -> dict[int, Subject]:
+        """A fresh session of each job by its index; where the runtime refuses a model, `errors` gets the reason."""
+        subjects: dict[int, Subject] = {}
+        for i, job in jobs:
+            begin(job.key)
+            try:
+                run = bound_run(job.model, job.feeds, self._threads)
+                streams = job.kind != "row" and len(job.model) >= _STREAMS_FROM_BYTES
+                subjects[i] = Subject(job.key, job.kind, run, streams)
+            except Exception as e:  # whatever the runtime raises becomes a recorded row with its reason
+                errors[i] = one_line(e)
+        return subjects
 
     def _session_ms(self, sessions: list[list[Attempt]]) -> tuple[float, ...]:
         return tuple(session_value(session, self._settings) for session in sessions)

@@ -90,7 +90,10 @@ class ProtocolSettings:
         by chance: with two (within 1 %, at most 9 sessions) networks came out 6.8 % (fp32) and 2.8 % (int8) above the
         best that was ever seen of them, with four (1.5 %, at most 15) 2.6 % and 1.0 % (24 networks, 4 times each).
     agreement: largest difference between these sessions that is taken for the same time, as a ratio.
-    networks_alive, rows_alive: how many are measured interleaved.
+    networks_alive, rows_alive: how many have a session of the runtime at a time, and are measured interleaved. Of
+        further networks each has a session before any has its next: under a neighbour that crowded the third-level
+        cache the best of 70 rounds of a network varied by 3 to 5 % from one quarter of a minute to the next, and by
+        1 to 2 % where the 70 were spread over 150 s (8 networks of 2 to 18 MB).
     min_runs, max_runs: runs in one round; `min_network_runs` is the least of all but rows.
     retries: how often a disturbed round is repeated; 0: nothing is repeated or waited for.
     wait_ms: pause after another program had the processor, in milliseconds.

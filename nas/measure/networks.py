@@ -20,7 +20,10 @@ from nas.measure.fill import WAIT_S, open_session, state_check
 # Latency does not depend on the values of weights and normalisation.
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.25, 0.25, 0.25)
-NETWORKS_AT_A_TIME = 24  # networks whose graphs are kept in memory; measured interleaved, stored together
+# Networks that are measured in turns and stored together, and their bytes: what disturbs a host for a minute is told
+# from a slow network only where measuring takes longer than that.
+NETWORKS_AT_A_TIME = 96
+BYTES_AT_A_TIME = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +108,31 @@ def measure_networks(
             todo_now = keys_left
             for before in (0, len(keys_left)):
                 disturbed: list[str] = []
-                for place in range(0, len(todo_now), NETWORKS_AT_A_TIME):
-                    start, part = before + place, todo_now[place : place + NETWORKS_AT_A_TIME]
-                    jobs = [network_job(by_key[key], form, write(by_key[key], form)) for key in part]
-                    measured = device.measure(jobs, on_result=take, progress=tell)
+                start = before
+                while start < before + len(todo_now):
+                    part = _jobs(todo_now[start - before :], by_key, form, write)
+                    measured = device.measure(part, on_result=take, progress=tell)
                     disturbed += [m.key for m in measured if m.error is None and not m.is_stable]
+                    start += len(part)
                 todo_now = disturbed  # once more: noise comes in bursts
     return [table.networks[key].measurement for key in keys]
+
+
+def _jobs(
+    keys: Sequence[str],
+    by_key: Mapping[str, Candidate],
+    form: NetworkForm,
+    write: Callable[[Candidate, NetworkForm], bytes],
+) -> list[MeasureJob]:
+    """Jobs of the first of these networks, as many as are measured at a time; one at least."""
+    jobs: list[MeasureJob] = []
+    size = 0
+    for key in keys[:NETWORKS_AT_A_TIME]:
+        jobs.append(network_job(by_key[key], form, write(by_key[key], form)))
+        size += len(jobs[-1].model)
+        if size >= BYTES_AT_A_TIME:
+            break
+    return jobs
 
 
 def store_network(table: LatencyTable, m: Measurement, candidate: Candidate, form: NetworkForm) -> Measurement:

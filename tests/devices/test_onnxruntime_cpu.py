@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from nas.core.errors import DeviceError, RecordError
@@ -15,7 +17,7 @@ from nas.core.records import Measurement
 from nas.devices.base import MeasureJob
 from nas.devices.graphs import identity_model, overhead_job, reference_job, reference_model
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, bound_run, op_counts, waiting_option
-from nas.devices.protocol import ProtocolSettings
+from nas.devices.protocol import ProtocolSettings, Run
 from nas.testing import mean_model, requires_path
 
 QUICK = ProtocolSettings(network_rounds=2, network_sessions=2, network_round_ms=0.5, row_rounds=2, retries=0, wait_ms=0)
@@ -210,6 +212,23 @@ def test_a_long_list_is_measured_in_groups_of_bounded_size() -> None:
     small.measure(jobs, on_result=seen.append, progress=lambda _: after.append(len(seen)))
     assert [m.key for m in seen] == ["r0", "r1", "r2", "r3", "r4"]
     assert after == [0, 0, 2, 2, 4, 5]  # results come after each group, not at the end
+
+
+def test_every_network_has_a_session_before_one_has_its_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What disturbs a host for a minute then meets some sessions of all networks, and not all sessions of some."""
+    opened: list[int] = []
+
+    def watched(model: bytes, feeds: Mapping[str, NDArray[np.generic]], threads: int = 1) -> Run:
+        if model in models:
+            opened.append(models.index(model))
+        return bound_run(model, feeds, threads)
+
+    models = [doubled(TensorProto.FLOAT, [1, 3, 10**i, 1]) for i in range(3)]
+    monkeypatch.setattr("nas.devices.onnxruntime_cpu.bound_run", watched)
+    settings = replace(QUICK, networks_alive=2, network_sessions=3, most_network_sessions=3)
+    jobs = [MeasureJob(f"n{i}", "network", "fp32", m, 1) for i, m in enumerate(models)]
+    assert [m.key for m in OnnxRuntimeCpu(settings).measure(jobs)] == ["n0", "n1", "n2"]
+    assert opened == [0, 1, 2] * 3
 
 
 def test_the_reference_network_does_not_change() -> None:

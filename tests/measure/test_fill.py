@@ -27,7 +27,7 @@ from nas.export.graph import layer_model
 from nas.latency import lines
 from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import ROWS_AT_A_TIME, FillProgress, fill, measure_streaming
+from nas.measure.fill import ROWS_AT_A_TIME, FillProgress, fill, measure_streaming, open_session
 from nas.testing import SimulatedDevice
 
 
@@ -271,6 +271,32 @@ def test_streaming_that_was_cut_short_goes_on_where_it_was(tmp_path: Path) -> No
     device.asked.clear()
     measure_streaming(table, device, 5.0)
     assert device.asked == [streaming_key(8, cached=False), streaming_key(8, cached=True)]
+
+
+def chain(ms: float) -> dict[str, dict[str, object]]:
+    return {streaming_key(2, cached=False): {"latency_ms": ms, "rounds_ms": ((ms,),) * 3}}
+
+
+@pytest.mark.parametrize(
+    ("looks_ms", "asked", "counts_ms"),
+    [
+        ([0.163, 0.162, 0.1], 2, 0.162),  # two looks found the same
+        ([0.19, 0.163, 0.18, 0.162, 0.1], 4, 0.162),  # crowded at first, and once more
+        ([0.19, 0.18, 0.17, 0.16, 0.15, 0.14, 0.13], 6, 0.14),  # for ever: nobody waits longer than that
+    ],
+)
+def test_streaming_is_looked_at_in_later_sessions_until_two_looks_agree(
+    tmp_path: Path, looks_ms: list[float], asked: int, counts_ms: float
+) -> None:
+    key = streaming_key(2, cached=False)
+    device = Watched(chain(looks_ms[0]))
+    measure_streaming(opened(tmp_path), device, 2.0)
+    for look_ms in looks_ms[1:]:
+        device._changes = chain(look_ms)
+        open_session(opened(tmp_path), device)
+    assert device.asked.count(key) == asked
+    assert device.asked.count(streaming_key(2, cached=True)) == 1  # they stay in the second-level cache
+    assert opened(tmp_path).fixed_ms(key) == counts_ms
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
+from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, Measurement, StageConfig, StemConfig
 from nas.core.walk import expand, total_macs
+from nas.devices.base import MeasureJob, OnProgress, OnResult
 from nas.devices.graphs import reference_job
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, op_counts, run_model
 from nas.devices.protocol import ProtocolSettings
@@ -81,6 +84,33 @@ def test_networks_of_a_busy_machine_are_measured_again_when_it_is_quiet(tmp_path
     quiet = measure_networks(opened(tmp_path), SimulatedDevice(), [small()])
     assert quiet[0].sequence > busy.sequence
     assert measure_networks(opened(tmp_path), SimulatedDevice(), [small()]) == quiet
+
+
+def test_as_many_networks_are_measured_together_as_memory_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Watched(SimulatedDevice):
+        groups: ClassVar[list[int]] = []
+
+        def measure(
+            self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+        ) -> list[Measurement]:
+            if jobs[0].kind == "network":
+                self.groups.append(len(jobs))
+            return super().measure(jobs, on_result, progress)
+
+    candidates = [small(w) for w in (8, 16, 24, 32, 40)]
+    size = len(network_bytes(candidates[-1]))
+    monkeypatch.setattr("nas.measure.networks.BYTES_AT_A_TIME", 2 * size)
+    monkeypatch.setattr("nas.measure.networks.NETWORKS_AT_A_TIME", 3)
+    told: list[NetworkProgress] = []
+    measure_networks(
+        opened(tmp_path), Watched(), candidates, write=lambda *_: network_bytes(candidates[-1]), progress=told.append
+    )
+    assert Watched.groups == [2, 2, 1]
+    assert [(p.done, p.total) for p in told] == [(n, 5) for n in range(1, 6)]
+    measure_networks(opened(tmp_path), Watched(), candidates, write=lambda *_: mean_model(), again=True)
+    assert Watched.groups == [2, 2, 1, 3, 2]
 
 
 def test_a_network_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:

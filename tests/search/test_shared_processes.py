@@ -115,14 +115,17 @@ def test_a_search_with_workers_of_which_one_is_killed_finds_what_one_machine_fin
 
     search = zygote.start(tmp_path / "log", experiment, f"--storage={server.url}")
     workers = [worker(0), worker(1)]
-    assert workers[0].says("job ", 90), (tmp_path / "log").read_text()
-    workers[0].send(signal.SIGKILL)
+    until = time.monotonic() + 90
+    while not (busy := [w for w in workers if w.says("job ", 0.01)]):  # on a busy machine one may get all the jobs
+        assert time.monotonic() < until, (tmp_path / "log").read_text()
+    killed = busy[0]
+    killed.send(signal.SIGKILL)
     workers.append(worker(2))
     assert search.ends_within(120), (tmp_path / "log").read_text()
     assert search.wait() == 0, (tmp_path / "log").read_text()
-    assert workers[0].wait() == -signal.SIGKILL
-    assert workers[0].orphans() == []  # what trained for it ended with it
-    for alive in workers[1:]:
+    assert killed.wait() == -signal.SIGKILL
+    assert killed.orphans() == []  # what trained for it ended with it
+    for alive in (w for w in workers if w is not killed):
         assert alive.ends_within(30)
         assert alive.wait() == 0
         assert "the run is finished" in alive.log.read_text()
