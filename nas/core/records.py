@@ -313,6 +313,11 @@ class LayerSpec:
         return sum(c.weights * each + 4 * c.out_channels for c in self.convolutions)
 
     @property
+    def feature_bytes(self) -> int:
+        """Bytes of the feature maps that its convolutions write, in the layer's precision."""
+        return PRECISION_BYTES[self.precision] * sum(c.out_channels * c.size**2 for c in self.convolutions)
+
+    @property
     def convolutions(self) -> tuple[ConvSpec, ...]:
         """The convolutions that the layer executes, in order; linear layers are 1x1 convolutions at one pixel."""
         size_in, size_out, c_in, c_out = self.in_size, self.out_size, self.in_channels, self.out_channels

@@ -352,7 +352,7 @@ def describe_errors(estimated_ms: ArrayLike, measured_ms: ArrayLike) -> Mapping[
     }
 
 
-_CHANGES, _SQUARES = 5, 7  # columns of the numbers of a row: those of Paths in their order, then squares of rows_ms
+_CHANGES, _SQUARES = 6, 8  # columns of the numbers of a row: those of Paths in their order, then squares of rows_ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -440,7 +440,8 @@ def _row_numbers(table: LatencyTable, layer: LayerSpec | None) -> FloatArray:
     ms = table.net_ms(layer.key) + (table.gate_ms if is_exit else 0.0)
     side = layer.in_size if layer.kind == "stem" else 0
     variance = table.row_std_ms(layer.key) ** 2
-    return np.array([ms, layer.weight_bytes / BYTES_PER_MB, is_exit, variance, 1, 0, side, ms**2], dtype=np.float64)
+    weight_mb, feature_mb = layer.weight_bytes / BYTES_PER_MB, layer.feature_bytes / BYTES_PER_MB
+    return np.array([ms, weight_mb, feature_mb, is_exit, variance, 1, 0, side, ms**2], dtype=np.float64)
 
 
 def _plain(label: str, paths: Paths, call_ms: float, streaming_ms: FloatArray) -> tuple[FloatArray, FloatArray]:

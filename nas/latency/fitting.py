@@ -38,7 +38,7 @@ MIXED = "mixed"
 
 CALL, STREAMING = "call", "streaming"
 LAYER_GROUPS = ("stem", "inverted_residual", "inverted_residual_se", "exit_head", "head")
-COSTS = ("call", "layer", "MB of weights", "decision at an exit", "change of precision")
+COSTS = ("call", "layer", "MB of weights", "MB of feature maps", "decision at an exit", "change of precision")
 
 # Units in which the smooth rest sees a network: a doubling of the weights per ms, or of the input size, is two of them.
 LOG_WEIGHTS, LOG_SIDE, SIDE = 0.5, 0.35, 64.0
@@ -51,6 +51,7 @@ class Paths:
     Attributes:
         rows_ms: of the rows without their calls, decisions included.
         weight_mb: weights on the way, 10^6 bytes.
+        feature_mb: feature maps written on the way, 10^6 bytes.
         gates: decisions on the way.
         variance: of the rows, ms^2.
         layers: how many.
@@ -60,6 +61,7 @@ class Paths:
 
     rows_ms: FloatArray
     weight_mb: FloatArray
+    feature_mb: FloatArray
     gates: FloatArray
     variance: FloatArray
     layers: FloatArray
@@ -237,12 +239,14 @@ def layers_of(network: MeasuredNetwork) -> tuple[LayerSpec, ...]:
 
 
 def describe(paths: Paths, total_ms: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Counts of what no row contains (in the order of COSTS), shape [M, 5], and what the rest depends on, [M, 2]."""
+    """Counts of what no row contains (in the order of COSTS), shape [M, 6], and what the rest depends on, [M, 2]."""
     return _counts(paths, calls=1), _descriptors(paths, total_ms)
 
 
 def _counts(paths: Paths, calls: int) -> FloatArray:
-    return np.column_stack([np.full(len(paths), calls), paths.layers, paths.weight_mb, paths.gates, paths.changes])
+    return np.column_stack(
+        [np.full(len(paths), calls), paths.layers, paths.weight_mb, paths.feature_mb, paths.gates, paths.changes]
+    )
 
 
 def _descriptors(paths: Paths, total_ms: FloatArray) -> FloatArray:
@@ -343,7 +347,7 @@ def paths_of(table: LatencyTable, layers: Sequence[LayerSpec], *, gated: bool) -
     Raises:
         MissingRowError: a row is missing.
     """
-    total = np.zeros(7)
+    total = np.zeros(len(fields(Paths)))
     total[-1] = layers[0].in_size
     last: Precision | None = None
     result: list[Paths] = []
@@ -353,6 +357,7 @@ def paths_of(table: LatencyTable, layers: Sequence[LayerSpec], *, gated: bool) -
         total += (
             table.net_ms(x.key) + number_of_gates * table.gate_ms,
             x.weight_bytes / BYTES_PER_MB,
+            x.feature_bytes / BYTES_PER_MB,
             number_of_gates,
             table.row_std_ms(x.key) ** 2,
             1.0,

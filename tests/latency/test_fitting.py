@@ -196,7 +196,7 @@ def test_each_form_counts_what_it_computes(tmp_path: Path) -> None:
     assert gated.sum_ms == pytest.approx(sum_ms(candidate()))
     assert [len(layers_of(n)) for n in networks] == [6, 5, 6]
     paths = [whole_path(table, layers_of(n), gated=n.form == "if") for n in networks]
-    assert [describe(p, p.rows_ms)[0][0, [1, 3]].tolist() for p in paths] == [[6, 0], [5, 0], [6, 1]]
+    assert [describe(p, p.rows_ms)[0][0, [1, 4]].tolist() for p in paths] == [[6, 0], [5, 0], [6, 1]]
 
 
 def test_evidence_of_a_network_holds_its_streamed_weights(tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_changes_of_a_table_are_told_by_group_and_by_cost(tmp_path: Path) -> Non
     assert (found.least, found.greatest) == (min(blocks), max(blocks))
     assert sum(c.rows for c in rows.values()) == len(fit.rows)
     costs = {c.name: c.value for c in changes if c.kind == "cost"}
-    assert costs == {f"each {f.name}": f.value for f in fit.costs if f.name in COSTS[:3]}  # none decides or changes
+    assert costs == {f"each {f.name}": f.value for f in fit.costs if f.name in COSTS[:4]}  # none decides or changes
     assert table_changes(Correction("abc", ())) == ()
 
 

@@ -28,6 +28,12 @@ def test_the_layer_of_a_key_costs_what_the_layer_costs() -> None:
         assert (again.macs, again.params, again.weight_bytes) == (layer.macs, layer.params, layer.weight_bytes)
 
 
+@pytest.mark.parametrize(("precision", "each"), [("fp32", 4), ("int8", 1)])
+def test_feature_maps_are_those_that_the_convolutions_write(precision: str, each: int) -> None:
+    layer = layer_of_key(f"ir|in=8x8x8|out=12x4x4|k=3|s=2|e=16|se=0|act=relu|{precision}")
+    assert layer.feature_bytes == each * (16 * 8 * 8 + 16 * 4 * 4 + 12 * 4 * 4)
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [
