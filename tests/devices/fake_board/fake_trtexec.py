@@ -5,11 +5,11 @@ Which options exist, what goes to which stream and how each number is printed fo
 (sampleOptions.cpp, sampleReporting.cpp, trtexec.cpp; read, not copied). All times are simulated: they follow from the
 bytes of the weights and a hash of the layer's name, and the log says so.
 
-`scenario.json` beside the program says which version it plays and which faults it has:
+`trtexec.json` beside the program says which version it plays and which faults it has:
     {"version": [8, 5, 2], "faults": ["build_failure", null, ...], "every": null, "root": null, "milliseconds": 1.0}
 `faults` holds one fault for each start that builds or runs an engine, `every` one for all starts after these, `root` is
 the tree of a fake board whose state some faults change, and `milliseconds` scales all times.
-`calls.jsonl` beside it gets the options of each start. Python 3.6, standard library only.
+`trtexec.calls.jsonl` beside it gets the options of each start. Python 3.6, standard library only.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ class Failure(Exception):
 
 def main(arguments, folder=HERE):
     """Runs once and gives the exit status, as trtexec would."""
-    with open(os.path.join(folder, "scenario.json"), encoding="utf-8") as f:
+    with open(os.path.join(folder, "trtexec.json"), encoding="utf-8") as f:
         scenario = json.load(f)
     version = tuple(scenario["version"])
     test = "TensorRT.trtexec [TensorRT v%s] # %s" % (_number(version), " ".join(["trtexec"] + arguments))
@@ -137,7 +137,7 @@ def _options(arguments):
 
 def _next_fault(folder, scenario, arguments):
     """The fault of this start; asking for help counts for nothing."""
-    path = os.path.join(folder, "calls.jsonl")
+    path = os.path.join(folder, "trtexec.calls.jsonl")
     calls = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
