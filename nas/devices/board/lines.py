@@ -44,13 +44,18 @@ class LineReader(object):
         Raises:
             BoardError: `hung` after `timeout_s` without anything; `truncated` where a line is no JSON object.
         """
+        line = self.line(timeout_s)
+        return None if line is None else _parsed(line)
+
+    def line(self, timeout_s: Optional[float] = None) -> Optional[bytes]:
+        """The next line without its end, whatever it is; see `message`."""
         start = 0
         while True:
             end = self._buffer.find(b"\n", start)
             if end >= 0:
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
-                return _parsed(line)
+                return line
             start = len(self._buffer)
             if start > MAX_LINE_BYTES:
                 raise BoardError("truncated", "a line of more than %d bytes" % MAX_LINE_BYTES)
