@@ -12,12 +12,12 @@ import sys
 import tempfile
 
 
-def say(**message):  # type: ignore[no-untyped-def]
+def say(**message: object) -> None:
     """One JSON line to the host."""
     os.write(1, json.dumps(message).encode("ascii") + b"\n")
 
 
-def load(name, size):  # type: ignore[no-untyped-def]
+def load(name: str, size: int) -> None:
     """Becomes the agent with this content hash, whose file has `size` bytes."""
     if sys.version_info < (3, 6):
         version = "%d.%d.%d" % sys.version_info[:3]
@@ -33,7 +33,7 @@ def load(name, size):  # type: ignore[no-untyped-def]
     os.execv(sys.executable, [sys.executable, "-u", path])
 
 
-def place(name, size):  # type: ignore[no-untyped-def]
+def place(name: str, size: int) -> str:
     """Path of the agent's file, taken in from the host where it is missing or damaged."""
     folder = os.path.expanduser("~/.cache/nas-board")
     os.makedirs(folder, 0o700, exist_ok=True)
@@ -58,11 +58,11 @@ def place(name, size):  # type: ignore[no-untyped-def]
         os.rename(staged, path)
     except OSError as e:
         os.unlink(staged)
-        raise OSError(e.errno, e.strerror, path)
+        raise OSError(e.errno, e.strerror, path) from e
     return path
 
 
-def digest_of(path):  # type: ignore[no-untyped-def]
+def digest_of(path: str) -> str:
     """Content hash of a file; empty where there is none."""
     try:
         with open(path, "rb") as f:

@@ -157,7 +157,9 @@ class OnnxRuntimeSession(object):
 
     def profile(self, runs: int) -> List[Dict[str, Any]]:
         """Not offered by this runtime in a form that could be compared."""
-        raise BoardError("unsupported", "ONNX Runtime gives no time per layer here; choose a TensorRT runner")
+        raise BoardError(
+            "unsupported", "ONNX Runtime gives no time per layer of %d runs; choose a TensorRT runner" % runs
+        )
 
     def close(self) -> None:
         """Frees the session."""

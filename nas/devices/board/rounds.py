@@ -36,8 +36,7 @@ class Plan(object):
     """Numbers of the protocol for jobs of one kind, as the host sends them; see `ProtocolSettings` for their meaning.
 
     `sessions` fresh sessions of the runtime, each with `rounds` rounds of about `round_ms` and `min_runs` to `max_runs`
-    runs. `gate_runs` of the reference network come before each round, or before each pass over all subjects
-    (`gate_each` false), or never (0). A round that is not calm is repeated at most `retries` times while the waits,
+    runs. `gate_runs` of the reference network come before each round (0: none). A round that is not calm is repeated at most `retries` times while the waits,
     at most `wait_share` lengths of all rounds together, last. `best_ms` is the best time known of the reference.
 
     Raises:
@@ -56,7 +55,6 @@ class Plan(object):
         ("wait_round_ms", 0, 1e7),
         ("wait_share", 0, 1e4),
         ("gate_runs", 0, 1e4),
-        ("gate_each", 0, 1),
         ("gate_cpu_share", 0, 1),
         ("gate_drift", 1, 100),
         ("round_cpu_share", 0, 1),
@@ -82,7 +80,6 @@ class Plan(object):
         self.wait_round_ms = float(told["wait_round_ms"])
         self.wait_share = float(told["wait_share"])
         self.gate_runs = int(told["gate_runs"])
-        self.gate_each = bool(told["gate_each"])
         self.gate_cpu_share = float(told["gate_cpu_share"])
         self.gate_drift = float(told["gate_drift"])
         self.round_cpu_share = float(told["round_cpu_share"])
@@ -150,7 +147,7 @@ def measure_rounds(
     look: Callable[[], Sample],
     after_round: Callable[[], None],
 ) -> None:
-    """Fills `rounds` of all subjects in turn, as many as the plan has; one that raises gets an `error`, the rest goes on.
+    """Fills `rounds` of all subjects in turn, as many as the plan has; one that raises gets an `error`, others go on.
 
     Args:
         subjects: models with an open session.
@@ -167,11 +164,10 @@ def measure_rounds(
         begin(subject.key)
         _guarded(subject, lambda s=subject: _prepare(s, plan))  # type: ignore[misc]
     for _ in range(plan.rounds):
-        reading = None if gate is None or plan.gate_each else gate.look(plan)
         for subject in subjects:
             begin(subject.key)
             if subject.error is None:
-                _guarded(subject, lambda s=subject: _round(s, plan, gate, reading, clock, look, patience))  # type: ignore[misc]
+                _guarded(subject, lambda s=subject: _round(s, plan, gate, clock, look, patience))  # type: ignore[misc]
             after_round()
 
 
@@ -186,14 +182,12 @@ def _round(
     subject: Subject,
     plan: Plan,
     gate: Optional[Gate],
-    reading: Optional[Sample],
     clock: Clock,
     look: Callable[[], Sample],
     patience: List[float],
 ) -> None:
     for _ in range(plan.retries + 1):
-        if gate is not None and plan.gate_each:
-            reading = _calm_reading(gate, plan, clock, patience)
+        reading = None if gate is None else _calm_reading(gate, plan, clock, patience)
         began_s = clock.seconds()
         told = dict(subject.session.time(subject.runs, 0))
         told["gate"] = reading

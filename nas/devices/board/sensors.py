@@ -1,4 +1,4 @@
-"""The little that is read around every measurement, from files that every Linux has: cheap, and without any privilege."""
+"""The little that is read around every measurement, from files that every Linux has: cheap and without privileges."""
 
 import os
 import platform

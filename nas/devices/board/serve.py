@@ -13,8 +13,8 @@ One JSON object a line both ways; raw bytes follow the line that announces them:
     acknowledge batch                   -> ok: the host has the results of this batch
     bye
 
-Results of `measure` also stand in `batches/batch-<id>.jsonl` until they are acknowledged: the same request again, over
-another connection, gives what is there and measures the rest. A result counts only if power mode, locked clocks and boot
+Results of `measure` also stand in `batches/batch-<id>.jsonl` until they are acknowledged: the same request again,
+over another connection, gives what is there and measures the rest. A result counts only if power mode, locked clocks and boot
 were the same before and after the models that were measured together with it; otherwise these are measured again.
 """
 
@@ -452,7 +452,7 @@ class _Batch(object):
 
 
 class _Lock(object):
-    """One host measures at a time. An agent of the same host, left behind by a cut link, is ended; another is waited for.
+    """One host measures at a time. An agent of the same host that a cut link left is ended, another one is waited for.
 
     Raises:
         BoardError: `busy`, when another host keeps the board for too long.

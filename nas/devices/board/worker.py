@@ -5,7 +5,7 @@ agent knows which model it was when nothing more comes.
 """
 
 import os
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional
 
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
@@ -45,7 +45,7 @@ class Worker(object):
         self._send = send
         self._runners = all_runners() if runners is None else runners
         self._clock = Clock()
-        self._gates = {}  # type: Dict[Tuple[str, str, int], Gate]
+        self._gates = {}  # type: Dict[str, Gate]
 
     def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The final answer to a request: `measure`, `calm`, `run`, `profile` or `describe`.
@@ -65,7 +65,7 @@ class Worker(object):
             raise BoardError("bad_request", "unknown request %r" % (request.get("op"),))
         return operation(request)
 
-    def _describe(self, request: Dict[str, Any]) -> Dict[str, Any]:
+    def _describe(self, _: Dict[str, Any]) -> Dict[str, Any]:
         found = []
         for runner in self._runners:
             self._at("", START_S)
@@ -128,7 +128,7 @@ class Worker(object):
         return Subject(job["key"], session)
 
     def _gate(self, runner: Any, plan: Plan, request: Dict[str, Any]) -> Gate:
-        place = (runner.name, request["reference"], int(request.get("threads", 1)))
+        place = "%s %s %d" % (runner.name, request["reference"], int(request.get("threads", 1)))
         if place not in self._gates:
             self._at("", plan.build_s)
             session = runner.load(request["reference"], _options(request, {"precision": "fp32"}, plan.build_s))
