@@ -14,10 +14,12 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
-# Exit status, output and error output of a program; raises OSError where it cannot be started or does not end.
+from . import processes
+from .errors import BoardError
+
+# Exit status, output and error output of a program; raises BoardError where it cannot be started or does not end.
 Run = Callable[[List[str], float], Tuple[int, str, str]]
 
 RUN_TIMEOUT_S = 20.0
@@ -97,26 +99,12 @@ def run_program(argv: List[str], timeout_s: float = RUN_TIMEOUT_S) -> Tuple[int,
     """Runs a program without a shell and without input, so that a question it asks is never answered.
 
     Raises:
-        OSError: it cannot be started, or does not end in time and was ended.
+        BoardError: `not_found`: it is not installed; `hung`: it did not end in time and was ended.
     """
     found = shutil.which(argv[0]) or shutil.which(argv[0], path=os.pathsep.join(ADMIN_PATHS))
     if found is None:
-        raise FileNotFoundError("%s is not installed" % argv[0])
-    process = subprocess.Popen(
-        [found, *argv[1:]],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
-        errors="replace",
-    )
-    try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-        raise OSError("%s did not end within %g s" % (argv[0], timeout_s)) from None
-    return process.returncode, out, err
+        raise BoardError("not_found", "%s is not installed" % argv[0])
+    return processes.run([found] + argv[1:], timeout_s)
 
 
 class Tree(object):
@@ -187,7 +175,7 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     record.update(_power_modes(tree, run))
     record.update(snapshot(root, tree))
     record["clocks_locked"] = are_locked(record["clocks"])
-    record["trip_c"] = _trips(tree)
+    record["trip_c"] = trips(root)
     record["memory_mb"] = _memory(tree)
     record["desktop"] = _desktop(run) if record["soc"] else None
     record["unknown"] = tree.unknown
@@ -273,7 +261,7 @@ def _installed(run: Run, package: str) -> Optional[str]:
     """Version of a Debian package; None where it is not installed."""
     try:
         code, out, _ = run(["dpkg-query", "--showformat=${Version}", "--show", package], RUN_TIMEOUT_S)
-    except OSError:
+    except BoardError:
         return None
     return out.strip() or None if code == 0 else None
 
@@ -338,7 +326,7 @@ def _power_modes(tree: Tree, run: Run) -> Dict[str, Any]:
         if name is None:
             last = (err or out).strip().split("\n")[-1] or "nothing was printed"
             tree.unknown["power_mode"] = "nvpmodel -q ended with %d: %s" % (code, last)
-    except OSError as e:
+    except BoardError as e:
         tree.unknown["power_mode"] = "nvpmodel -q: %s" % e
     if name is None:
         found = re.match(r"pmode:(\d+)", tree.text("var/lib/nvpmodel/status") or "")
@@ -433,17 +421,18 @@ def _temperatures(tree: Tree) -> Dict[str, float]:
     return result
 
 
-def _trips(tree: Tree) -> Dict[str, float]:
+def trips(root: str = "/") -> Dict[str, float]:
     """The lowest temperature at which each zone slows something down or shuts it off; fans are `active` and left out."""
+    tree = Tree(root)
     result = {}
     for name, path in _zones(tree):
-        trips = []
+        found = []
         for kind in tree.paths(path + "/trip_point_*_type"):
             value = tree.number(kind[: -len("type")] + "temp")
             if tree.text(kind) in ("passive", "hot", "critical") and value is not None and 0 < value / 1000 < ABSURD_C:
-                trips.append(value / 1000)
-        if trips:
-            result[name] = min(trips)
+                found.append(value / 1000)
+        if found:
+            result[name] = min(found)
     return result
 
 
@@ -530,7 +519,7 @@ def _desktop(run: Run) -> Optional[bool]:
     """Whether a desktop is up, which takes memory and GPU time; None where systemd does not say."""
     try:
         _, out, _ = run(["systemctl", "is-active", "display-manager"], RUN_TIMEOUT_S)
-    except OSError:
+    except BoardError:
         return None
     return out.strip() == "active" if out.strip() else None
 
