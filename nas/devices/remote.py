@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -251,7 +252,7 @@ class RemoteDevice:
 
         for batch in interleaved_batches([job.kind for job in jobs], self._settings):
             before = len(results)
-            told = self._measure_batch([jobs[i] for i in batch], lambda s, n=before, b=batch: tell(n, len(b), s))  # type: ignore[misc]
+            told = self._measure_batch([jobs[i] for i in batch], partial(tell, before, len(batch)))
             for i, result in zip(batch, told, strict=True):
                 results[i] = result
                 if on_result is not None:
@@ -589,7 +590,7 @@ def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:
 
 
 def with_fixed_batch(model: bytes, rows: int) -> bytes:
-    """The model with its batch fixed where that is open; what is no ONNX file stays as it is, for the runtime to say."""
+    """The model with its batch fixed where that is open; what is no ONNX file stays as it is, for the runtime."""
     try:
         proto = onnx.load_model_from_string(model)
     except DecodeError:
