@@ -626,7 +626,12 @@ class SshServer:
             self._write_python(interpreter)
             check = f"import sys, numpy, onnxruntime; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
             done = subprocess.run(
-                [str(self.python), "-c", check], user="nobody", extra_groups=[], cwd="/", capture_output=True, check=False
+                [str(self.python), "-c", check],
+                user="nobody",
+                extra_groups=[],
+                cwd="/",
+                capture_output=True,
+                check=False,
             )
             if done.returncode == 0:
                 break
