@@ -244,9 +244,12 @@ def _serve(name: str, board: Device, jobs: Sequence[MeasureJob], work: _Work, to
             told.put(_Event(name, is_end=True))
             return
         finished: list[int] = []
+        by_key: dict[str, list[int]] = {}
+        for i in taken:
+            by_key.setdefault(jobs[i].key, []).append(i)
 
-        def take(m: Measurement, taken: list[int] = taken, finished: list[int] = finished) -> None:
-            finished.append(taken[len(finished)])  # a board gives its results in order
+        def take(m: Measurement, by_key: dict[str, list[int]] = by_key, finished: list[int] = finished) -> None:
+            finished.append(by_key[m.key].pop(0))
             told.put(_Event(name, index=finished[-1], measurement=m))
 
         def tell(share: float, taken: list[int] = taken, finished: list[int] = finished) -> None:

@@ -34,7 +34,6 @@ from nas.devices.protocol import (
     Subject,
     SystemClock,
     agrees,
-    interleaved_batches,
     is_accepted,
     measure_interleaved,
     one_line,
@@ -139,7 +138,7 @@ class OnnxRuntimeCpu:
             return on_result is not None
 
         with watched(self._settings.hang_s, hung) as begin:
-            for batch in interleaved_batches([job.kind for job in jobs], self._settings):
+            for batch in self._batches(jobs):
                 for index, result in self._measure_batch([(i, jobs[i]) for i in batch], gate, step, begin):
                     results[index] = result
                     if on_result is not None:
@@ -162,6 +161,17 @@ class OnnxRuntimeCpu:
 
     def _streaming_reference(self) -> Run:
         return bound_run(streaming_model(GATE_STREAMING_MB, cached=False), {}, self._threads)
+
+    def _batches(self, jobs: Sequence[MeasureJob]) -> list[list[int]]:
+        """Indices of jobs measured together: of one kind, at most as many as may be alive, in the order given."""
+        batches: list[list[int]] = []
+        for i, job in enumerate(jobs):
+            last = batches[-1] if batches else []
+            if last and jobs[last[0]].kind == job.kind and len(last) < self._settings.alive(job.kind):
+                last.append(i)
+            else:
+                batches.append([i])
+        return batches
 
     def _measure_batch(
         self,

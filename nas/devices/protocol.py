@@ -377,18 +377,6 @@ class Subject:
     error: str | None = None
 
 
-def interleaved_batches(kinds: Sequence[JobKind], settings: ProtocolSettings) -> list[list[int]]:
-    """Indices of jobs measured together: of one kind, at most as many as may be alive, in the order given."""
-    batches: list[list[int]] = []
-    for i, kind in enumerate(kinds):
-        last = batches[-1] if batches else []
-        if last and kinds[last[0]] == kind and len(last) < settings.alive(kind):
-            last.append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def timed_runs(
     run: Run, runs: int, inner: int, clock: Clock, kind: SampleClock = "thread_cpu"
 ) -> tuple[tuple[float, ...], float]:

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +43,6 @@ from nas.devices.protocol import (
     ProtocolSettings,
     agrees,
     calm_report,
-    interleaved_batches,
     is_accepted,
     session_value,
 )
@@ -54,6 +54,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between tries to connect again, do
 PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a board boots in about a minute
 RUN_LIMIT_S = 600.0
 BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
+JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 _OPTIONS = ("runner", "threads", "python", "config")
@@ -249,13 +250,14 @@ class RemoteDevice:
             if progress is not None:
                 progress(highest)
 
-        for batch in interleaved_batches([job.kind for job in jobs], self._settings):
-            before = len(results)
-            told = self._measure_batch([jobs[i] for i in batch], lambda s, n=before, b=batch: tell(n, len(b), s))  # type: ignore[misc]
-            for i, result in zip(batch, told, strict=True):
-                results[i] = result
-                if on_result is not None:
-                    on_result(result)
+        def take(places: Sequence[int], i: int, result: Measurement) -> None:
+            results[places[i]] = result
+            if on_result is not None:
+                on_result(result)
+
+        for batch in _batches([job.kind for job in jobs]):
+            share = partial(tell, len(results), len(batch))
+            self._measure_batch([jobs[i] for i in batch], share, partial(take, batch))
             tell(len(results), 0, 0.0)
         if progress is not None and jobs:
             progress(1.0)
@@ -267,7 +269,9 @@ class RemoteDevice:
         Raises: as `measure`.
         """
         plan = {**self._plan(jobs[0].kind), "sessions": sessions}
-        return self._raw(jobs, plan, lambda _: None)
+        found: dict[int, Message] = {}
+        self._raw(jobs, plan, lambda _: None, found.__setitem__)
+        return [found[i] for i in range(len(jobs))]
 
     def profile_layers(self, job: MeasureJob, runs: int = 100) -> Message:
         """Time of each layer of a model, as the runtime gives it: `layers`, `build_s`, `warnings`, `state`.
@@ -308,24 +312,38 @@ class RemoteDevice:
         except RefusedRequestError as e:
             raise DeviceError(f"{self._runner.name} cannot run the model: {e}") from e
 
-    def _measure_batch(self, jobs: Sequence[MeasureJob], tell: Callable[[float], None]) -> list[Measurement]:
+    def _measure_batch(
+        self, jobs: Sequence[MeasureJob], tell: Callable[[float], None], give: Callable[[int, Measurement], None]
+    ) -> None:
+        """Gives each result as soon as no further session of its model is wanted."""
         settings, kind = self._settings, jobs[0].kind
         raws: list[list[Message]] = [[] for _ in jobs]
         left = list(range(len(jobs)))
-        for number in range(settings.most_sessions(kind) - settings.sessions(kind) + 1):
-            plan = {**self._plan(kind), "sessions": settings.sessions(kind) if number == 0 else 1}
-            told = self._raw([jobs[i] for i in left], plan, tell if number == 0 else lambda _: tell(1.0), number)
-            for i, raw in zip(left, told, strict=True):
-                raws[i].append(raw)
-            left = [i for i in left if not _error(raws[i]) and not agrees(self._session_ms(raws[i]), settings)]
-            if not left:
-                break
-        return [self._result(job, raw) for job, raw in zip(jobs, raws, strict=True)]
+        most = settings.most_sessions(kind) - settings.sessions(kind)
+
+        def take(asked: Sequence[int], number: int, place: int, raw: Message) -> None:
+            i = asked[place]
+            raws[i].append(raw)
+            if number == most or _error(raws[i]) or agrees(self._session_ms(raws[i]), settings):
+                left.remove(i)
+                give(i, self._result(jobs[i], raws[i]))
+
+        for number in range(most + 1):
+            asked = tuple(left)
+            if asked:
+                plan = {**self._plan(kind), "sessions": settings.sessions(kind) if number == 0 else 1}
+                share = tell if number == 0 else lambda _: tell(1.0)
+                self._raw([jobs[i] for i in asked], plan, share, partial(take, asked, number), number)
 
     def _raw(
-        self, jobs: Sequence[MeasureJob], plan: Message, tell: Callable[[float], None], number: int = 0
-    ) -> list[Message]:
-        """One record of the board for each job, over as many connections as it takes."""
+        self,
+        jobs: Sequence[MeasureJob],
+        plan: Message,
+        tell: Callable[[float], None],
+        give: Callable[[int, Message], None],
+        number: int = 0,
+    ) -> None:
+        """Gives one record of the board for each job, over as many connections as it takes."""
         sent: list[Message] = []
         files: dict[str, bytes] = {}
         for job in jobs:
@@ -340,13 +358,17 @@ class RemoteDevice:
         # board is now may not come from an earlier program.
         fresh = secrets.token_hex(8) if jobs[0].kind == "overhead" else ""
         request["batch"] = content_hash([packed_agent().sha256, request, number, fresh], 32)
-        received: dict[int, Message] = {}
+        received: set[int] = set()
 
         def take(message: Message) -> None:
             if "result" in message:
                 result = message["result"]
-                received.setdefault(int(result["index"]), result)
-                self._received += 1
+                index = int(result["index"])
+                if index not in received:  # over a second connection all of them come again
+                    self._check(result)
+                    received.add(index)
+                    self._received += 1
+                    give(index, result)
             elif "progress" in message:
                 tell(float(message["progress"]))
             if "waiting" in message:
@@ -357,11 +379,7 @@ class RemoteDevice:
             self._asked(link, {**request, "best_ms": min(expected, default=None)}, files, take)
 
         self._with_link(ask)
-        results = [received[i] for i in range(len(jobs))]
-        for result in results:
-            self._check(result)
         self._with_link(lambda link: link.ask({"op": "acknowledge", "batch": request["batch"]}))
-        return results
 
     def _sent(self, job: MeasureJob) -> tuple[Message, dict[str, bytes]]:
         """A job as it travels, and the files that it needs."""
@@ -589,7 +607,7 @@ def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:
 
 
 def with_fixed_batch(model: bytes, rows: int) -> bytes:
-    """The model with its batch fixed where that is open; what is no ONNX file stays as it is, for the runtime to say."""
+    """The model with its batch fixed where that is open; what is no ONNX file stays as it is, for the runtime."""
     try:
         proto = onnx.load_model_from_string(model)
     except DecodeError:
@@ -606,6 +624,18 @@ def with_fixed_batch(model: bytes, rows: int) -> bytes:
     del proto.graph.value_info[:]
     data: bytes = proto.SerializeToString()
     return data
+
+
+def _batches(kinds: Sequence[JobKind]) -> list[list[int]]:
+    """Indices of jobs that travel together: of one kind, in the order given."""
+    batches: list[list[int]] = []
+    for i, kind in enumerate(kinds):
+        last = batches[-1] if batches else []
+        if last and kinds[last[0]] == kind and len(last) < JOBS_OF_BATCH:
+            last.append(i)
+        else:
+            batches.append([i])
+    return batches
 
 
 def _processor(threads: int) -> ProtocolSettings:

@@ -1,7 +1,8 @@
 """The system's OpenSSH as a program: the user's keys, configuration and jump hosts count, host keys are checked.
 
 Nothing is ever asked on the terminal (BatchMode), and what fails is told with the command that mends it. All
-connections of one `Ssh` share the first one (ControlMaster) through a socket in a private folder; nothing goes on after `close`.
+connections of one `Ssh` share the first one (ControlMaster) through a socket in a private folder; nothing goes on after
+`close`.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ def ssh_error(address: SshAddress, said: str) -> RemoteError:
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
         return HostKeyChangedError(
             f"{where}: the host key is not the one that was known before ({told}). If the board was set up anew, "
-            f"forget the old key with: {key}, then log in once by hand and compare the new one: {address.by_hand}. If not, "
-            "somebody else may be answering"
+            f"forget the old key with: {key}, then log in once by hand and compare the new one: {address.by_hand}. If "
+            "not, somebody else may be answering"
         )
     if "Host key verification failed" in said or "host key is known" in said:
         return HostKeyUnknownError(

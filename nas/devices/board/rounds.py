@@ -36,8 +36,8 @@ class Plan(object):
     """Numbers of the protocol for jobs of one kind, as the host sends them; see `ProtocolSettings` for their meaning.
 
     `sessions` fresh sessions of the runtime, each with `rounds` rounds of about `round_ms` and `min_runs` to `max_runs`
-    runs. `gate_runs` of the reference network come before each round (0: none). A round that is not calm is repeated at most `retries` times while the waits,
-    at most `wait_share` lengths of all rounds together, last. `best_ms` is the best time known of the reference.
+    runs. `gate_runs` of the reference network come before each round (0: none). A round that is not calm is repeated at
+    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last.
 
     Raises:
         BoardError: a number is missing, not a number, or out of range.

@@ -14,8 +14,9 @@ One JSON object a line both ways; raw bytes follow the line that announces them:
     bye
 
 Results of `measure` also stand in `batches/batch-<id>.jsonl` until they are acknowledged: the same request again,
-over another connection, gives what is there and measures the rest. A result counts only if power mode, locked clocks and boot
-were the same before and after the models that were measured together with it; otherwise these are measured again.
+over another connection, gives what is there and measures the rest. A result counts only if power mode, locked clocks
+and boot were the same before and after the models that were measured together with it; otherwise these are measured
+again.
 """
 
 import fcntl
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from . import processes
@@ -308,15 +310,12 @@ class Agent(object):
             after = identity(self._read_state())
             if before == after:
                 for result in results:
-                    result["state"] = after
-                    yield result
+                    yield _final(result, after)
                 return
         changed = [k for k in sorted(after) if before[k] != after[k]]
         what = ", ".join("%s: %r, then %r" % (k, before[k], after[k]) for k in changed)
         for job in jobs:
-            result = _failed(job, "state_changed", "the board did not stay in one state: %s" % what)
-            result["state"] = after
-            yield result
+            yield _final(_failed(job, "state_changed", "the board did not stay in one state: %s" % what), after)
 
     def _survived(
         self, request: Dict[str, Any], jobs: List[Dict[str, Any]], during: Callable[[Dict[str, Any]], None]
@@ -530,6 +529,11 @@ def _read_lines(path: str) -> Iterator[Dict[str, Any]]:
 
 def _line(result: Dict[str, Any]) -> bytes:
     return json.dumps(result, allow_nan=False).encode("ascii") + b"\n"
+
+
+def _final(result: Dict[str, Any], state: Dict[str, Any]) -> Dict[str, Any]:
+    """A result with the state that it holds for, and an id by which a second measurement could be told from this one."""
+    return dict(result, state=state, id=uuid.uuid4().hex)
 
 
 def _failed(job: Dict[str, Any], kind: str, message: str) -> Dict[str, Any]:
