@@ -1,4 +1,4 @@
-"""What a board can do with TensorRT: precisions, ONNX operators, DLA. It bounds the search space before anything is drawn.
+"""What a board can do with TensorRT: precisions, ONNX operators, DLA. It bounds the search space beforehand.
 
 Two things decide: the silicon (by its SoC) and the version of TensorRT that JetPack brought. Sources: NVIDIA's support
 matrices and hardware tables; onnx-tensorrt docs/operators.md of each branch (opsets); ceccocats/tkDNN#26 and

@@ -108,7 +108,10 @@ def load_inputs(
             reason = f" ({why})" if why else ""
             reporter.say(f"{each.profile.name} does not offer {p}: dropped from the space{reason}")
     is_known = knows_every_row(space, experiment.feedback.max_rows)
-    choose_sampler(experiment.search.sampler, experiment.search.trials, is_latency_known=is_known)  # refuses it now
+    wanted = experiment.search
+    choose_sampler(  # refuses it now
+        wanted.sampler, wanted.trials, is_latency_known=is_known, with_energy=wanted.energy
+    )
     for warning in datasets[-1].warnings:
         reporter.warn(warning)
     return Inputs(experiment, space, tuple(datasets), device, tuple(further))
@@ -201,7 +204,8 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "seed": str(s.seed),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"
         + (f", a ladder of {s.ladder}" if s.ladder else "")
-        + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else ""),
+        + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else "")
+        + (", energy as an objective" if s.energy else ""),
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round"
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),

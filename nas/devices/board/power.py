@@ -1,7 +1,7 @@
 """Changes of a board's power mode and clocks, made only when they are asked for, with `sudo -n` and no shell.
 
-sudo never waits for a password: where it would, nothing is done and the answer has the command for a person. Each change
-comes with the way back.
+sudo never waits for a password: where it would, nothing is done and the answer has the command for a person. Each
+change comes with the way back.
 """
 
 import os
@@ -75,8 +75,8 @@ def _set_mode(told: Dict[str, Any], state: Dict[str, Any], wanted: str, run: Run
     if "reboot" in text.lower():
         raise BoardError(
             "unsupported",
-            "power mode %s needs a reboot, which is never done from here. On the board: sudo nvpmodel -m %d, and answer "
-            "its question" % (mode["name"], mode["id"]),
+            "power mode %s needs a reboot, which is never done from here. On the board: sudo nvpmodel -m %d, and "
+            "answer its question" % (mode["name"], mode["id"]),
         )
     if code != 0 or "NVPM ERROR" in text:
         raise _refused(argv, code, text)

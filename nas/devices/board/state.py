@@ -1,8 +1,8 @@
 """What state a board is in: model, software, power mode, clocks, temperatures, throttling, power, memory.
 
-Everything is read from files below a root and by asking `nvpmodel`, `dpkg-query` and `systemctl`; nothing is changed and
-nothing needs root. What is not there is None, and `unknown` says why, so that no value is ever invented. On a host that
-is no Jetson the record holds what there is.
+Everything is read from files below a root and by asking `nvpmodel`, `dpkg-query` and `systemctl`; nothing is changed
+and nothing needs root. What is not there is None, and `unknown` says why, so that no value is ever invented. On a host
+that is no Jetson the record holds what there is.
 
 Paths and formats by generation are those that jetson_stats (rbonghi/jetson_stats, f41d5ca) reads and that dumps of
 boards show; no line of this was run on a board yet.
@@ -422,7 +422,7 @@ def _temperatures(tree: Tree) -> Dict[str, float]:
 
 
 def trips(root: str = "/") -> Dict[str, float]:
-    """The lowest temperature at which each zone slows something down or shuts it off; fans are `active` and left out."""
+    """The lowest temperature at which each zone slows something down or shuts it off; fans (`active`) are left out."""
     tree = Tree(root)
     result = {}
     for name, path in _zones(tree):
@@ -579,7 +579,9 @@ def _problems(record: Dict[str, Any]) -> List[Dict[str, str]]:
             sum(events.values()),
             ", ".join("%s %d" % item for item in sorted(events.items())),
         )
-        result.append(_problem("over-current", why, "use a stronger power supply, or a lower mode: sudo nvpmodel -m ID"))
+        result.append(
+            _problem("over-current", why, "use a stronger power supply, or a lower mode: sudo nvpmodel -m ID")
+        )
     free = record["memory_mb"].get("available")
     if free is not None and free < LEAST_FREE_MB:
         why = "%d MB are free; TensorRT leaves out fast kernels that would need more" % free

@@ -47,12 +47,13 @@ class Worker(object):
     def __init__(
         self, send: Callable[[Dict[str, Any]], None], runners: Optional[List[Any]] = None, root: str = "/"
     ) -> None:
-        """`send` takes what is told while a request is worked on; tests give their own runners, and a `root` of files."""
+        """`send` takes what is told while a request is worked on; tests give runners of their own, and a `root`."""
         self._send = send
         self._runners = all_runners() if runners is None else runners
         self._clock = Clock()
         self._gates = {}  # type: Dict[str, Gate]
         self._root = root
+        self._key = ""
 
     def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The final answer to a request: `measure`, `calm`, `run`, `profile` or `describe`.
@@ -104,7 +105,7 @@ class Worker(object):
                 gate,
                 self._clock,
                 lambda key: self._at(key, plan.hang_s),
-                lambda: self._looked(watch),
+                lambda: self._looked(watch, plan),
                 lambda: self._send({"step": 1}),
             )
             for subject, result in subjects:
@@ -121,11 +122,13 @@ class Worker(object):
             result["best_ms"] = None if gate is None else gate.best_ms
         return {"results": results}
 
-    def _looked(self, watch: Watch) -> Dict[str, Any]:
+    def _looked(self, watch: Watch, plan: Plan) -> Dict[str, Any]:
         """What the sensors say of the round that ended; a board that is slowed down cools before the next one."""
         told = watch.look()
         if told["throttled"]:
-            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda text: self._at("", COOL_BEAT_S))
+            key = self._key
+            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S))
+            self._at(key, plan.hang_s)
         return told
 
     def _energy(self, subject: Subject, sampler: PowerSampler, plan: Plan) -> Optional[Dict[str, Any]]:
@@ -242,6 +245,7 @@ class Worker(object):
         raise BoardError("bad_request", "no runner %r; runners: %s" % (request.get("runner"), known))
 
     def _at(self, key: str, limit_s: float) -> None:
+        self._key = key
         self._send({"at": key, "limit_s": limit_s})
 
 

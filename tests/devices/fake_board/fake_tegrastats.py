@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Stands in for tegrastats: one line per interval in the format of JetPack 4, 6, 7.0 (Thor) or 7.2; values are simulated.
+"""Stands in for tegrastats: one line per interval in the format of JetPack 4, 6, 7.0 (Thor) or 7.2; all is simulated.
 
 `tegrastats.json` beside it: {"format": "jp4" | "jp6" | "jp7" | "jp72", "lines": how many, null for no end}.
 Python 3.6, standard library only.
@@ -13,10 +13,12 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 LINES = {
-    "jp4": "RAM 1530/3964MB (lfb 330x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB) CPU [5%@1036,2%@1036,off,off]"
+    "jp4": "RAM 1530/3964MB (lfb 330x4MB) SWAP 0/1982MB (cached 0MB) IRAM 0/252kB(lfb 252kB)"
+    " CPU [5%@1036,2%@1036,off,off]"
     " EMC_FREQ 0%@1600 GR3D_FREQ 0%@76 APE 25 PLL@31C CPU@33.5C PMIC@100C GPU@30.5C AO@41.5C thermal@32C"
     " POM_5V_IN 2100/2100 POM_5V_GPU 120/120 POM_5V_CPU 640/640",
-    "jp6": "11-28-2026 12:00:00 RAM 2310/7620MB (lfb 4x4MB) SWAP 0/3810MB (cached 0MB) CPU [3%@729,0%@729,off,off,1%@729,"
+    "jp6": "11-28-2026 12:00:00 RAM 2310/7620MB (lfb 4x4MB) SWAP 0/3810MB (cached 0MB)"
+    " CPU [3%@729,0%@729,off,off,1%@729,"
     "0%@729] EMC_FREQ 0%@2133 GR3D_FREQ 12%@[305] NVDLA0 off VIC off cpu@45C soc2@44.1C gpu@44C tj@46C"
     " VDD_IN 5000mW/5000mW VDD_CPU_GPU_CV 900mW/900mW VDD_SOC 1500mW/1500mW",
     "jp7": "11-28-2026 12:00:00 RAM 4100/125772MB (lfb 9x4MB) CPU [0%@972,0%@972] GR3D_FREQ @[315,315,315] cpu@40C"

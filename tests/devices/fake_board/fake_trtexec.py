@@ -168,7 +168,8 @@ def _run(version, options, fault, scenario):
     _log("I", "SIMULATED: this is a stand-in for trtexec; no time in this log comes from a GPU")
     if fault == "out_of_memory":
         raise Failure(
-            "Error[2]: [virtualMemoryBuffer.cpp::resizePhysical::145] Error Code 2: OutOfMemory (no further information)"
+            "Error[2]: [virtualMemoryBuffer.cpp::resizePhysical::145] Error Code 2: OutOfMemory "
+            "(no further information)"
             "\nEngine set up failed"
         )
     engine = _built(version, options, fault) if "--onnx" in options else _loaded(version, options)
@@ -231,8 +232,8 @@ def _built(version, options, fault):
         for tactic in range(3):
             _log(
                 "W",
-                "[TRT] UNSUPPORTED_STATE: Skipping tactic %d due to insufficient memory on requested size of %d detected"
-                " for tactic 0x%016x." % (tactic, 1290442752, tactic + 60),
+                "[TRT] UNSUPPORTED_STATE: Skipping tactic %d due to insufficient memory on requested size of %d "
+                "detected for tactic 0x%016x." % (tactic, 1290442752, tactic + 60),
             )
     precision = "int8" if "--int8" in options or "--best" in options else "fp16" if "--fp16" in options else "fp32"
     layers = _fuse(nodes, weights, precision, fault)
@@ -496,12 +497,17 @@ def _report(version, options, queries):
     _log("I", "Total GPU Compute Time: %s s" % _digits(sum(compute) / 1000))
     enqueue = sorted(q["endEnqMs"] - q["startEnqMs"] for q in queries)[len(queries) // 2]
     if enqueue > 0.8 * sorted(compute)[len(compute) // 2]:
-        _log("W", "* Throughput may be bound by Enqueue Time rather than GPU Compute and the GPU may be under-utilized.")
+        _log(
+            "W", "* Throughput may be bound by Enqueue Time rather than GPU Compute and the GPU may be under-utilized."
+        )
     mean = sum(compute) / len(compute)
     spread = (sum((v - mean) ** 2 for v in compute) / len(compute)) ** 0.5 / mean
     if version >= (8, 4, 0) and spread > 0.025:
         _log("W", "* GPU compute time is unstable, with coefficient of variance = %s%%." % _digits(100 * spread))
-        _log("W", "  If not already in use, locking GPU clock frequency or adding --useSpinWait may improve the stability.")
+        _log(
+            "W",
+            "  If not already in use, locking GPU clock frequency or adding --useSpinWait may improve the stability.",
+        )
     _log("I", "Explanations of the performance metrics are printed in the verbose logs.")
 
 

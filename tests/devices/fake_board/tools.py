@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nas.devices.board.errors import BoardError
+
 HERE = Path(__file__).parent
 
 VERSIONS = {"8.0": (8, 0, 1), "8.2": (8, 2, 1), "8.4": (8, 4, 1), "8.5": (8, 5, 2), "8.6": (8, 6, 2)} | {
@@ -67,7 +69,7 @@ def runner_in(folder: Path) -> Callable[[list[str], float], tuple[int, str, str]
     def run(argv: list[str], timeout_s: float) -> tuple[int, str, str]:
         program = folder / Path(argv[0]).name
         if not program.exists():
-            raise FileNotFoundError(f"{argv[0]} is not installed")
+            raise BoardError("not_found", f"{argv[0]} is not installed")
         done = subprocess.run(
             [program, *argv[1:]], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s
         )
