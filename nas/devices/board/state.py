@@ -438,7 +438,7 @@ def trips(root: str = "/") -> Dict[str, float]:
 
 def _counters(tree: Tree) -> Dict[str, int]:
     """Over-current and under-voltage events of Orin and Thor, alarms of the sensors, throttle counts of other CPUs."""
-    result = {}
+    result = {}  # type: Dict[str, int]
     for path in tree.paths("sys/class/hwmon/hwmon*"):
         if tree.text(path + "/name") == "soctherm_oc":
             for file in tree.paths(path + "/oc*_event_cnt"):
@@ -499,9 +499,9 @@ def read_rails(root: str = "/") -> List[Dict[str, Any]]:
     for file in tree.paths("sys/bus/i2c/devices/*/iio:device*/rail_name_*"):
         folder, channel = os.path.dirname(file), file.rsplit("_", 1)[1]
         milliwatt = tree.number("%s/in_power%s_input" % (folder, channel))
-        label = tree.text(file)
-        if label and label != "NC" and milliwatt is not None:
-            result.append({"name": label, "mw": round(milliwatt, 1)})
+        rail = tree.text(file)
+        if rail and rail != "NC" and milliwatt is not None:
+            result.append({"name": rail, "mw": round(milliwatt, 1)})
     return result
 
 
@@ -536,11 +536,11 @@ def near_trip(record: Dict[str, Any], margin_c: float = NEAR_TRIP_C) -> List[str
 
 def slow_clocks(clocks: Dict[str, Any]) -> Optional[str]:
     """What runs below the frequency that it is locked to; None where nothing does."""
-    now, low, high = (clocks.get(name) for name in ("gpu_mhz", "gpu_min_mhz", "gpu_max_mhz"))
-    if None not in (now, low, high) and low == high and now < CLOCK_TOLERANCE * high:
+    now, low, high = clocks.get("gpu_mhz"), clocks.get("gpu_min_mhz"), clocks.get("gpu_max_mhz")
+    if now is not None and high is not None and low == high and now < CLOCK_TOLERANCE * high:
         return "the GPU is locked to %g MHz and runs at %g MHz" % (high, now)
     now, high = clocks.get("emc_mhz"), clocks.get("emc_max_mhz")
-    if are_locked(clocks) and None not in (now, high) and now < CLOCK_TOLERANCE * high:
+    if are_locked(clocks) and now is not None and high is not None and now < CLOCK_TOLERANCE * high:
         return "the memory can run at %g MHz and runs at %g MHz" % (high, now)
     return None
 
@@ -551,7 +551,7 @@ def _problem(what: str, why: str, fix: str) -> Dict[str, str]:
 
 def _problems(record: Dict[str, Any]) -> List[Dict[str, str]]:
     """What would make a measurement wrong or hard to repeat, each with the command that mends it."""
-    result = []
+    result = []  # type: List[Dict[str, str]]
     if record["soc"] is None:
         return result
     if record["power_mode"] is None:
