@@ -154,7 +154,7 @@ class RemoteDevice:
         *,
         say: Callable[[str], None] = lambda _: None,
         settings: ProtocolSettings | None = None,
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Connects, and asks the board what it is.
@@ -173,7 +173,7 @@ class RemoteDevice:
         """
         self._address = address
         self._say = say
-        self._patience_s = patience_s
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._sleep = sleep
         self._client = secrets.token_hex(8)
         self._expected_ms: float | None = None

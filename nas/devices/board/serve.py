@@ -532,7 +532,7 @@ def _line(result: Dict[str, Any]) -> bytes:
 
 
 def _final(result: Dict[str, Any], state: Dict[str, Any]) -> Dict[str, Any]:
-    """A result with the state that it holds for, and an id by which a second measurement could be told from this one."""
+    """A result with the state that it holds for, and an id by which a second measurement could be told from it."""
     return dict(result, state=state, id=uuid.uuid4().hex)
 
 
