@@ -44,7 +44,7 @@ class ScriptedSession:
         return [{"name": "y", "dtype": "float32", "shape": [1], "data": b"\0\0\0\0"}]
 
     def profile(self, runs: int) -> list[dict[str, Any]]:
-        return [{"name": "conv", "median_ms": 0.25, "metadata": "%d runs" % runs}]
+        return [{"name": "conv", "median_ms": 0.25, "metadata": f"{runs} runs"}]
 
     def close(self) -> None:
         pass

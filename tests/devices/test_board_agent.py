@@ -312,13 +312,11 @@ def test_layers_of_a_model_are_told(board: Board) -> None:
     assert told[-1]["layers"] == [{"name": "conv", "median_ms": 0.25, "metadata": "7 runs"}]
 
 
-def test_another_host_waits_until_the_board_is_free(
-    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_host_waits_until_the_board_is_free(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.devices.board.serve.WAIT_FOR_BOARD_S", 0.5)
-    lock = 'import fcntl,sys,time\nf=open(sys.argv[1],"w")\nfcntl.flock(f,fcntl.LOCK_EX)\n'
-    lock += 'f.write(\'{"client":"other","pid":%d,"since":"noon"}\' % __import__("os").getpid());f.flush();print(1,flush=True)\n'
-    argv = [sys.executable, "-c", lock + "time.sleep(60)", board.folder.lock]
+    holder = json.dumps({"client": "other", "since": "noon"})
+    lock = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write(sys.argv[2]); "
+    argv = [sys.executable, "-c", lock + "f.flush(); print(1, flush=True); time.sleep(60)", board.folder.lock, holder]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline()
         jobs = [{"key": "k", "sha256": board.put(b"good"), "precision": "fp16"}]
@@ -360,7 +358,7 @@ def test_a_worker_ends_with_its_agent_however_that_ends(tmp_path: Path) -> None:
     assert not workers()
 
 
-def test_files_that_nobody_used_for_long_are_removed(board: Board, tmp_path: Path) -> None:
+def test_files_that_nobody_used_for_long_are_removed(board: Board) -> None:
     old, new = board.put(b"old"), board.put(b"new")
     os.utime(board.folder.blob(old), (1, 1))
     stale = Path(board.folder.root) / "work-left"
