@@ -25,7 +25,9 @@ from nas.devices.board.errors import BoardError
 from nas.devices.board.lines import LineReader, LineWriter
 from nas.devices.board.rounds import Plan
 from nas.devices.board.sensors import bare_state, identity, look
-from nas.devices.board.serve import Agent, Folder, WorkerProcess
+from nas.devices.board.serve import Agent
+from nas.devices.board.store import Folder
+from nas.devices.board.worker_process import WorkerProcess
 from nas.testing import requires_package
 
 BOARD = Path(loader.__file__).parent
@@ -227,7 +229,7 @@ def test_models_that_end_or_hang_the_runtime_fail_alone(board: Board) -> None:
 
 
 def test_a_model_that_hangs_is_ended_after_its_limit(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.devices.board.serve.GRACE_S", 0.2)
+    monkeypatch.setattr("nas.devices.board.worker_process.GRACE_S", 0.2)
     results = board.measure(b"good", b"hang", hang_s=1.0)
     assert results["hang"]["error"] == {"kind": "hung", "message": "did not return within 1 s"}
     assert results["good"]["error"] is None
@@ -313,7 +315,7 @@ def test_layers_of_a_model_are_told(board: Board) -> None:
 
 
 def test_another_host_waits_until_the_board_is_free(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.devices.board.serve.WAIT_FOR_BOARD_S", 0.5)
+    monkeypatch.setattr("nas.devices.board.store.WAIT_FOR_BOARD_S", 0.5)
     holder = json.dumps({"client": "other", "since": "noon"})
     lock = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write(sys.argv[2]); "
     argv = [sys.executable, "-c", lock + "f.flush(); print(1, flush=True); time.sleep(60)", board.folder.lock, holder]
