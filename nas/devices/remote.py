@@ -30,6 +30,7 @@ from nas.devices.address import RemoteAddress
 from nas.devices.agent import packed_agent
 from nas.devices.base import CalmReport, JobKind, MeasureJob, OnProgress, OnResult
 from nas.devices.board.sensors import identity
+from nas.devices.capability import SILICON, Capability, capability_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
@@ -236,6 +237,24 @@ class RemoteDevice:
         sent, files = self._sent(job)
         request = {**self._request("profile", {}), **sent, "runs": runs, "limit_s": BUILD_LIMIT_S}
         return self._with_link(lambda link: self._asked(link, request, files))
+
+    def change_power(self, set_mode: str | None, lock_clocks: bool) -> Message:
+        """Sets the power mode, locks the clocks of the board: only what is asked for, by `sudo -n`.
+
+        Args:
+            set_mode: name or id of a mode of this board; None leaves it.
+            lock_clocks: whether to pin the clocks to the highest of the mode.
+
+        Returns:
+            `ran`, `back`, `notes` and `state` of `board.power.change`.
+
+        Raises:
+            RefusedRequestError: there is no such mode, or it did not work; the message has the command to run by hand.
+        """
+        request = {"op": "power", "set_mode": set_mode, "lock_clocks": lock_clocks}
+        told = self._with_link(lambda link: self._asked(link, request, {}))
+        self._state = told["state"]
+        return told
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images, computed on the board; see `Device.run`."""
@@ -477,6 +496,7 @@ class RemoteDevice:
         if error:
             return replace(empty, error=error)
         best = self._known_best(min((raw["best_ms"] for raw in raws if raw["best_ms"] is not None), default=None))
+        energy = next((raw["energy"] for raw in raws if (raw.get("energy") or {}).get("mj")), None)
         attempts = [_attempt(r) for r in rounds]
         accepted = [
             is_accepted(a, best, self._settings) and not r.get("throttled")
@@ -491,6 +511,8 @@ class RemoteDevice:
             session_ms=values,
             temperature_c=max((r["temperature_c"] for r in rounds if r.get("temperature_c") is not None), default=None),
             clock_mhz=min((r["clock_mhz"] for r in rounds if r.get("clock_mhz") is not None), default=None),
+            energy_mj=None if energy is None else float(energy["mj"]),
+            energy_std_mj=None if energy is None else float(energy["std_mj"]),
         )
 
 
@@ -528,6 +550,7 @@ _CLOCKS: dict[str, ClockKind] = {
 
 def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message) -> DeviceProfile:
     """The device state that a board's records tell; boards of one kind in one state have the same."""
+    can = _capability(runner, state)
     mode = identity(state)["power_mode"] or (f"governor={state['governor']}" if state.get("governor") else "unknown")
     board = " ".join(str(state.get("board") or "unknown").split())
     on_processor = runner.runtime == "ort"
@@ -542,15 +565,23 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
         clocks_locked=bool(state.get("clocks_locked")),
         threads=address.threads if on_processor else 1,
         driver=" ".join(known) or "unknown",
-        precisions=runner.precisions,
+        precisions=runner.precisions if can is None else can.offered(runner.precisions),
         kind="measured",
         details={
             **runner.details,
+            **({} if can is None else can.details(runner.precisions)),
             "address": address.ssh.shown,
             "runner": runner.name,
             **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
         },
     )
+
+
+def _capability(runner: RemoteRunner, state: Message) -> Capability | None:
+    """What the board can do with its TensorRT; None of another runtime, and of silicon that is not in our table."""
+    if runner.runtime != "tensorrt" or state.get("soc") not in SILICON:
+        return None
+    return capability_of(state["soc"], runner.version, str(state.get("module") or ""))
 
 
 def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:

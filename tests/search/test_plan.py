@@ -325,6 +325,20 @@ def test_precisions_that_the_device_does_not_offer_are_dropped_and_told(tmp_path
     assert notes.said == ["simulated-0 does not offer int8: dropped from the space"]
 
 
+class SaysWhy(FloatOnly):
+    """The same, and its profile says why."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        return replace(super().profile, details={"without_int8": "no int8 instructions"})
+
+
+def test_why_a_precision_is_dropped_is_told(tmp_path: Path) -> None:
+    notes = Notes()
+    load_inputs(load_experiment(write_experiment(tmp_path)), notes, SaysWhy())
+    assert notes.said == ["simulated-0 does not offer int8: dropped from the space (no int8 instructions)"]
+
+
 def test_a_table_of_another_device_state_is_refused_with_what_differs(tmp_path: Path) -> None:
     experiment = load_experiment(write_experiment(tmp_path))
     profile = SimulatedDevice().profile

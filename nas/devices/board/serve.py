@@ -10,6 +10,7 @@ One JSON object a line both ways; raw bytes follow the line that announces them:
     run      sha256, runner, images     -> outputs + their bytes
     profile  sha256, runner, runs       -> layers
     state                               -> state
+    power    set_mode, lock_clocks      -> ran, back, notes, state: only what was asked for is changed
     acknowledge batch                   -> ok: the host has the results of this batch
     bye
 
@@ -31,6 +32,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
+from .power import change
 from .rounds import Plan
 from .sensors import bare_state, identity
 from .store import Batch, BoardLock, Folder
@@ -74,6 +76,7 @@ class Agent(object):
             "profile": self._profile,
             "state": lambda _: self._send({"ok": True, "state": self._read_state()}),
             "acknowledge": self._acknowledge,
+            "power": self._power,
         }  # type: Dict[str, Callable[[Dict[str, Any]], None]]
         try:
             operation = operations.get(request.get("op", ""))
@@ -208,6 +211,13 @@ class Agent(object):
             )
             told = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)
         self._send(dict(told, ok=True, state=self._read_state()))
+
+    def _power(self, request: Dict[str, Any]) -> None:
+        mode = request.get("set_mode")
+        store = os.path.join(self._folder.root, "clocks-before.conf")
+        with _Lock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+            told = change(None if mode is None else str(mode), bool(request.get("lock_clocks")), store)
+        self._send(dict(told, ok=True))
 
     def _asked(self, request: Dict[str, Any], op: str, **more: Any) -> Dict[str, Any]:
         reference = request.get("reference")
