@@ -81,8 +81,11 @@ def load_inputs(
     Raises:
         ConfigError, DataError, UsageError, DeviceError: with what to mend.
     """
-    device = device or open_device(experiment.device)
-    further = [open_device(other.device) for other in experiment.also_on] if others is None else list(others)
+    device = device or open_device(experiment.device, reporter.say)
+    if others is None:
+        further = [open_device(other.device, reporter.say) for other in experiment.also_on]
+    else:
+        further = list(others)
     _check_devices(experiment, (device, *further))
     given = experiment.teacher.weights if experiment.teacher.kind != "resnet" else None
     if given is not None and not Path(given).is_file():

@@ -29,7 +29,7 @@ from nas.train.teacher import Teacher
 @pytest.fixture(autouse=True)
 def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device that is opened by name is the simulated one of the finished run."""
-    monkeypatch.setattr("nas.search.prepare.open_device", lambda _: SimulatedDevice())
+    monkeypatch.setattr("nas.search.prepare.open_device", lambda *_: SimulatedDevice())
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,17 @@ ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
 START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
 
 
-def main() -> None:
-    """Serves requests until the stream ends."""
+def main(runners: Optional[List[Any]] = None) -> None:
+    """Serves requests until the stream ends.
+
+    Args:
+        runners: what to measure with, by default all that there are.
+    """
     end_with_parent()
     out = os.dup(1)
     os.dup2(2, 1)  # what a runtime prints must not come between the messages
     writer, reader = LineWriter(out), LineReader(0)
-    worker = Worker(writer.send)
+    worker = Worker(writer.send, runners)
     while True:
         request = reader.message()
         if request is None:
