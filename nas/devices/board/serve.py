@@ -215,7 +215,7 @@ class Agent(object):
     def _power(self, request: Dict[str, Any]) -> None:
         mode = request.get("set_mode")
         store = os.path.join(self._folder.root, "clocks-before.conf")
-        with _Lock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
             told = change(None if mode is None else str(mode), bool(request.get("lock_clocks")), store)
         self._send(dict(told, ok=True))
 

@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import processes
 from .errors import BoardError
+from .sensors import bare_state
 
 # Exit status, output and error output of a program; raises BoardError where it cannot be started or does not end.
 Run = Callable[[List[str], float], Tuple[int, str, str]]
@@ -160,7 +161,8 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         run: starts programs.
 
     Returns:
-        board, module, part_number, soc, jetpack, l4t, cuda, python, kernel, boot_id: texts or None.
+        board, module, part_number, soc, jetpack, l4t, cuda, python, kernel, boot_id, governor (of the processor): texts
+        or None.
         power_mode: {"id", "name"} or None; power_modes: list of {"id", "name"}; power_mode_default: id or None.
         clocks: gpu_mhz, gpu_min_mhz, gpu_max_mhz, gpu_governor, cpu_mhz, cpu_min_mhz, cpu_max_mhz (lists over the
         cores that are on), emc_mhz, emc_max_mhz. clocks_locked: bool, or None where nothing tells.
@@ -206,16 +208,15 @@ def _identity(tree: Tree, run: Run) -> Dict[str, Any]:
     compatible = (tree.text("proc/device-tree/compatible") or "").split()
     soc = next((s for s in SOCS if any(s in text for text in compatible)), None)
     part = _part_number(compatible, tree.text("proc/device-tree/nvidia,dtsfilename") or "")
-    board = tree.text("proc/device-tree/model", "board") or tree.text("sys/class/dmi/id/product_name")
-    if board:
-        tree.unknown.pop("board", None)
+    bare = bare_state(tree.root)
     if soc is None:
         tree.unknown["soc"] = "no Tegra among the compatible strings of the device tree: %s" % (
             ", ".join(compatible[:4]) or "there is no device tree"
         )
     l4t = _l4t(tree, run)
     return {
-        "board": board,
+        "board": bare["board"],
+        "governor": bare["governor"],
         "module": MODULES.get(part or ""),
         "part_number": part,
         "compatible": compatible,
