@@ -13,10 +13,11 @@ from .lines import LineReader, LineWriter
 from .processes import end_with_parent
 from .rounds import Clock, Gate, Plan, Subject, measure_rounds
 from .runners import all_runners
-from .watch import Watch
+from .watch import COOL_LIMIT_S, Watch
 
 _MOST_IMAGES = 64  # in one run where the batch of a model is not fixed: bounds the memory
 COOL_BEAT_S = 60.0  # while a board cools down, a sign of life comes far more often
+COOL_TOTAL_S = 1200.0  # of one request: a board that never cools is measured as it is, and its rounds stay marked
 ENERGY_ROUNDS = 3
 ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
 START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
@@ -49,12 +50,16 @@ class Worker(object):
     """Runs models; keeps the reference network of each runner ready between requests."""
 
     def __init__(
-        self, send: Callable[[Dict[str, Any]], None], runners: Optional[List[Any]] = None, root: str = "/"
+        self,
+        send: Callable[[Dict[str, Any]], None],
+        runners: Optional[List[Any]] = None,
+        root: str = "/",
+        clock: Optional[Clock] = None,
     ) -> None:
-        """`send` takes what is told while a request is worked on; tests give runners of their own, and a `root`."""
+        """`send` takes what is told while a request is worked on; the rest is for tests."""
         self._send = send
         self._runners = all_runners() if runners is None else runners
-        self._clock = Clock()
+        self._clock = clock or Clock()
         self._gates = {}  # type: Dict[str, Gate]
         self._root = root
         self._key = ""
@@ -95,7 +100,8 @@ class Worker(object):
         gate = self._gate(runner, plan, request) if plan.gate_runs else None
         jobs = request["jobs"]
         results = [_new_result(job) for job in jobs]
-        watch, sampler = Watch(self._root), PowerSampler(self._root)
+        watch, sampler = Watch(self._root), PowerSampler(self._root, clock=self._clock.seconds)
+        cool_s = [COOL_TOTAL_S]
         for _ in range(plan.sessions):
             subjects = []
             for job, result in zip(jobs, results):
@@ -109,7 +115,7 @@ class Worker(object):
                 gate,
                 self._clock,
                 lambda key: self._at(key, plan.hang_s),
-                lambda: self._looked(watch, plan),
+                lambda: self._looked(watch, plan, cool_s),
                 lambda: self._send({"step": 1}),
             )
             for subject, result in subjects:
@@ -126,12 +132,17 @@ class Worker(object):
             result["best_ms"] = None if gate is None else gate.best_ms
         return {"results": results}
 
-    def _looked(self, watch: Watch, plan: Plan) -> Dict[str, Any]:
-        """What the sensors say of the round that ended; a board that is slowed down cools before the next one."""
+    def _looked(self, watch: Watch, plan: Plan, cool_s: List[float]) -> Dict[str, Any]:
+        """What the sensors say of the round that ended; a board that is slowed down cools before the next one.
+
+        `cool_s`: seconds that are left for that.
+        """
         told = watch.look()
         if told["throttled"]:
             key = self._key
-            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S))
+            limit_s = min(COOL_LIMIT_S, cool_s[0])
+            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S), limit_s)
+            cool_s[0] -= told["cooled_s"]
             self._at(key, plan.hang_s)
         return told
 
