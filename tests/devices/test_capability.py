@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from nas.core.errors import DeviceError
+from nas.devices.address import parse_address
 from nas.devices.capability import SILICON, capability_of, version_of
-from nas.devices.remote import RemoteRunner, parse_address, remote_profile
+from nas.devices.remote import RemoteRunner, remote_profile
 
 
 @pytest.mark.parametrize(
