@@ -9,6 +9,7 @@ from nas.core.errors import UsageError, did_you_mean
 from nas.devices.base import Device
 
 DEVICE_NAMES = ("cpu",)
+GPU_NAMES = ("tensorrt",)  # where there is such a runtime
 
 
 def open_device(name: str) -> Device:
@@ -16,9 +17,11 @@ def open_device(name: str) -> Device:
 
     Args:
         name: `cpu`: the host CPU through ONNX Runtime, one thread; `cpu:N`: the same with N threads.
+            `tensorrt`: the GPU of this machine.
 
     Raises:
         UsageError: there is no such device, or it has fewer cores; the message says what there is.
+        DeviceError: the runtime of a device is not installed; the message says what is missing.
     """
     kind, colon, given = name.partition(":")
     if kind == "cpu":
@@ -26,9 +29,13 @@ def open_device(name: str) -> Device:
         from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu  # heavy: not needed by a command's help
 
         return OnnxRuntimeCpu(threads=threads)
+    if name == "tensorrt":
+        from nas.devices.tensorrt import TensorRt
+
+        return TensorRt()
     raise UsageError(
-        f"device {name!r} does not exist{did_you_mean(name, DEVICE_NAMES)}; devices: {', '.join(DEVICE_NAMES)}, and "
-        "cpu:N for N threads. Run: nas doctor"
+        f"device {name!r} does not exist{did_you_mean(name, DEVICE_NAMES + GPU_NAMES)}; devices: "
+        f"{', '.join(DEVICE_NAMES + GPU_NAMES)}, and cpu:N for N threads. Run: nas doctor"
     )
 
 

@@ -46,6 +46,20 @@ class MeasureJob:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerTime:
+    """What one executed layer of an engine takes, and what the runtime tells of it.
+
+    `metadata` has the names of the ONNX nodes that are in it, where the runtime keeps them apart from `name`; `kind` is
+    the runtime's word for it, such as `Conv` or `Reformat REFORMAT`.
+    """
+
+    name: str
+    median_ms: float
+    metadata: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class CalmReport:
     """How quiet a device is, seen through a small reference network and one that reads more than the cache holds.
 
@@ -119,4 +133,23 @@ class Device(Protocol):
 
     def calm(self, checks: int = 20) -> CalmReport:
         """Looks `checks` times whether the device is quiet enough to measure."""
+        ...
+
+
+class LayerTimer(Protocol):
+    """What a device has besides, whose runtime can tell how long each layer of an engine takes."""
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Typical time of each executed layer of a model, in the order of execution.
+
+        Their sum is not the latency of the model: profiling itself takes time, and the gaps between layers are not
+        among them. Shares of it are what counts.
+
+        Args:
+            model: ONNX bytes with static shapes.
+            precision: as that of a job.
+
+        Raises:
+            DeviceError: the runtime refuses the model or cannot profile it.
+        """
         ...
