@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,3 +153,16 @@ class LayerTimer(Protocol):
             DeviceError: the runtime refuses the model or cannot profile it.
         """
         ...
+
+
+def layer_times_of(rows: Sequence[Mapping[str, Any]]) -> list[LayerTime]:
+    """Layers of a profile as the runners of a board give them."""
+    return [
+        LayerTime(
+            str(row["name"]),
+            float(row["median_ms"]),
+            str(row.get("metadata", "")),
+            " ".join(text for text in (str(row.get("type", "")), str(row.get("origin", ""))) if text),
+        )
+        for row in rows
+    ]

@@ -31,10 +31,11 @@ from nas.devices.base import (
     MeasureJob,
     OnProgress,
     OnResult,
+    layer_times_of,
 )
 from nas.devices.board import processes
 from nas.devices.board.errors import BoardError
-from nas.devices.board.onnx_facts import OnnxFacts, onnx_facts
+from nas.devices.board.onnx_facts import onnx_facts
 from nas.devices.board.trt_engine import TensorRtRunner
 from nas.devices.board.trtexec import TrtexecRunner
 from nas.devices.graphs import reference_model
@@ -174,7 +175,7 @@ class TensorRt:
             raise DeviceError("no images were given to run")
         try:
             model = _with_static_batch(model)
-            with self._session(model, _precision_of(onnx_facts(model))) as session:
+            with self._session(model, "auto") as session:
                 entry = session.inputs()[0]
                 shape = (len(images), *entry["shape"][1:])
                 if images.shape != shape or entry["dtype"] not in ("float32", "float16"):
@@ -188,7 +189,7 @@ class TensorRt:
     def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
         """Median time of each layer of the engine of a model; see `LayerTimer`."""
         try:
-            with self._session(model, _asked(precision, onnx_facts(model))) as session:
+            with self._session(model, precision) as session:
                 return layer_times_of(session.profile(self._settings.profile_runs))
         except BoardError as e:
             raise DeviceError(f"TensorRT {self._described['version']}: {e.kind}: {e.message}") from e
@@ -214,10 +215,9 @@ class TensorRt:
         notes: list[str] = []
         settings = self._settings
         try:
-            precision = _asked(job.precision, onnx_facts(job.model))
             for _ in range(settings.builds(job.kind)):
                 begin(job.key)
-                with self._session(job.model, precision, job.feeds) as session:
+                with self._session(job.model, job.precision, job.feeds) as session:
                     of_build = []
                     for _ in range(settings.rounds):
                         begin(job.key)
@@ -268,7 +268,9 @@ class TensorRt:
         )
 
     @contextmanager
-    def _session(self, model: bytes, precision: str, feeds: Mapping[str, NDArray[np.generic]] | None = None) -> Iterator[Any]:
+    def _session(
+        self, model: bytes, precision: str, feeds: Mapping[str, NDArray[np.generic]] | None = None
+    ) -> Iterator[Any]:
         """An engine that is built now and given back at the end.
 
         Raises:
@@ -312,31 +314,9 @@ def find_runner() -> Runner:
     raise DeviceError("device tensorrt: TensorRT cannot be used on this machine:\n" + "\n".join(missing))
 
 
-def layer_times_of(rows: Sequence[Mapping[str, Any]]) -> list[LayerTime]:
-    """Layers of a profile as the runners of a board give them."""
-    return [
-        LayerTime(
-            str(row["name"]),
-            float(row["median_ms"]),
-            str(row.get("metadata", "")),
-            " ".join(text for text in (str(row.get("type", "")), str(row.get("origin", ""))) if text),
-        )
-        for row in rows
-    ]
-
-
 def _scatter(samples: Sequence[float]) -> float:
     mean = float(np.mean(samples))
     return float(np.std(samples)) / mean if mean > 0 else float("inf")
-
-
-def _precision_of(facts: OnnxFacts) -> str:
-    """The precision that a file itself says."""
-    return "int8" if facts.is_quantized else "fp16" if facts.is_half else "fp32"
-
-
-def _asked(precision: JobPrecision, facts: OnnxFacts) -> str:
-    return _precision_of(facts) if precision == "none" else precision
 
 
 def _with_static_batch(model: bytes) -> bytes:

@@ -8,7 +8,7 @@ which blocks it belongs wherever one of these names stands in its own name or in
     [ONNX Layer: a]<0x1E>[ONNX Layer: b]                               TensorRT 8.6 on, metadata
     {ForeignNode[stages.0.0.expand/Conv...stages.1.0.sum/Add]}         TensorRT 10, everything from one node to another
     Reformatting CopyNode for Input Tensor 0 to stages.1.0.expand/Conv TensorRT, a change of layout
-    stages.1.0.depthwise/Conv_nchwc, ReorderOutput_token_7             ONNX Runtime
+    stages.1.0.depthwise_nchwc, head.conv/Conv_token_45, ReorderOutput ONNX Runtime, some by the tensor they give
 
 A layer of several blocks is shared among them by the multiply-adds of the convolutions that it names, else evenly. A
 layer without a name of ours belongs to the block that comes next: it prepares its input. Changes of layout are part of
@@ -26,7 +26,8 @@ from nas.devices.base import LayerTime
 
 _REFORMAT_NAME = re.compile(r"^Reformatting CopyNode|^Reorder(?:Input|Output)")
 _REFORMAT_KINDS = ("Reformat REFORMAT", "ReorderInput", "ReorderOutput")
-_UNIT = re.compile(r"(?<![\w.])([\w.]+)/[A-Z]\w*")
+_UNIT = re.compile(r"(?<![\w.])((?:image|stem|head|stages\.\d+\.\d+|exits\.\d+)\.[\w.]*\w)(?:/([A-Z]\w*))?")
+_SUFFIX = re.compile(r"_(?:nchwc|token)\w*$")
 _LOGITS = re.compile(r"(?<![\w.])logits(?:_(\d+))?\b")
 _RANGE = re.compile(r"\[[^\[\]]+ \.\.\. [^\[\]]+\]")
 
@@ -106,10 +107,10 @@ def _shares(time: LayerTime, layers: Sequence[LayerSpec]) -> dict[int, float]:
     places = {layer.name: place for place, layer in enumerate(layers)}
     weights: dict[int, float] = {}
     for match in _UNIT.finditer(text):
-        found = _place(match[1], places, layers)
+        found = _place(match[1], places)
         if found is not None:
             place, part = found
-            is_conv = match[0].rpartition("/")[2].startswith(("Conv", "QLinearConv"))
+            is_conv = match[2] is None or match[2].startswith("Conv")
             macs = {spec.name: spec.macs for spec in layers[place].convolutions}.get(part, 0) if is_conv else 0
             weights[place] = weights.get(place, 0.0) + macs
     if not weights:
@@ -122,14 +123,11 @@ def _shares(time: LayerTime, layers: Sequence[LayerSpec]) -> dict[int, float]:
     return {place: weight / whole if whole else 1 / len(weights) for place, weight in weights.items()}
 
 
-def _place(unit: str, places: dict[str, int], layers: Sequence[LayerSpec]) -> tuple[int, str] | None:
+def _place(unit: str, places: dict[str, int]) -> tuple[int, str] | None:
     """Block of a node `<block>.<part>...`, and the part; the normalisation of the image belongs to the stem."""
-    parts = unit.split(".")
+    parts = _SUFFIX.sub("", unit).split(".")
     if parts[0] == "image":
         return 0, ""
-    logits = _LOGITS.fullmatch(unit)
-    if logits is not None:
-        return (len(layers) - 1 if logits[1] is None else _head(int(logits[1]), layers)), ""
     for end in range(len(parts), 0, -1):
         place = places.get(".".join(parts[:end]))
         if place is not None:

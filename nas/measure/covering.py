@@ -17,14 +17,16 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import expand, total_params
 from nas.devices.base import Device, LayerTimer
-from nas.latency.lines import network_key
+from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.attribution import Attribution, attribute
 from nas.measure.fill import WAIT_S, FillProgress, FillReport, OnFill, store
@@ -33,12 +35,15 @@ from nas.space.slots import extreme_genotype
 from nas.space.space import SearchSpace
 
 SOURCE = "covering"  # begins the source of such a row
-FORM = "logits"  # every exit is computed, so that every exit head has its time
+FORM: NetworkForm = "logits"  # every exit is computed, so that every exit head has its time
 
 
 @dataclass(frozen=True, slots=True)
 class CoveringPlan:
-    """Networks that cover rows. `least` is a number that no plan can go below: rows over blocks of the largest one."""
+    """Networks that cover rows. No choice of networks needs fewer than `least`.
+
+    A network has one block at each place, so the rows that stand at one place only need as many networks as they are.
+    """
 
     networks: tuple[Candidate, ...]
     rows: int
@@ -59,8 +64,17 @@ def covering_plan(space: SearchSpace, keys: Iterable[str] | None = None) -> Cove
     wanted = {layer.key for layer in space.layers()}
     wanted &= wanted if keys is None else set(keys)
     networks = tuple(_greedy(space, set(wanted)))
-    longest = max((len({layer.key for layer in expand(n)}) for n in networks), default=1)
-    return CoveringPlan(networks, len(wanted), math.ceil(len(wanted) / longest))
+    return CoveringPlan(networks, len(wanted), _least(space, wanted))
+
+
+def _least(space: SearchSpace, wanted: set[str]) -> int:
+    at_slots: dict[str, set[str]] = {}
+    for slot in space.slots():
+        for layer in slot.layers:
+            if layer is not None and layer.key in wanted:
+                at_slots.setdefault(layer.key, set()).add(slot.name)
+    alone = Counter(next(iter(slots)) for slots in at_slots.values() if len(slots) == 1)
+    return max(max(alone.values(), default=0), math.ceil(len(wanted) / len(space.slots())))
 
 
 def _greedy(space: SearchSpace, missing: set[str]) -> Iterator[Candidate]:
@@ -77,14 +91,16 @@ def _greedy(space: SearchSpace, missing: set[str]) -> Iterator[Candidate]:
         if not missing or idle == len(choices):
             return
         fixed = dict.fromkeys(presents, 0) | dict.fromkeys(choices[turn % len(choices)], 1) | thresholds
-        gain, genotype = extreme_genotype(
-            slots, sizes, lambda layer: float(key_of[id(layer)] in missing), fixed, largest=True
-        )
+        gain, genotype = extreme_genotype(slots, sizes, partial(_counts, key_of, missing), fixed, largest=True)
         idle = 0 if gain > 0 else idle + 1
         if gain > 0:
             candidate = space.decode(genotype)
             missing -= {layer.key for layer in expand(candidate)}
             yield candidate
+
+
+def _counts(key_of: Mapping[int, str], missing: set[str], layer: LayerSpec) -> float:
+    return float(key_of[id(layer)] in missing)
 
 
 def layer_timer(device: Device) -> LayerTimer:
@@ -142,9 +158,7 @@ def fill_covering(
     failed: list[tuple[str, str]] = []
     unstable: set[str] = set()
     for number, candidate in enumerate(plan.networks, start=1):
-        network = measure_networks(
-            table, device, [candidate], form=FORM, write=lambda c, _: write(c), wait_s=wait_s
-        )[0]
+        network = measure_networks(table, device, [candidate], form=FORM, write=lambda c, _: write(c), wait_s=wait_s)[0]
         try:
             if network.latency_ms is None:
                 raise DeviceError(network.error or "it failed")
@@ -190,8 +204,8 @@ def _rows(
         values += [table.overhead_ms + ms for ms, _ in times]
         reformat = statistics.fmean(ms for _, ms in times)
         source = (
-            f"{SOURCE}: median of {len(values)} in networks, the last {network.key}; {reformat:.4g} ms of it changes of "
-            f"layout, profile {profile.total_ms:.4g} ms for {net_ms:.4g} ms"
+            f"{SOURCE}: median of {len(values)} in networks, the last {network.key}; {reformat:.4g} ms of it changes of"
+            f" layout, profile {profile.total_ms:.4g} ms for {net_ms:.4g} ms"
         )
         latency = statistics.median(values)
         rows.append(
@@ -216,7 +230,7 @@ def covering_rows(rows: Iterable[Measurement]) -> int:
 
 
 def mixed_ways(rows: Sequence[Measurement]) -> str | None:
-    """What to know of a table with rows of both ways, or None: a correction cannot fit two systematic errors at once."""
+    """What to know of a table with rows of both ways, or None: one correction cannot fit two systematic errors."""
     counted = [row for row in rows if row.latency_ms is not None]
     covering = covering_rows(counted)
     if covering in (0, len(counted)):

@@ -168,7 +168,7 @@ def test_nothing_found_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cuda, "_FOLDERS", ("/nowhere",))
     monkeypatch.setattr("ctypes.util.find_library", lambda _: None)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "nvidia").exists()])
-    with pytest.raises(BoardError, match="cuda-python: not installed; libcudart: no libcudart.so.*; pycuda: not") as e:
+    with pytest.raises(BoardError, match=r"cuda-python: not installed; libcudart: no libcudart.so.*; pycuda: not") as e:
         cuda.find_cuda()
     assert e.value.kind == "not_found"
 

@@ -15,7 +15,14 @@ from nas.core.records import BlockConfig, Candidate, HeadConfig, Precision, Stag
 from nas.devices.board import trtexec_output as output
 from nas.devices.board.errors import BoardError
 from nas.devices.board.onnx_facts import onnx_facts
-from nas.devices.board.trtexec import TrtexecRunner, build_command, find_trtexec, is_weak, run_command
+from nas.devices.board.trtexec import (
+    TrtexecRunner,
+    build_command,
+    effective_precision,
+    find_trtexec,
+    is_weak,
+    run_command,
+)
 from nas.export.graph import network_model, nominal_quant, random_weights
 
 SMALL = Candidate(8, 4, StemConfig(8), (StageConfig((BlockConfig(8, 16, 8),)),), HeadConfig())
@@ -58,7 +65,7 @@ class FakeTrtexec:
         self.changes = changes or {}
         self.commands: list[list[str]] = []
 
-    def __call__(self, argv: list[str], timeout_s: float) -> tuple[int, str, str]:
+    def __call__(self, argv: list[str], _: float) -> tuple[int, str, str]:
         self.commands.append(argv)
         banner = f"&&&& RUNNING TensorRT.trtexec [TensorRT {BANNERS.get(self.version, 'v8601')}] # trtexec\n"
         if "--help" in argv:
@@ -163,7 +170,7 @@ def test_an_engine_is_built_timed_and_profiled(version: tuple[int, int, int], pr
     fake = FakeTrtexec(version)
     runner = TrtexecRunner(program, fake)
     assert runner.available() is None
-    assert runner.describe()["version"] == "%d.%d.%d" % version
+    assert runner.describe()["version"] == ".".join(map(str, version))
     session = runner.load(model_file(tmp_path), {"work": str(tmp_path), "precision": "fp32"})
     assert (session.engine_bytes, session.warnings) == (4, [])
     assert session.inputs() == [{"name": "image", "dtype": "float32", "shape": [1, 3, 8, 8]}]
@@ -187,7 +194,7 @@ def test_an_engine_is_built_timed_and_profiled(version: tuple[int, int, int], pr
     assert loaded and all(re.fullmatch(r"--loadInputs=image:.*/input-0\.raw", part) for part in loaded)
     with pytest.raises(BoardError, match="no input 'x'; inputs: image"):
         session.set_inputs({"x": b""})
-    with pytest.raises(BoardError, match="gives no exact outputs"):
+    with pytest.raises(BoardError, match="gives no exact outputs, and the Python module tensorrt cannot be imported"):
         session.outputs()
     session.close()
     assert not list(tmp_path.glob("engine-*"))
@@ -205,7 +212,11 @@ def test_skipped_tactics_are_a_warning_of_the_session(program: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"code": 1, "err": "[E] Error[2]: Assertion failed\n&&&& FAILED"}, "build_failed", "exit code 1: Error.2.: As"),
+        (
+            {"code": 1, "err": "[E] Error[2]: Assertion failed\n&&&& FAILED"},
+            "build_failed",
+            "exit code 1: Error.2.: As",
+        ),
         ({"code": 1, "err": SKIPPED + "[E] Error[10]: no implementation\n"}, "build_failed", "1 tactics were skipped"),
         ({"code": 1, "err": "[E] Error[2]: OutOfMemory (no further information)"}, "out_of_memory", "out of memory"),
         ({"code": -6, "err": "terminate called after throwing 'std::bad_alloc'"}, "out_of_memory", "bad_alloc"),
@@ -214,7 +225,11 @@ def test_skipped_tactics_are_a_warning_of_the_session(program: str, tmp_path: Pa
         ({"code": -11}, "build_failed", "signal 11"),
         ({"code": 1, "err": "[E] Unknown option: --fp16 "}, "unsupported", "does not know --fp16"),
         ({"plan": b""}, "build_failed", "wrote no engine"),
-        ({"raises": BoardError("hung", "trtexec did not return within 5 s")}, "hung", "building model.onnx: trtexec did"),
+        (
+            {"raises": BoardError("hung", "trtexec did not return within 5 s")},
+            "hung",
+            "building model.onnx: trtexec did",
+        ),
     ],
 )
 def test_each_failure_of_a_build_has_its_kind(
@@ -240,7 +255,9 @@ def test_each_failure_of_a_build_has_its_kind(
 def test_files_that_are_cut_off_are_truncated(
     changes: dict[str, Any], call: Callable[[Any], object], message: str, program: str, tmp_path: Path
 ) -> None:
-    session = TrtexecRunner(program, FakeTrtexec((10, 3, 0), changes)).load(model_file(tmp_path), {"work": str(tmp_path)})
+    session = TrtexecRunner(program, FakeTrtexec((10, 3, 0), changes)).load(
+        model_file(tmp_path), {"work": str(tmp_path)}
+    )
     with pytest.raises(BoardError, match=message) as failed:
         call(session)
     assert failed.value.kind == "truncated"
@@ -339,3 +356,10 @@ def test_what_is_no_onnx_file_is_refused(data: bytes) -> None:
     with pytest.raises(BoardError, match="not an ONNX model") as refused:
         onnx_facts(data)
     assert refused.value.kind == "bad_request"
+
+
+@pytest.mark.parametrize("asked", ["fp32", "none", "auto"])
+def test_a_quantized_file_is_built_in_int8_even_where_nobody_asks_for_it(asked: str) -> None:
+    assert effective_precision(onnx_facts(onnx("int8")), asked) == "int8"
+    assert effective_precision(onnx_facts(onnx()), asked) == "fp32"
+    assert effective_precision(onnx_facts(onnx()), "fp16") == "fp16"

@@ -136,17 +136,18 @@ def test_a_round_that_scatters_or_an_engine_short_of_memory_is_not_calm_and_said
 def test_a_failed_build_is_a_result_of_its_kind(tmp_path: Path) -> None:
     class Hanging(CpuRunner):
         def load(self, model_path: str, options: dict[str, Any]) -> CpuSession:
-            raise BoardError("hung", f"building {Path(model_path).name}: did not return within {options['timeout_s']:g} s")
+            raise BoardError(
+                "hung", f"building {Path(model_path).name}: did not return within {options['timeout_s']:g} s"
+            )
 
     failed = device(Hanging(), tmp_path).measure([job()])[0]
     assert failed.error == "hung: building model.onnx: did not return within 1800 s"
 
 
-def test_the_precision_of_a_file_is_asked_for_where_a_job_has_none(tmp_path: Path) -> None:
+def test_the_precision_of_a_job_is_asked_for(tmp_path: Path) -> None:
     runner = CpuRunner()
-    device(runner, tmp_path).measure([job("network", "none"), job("network", "mixed")])
-    assert [options["precision"] for options in runner.loaded[:2]] == ["fp32", "fp32"]
-    assert {options["precision"] for options in runner.loaded[2:]} == {"mixed"}
+    device(runner, tmp_path).measure([job("row", "int8"), job("row", "none")])
+    assert [options["precision"] for options in runner.loaded] == ["int8", "none"]
 
 
 def test_layers_come_with_what_the_runtime_says_of_them(tmp_path: Path) -> None:

@@ -54,8 +54,7 @@ class Config:                       # what is set, by the names that the real cl
         return lambda *a: self.__dict__.setdefault("called", []).append([name, str(a[0])])
 
 config = Config()
-request = {"workspace_mib": 64, "precision": "int8"}
-trt_engine._configure(trt, config, request, hasattr(trt.BuilderFlag, "FP16"))
+trt_engine._configure(trt, config, 64, "int8" if hasattr(trt.BuilderFlag, "FP16") else "fp32")
 said["config"] = sorted(name for name in config.__dict__ if name != "called")
 said["called"] = config.called
 try:                                # as far as a builder without a library lets it
@@ -136,6 +135,10 @@ def test_the_stored_names_are_those_of_the_real_bindings(release: str) -> None:
     surface = SHARED / "facts" / "tensorrt_api_surface.json"
     script = tools() / "surface.py"
     done = subprocess.run(
-        [python, str(script), "check", str(surface), release], env=variables, capture_output=True, text=True, check=False
+        [python, str(script), "check", str(surface), release],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -10,13 +10,14 @@ from typing import Any, Dict, List, Optional, Tuple
 from .errors import BoardError
 
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+_LIBC = ctypes.CDLL(None, use_errno=True)  # opened here: between fork and exec of a process with threads it may not be
 
 
 def end_with_parent() -> None:
     """Called in a process that was just started: the kernel ends it when the thread that started it is gone."""
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    except (OSError, AttributeError):  # not Linux
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    except AttributeError:  # not Linux
         return
     if os.getppid() == 1:  # it was gone already
         os._exit(1)

@@ -24,7 +24,7 @@ from . import processes
 from .cuda import find_cuda
 from .errors import BoardError
 from .onnx_facts import onnx_facts
-from .trtexec import is_weak
+from .trtexec import effective_precision, is_weak
 from .trtexec_output import failure_of, layers_of, skipped_tactics
 
 # The dtype table is ours: `trt.nptype` of 8.2 and 8.4 needs a NumPy older than 1.24. Member of DataType -> our name,
@@ -44,6 +44,7 @@ TIMING_ITERATIONS = 8  # of each tactic while building, as trtexec does
 OPTIMIZATION_LEVEL = 3  # the default, set so that it stays the same
 BUILD_TIMEOUT_S = 1800.0
 WARMUP_S = 0.2
+WARM_FOR_S = 0.5  # a GPU that was idle for less needs no further warm-up
 IN_FLIGHT = 3  # inferences between two looks of the host
 SHORT_MS = 0.01  # events resolve about half a microsecond: shorter networks run several times between two
 SHORT_REPEATS = 16
@@ -181,6 +182,8 @@ class TensorRtSession(object):
             )
         self._context = self._new_context()
         self._graph: Any = None
+        self._used_s = float("-inf")  # when the last timing ended
+        self._copies_ms: Optional[float] = None
         self._stream = cuda.stream()
         self._tensors = self._bind()
         rng = random.Random(seed)
@@ -215,7 +218,7 @@ class TensorRtSession(object):
 
         Args:
             runs: inferences, each between two events.
-            warmup: inferences before them at least; there are at least 200 ms of them.
+            warmup: inferences before them at least; where the GPU was idle there are at least 200 ms of them.
 
         Returns:
             `samples_ms`: of the GPU; `host_ms`: inside the call that queues an inference; `single_ms`: from calling to
@@ -235,18 +238,21 @@ class TensorRtSession(object):
         if statistics.median(trial) < SHORT_MS:
             inner = SHORT_REPEATS
         samples, host = self._timed(runs, inner)
+        if self._copies_ms is None:
+            self._copies_ms = self._transfer_ms()
         single = []
         for _ in range(min(runs, TRANSFER_RUNS)):
             began = time.perf_counter()
             self._launch()
             self._cuda.synchronize(self._stream)
             single.append(1e3 * (time.perf_counter() - began))
+        self._used_s = time.perf_counter()
         return {
             "samples_ms": samples,
             "host_ms": host,
             "single_ms": single,
             "clock": "cuda_event",
-            "transfer_ms": self._transfer_ms(),
+            "transfer_ms": self._copies_ms,
             "cuda_graph": self._graph is not None,
             "enqueue_bound": statistics.median(host) >= ENQUEUE_BOUND * statistics.median(samples),
         }
@@ -399,7 +405,8 @@ class TensorRtSession(object):
             self._enqueue(self._context)
 
     def _warm_up(self, least: int) -> None:
-        until = time.perf_counter() + WARMUP_S
+        is_warm = time.perf_counter() - self._used_s < WARM_FOR_S  # between the rounds of one measurement
+        until = time.perf_counter() + (0.0 if is_warm else WARMUP_S)
         done = 0
         while done < least or time.perf_counter() < until:
             self._launch()
@@ -579,7 +586,9 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
         model = file.read()
     lines: List[str] = []
     logger = make_logger(trt, lines)
-    weak = is_weak(version_of(trt), onnx_facts(model), request["precision"], request["typing"])
+    facts = onnx_facts(model)
+    precision = effective_precision(facts, request["precision"])
+    weak = is_weak(version_of(trt), facts, precision, request["typing"])
     builder = trt.Builder(logger)
     network = builder.create_network(_network_flags(trt, weak))
     parser = trt.OnnxParser(network, logger)
@@ -587,7 +596,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
         said = "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors))
         raise BoardError("build_failed", "TensorRT %s cannot read the model: %s" % (trt.__version__, said))
     config = builder.create_builder_config()
-    _configure(trt, config, request, weak)
+    _configure(trt, config, request["workspace_mib"], precision if weak else "fp32")
     warnings: List[str] = []
     cache = _open_cache(config, request["timing_cache"], warnings)
     plan = builder.build_serialized_network(network, config)
@@ -611,8 +620,9 @@ def _network_flags(trt: Any, weak: bool) -> int:
     return flags
 
 
-def _configure(trt: Any, config: Any, request: Dict[str, Any], weak: bool) -> None:
-    size = request["workspace_mib"] << 20
+def _configure(trt: Any, config: Any, workspace_mib: int, flagged: str) -> None:
+    """Settings of a build; `flagged`: the precision to be asked for by flags, fp32 where none is needed."""
+    size = workspace_mib << 20
     if hasattr(trt.IBuilderConfig, "set_memory_pool_limit"):
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, size)
     else:
@@ -621,10 +631,10 @@ def _configure(trt: Any, config: Any, request: Dict[str, Any], weak: bool) -> No
     config.avg_timing_iterations = TIMING_ITERATIONS
     if hasattr(trt.IBuilderConfig, "builder_optimization_level"):
         config.builder_optimization_level = OPTIMIZATION_LEVEL
-    if not weak or request["precision"] == "fp32":
+    if flagged == "fp32":
         return
     # int8 alone would run everything that is not quantized in fp32
-    wanted = {"fp16": ("FP16",), "bf16": ("BF16",)}.get(request["precision"], ("INT8", "FP16"))
+    wanted = {"fp16": ("FP16",), "bf16": ("BF16",)}.get(flagged, ("INT8", "FP16"))
     for name in wanted:
         flag = getattr(trt.BuilderFlag, name, None)
         if flag is None:

@@ -45,6 +45,16 @@ def find_trtexec(given: Optional[str] = None) -> Optional[str]:
     return None
 
 
+def effective_precision(model: OnnxFacts, precision: str) -> str:
+    """The precision to build in: that of the file where none, or only fp32, is asked for.
+
+    A file with QuantizeLinear nodes cannot be built without int8, nor one of half precision without fp16.
+    """
+    if precision in ("fp32", "none", "auto"):
+        return "int8" if model.is_quantized else "fp16" if model.is_half else "fp32"
+    return precision
+
+
 def is_weak(version: Version, model: OnnxFacts, precision: str, typing: str = "auto") -> bool:
     """Whether precision is asked for by flags (weak typing) rather than taken from the ONNX file (strong typing).
 
@@ -188,7 +198,7 @@ class TrtexecRunner(object):
         version = self._known_version()
         with open(model_path, "rb") as file:
             model = onnx_facts(file.read())
-        precision = str(options.get("precision", "fp32"))
+        precision = effective_precision(model, str(options.get("precision", "fp32")))
         weak = is_weak(version, model, precision, str(options.get("typing", "auto")))
         folder = tempfile.mkdtemp(prefix="engine-", dir=options.get("work"))
         engine = os.path.join(folder, "engine.plan")
@@ -262,6 +272,7 @@ class TrtexecSession(object):
         self._engine = engine
         self._model = model
         self._inputs: Dict[str, str] = {}
+        self._exact: Any = None  # the same engine in this process, for outputs
 
     def inputs(self) -> List[Dict[str, Any]]:
         """Name, dtype and shape of each input, as the ONNX file has them."""
@@ -312,15 +323,29 @@ class TrtexecSession(object):
         }
 
     def outputs(self) -> List[Dict[str, Any]]:
-        """Not with trtexec, whose text output is rounded.
+        """Runs once; name, dtype, shape and bytes of each output.
+
+        trtexec writes outputs as rounded text, so the same engine is loaded by the Python module.
 
         Raises:
-            BoardError: `unsupported`.
+            BoardError: `not_found`: that module is not there; TensorRT or CUDA refuses.
         """
-        raise BoardError(
-            "unsupported",
-            "trtexec gives no exact outputs. Install the Python module too: apt-get install python3-libnvinfer",
-        )
+        from .trt_engine import TensorRtRunner, TensorRtSession, import_tensorrt  # that module imports this one
+
+        if self._exact is None:
+            try:
+                trt, cuda = import_tensorrt(), TensorRtRunner().cuda()
+            except BoardError as e:
+                raise BoardError(e.kind, "trtexec gives no exact outputs, and %s" % e.message) from e
+            with open(self._engine, "rb") as file:
+                self._exact = TensorRtSession(trt, cuda, file.read(), 0, [])
+        feeds = {}
+        for name, path in self._inputs.items():
+            with open(path, "rb") as file:
+                feeds[name] = file.read()
+        self._exact.set_inputs(feeds)
+        found: List[Dict[str, Any]] = self._exact.outputs()
+        return found
 
     def profile(self, runs: int = PROFILE_RUNS) -> List[Dict[str, Any]]:
         """Median time of each layer of the engine, with what TensorRT tells of it.
@@ -352,6 +377,9 @@ class TrtexecSession(object):
 
     def close(self) -> None:
         """Removes the engine."""
+        if self._exact is not None:
+            self._exact.close()
+            self._exact = None
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _queries(self, runs: int, transfers: bool) -> Tuple[List[Dict[str, float]], str]:
