@@ -1,4 +1,4 @@
-"""TensorRT's trtexec, a fake one, over a real OpenSSH server: found, driven by another user's agent, its times reduced."""
+"""A fake trtexec over a real OpenSSH server: found, driven by another user, its times reduced on this machine."""
 
 from __future__ import annotations
 
