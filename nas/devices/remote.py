@@ -28,7 +28,16 @@ from nas.core.jsonio import content_hash
 from nas.core.records import PROFILE_STATE_FIELDS, ClockKind, DeviceProfile, Measurement, Precision
 from nas.devices.address import RemoteAddress
 from nas.devices.agent import packed_agent
-from nas.devices.base import CalmReport, JobKind, MeasureJob, OnProgress, OnResult
+from nas.devices.base import (
+    CalmReport,
+    JobKind,
+    JobPrecision,
+    LayerTime,
+    MeasureJob,
+    OnProgress,
+    OnResult,
+    layer_times_of,
+)
 from nas.devices.board.sensors import identity
 from nas.devices.capability import SILICON, Capability, capability_of
 from nas.devices.graphs import reference_model
@@ -255,6 +264,10 @@ class RemoteDevice:
         told = self._with_link(lambda link: self._asked(link, request, {}))
         self._state = told["state"]
         return told
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Typical time of each layer of the engine that the board builds of a model; see `LayerTimer`."""
+        return layer_times_of(self.profile_layers(MeasureJob("layers", "network", precision, model, 0))["layers"])
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images, computed on the board; see `Device.run`."""

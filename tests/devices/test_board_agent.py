@@ -24,7 +24,7 @@ from nas.devices.board import loader
 from nas.devices.board.errors import BoardError
 from nas.devices.board.lines import LineReader, LineWriter
 from nas.devices.board.rounds import Plan
-from nas.devices.board.sensors import bare_state, identity, look
+from nas.devices.board.sensors import governor, identity
 from nas.devices.board.serve import Agent
 from nas.devices.board.store import Folder
 from nas.devices.board.worker_process import WorkerProcess
@@ -378,23 +378,18 @@ def test_a_line_that_is_no_object_is_refused(tmp_path: Path) -> None:
             LineReader(f.fileno()).message()
 
 
-def test_the_state_of_a_plain_linux_board_is_read_from_its_files(tmp_path: Path) -> None:
-    def write(path: str, text: str) -> None:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-
-    write("proc/device-tree/model", "Raspberry Pi 4 Model B\0")
-    write("proc/sys/kernel/random/boot_id", "abc\n")
-    for name, value in (("scaling_governor", "performance"), ("scaling_min_freq", "5"), ("scaling_max_freq", "5")):
-        write(f"sys/devices/system/cpu/cpu0/cpufreq/{name}", value + "\n")
-    write("sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", "1500000\n")
-    write("sys/class/thermal/thermal_zone0/temp", "48500\n")
-    write("sys/class/thermal/thermal_zone1/temp", "-256000\n")
-    state = bare_state(str(tmp_path))
-    assert (state["board"], state["boot_id"]) == ("Raspberry Pi 4 Model B", "abc")
-    assert identity(state) == {"boot_id": "abc", "power_mode": None, "governor": "performance", "clocks_locked": True}
-    assert look(str(tmp_path)) == {"temperature_c": 48.5, "clock_mhz": 1500.0}
-    assert look(str(tmp_path / "nothing")) == {"temperature_c": None, "clock_mhz": None}
+def test_the_governor_is_part_of_what_may_not_change(tmp_path: Path) -> None:
+    path = tmp_path / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
+    path.parent.mkdir(parents=True)
+    path.write_text("performance\n")
+    assert governor(str(tmp_path)) == "performance" and governor(str(tmp_path / "nothing")) is None
+    state = {"boot_id": "abc", "power_mode": {"id": 0, "name": "MAXN"}, "governor": "performance", "python": "3.6.9"}
+    assert identity(state) == {
+        "boot_id": "abc",
+        "power_mode": "MAXN",
+        "governor": "performance",
+        "clocks_locked": None,
+    }
 
 
 def test_a_plan_takes_every_number_that_it_needs() -> None:

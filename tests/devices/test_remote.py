@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -89,6 +90,8 @@ def test_the_agent_runs_as_another_user_in_a_private_folder_of_its_home(
     (agent,) = server.cache.glob("agent-*")
     assert agent.stat().st_mode & 0o777 == 0o600
     assert {p.stat().st_mode & 0o777 for p in (server.cache / "blobs").iterdir()} == {0o600}
+    outside = [p for p in server.home.rglob("*") if p.is_file() and server.cache not in p.parents]
+    assert not outside, "something was written outside of the agent's folder"
 
 
 def test_nothing_runs_on_and_no_batch_is_left_when_the_device_is_closed(server: SshServer, tmp_path: Path) -> None:
@@ -169,7 +172,7 @@ def test_a_board_without_a_runtime_says_what_is_missing(server: SshServer) -> No
     bare.write_text('#!/bin/sh\nexec /usr/bin/python3 -S "$@"\n')
     bare.chmod(0o755)
     with pytest.raises(
-        DeviceError, match=r"no runtime to measure with there:\n.*onnxruntime: python3 on this board cannot"
+        DeviceError, match=r"(?s)no runtime to measure with there:\n.*onnxruntime: python3 on this board cannot"
     ):
         open_device(server.device_name(python=bare))
 
@@ -352,6 +355,57 @@ def test_what_a_board_finished_for_a_program_that_was_killed_is_not_measured_aga
     second.measure(jobs)
     second.close()
     assert len(ids[0]) == 3 and ids[0] == ids[1]
+
+
+def with_state(server: SshServer, **state: object) -> Path:
+    """An interpreter on whose board the state is overwritten by a file that a test may change."""
+    path = server.folder / f"state-{len(list(server.folder.iterdir()))}.json"
+    path.write_text(json.dumps(state))
+    hook = path.with_suffix(".d")
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import importlib.abc, json, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'nas_board.serve':\n"
+        "            import nas_board.state as state\n"
+        "            plain = state.read_state\n"
+        f"            state.read_state = lambda: dict(plain(), **json.load(open({str(path)!r})))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    python = path.with_suffix(".sh")
+    first, last = server.python.read_text().split("\n", 1)
+    python.write_text(f"{first}\n{last.replace('PYTHONPATH=', f'PYTHONPATH={hook}:')}")
+    python.chmod(0o755)
+    return python
+
+
+def test_a_board_that_changed_its_power_mode_ends_the_work_with_the_difference(server: SshServer) -> None:
+    python = with_state(server, power_mode={"id": 0, "name": "MAXN"}, clocks_locked=True)
+    state = next(server.folder.glob("state-*.json"))
+    opened = RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK)
+    assert opened.profile.power_mode == "MAXN" and opened.profile.clocks_locked
+    assert opened.measure([row("a")])[0].error is None
+    state.write_text(json.dumps({"power_mode": {"id": 2, "name": "15W"}, "clocks_locked": True}))
+    told: list[Measurement] = []
+    with pytest.raises(DeviceError, match=r"in another state than .*\n  power_mode: it was 'MAXN', it is '15W'\n") as e:
+        opened.measure([row("b")], told.append)
+    assert not told, "what was measured in another state was given"
+    assert "Bring the board back into that state" in str(e.value)
+    assert opened.profile.power_mode == "15W"
+    opened.close()
+
+
+def test_a_board_that_was_booted_in_between_goes_on_and_says_so(server: SshServer) -> None:
+    said: list[str] = []
+    python = with_state(server, boot_id="first")
+    state = max(server.folder.glob("state-*.json"), key=lambda p: p.stat().st_mtime_ns)
+    opened = RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK, say=said.append)
+    opened.measure([row("a")])
+    state.write_text(json.dumps({"boot_id": "second"}))
+    assert opened.measure([row("b")])[0].error is None
+    assert said == ["board: the board was started anew"]
+    opened.close()
 
 
 def test_what_shows_the_state_of_the_board_now_is_always_measured_anew(device: RemoteDevice) -> None:

@@ -34,7 +34,8 @@ from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .power import change
 from .rounds import Plan
-from .sensors import bare_state, identity
+from .sensors import governor, identity
+from .state import read_state
 from .store import Batch, BoardLock, Folder
 from .worker_process import WorkerProcess
 
@@ -335,13 +336,9 @@ def _received(reader: LineReader, folder: Folder, request: Dict[str, Any]) -> Op
     return None if failed is None else {"kind": failed.kind, "message": failed.message}
 
 
-def known_state() -> ReadState:
-    """What reads the state of this board: all that a Jetson tells where this package can read that."""
-    try:
-        from .state import read_state  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return bare_state
-    return read_state  # type: ignore[no-any-return, unused-ignore]
+def known_state() -> Dict[str, Any]:
+    """The state of this board now: all that it tells of itself, and its processor's governor."""
+    return dict(read_state(), governor=governor())
 
 
 def serve(command: List[str], name: str) -> None:
@@ -366,7 +363,7 @@ def serve(command: List[str], name: str) -> None:
 
     reading = threading.Thread(target=_reader_thread, args=(LineReader(0), folder, requests, ended), daemon=True)
     reading.start()
-    agent = Agent(folder, worker, writer.send, known_state(), name)
+    agent = Agent(folder, worker, writer.send, known_state, name)
     try:
         while True:
             agent.answer(requests.get())
