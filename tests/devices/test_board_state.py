@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fake_board.tools import install_board_tools, runner_in
 from fake_board.tree import BOARDS, BOOT_ID, NANO, ORIN_NANO_SUPER, THOR, FakeBoard, put, write_board
 
 from nas.devices.board.errors import BoardError
-from nas.devices.board.sensors import bare_state, identity
+from nas.devices.board.sensors import identity
 from nas.devices.board.state import (
     are_locked,
     parse_current_mode,
@@ -216,7 +217,7 @@ def test_a_host_that_is_no_jetson_gives_what_there_is() -> None:
     state = read_state()
     assert state["soc"] is None and state["power_mode"] is None and state["problems"] == []
     assert "no Tegra" in state["unknown"]["soc"]
-    assert state["board"] == bare_state()["board"] != "unknown"
+    assert state["board"].startswith(platform.machine())
     assert state["python"].count(".") == 2
     assert state["memory_mb"]["total"] > 0
 

@@ -18,7 +18,6 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import processes
 from .errors import BoardError
-from .sensors import bare_state
 
 # Exit status, output and error output of a program; raises BoardError where it cannot be started or does not end.
 Run = Callable[[List[str], float], Tuple[int, str, str]]
@@ -161,8 +160,7 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         run: starts programs.
 
     Returns:
-        board, module, part_number, soc, jetpack, l4t, cuda, python, kernel, boot_id, governor (of the processor): texts
-        or None.
+        board, module, part_number, soc, jetpack, l4t, cuda, python, kernel, boot_id: texts or None.
         power_mode: {"id", "name"} or None; power_modes: list of {"id", "name"}; power_mode_default: id or None.
         clocks: gpu_mhz, gpu_min_mhz, gpu_max_mhz, gpu_governor, cpu_mhz, cpu_min_mhz, cpu_max_mhz (lists over the
         cores that are on), emc_mhz, emc_max_mhz. clocks_locked: bool, or None where nothing tells.
@@ -208,15 +206,13 @@ def _identity(tree: Tree, run: Run) -> Dict[str, Any]:
     compatible = (tree.text("proc/device-tree/compatible") or "").split()
     soc = next((s for s in SOCS if any(s in text for text in compatible)), None)
     part = _part_number(compatible, tree.text("proc/device-tree/nvidia,dtsfilename") or "")
-    bare = bare_state(tree.root)
     if soc is None:
         tree.unknown["soc"] = "no Tegra among the compatible strings of the device tree: %s" % (
             ", ".join(compatible[:4]) or "there is no device tree"
         )
     l4t = _l4t(tree, run)
     return {
-        "board": bare["board"],
-        "governor": bare["governor"],
+        "board": _board(tree),
         "module": MODULES.get(part or ""),
         "part_number": part,
         "compatible": compatible,
@@ -227,6 +223,16 @@ def _identity(tree: Tree, run: Run) -> Dict[str, Any]:
         "python": platform.python_version(),
         "kernel": tree.text("proc/sys/kernel/osrelease", "kernel"),
     }
+
+
+def _board(tree: Tree) -> Optional[str]:
+    """Model of the board; of a host without a device tree that of its processor."""
+    model = tree.text("proc/device-tree/model")
+    if model:
+        return model
+    found = re.search(r"^model name\s*:\s*(\S.*)$", tree.text("proc/cpuinfo") or "", re.MULTILINE)
+    name = " ".join(found.group(1).split()) if found else ""
+    return " ".join(x for x in (platform.machine(), name) if x) or None
 
 
 def _part_number(compatible: List[str], dts: str) -> Optional[str]:

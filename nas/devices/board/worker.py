@@ -20,6 +20,7 @@ COOL_BEAT_S = 60.0  # while a board cools down, a sign of life comes far more of
 COOL_TOTAL_S = 1200.0  # of one request: a board that never cools is measured as it is, and its rounds stay marked
 ENERGY_ROUNDS = 3
 ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
+ENERGY_RUNS = 8  # between two looks at the clock
 START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
 
 
@@ -150,10 +151,11 @@ class Worker(object):
     def _energy(self, subject: Subject, sampler: PowerSampler, plan: Plan) -> Optional[Dict[str, Any]]:
         """Energy of an inference of a model that was timed, in rounds of their own: reading sensors disturbs times.
 
-        None where the session does not compute in place (`times_in_place`): a program that first loads an engine does
+        None where the session cannot run without anything else (`run_only`): a program that first loads an engine does
         not say when its runs began.
         """
-        if not getattr(subject.session, "times_in_place", False):
+        run_only = getattr(subject.session, "run_only", None)
+        if run_only is None:
             return None
         values = []
         sampler.start()
@@ -162,7 +164,8 @@ class Worker(object):
                 self._at(subject.key, plan.hang_s)
                 runs, began_s = 0, self._clock.seconds()
                 while self._clock.seconds() - began_s < ENERGY_ROUND_S:
-                    runs += len(subject.session.time(max(1, subject.runs), 0)["samples_ms"])
+                    run_only(ENERGY_RUNS)
+                    runs += ENERGY_RUNS
                 values.append(sampler.energy_mj(began_s, self._clock.seconds(), runs))
         except Exception as e:  # as in `main`: the times before it are sound, and a note says what happened
             return {"mj": None, "why": as_board_error(e, "unsupported").message}
