@@ -28,7 +28,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 @click.option("--rows", "--row", multiple=True, metavar="KEY", help="Measure the row with this key; may be repeated.")
 @click.option("--classes", type=click.IntRange(min=1), default=10, show_default=True, help="Classes of the data set.")
 @click.option("--precision", multiple=True, type=click.Choice(PRECISIONS), help="Only these; may be repeated.")
-@click.option("--device", default="cpu", show_default=True, help="Where to measure; cpu:N: with N threads.")
+@click.option("--device", default="cpu", show_default=True, help="Where: cpu, cpu:N, tensorrt, ssh:USER@HOST.")
 @click.option("--table", type=click.Path(path_type=Path), help="Folder of the table [latency_tables/<device state>].")
 @click.option(
     "--how",
@@ -72,7 +72,7 @@ def command(
         raise UsageError("--how covering goes with --space NAME: the networks are from it")
     if engine_s is not None and not (how == "covering" and dry_run):
         raise UsageError("--engine-s goes with --how covering --dry-run")
-    target = open_device(device)
+    target = open_device(device, console.warn)
     folder = table or Path("latency_tables") / target.profile.name
     if again and space is None and not rows:
         if not (folder / "device.json").exists():

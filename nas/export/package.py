@@ -45,7 +45,7 @@ from nas.export.forms import (
     path_models,
     path_shares,
 )
-from nas.export.graph import OPSET, network_model
+from nas.export.graph import network_model
 from nas.export.manifest import (
     ArtefactAccuracy,
     Manifest,
@@ -376,7 +376,7 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         std=plan.std,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        opset=OPSET,
+        opset=17,
         model_bytes=len(model),
         macs=sum(layer.macs for layer in layers),
         params=sum(layer.params for layer in layers),
