@@ -115,6 +115,7 @@ def test_changes_of_layout_are_part_of_their_block_and_told_apart() -> None:
         (LayerTime("Reformatting CopyNode for Network Input image", 1.0), True),
         (LayerTime("x", 1.0, "", "Reformat"), True),
         (LayerTime("x", 1.0, "", "Reformat QDQ"), False),
+        (LayerTime("Reformatting CopyNode for Input Tensor 0 to x", 1.0, "", "Reformat QDQ"), False),  # quantizes
         (LayerTime("stem.conv/Conv", 1.0, "", "Conv"), False),
     ],
 )
