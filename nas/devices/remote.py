@@ -451,14 +451,14 @@ class RemoteDevice:
 
     def _link(self) -> AgentLink:
         if self._connection.link is None:
-            hello = self._hello(self._connection.open())
+            hello = self._hello(self._connection.open(), runners=False)
             if self._received:
                 self._say(f"{self._address.ssh.shown}: connected again")
             self._compare(identity(hello["state"]))
         return self._connection.open()
 
-    def _hello(self, link: AgentLink) -> Message:
-        return link.ask({"op": "hello", "client": self._client})
+    def _hello(self, link: AgentLink, *, runners: bool = True) -> Message:
+        return link.ask({"op": "hello", "client": self._client, "runners": runners})
 
     def _check(self, result: Message) -> None:
         """Refuses a record that was not measured in the profile's state, or not for a reason of the model."""
