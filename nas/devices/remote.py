@@ -289,7 +289,8 @@ class RemoteDevice:
             raise DeviceError("no images were given to run")
         if not self._runner.dynamic_batch:
             model = with_fixed_batch(model, len(images))
-        data = np.ascontiguousarray(images, dtype="<f4").tobytes()
+        kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
+        data = np.ascontiguousarray(images, dtype=kind).tobytes()
         files = {_sha256(model): model, _sha256(data): data}
         request = {
             **self._request("run", {}),
