@@ -17,6 +17,7 @@ from nas.data import Dataset, load_dataset
 from nas.data.decode import read_image_file
 from nas.devices import open_device, usable_cores
 from nas.devices.base import Device
+from nas.export.dialect import dialect_for
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.measure.pipeline import postprocess_ms, preprocess_ms
@@ -304,6 +305,7 @@ def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan
         e.standalone.keep,
         e.search.seed,
         SCORE_IMAGES,
+        dialect_for(inputs.device.profile).name,
     )
 
 
