@@ -34,7 +34,7 @@ WITHOUT_TORCH = {"core", "space", "latency", "devices", "data", "export", "compr
 
 # Library -> where it may be imported. A deployed package runs `infer.py`, which is text here, not an import.
 ONLY_IN = {
-    "onnxruntime": ("nas/devices/onnxruntime",),
+    "onnxruntime": ("nas/devices/onnxruntime", "nas/devices/board/ort_runner.py"),
     "optuna": ("nas/search/",),
     "optuna_dashboard": ("nas/search/",),
     "click": ("nas/cli/",),
@@ -58,6 +58,11 @@ BROAD_EXCEPT = {
     "nas/cli/doctor.py": "a check that fails in any way is a line of the result",
     "nas/devices/onnxruntime_cpu.py": "the runtime's errors have no common base; a failed row is a row",
     "nas/devices/protocol.py": "a model that fails while it is timed is a row with its reason",
+    "nas/devices/boards.py": "what ends the thread of a board is raised in the thread that asked for the work",
+    "nas/devices/board/ort_runner.py": "a package of the wrong architecture fails in any way when it is imported",
+    "nas/devices/board/rounds.py": "a model that fails while it is timed is a result with its reason",
+    "nas/devices/board/serve.py": "what goes wrong with a request is its answer",
+    "nas/devices/board/worker.py": "a model that fails is a result, a request that fails an answer, with its reason",
     "nas/recipe/pool.py": "a failed candidate is a row with a reason",
 }
 

@@ -55,16 +55,37 @@ class Check:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@click.command(short_help="Check this machine: versions, a real inference, disk, memory, clocks.")
+@click.command(short_help="Check this machine, or a board behind SSH: versions, a real inference, clocks.")
+@click.option("--device", metavar="NAME", help="Check this device only, such as ssh:me@jetson.")
+@click.option(
+    "--bundle",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write what was found into a .zip file to send, without names, tokens and passwords.",
+)
+@click.option("--set-power-mode", metavar="NAME_OR_ID", help="First set this power mode on the board, by sudo -n.")
+@click.option("--lock-clocks", is_flag=True, help="First lock the clocks of the board, by sudo -n jetson_clocks.")
 @common_options
 @click.pass_obj
-def command(console: Console) -> None:
+def command(
+    console: Console, device: str | None, bundle: Path | None, set_power_mode: str | None, lock_clocks: bool
+) -> None:
     """Checks this machine by doing the real thing: imports, a training step, an inference on each device, writing.
+
+    With --device it looks at that one only, and says of a board what is wrong and the command that mends it. Nothing
+    there is changed unless --set-power-mode or --lock-clocks ask for it.
 
     Exits with 4 when a device fails, 6 when files cannot be written, 2 when the environment is incomplete, else 0.
     """
+    if (set_power_mode is not None or lock_clocks) and not (device or "").startswith("ssh:"):
+        raise UsageError("--set-power-mode and --lock-clocks change a board; name it: --device ssh:USER@HOST")
     checks = []
-    for check in run_checks(Path.cwd()):
+    errors: list[Exception] = []
+    for check in (
+        run_checks(Path.cwd())
+        if device is None
+        else _each_device(device, console.warn, errors.append, set_power_mode, lock_clocks)
+    ):
         checks.append(check)
         console.say(f"{check.level:<4}  {check.name}: {check.text}")
         if check.fix and check.level != "OK":
@@ -72,6 +93,11 @@ def command(console: Console) -> None:
     code = exit_code(checks)
     counts = {level: sum(c.level == level for c in checks) for level in ("OK", "WARN", "FAIL")}
     console.say(", ".join(f"{count} {level}" for level, count in counts.items()))
+    if bundle is not None:
+        from nas.cli.boards import write_bundle
+
+        write_bundle(bundle, checks, device, errors[0] if errors else None)
+        console.say(f"written: {bundle}; look into it before you send it")
     console.result({"checks": checks, "exit_code": code})
     if code:
         click.get_current_context().exit(code)
@@ -212,6 +238,66 @@ def check_training() -> Check:
     return Check("training", "OK", f"a training step on the CPU works, torch {torch.__version__}{cuda}")
 
 
+def _each_device(name: str, *how: Any) -> Iterator[Check]:
+    """Boards that are joined by commas are looked at one by one: what is wrong may be that they differ."""
+    for part in name.split(",") if name.startswith("ssh:") else (name,):
+        yield from check_device(part, *how)
+
+
+def check_device(
+    name: str,
+    say: Callable[[str], None],
+    failed: Callable[[Exception], None],
+    set_power_mode: str | None = None,
+    lock_clocks: bool = False,
+) -> Iterator[Check]:
+    """One device: what it is and what is wrong with it, then inferences.
+
+    Args:
+        name: as for `nas.devices.open_device`.
+        say: told in a line what the device has to say meanwhile.
+        failed: told why it cannot be used.
+        set_power_mode: name or id of a mode that is set first.
+        lock_clocks: whether its clocks are locked first.
+    """
+    from nas.cli import boards
+    from nas.devices import open_device
+    from nas.devices.remote import RemoteDevice
+
+    try:
+        device = open_device(name, say)
+    except UsageError:
+        raise
+    except Exception as e:  # whatever goes wrong is the result
+        failed(e)
+        yield boards.failed(name, e)
+        return
+    if isinstance(device, RemoteDevice):
+        yield from _board_checks(device, set_power_mode, lock_clocks)
+    yield from _inferences(device, name)
+
+
+def _board_checks(board: Any, set_power_mode: str | None, lock_clocks: bool) -> Iterator[Check]:
+    from nas.cli import boards
+
+    by_hand = board.address.ssh.by_hand
+    if set_power_mode is not None or lock_clocks:
+        try:
+            yield from boards.change_checks(board.change_power(set_power_mode, lock_clocks), by_hand)
+        except NasError as e:
+            yield Check("board changed", "FAIL", _reason(e), f"on the board itself: {by_hand}", "device")
+    yield from boards.state_checks(board.state, by_hand)
+    yield from boards.runner_checks(board.runners)
+    yield from boards.capability_checks(board.state, board.profile.runtime, board.profile.runtime_version)
+
+
+def _inferences(device: Any, name: str) -> Iterator[Check]:
+    for precision in device.profile.precisions:
+        check = partial(check_inference, device, name, precision)
+        yield _guarded(f"device {name} {precision}", "device", "make setup", check)
+    yield _guarded(f"device {name} clock", "device", "make setup", partial(check_clock, device, name))
+
+
 def check_devices() -> Iterator[Check]:
     """Each device: an inference in each of its precisions, then how quiet it is."""
     try:
@@ -225,14 +311,7 @@ def check_devices() -> Iterator[Check]:
         except Exception as e:  # a broken runtime may fail in any way
             yield Check(f"device {name}", "FAIL", _reason(e), "make setup", "device")
             continue
-        for precision in device.profile.precisions:
-            yield _guarded(
-                f"device {name} {precision}",
-                "device",
-                "make setup",
-                partial(check_inference, device, name, precision),
-            )
-        yield _guarded(f"device {name} clock", "device", "make setup", partial(check_clock, device, name))
+        yield from _inferences(device, name)
 
 
 def check_inference(device: Any, name: str, precision: Any) -> Check:

@@ -27,7 +27,7 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 @click.option("--rows", "--row", multiple=True, metavar="KEY", help="Measure the row with this key; may be repeated.")
 @click.option("--classes", type=click.IntRange(min=1), default=10, show_default=True, help="Classes of the data set.")
 @click.option("--precision", multiple=True, type=click.Choice(PRECISIONS), help="Only these; may be repeated.")
-@click.option("--device", default="cpu", show_default=True, help="Where to measure; cpu:N: with N threads.")
+@click.option("--device", default="cpu", show_default=True, help="Where to measure: cpu, cpu:N, ssh:USER@HOST.")
 @click.option("--table", type=click.Path(path_type=Path), help="Folder of the table [latency_tables/<device state>].")
 @click.option("--again", is_flag=True, help="Also rows that failed or were disturbed; alone: those of the table.")
 @click.option("--dry-run", is_flag=True, help="Only say what is missing and about how long it takes.")
@@ -52,7 +52,7 @@ def command(
     from nas.latency.table import LatencyTable
     from nas.measure.fill import SECONDS_PER_ROW, fill, measure_streaming
 
-    target = open_device(device)
+    target = open_device(device, console.warn)
     folder = table or Path("latency_tables") / target.profile.name
     if again and space is None and not rows:
         if not (folder / "device.json").exists():

@@ -17,7 +17,7 @@ def open_device(name: str, say: Callable[[str], None] = lambda _: None) -> Devic
 
     Args:
         name: `cpu`: the host CPU through ONNX Runtime, one thread; `cpu:N`: the same with N threads; `ssh:USER@HOST`: a
-            board behind SSH (`nas.devices.remote.parse_address` has the whole form), several of one state joined by
+            board behind SSH (`nas.devices.address.parse_address` has the whole form), several of one state joined by
             commas.
         say: told in a line what a device has to say while it works, such as that a connection broke.
 

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import DeviceProfile, Measurement
+from nas.devices.address import parse_address
 from nas.devices.base import CalmReport, Device, MeasureJob, OnProgress, OnResult
-from nas.devices.remote import RemoteDevice, parse_address, same_state
+from nas.devices.remote import RemoteDevice, same_state
 from nas.devices.ssh import RemoteError
 
 _NEARLY_ALL = 0.99  # until all results are there

@@ -12,30 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import TypeVar
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError, UsageError, did_you_mean
 from nas.core.jsonio import content_hash
 from nas.core.records import PROFILE_STATE_FIELDS, ClockKind, DeviceProfile, Measurement, Precision
+from nas.devices.address import RemoteAddress
 from nas.devices.agent import packed_agent
 from nas.devices.base import CalmReport, JobKind, MeasureJob, OnProgress, OnResult
 from nas.devices.board.sensors import identity
+from nas.devices.capability import SILICON, Capability, capability_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
+from nas.devices.portable import feed_bytes, portable_model
 from nas.devices.protocol import (
     Attempt,
     GateReading,
@@ -46,7 +45,7 @@ from nas.devices.protocol import (
     is_accepted,
     session_value,
 )
-from nas.devices.ssh import DiskFullError, LinkCutError, Ssh, SshAddress
+from nas.devices.ssh import DiskFullError, LinkCutError, Ssh
 
 T = TypeVar("T")
 
@@ -57,7 +56,6 @@ BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
 JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-_OPTIONS = ("runner", "threads", "python", "config")
 
 # For runtimes that build an engine for seconds to minutes, and time on the accelerator's own clock, which a busy
 # processor does not disturb: few builds, longer rounds, the median of their samples (facts of trtexec's reports).
@@ -84,54 +82,6 @@ SLOW_START = ProtocolSettings(
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteAddress:
-    """What stands behind `ssh:` in a device's name.
-
-    `runner` is the runtime on the board, empty for the first that it has; `threads` those of one inference, where the
-    runtime computes on the processor.
-    """
-
-    ssh: SshAddress
-    runner: str = ""
-    threads: int = 1
-
-
-def parse_address(name: str) -> RemoteAddress:
-    """The address in a device's name: `ssh:[USER@]HOST[:PORT][?runner=NAME&threads=N&python=PATH&config=FILE]`.
-
-    Raises:
-        UsageError: it does not fit; the message says what does.
-    """
-    text = name.removeprefix("ssh:")
-    place, mark, tail = text.partition("?")
-    options: dict[str, str] = {}
-    for part in tail.split("&") if mark else ():
-        key, equals, value = part.partition("=")
-        if key not in _OPTIONS or not equals or not value or key in options:
-            raise UsageError(
-                f"device {name!r}: behind ? come {', '.join(f'{x}=...' for x in _OPTIONS)}, joined by &; got {part!r}"
-                f"{did_you_mean(key, _OPTIONS)}. Such as ssh:me@jetson?runner=onnxruntime"
-            )
-        options[key] = value
-    found = re.fullmatch(r"((?:[^@\[\]]*@)?)(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*))(?::(\d{1,5}))?", place)
-    if found is None or not (found[2] or found[3]):
-        raise UsageError(
-            f"device {name!r}: give ssh:HOST, ssh:USER@HOST or ssh:USER@HOST:PORT, where HOST may be an alias of your "
-            "ssh configuration"
-        )
-    threads = options.get("threads", "1")
-    if not re.fullmatch("[1-9][0-9]{0,2}", threads):
-        raise UsageError(f"device {name!r}: threads must be a number from 1 to 999, got {threads!r}")
-    address = SshAddress(
-        destination=found[1] + (found[2] or found[3]),
-        port=int(found[4]) if found[4] else None,
-        config=Path(options["config"]) if "config" in options else None,
-        python=options.get("python", "python3"),
-    )
-    return RemoteAddress(address, options.get("runner", ""), int(threads))
-
-
-@dataclass(frozen=True, slots=True)
 class RemoteRunner:
     """A runtime on the board, as the board describes it."""
 
@@ -154,7 +104,7 @@ class RemoteDevice:
         *,
         say: Callable[[str], None] = lambda _: None,
         settings: ProtocolSettings | None = None,
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """Connects, and asks the board what it is.
@@ -173,7 +123,7 @@ class RemoteDevice:
         """
         self._address = address
         self._say = say
-        self._patience_s = patience_s
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._sleep = sleep
         self._client = secrets.token_hex(8)
         self._expected_ms: float | None = None
@@ -196,6 +146,11 @@ class RemoteDevice:
     def address(self) -> RemoteAddress:
         """Where it is."""
         return self._address
+
+    @property
+    def ssh(self) -> Ssh:
+        """Runs other programs on the board, over the same connection."""
+        return self._connection.ssh
 
     @property
     def runners(self) -> tuple[RemoteRunner, ...]:
@@ -226,9 +181,9 @@ class RemoteDevice:
         request = {
             **self._request("calm", plan),
             "checks": max(1, checks),
-            "reference": _sha256(reference_model()),
+            "reference": _sha256(_reference()),
         }
-        told = self._with_link(lambda link: self._asked(link, request, {request["reference"]: reference_model()}))
+        told = self._with_link(lambda link: self._asked(link, request, {request["reference"]: _reference()}))
         readings = [GateReading(r["median_ms"], r["cpu_share"]) for r in told["readings"]]
         return calm_report(readings, self._known_best(told["best_ms"]))
 
@@ -283,12 +238,29 @@ class RemoteDevice:
         request = {**self._request("profile", {}), **sent, "runs": runs, "limit_s": BUILD_LIMIT_S}
         return self._with_link(lambda link: self._asked(link, request, files))
 
+    def change_power(self, set_mode: str | None, lock_clocks: bool) -> Message:
+        """Sets the power mode, locks the clocks of the board: only what is asked for, by `sudo -n`.
+
+        Args:
+            set_mode: name or id of a mode of this board; None leaves it.
+            lock_clocks: whether to pin the clocks to the highest of the mode.
+
+        Returns:
+            `ran`, `back`, `notes` and `state` of `board.power.change`.
+
+        Raises:
+            RefusedRequestError: there is no such mode, or it did not work; the message has the command to run by hand.
+        """
+        request = {"op": "power", "set_mode": set_mode, "lock_clocks": lock_clocks}
+        told = self._with_link(lambda link: self._asked(link, request, {}))
+        self._state = told["state"]
+        return told
+
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images, computed on the board; see `Device.run`."""
         if not len(images):
             raise DeviceError("no images were given to run")
-        if not self._runner.dynamic_batch:
-            model = with_fixed_batch(model, len(images))
+        model = portable_model(model, None if self._runner.dynamic_batch else len(images))
         kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
         data = np.ascontiguousarray(images, dtype=kind).tobytes()
         files = {_sha256(model): model, _sha256(data): data}
@@ -353,8 +325,8 @@ class RemoteDevice:
             files |= its_files
         request = {**self._request("measure", plan), "jobs": sent}
         if plan["gate_runs"]:
-            request["reference"] = _sha256(reference_model())
-            files[request["reference"]] = reference_model()
+            request["reference"] = _sha256(_reference())
+            files[request["reference"]] = _reference()
         # Named by content, so that the next program goes on with what this one did not fetch. What shows how fast the
         # board is now may not come from an earlier program.
         fresh = secrets.token_hex(8) if jobs[0].kind == "overhead" else ""
@@ -384,8 +356,8 @@ class RemoteDevice:
 
     def _sent(self, job: MeasureJob) -> tuple[Message, dict[str, bytes]]:
         """A job as it travels, and the files that it needs."""
-        model = job.model if self._runner.dynamic_batch else with_fixed_batch(job.model, 1)
-        feeds = {name: data for name, data in _feed_bytes(job).items()}
+        model = portable_model(job.model, None if self._runner.dynamic_batch else 1)
+        feeds = feed_bytes(job)
         files = {_sha256(model): model, **{_sha256(data): data for data in feeds.values()}}
         described = {
             "key": job.key,
@@ -525,6 +497,7 @@ class RemoteDevice:
         if error:
             return replace(empty, error=error)
         best = self._known_best(min((raw["best_ms"] for raw in raws if raw["best_ms"] is not None), default=None))
+        energy = next((raw["energy"] for raw in raws if (raw.get("energy") or {}).get("mj")), None)
         attempts = [_attempt(r) for r in rounds]
         accepted = [
             is_accepted(a, best, self._settings) and not r.get("throttled")
@@ -539,6 +512,8 @@ class RemoteDevice:
             session_ms=values,
             temperature_c=max((r["temperature_c"] for r in rounds if r.get("temperature_c") is not None), default=None),
             clock_mhz=min((r["clock_mhz"] for r in rounds if r.get("clock_mhz") is not None), default=None),
+            energy_mj=None if energy is None else float(energy["mj"]),
+            energy_std_mj=None if energy is None else float(energy["std_mj"]),
         )
 
 
@@ -546,13 +521,13 @@ class _Connection:
     """The ssh programs of a device; closed by whatever ends first, the device or this process."""
 
     def __init__(self, ssh: Ssh) -> None:
-        self._ssh = ssh
+        self.ssh = ssh
         self._process_id = os.getpid()
         self.link: AgentLink | None = None
 
     def open(self) -> AgentLink:
         if self.link is None:
-            self.link = AgentLink(self._ssh, packed_agent())
+            self.link = AgentLink(self.ssh, packed_agent())
         return self.link
 
     def drop(self) -> None:
@@ -563,7 +538,7 @@ class _Connection:
     def close(self) -> None:
         if os.getpid() == self._process_id:  # not in a process that was forked off
             self.drop()
-            self._ssh.close()
+            self.ssh.close()
 
 
 _CLOCKS: dict[str, ClockKind] = {
@@ -576,6 +551,7 @@ _CLOCKS: dict[str, ClockKind] = {
 
 def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message) -> DeviceProfile:
     """The device state that a board's records tell; boards of one kind in one state have the same."""
+    can = _capability(runner, state)
     mode = identity(state)["power_mode"] or (f"governor={state['governor']}" if state.get("governor") else "unknown")
     board = " ".join(str(state.get("board") or "unknown").split())
     on_processor = runner.runtime == "ort"
@@ -590,10 +566,11 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
         clocks_locked=bool(state.get("clocks_locked")),
         threads=address.threads if on_processor else 1,
         driver=" ".join(known) or "unknown",
-        precisions=runner.precisions,
+        precisions=runner.precisions if can is None else can.offered(runner.precisions),
         kind="measured",
         details={
             **runner.details,
+            **({} if can is None else can.details(runner.precisions)),
             "address": address.ssh.shown,
             "runner": runner.name,
             **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
@@ -601,30 +578,17 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
     )
 
 
+def _capability(runner: RemoteRunner, state: Message) -> Capability | None:
+    """What the board can do with its TensorRT; None of another runtime, and of silicon that is not in our table."""
+    if runner.runtime != "tensorrt" or state.get("soc") not in SILICON:
+        return None
+    return capability_of(state["soc"], runner.version, str(state.get("module") or ""))
+
+
 def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:
     """`field: first, other` for each field in which two boards differ; empty where one table holds for both."""
     pairs = [(name, getattr(first, name), getattr(other, name)) for name in PROFILE_STATE_FIELDS]
     return [f"{name}: {a!r} and {b!r}" for name, a, b in pairs if a != b]
-
-
-def with_fixed_batch(model: bytes, rows: int) -> bytes:
-    """The model with its batch fixed where that is open; what is no ONNX file stays as it is, for the runtime."""
-    try:
-        proto = onnx.load_model_from_string(model)
-    except DecodeError:
-        return model
-    initializers = {x.name for x in proto.graph.initializer}
-    changed = False
-    for entry in [*(x for x in proto.graph.input if x.name not in initializers), *proto.graph.output]:
-        dims = entry.type.tensor_type.shape.dim
-        if len(dims) and not dims[0].HasField("dim_value"):
-            dims[0].dim_value = rows
-            changed = True
-    if not changed:
-        return model
-    del proto.graph.value_info[:]
-    data: bytes = proto.SerializeToString()
-    return data
 
 
 def _batches(kinds: Sequence[JobKind]) -> list[list[int]]:
@@ -687,23 +651,10 @@ def _attempt(told: Message) -> Attempt:
     return Attempt(samples, float(told.get("cpu_share", 1.0)), GateReading(gate["median_ms"], gate["cpu_share"]))
 
 
-def _feed_bytes(job: MeasureJob) -> dict[str, bytes]:
-    """The feeds of a job as the bytes that its model takes, C order, little endian as all boards are."""
-    if not job.feeds:
-        return {}
-    kinds: dict[str, Any] = {}
-    try:
-        graph = onnx.load_model_from_string(job.model).graph
-        for entry in graph.input:
-            kinds[entry.name] = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
-        for tensor in graph.initializer:
-            kinds.setdefault(tensor.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    except (DecodeError, KeyError):  # the runtime will say what is wrong with it
-        kinds = {}
-    return {
-        name: np.ascontiguousarray(array, dtype=kinds.get(name, array.dtype)).tobytes()
-        for name, array in job.feeds.items()
-    }
+@cache
+def _reference() -> bytes:
+    """The reference network as it travels."""
+    return portable_model(reference_model())
 
 
 def _sha256(data: bytes) -> str:

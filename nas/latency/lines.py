@@ -71,6 +71,9 @@ def network_key(candidate: Candidate, form: NetworkForm) -> str:
 def line_of(value: Measurement | MeasuredNetwork, state: str) -> dict[str, Any]:
     """What is appended for a row or a network of a device state (its fingerprint), as plain JSON types."""
     plain = to_plain(value)
+    measurement = plain["measurement"] if isinstance(value, MeasuredNetwork) else plain
+    if measurement["energy_mj"] is None:  # without a sensor lines stay as they have always been
+        del measurement["energy_mj"], measurement["energy_std_mj"]
     return {"check": _check_of(canonical_json(plain), state), "row": plain}
 
 

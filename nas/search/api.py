@@ -613,7 +613,7 @@ def export_student(
     if best_under_ms is not None:
         view = replace(view, budget_ms=best_under_ms, budget_of=of or view.budget_of)
     candidates = [view.point(only)] if only is not None else _selected(view, run_dir, student, trial)
-    device = device or open_device(on or experiment.device)
+    device = device or open_device(on or experiment.device, reporter.say)
     if device.profile.fingerprint != outcome.device.fingerprint:
         reporter.warn(
             f"this device ({device.profile.name}) is in another state than the run's ({outcome.device.name}): "

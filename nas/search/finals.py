@@ -21,6 +21,8 @@ from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
 from nas.export.forms import exits_form
 from nas.export.graph import forced_exit, network_model, segment_models
+from nas.latency.energy import EnergyEstimate, EnergyEstimator, has_energy
+from nas.latency.energy import figures as energy_figures
 from nas.latency.estimate import figures
 from nas.latency.exits import (
     ThresholdSetting,
@@ -321,6 +323,7 @@ def build_points(
     for own, estimates in zip(everywhere, predicted, strict=True):
         chosen |= dict.fromkeys(_worth_measuring(own, everything, estimates, settings))
     measured, broken = zip(*(_measure(own, everything, list(chosen)) for own in everywhere), strict=True)
+    energies = [_energies(own, everything) for own in everywhere]
     points: list[dict[str, Point]] = [{} for _ in everywhere]
     sources: dict[str, PointSource] = {}
     for i, variant in enumerate(everything):
@@ -333,12 +336,14 @@ def build_points(
                 by_thresholds.setdefault(setting.thresholds, setting)
         for k in able:
             wanted = by_thresholds.values()
-            for point in _points(variant, wanted, predicted[k][i], measured[k].get(i), split_labels, trial_of):
+            times = (predicted[k][i], measured[k].get(i))
+            for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
                 sources[point.id] = PointSource(variant.student, variant.cut)
     found_on = zip(everywhere, points, unknown, broken, strict=True)
     return [
-        DevicePoints(mark_front(list(own.values()), at.budget.of), [*refused, *a, *b]) for at, own, a, b in found_on
+        DevicePoints(mark_front(list(own.values()), at.budget.of, at.search.energy), [*refused, *a, *b])
+        for at, own, a, b in found_on
     ], sources
 
 
@@ -460,7 +465,7 @@ def _measure(
 
     def keep(m: Measurement) -> None:
         check_state()
-        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", deviation_ms(m))
+        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", deviation_ms(m), m.energy_mj, m.energy_std_mj)
         parts.folder.add_measured(known[m.key])
 
     def show(share: float) -> None:
@@ -487,6 +492,29 @@ def _measure(
     return times, failed
 
 
+def _energies(parts: SearchParts, everything: Sequence[Variant]) -> dict[int, EnergyEstimate]:
+    """Energy of each variant: measured where every exit was, else from the rows; none where the device tells none."""
+    if not has_energy(parts.predictor.table):
+        return {}
+    known, estimator = parts.folder.measured(), EnergyEstimator(parts.predictor.table)
+    is_chain = exits_form(dialect_for(parts.predictor.device.profile)) == "segments"
+    found: dict[int, EnergyEstimate] = {}
+    for i, variant in enumerate(everything):
+        exits = [known.get(key) for key in _exit_keys(variant, is_chain)]
+        means = [e.energy_mj for e in exits if e is not None and e.energy_mj is not None]
+        stds = [e.energy_std_mj for e in exits if e is not None and e.energy_std_mj is not None]
+        if len(means) == len(stds) == len(exits):
+            if is_chain:  # as with their times
+                means, stds = np.cumsum(means).tolist(), np.cumsum(stds).tolist()
+            found[i] = EnergyEstimate(tuple(means), tuple(stds), 0, "measured")
+            continue
+        try:
+            found[i] = estimator.estimate(variant.candidate)
+        except MissingRowError:  # a row from before energy was measured: the report then has no figure
+            continue
+    return found
+
+
 def _exit_keys(variant: Variant, is_chain: bool) -> list[str]:
     """Keys of what is measured of a variant, one for each exit and the head."""
     if not variant.candidate.exits:
@@ -501,6 +529,7 @@ def _points(
     wanted: Iterable[ThresholdSetting],
     predicted: LatencyEstimate,
     measured: LatencyEstimate | None,
+    energy: EnergyEstimate | None,
     labels: tuple[np.ndarray, np.ndarray],
     trial_of: dict[str, TrialRecord],
 ) -> list[Point]:
@@ -526,6 +555,7 @@ def _points(
                 val=SplitAccuracy(setting.top1, len(val_labels), _each(variant.val_logits, val_labels)),
                 test=SplitAccuracy(test_top1, len(test_labels), _each(variant.test_logits, test_labels)),
                 prediction=figures(predicted, setting.shares),
+                energy=None if energy is None else energy_figures(energy, setting.shares),
                 exit_ms=tuple(exit_ms),
                 exit_shares=setting.shares,
                 threshold_curve=curve,
@@ -558,15 +588,23 @@ def _curve(variant: Variant, labels: np.ndarray, exit_ms: Sequence[float]) -> tu
     return tuple(dict.fromkeys((s.expected_ms, s.top1) for s in kept))
 
 
-def mark_front(points: Sequence[Point], of: LatencyKind) -> list[Point]:
+def mark_front(points: Sequence[Point], of: LatencyKind, with_energy: bool = False) -> list[Point]:
     """The same points with `on_front` set: measured, and not dominated in validation accuracy, expected and worst case.
 
     A student whose exits make it fast on the mean and one that is fast at worst can both be the one to take. Where the
-    budget limits p99, that is a fourth axis: else the pick could be missing from its own front.
+    budget limits p99, that is a fourth axis: else the pick could be missing from its own front. `with_energy`: so is
+    the energy of an inference, where every student has one.
     """
     usable = [(i, p, p.val) for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
     if not usable:
         return list(points)
-    values = [(v.top1, p.latency.expected_ms, p.latency.worst_ms, latency_of(p.latency, of)) for _, p, v in usable]
-    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, (True, False, False, False)))}
+    values: list[tuple[float, ...]] = [
+        (v.top1, p.latency.expected_ms, p.latency.worst_ms, latency_of(p.latency, of)) for _, p, v in usable
+    ]
+    aims: tuple[bool, ...] = (True, False, False, False)
+    energies = [p.energy.expected_mj for _, p, _ in usable if p.energy is not None]
+    if with_energy and len(energies) == len(usable):
+        values = [(*v, mj) for v, mj in zip(values, energies, strict=True)]
+        aims = (*aims, False)
+    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, aims))}
     return [dataclasses.replace(p, on_front=i in on) for i, p in enumerate(points)]

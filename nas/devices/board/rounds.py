@@ -199,7 +199,7 @@ def _round(
             return
         if share <= plan.round_cpu_share or told.get("throttled"):
             clock.sleep(plan.wait_ms / 1e3)
-        patience[0] -= clock.seconds() - began_s
+        patience[0] -= clock.seconds() - began_s - told.get("cooled_s", 0.0)
 
 
 def _calm_reading(gate: Gate, plan: Plan, clock: Clock, patience: List[float]) -> Sample:

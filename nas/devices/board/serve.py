@@ -10,6 +10,7 @@ One JSON object a line both ways; raw bytes follow the line that announces them:
     run      sha256, runner, images     -> outputs + their bytes
     profile  sha256, runner, runs       -> layers
     state                               -> state
+    power    set_mode, lock_clocks      -> ran, back, notes, state: only what was asked for is changed
     acknowledge batch                   -> ok: the host has the results of this batch
     bye
 
@@ -19,198 +20,30 @@ and boot were the same before and after the models that were measured together w
 again.
 """
 
-import fcntl
 import hashlib
-import json
 import os
 import queue
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
-from . import processes
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
+from .power import change
 from .rounds import Plan
-from .sensors import bare_state, identity
-from .worker import START_S
+from .sensors import governor, identity
+from .state import read_state
+from .store import Batch, BoardLock, Folder
+from .worker_process import WorkerProcess
 
 ROOT = "~/.cache/nas-board"
-KEEP_S = 24 * 3600.0  # models and unacknowledged batches that nobody used for so long are removed
 TELL_EVERY_S = 1.0
-BEAT_S = 5.0  # a sign of life for the host while a model takes long
-GRACE_S = 5.0  # beyond the limit of a step, for a busy board
-WAIT_FOR_BOARD_S = 600.0  # another host may be measuring
 STATE_TRIES = 3  # how often models are measured whose board did not stay in one state
 
-_SHA256 = re.compile("[0-9a-f]{64}")
-_BATCH = re.compile("[0-9a-f]{8,64}")
-
 ReadState = Callable[[], Dict[str, Any]]
-
-
-class Folder(object):
-    """What the agent keeps on the board: models by content, batches, runtimes' caches; private, below one folder."""
-
-    def __init__(self, root: str) -> None:
-        self.root = root
-        self.blobs, self.batches = os.path.join(root, "blobs"), os.path.join(root, "batches")
-        self.lock = os.path.join(root, "measuring.lock")
-        for path in (root, self.blobs, self.batches):
-            os.makedirs(path, 0o700, exist_ok=True)
-        self.work = tempfile.mkdtemp(prefix="work-", dir=root)
-
-    def blob(self, sha256: Any) -> str:
-        """Path of a file by its content.
-
-        Raises:
-            BoardError: not a hash.
-        """
-        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
-            raise BoardError("bad_request", "not a sha256: %.80r" % (sha256,))
-        return os.path.join(self.blobs, sha256)
-
-    def batch(self, name: Any) -> str:
-        """Path of a batch's results.
-
-        Raises:
-            BoardError: not a name of a batch.
-        """
-        if not isinstance(name, str) or not _BATCH.fullmatch(name):
-            raise BoardError("bad_request", "not a batch: %.80r" % (name,))
-        return os.path.join(self.batches, "batch-%s.jsonl" % name)
-
-    def has(self, sha256: Any) -> bool:
-        """Whether a file is there; it then counts as used now."""
-        path = self.blob(sha256)
-        try:
-            os.utime(path)
-        except OSError:
-            return False
-        return True
-
-    def tidy(self, now_s: float) -> None:
-        """Removes what nobody used for long, leftovers of agents that were killed included."""
-        for folder in (self.root, self.blobs, self.batches):
-            for name in os.listdir(folder):
-                path = os.path.join(folder, name)
-                if folder == self.root and not name.startswith("work-"):
-                    continue
-                try:
-                    if now_s - os.stat(path).st_mtime < KEEP_S:
-                        continue
-                    if os.path.isdir(path):
-                        shutil.rmtree(path)
-                    else:
-                        os.remove(path)
-                except OSError:  # another agent removed it
-                    continue
-
-    def close(self) -> None:
-        """Removes the scratch folder of this agent."""
-        shutil.rmtree(self.work, ignore_errors=True)
-
-
-class WorkerProcess(object):
-    """The worker, started when it is needed and again after it was ended."""
-
-    def __init__(self, command: List[str]) -> None:
-        self._command = command
-        self._process = None  # type: Optional[subprocess.Popen[bytes]]
-        self._reader = None  # type: Optional[LineReader]
-        self.key = ""  # of the model with which something is being done
-
-    def ask(self, request: Dict[str, Any], during: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
-        """The answer to a request; a worker that dies or hangs is ended, and `key` says over which model.
-
-        Args:
-            request: see `worker.Worker.answer`.
-            during: told what the worker says before its answer, and `{}` every few seconds.
-
-        Raises:
-            BoardError: what the worker answered; `hung` or `killed` where it did not.
-        """
-        self.key = ""
-        process, reader = self._started()
-        limit_s = START_S
-        try:
-            if process.stdin is not None:
-                LineWriter(process.stdin.fileno()).send(request)
-            while True:
-                message = _next_message(reader, limit_s + GRACE_S, lambda: during({}))
-                if message is None:
-                    raise self._ended()
-                if "at" in message:
-                    self.key, limit_s = message["at"], message["limit_s"]
-                elif "step" in message:
-                    during(message)
-                elif "failed" in message:
-                    raise BoardError(message["failed"]["kind"], message["failed"]["message"])
-                else:
-                    return message
-        except OSError as e:  # it ended before it took the request
-            raise self._ended() from e
-        except BoardError as e:
-            if e.kind in ("hung", "truncated") and self._process is not None:
-                self.end()
-            raise
-
-    def end(self) -> None:
-        """Ends the process, and what it started, at once."""
-        process, self._process, self._reader = self._process, None, None
-        if process is not None:
-            processes.end(process)
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    try:
-                        stream.close()
-                    except OSError:  # what was not written yet has no reader any more
-                        pass
-
-    def _started(self) -> Any:
-        if self._process is None or self._process.poll() is not None:
-            self.end()
-            pipe = subprocess.PIPE
-            self._process = processes.start(self._command, stdin=pipe, stdout=pipe)
-            self._reader = LineReader(self._process.stdout.fileno()) if self._process.stdout else None
-        return self._process, self._reader
-
-    def _ended(self) -> BoardError:
-        process = self._process
-        if process is None:
-            return BoardError("killed", "the process that runs models was ended")
-        try:
-            code = process.wait(GRACE_S)
-        except subprocess.TimeoutExpired:
-            code = 0
-        self.end()
-        if code == -9:
-            return BoardError("killed", "ended by signal 9 (SIGKILL), which the kernel sends when memory is short")
-        if code < 0:
-            return BoardError("killed", "ended by signal %d, a crash of the runtime" % -code)
-        return BoardError("killed", "the process that runs models ended with status %d" % code)
-
-
-def _next_message(reader: LineReader, limit_s: float, beat: Callable[[], None]) -> Optional[Dict[str, Any]]:
-    """The next message of the worker within its limit; `beat` is called while it takes long."""
-    until_s = time.monotonic() + limit_s
-    while True:
-        left_s = until_s - time.monotonic()
-        try:
-            return reader.message(max(0.0, min(BEAT_S, left_s)))
-        except BoardError as e:
-            if e.kind != "hung":
-                raise
-            if left_s <= BEAT_S:
-                raise BoardError("hung", "did not return within %g s" % (limit_s - GRACE_S)) from e
-            beat()
 
 
 class Agent(object):
@@ -244,6 +77,7 @@ class Agent(object):
             "profile": self._profile,
             "state": lambda _: self._send({"ok": True, "state": self._read_state()}),
             "acknowledge": self._acknowledge,
+            "power": self._power,
         }  # type: Dict[str, Callable[[Dict[str, Any]], None]]
         try:
             operation = operations.get(request.get("op", ""))
@@ -283,9 +117,9 @@ class Agent(object):
     def _measure(self, request: Dict[str, Any]) -> None:
         plan = Plan(request["plan"])
         jobs = [self._job(i, job) for i, job in enumerate(request["jobs"])]
-        with _Lock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
             before = self._read_state()
-            batch = _Batch(self._folder.batch(request["batch"]), jobs, identity(before))
+            batch = Batch(self._folder.batch(request["batch"]), jobs, identity(before))
             for result in batch.found:
                 self._send({"result": result})
             left = [job for job in jobs if job["index"] not in batch.indices]
@@ -338,7 +172,7 @@ class Agent(object):
         return lost
 
     def _calm(self, request: Dict[str, Any]) -> None:
-        with _Lock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
             asked = self._asked(
                 request, "calm", checks=request["checks"], best_ms=request.get("best_ms"), plan=request["plan"]
             )
@@ -366,7 +200,7 @@ class Agent(object):
         self._send({"ok": True, "outputs": outputs}, b"".join(data))
 
     def _profile(self, request: Dict[str, Any]) -> None:
-        with _Lock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
             asked = self._asked(
                 request,
                 "profile",
@@ -378,6 +212,13 @@ class Agent(object):
             )
             told = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)
         self._send(dict(told, ok=True, state=self._read_state()))
+
+    def _power(self, request: Dict[str, Any]) -> None:
+        mode = request.get("set_mode")
+        store = os.path.join(self._folder.root, "clocks-before.conf")
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+            told = change(None if mode is None else str(mode), bool(request.get("lock_clocks")), store)
+        self._send(dict(told, ok=True))
 
     def _asked(self, request: Dict[str, Any], op: str, **more: Any) -> Dict[str, Any]:
         reference = request.get("reference")
@@ -424,115 +265,8 @@ class _Progress(object):
             self._send({"progress": min(1.0, float(self._done) / self._total)})
 
 
-class _Batch(object):
-    """The results of a batch on disk: appended one by one, a torn last line is left out when they are read again."""
-
-    def __init__(self, path: str, jobs: List[Dict[str, Any]], state: Dict[str, Any]) -> None:
-        """Reads what an earlier connection measured in the same power mode and with the same clocks."""
-        self._path = path
-        keys = {job["index"]: job["key"] for job in jobs}
-        self.found = []  # type: List[Dict[str, Any]]
-        self.indices = set()  # type: ignore[var-annotated]
-        for result in _read_lines(path):
-            index, told = result.get("index"), result.get("state") or {}
-            same = all(told.get(name) == state[name] for name in state if name != "boot_id")
-            if same and index not in self.indices and index in keys and result.get("key") == keys[index]:
-                self.indices.add(index)
-                self.found.append(result)
-        staged = path + ".new"
-        with open(staged, "wb") as f:
-            for result in self.found:
-                f.write(_line(result))
-        os.rename(staged, path)
-
-    def add(self, result: Dict[str, Any]) -> None:
-        with open(self._path, "ab") as f:
-            f.write(_line(result))
-
-
-class _Lock(object):
-    """One host measures at a time. An agent of the same host that a cut link left is ended, another one is waited for.
-
-    Raises:
-        BoardError: `busy`, when another host keeps the board for too long.
-    """
-
-    def __init__(self, path: str, client: str, waiting: Callable[[str], None]) -> None:
-        self._path = path
-        self._client = client
-        self._waiting = waiting
-        self._fd = -1
-
-    def __enter__(self) -> "_Lock":
-        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-        until_s = time.monotonic() + WAIT_FOR_BOARD_S
-        told_s = 0.0
-        while not self._taken():
-            holder = self._holder()
-            if self._client and holder.get("client") == self._client and holder.get("pid") != os.getpid():
-                _end_agent(holder.get("pid"))
-            now_s = time.monotonic()
-            if now_s > until_s:
-                os.close(self._fd)
-                raise BoardError("busy", "another program measures on this board since %s" % holder.get("since"))
-            if now_s - told_s > BEAT_S:
-                told_s = now_s
-                self._waiting("another program measures on this board since %s" % holder.get("since"))
-            time.sleep(0.1)
-        holder = {"pid": os.getpid(), "client": self._client, "since": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(holder).encode("ascii"), 0)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        os.close(self._fd)
-
-    def _taken(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
-
-    def _holder(self) -> Dict[str, Any]:
-        try:
-            told = json.loads(os.pread(self._fd, 4096, 0).decode("utf-8", "replace"))
-        except ValueError:  # it is being written
-            return {}
-        return told if isinstance(told, dict) else {}
-
-
-def _end_agent(pid: Any) -> None:
-    """Ends an agent of ours by its process id, after a look that it still is one."""
-    try:
-        with open("/proc/%d/cmdline" % int(pid), "rb") as f:
-            command = f.read()
-        if b"agent-" in command or b"nas.devices.board" in command:
-            os.kill(int(pid), signal.SIGKILL)
-    except (OSError, TypeError, ValueError):  # it has ended
-        pass
-
-
-def _read_lines(path: str) -> Iterator[Dict[str, Any]]:
-    try:
-        with open(path, "rb") as f:
-            for line in f:
-                try:
-                    told = json.loads(line.decode("utf-8"))
-                except ValueError:  # torn when the agent was ended
-                    continue
-                if isinstance(told, dict):
-                    yield told
-    except FileNotFoundError:
-        return
-
-
-def _line(result: Dict[str, Any]) -> bytes:
-    return json.dumps(result, allow_nan=False).encode("ascii") + b"\n"
-
-
 def _final(result: Dict[str, Any], state: Dict[str, Any]) -> Dict[str, Any]:
-    """A result with the state that it holds for, and an id by which a second measurement could be told from this one."""
+    """A result with the state that it holds for, and an id by which a second measurement could be told from it."""
     return dict(result, state=state, id=uuid.uuid4().hex)
 
 
@@ -602,13 +336,9 @@ def _received(reader: LineReader, folder: Folder, request: Dict[str, Any]) -> Op
     return None if failed is None else {"kind": failed.kind, "message": failed.message}
 
 
-def known_state() -> ReadState:
-    """What reads the state of this board: all that a Jetson tells where this package can read that."""
-    try:
-        from .state import read_state  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        return bare_state
-    return read_state  # type: ignore[no-any-return, unused-ignore]
+def known_state() -> Dict[str, Any]:
+    """The state of this board now: all that it tells of itself, and its processor's governor."""
+    return dict(read_state(), governor=governor())
 
 
 def serve(command: List[str], name: str) -> None:
@@ -633,7 +363,7 @@ def serve(command: List[str], name: str) -> None:
 
     reading = threading.Thread(target=_reader_thread, args=(LineReader(0), folder, requests, ended), daemon=True)
     reading.start()
-    agent = Agent(folder, worker, writer.send, known_state(), name)
+    agent = Agent(folder, worker, writer.send, known_state, name)
     try:
         while True:
             agent.answer(requests.get())

@@ -7,24 +7,32 @@ agent knows which model it was when nothing more comes.
 import os
 from typing import Any, Callable, Dict, List, Optional
 
+from .energy import PowerSampler, of_rounds
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .processes import end_with_parent
 from .rounds import Clock, Gate, Plan, Subject, measure_rounds
 from .runners import all_runners
-from .sensors import look
+from .watch import Watch
 
 _MOST_IMAGES = 64  # in one run where the batch of a model is not fixed: bounds the memory
+COOL_BEAT_S = 60.0  # while a board cools down, a sign of life comes far more often
+ENERGY_ROUNDS = 3
+ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
 START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
 
 
-def main() -> None:
-    """Serves requests until the stream ends."""
+def main(runners: Optional[List[Any]] = None) -> None:
+    """Serves requests until the stream ends.
+
+    Args:
+        runners: what to measure with, by default all that there are.
+    """
     end_with_parent()
     out = os.dup(1)
     os.dup2(2, 1)  # what a runtime prints must not come between the messages
     writer, reader = LineWriter(out), LineReader(0)
-    worker = Worker(writer.send)
+    worker = Worker(writer.send, runners)
     while True:
         request = reader.message()
         if request is None:
@@ -40,12 +48,16 @@ def main() -> None:
 class Worker(object):
     """Runs models; keeps the reference network of each runner ready between requests."""
 
-    def __init__(self, send: Callable[[Dict[str, Any]], None], runners: Optional[List[Any]] = None) -> None:
-        """`send` takes what is told while a request is worked on; tests give their own runners."""
+    def __init__(
+        self, send: Callable[[Dict[str, Any]], None], runners: Optional[List[Any]] = None, root: str = "/"
+    ) -> None:
+        """`send` takes what is told while a request is worked on; tests give runners of their own, and a `root`."""
         self._send = send
         self._runners = all_runners() if runners is None else runners
         self._clock = Clock()
         self._gates = {}  # type: Dict[str, Gate]
+        self._root = root
+        self._key = ""
 
     def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """The final answer to a request: `measure`, `calm`, `run`, `profile` or `describe`.
@@ -83,6 +95,7 @@ class Worker(object):
         gate = self._gate(runner, plan, request) if plan.gate_runs else None
         jobs = request["jobs"]
         results = [_new_result(job) for job in jobs]
+        watch, sampler = Watch(self._root), PowerSampler(self._root)
         for _ in range(plan.sessions):
             subjects = []
             for job, result in zip(jobs, results):
@@ -96,11 +109,13 @@ class Worker(object):
                 gate,
                 self._clock,
                 lambda key: self._at(key, plan.hang_s),
-                look,
+                lambda: self._looked(watch, plan),
                 lambda: self._send({"step": 1}),
             )
             for subject, result in subjects:
                 self._at(subject.key, plan.hang_s)
+                if sampler.has_sensor and subject.error is None and result["energy"] is None:
+                    result["energy"] = self._energy(subject, sampler, plan)
                 subject.session.close()
                 result["sessions"].append(subject.rounds)
                 if subject.error is not None:
@@ -110,6 +125,39 @@ class Worker(object):
             result["measured_at"] = self._clock.utc()
             result["best_ms"] = None if gate is None else gate.best_ms
         return {"results": results}
+
+    def _looked(self, watch: Watch, plan: Plan) -> Dict[str, Any]:
+        """What the sensors say of the round that ended; a board that is slowed down cools before the next one."""
+        told = watch.look()
+        if told["throttled"]:
+            key = self._key
+            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S))
+            self._at(key, plan.hang_s)
+        return told
+
+    def _energy(self, subject: Subject, sampler: PowerSampler, plan: Plan) -> Optional[Dict[str, Any]]:
+        """Energy of an inference of a model that was timed, in rounds of their own: reading sensors disturbs times.
+
+        None where the session does not compute in place (`times_in_place`): a program that first loads an engine does
+        not say when its runs began.
+        """
+        if not getattr(subject.session, "times_in_place", False):
+            return None
+        values = []
+        sampler.start()
+        try:
+            for _ in range(ENERGY_ROUNDS):
+                self._at(subject.key, plan.hang_s)
+                runs, began_s = 0, self._clock.seconds()
+                while self._clock.seconds() - began_s < ENERGY_ROUND_S:
+                    runs += len(subject.session.time(max(1, subject.runs), 0)["samples_ms"])
+                values.append(sampler.energy_mj(began_s, self._clock.seconds(), runs))
+        except Exception as e:  # as in `main`: the times before it are sound, and a note says what happened
+            return {"mj": None, "why": as_board_error(e, "unsupported").message}
+        finally:
+            sampler.stop()
+        found = of_rounds(values)
+        return None if found is None else dict(found, whole_board=sampler.is_whole_board)
 
     def _opened(
         self, runner: Any, plan: Plan, request: Dict[str, Any], job: Dict[str, Any], result: Dict[str, Any]
@@ -201,6 +249,7 @@ class Worker(object):
         raise BoardError("bad_request", "no runner %r; runners: %s" % (request.get("runner"), known))
 
     def _at(self, key: str, limit_s: float) -> None:
+        self._key = key
         self._send({"at": key, "limit_s": limit_s})
 
 
@@ -213,6 +262,7 @@ def _new_result(job: Dict[str, Any]) -> Dict[str, Any]:
         "build_s": None,
         "engine_bytes": None,
         "warnings": [],
+        "energy": None,
     }
 
 
