@@ -34,7 +34,7 @@ from nas.devices.capability import SILICON, Capability, capability_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
-from nas.devices.portable import feed_bytes, portable_model
+from nas.devices.portable import feed_bytes, portable_model, precision_of
 from nas.devices.protocol import (
     Attempt,
     GateReading,
@@ -269,6 +269,7 @@ class RemoteDevice:
             "sha256": _sha256(model),
             "images": _sha256(data),
             "shape": list(images.shape),
+            "precision": precision_of(model),
             "limit_s": RUN_LIMIT_S,
         }
 
