@@ -53,6 +53,7 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
     is measured on its own; the expected latency weights them by the share of images that left there.
     """
     from nas.devices import open_device
+    from nas.export.dialect import dialect_for
 
     target = open_device(device, console.warn)
     with console.reporter() as reporter:
@@ -68,6 +69,12 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
         card = measured.manifest.latency
         if card is not None:
             console.say(f"its card: expected {format_ms(card.figures.expected_ms)} on {card.device.name}")
+        written_for, reads = measured.manifest.dialect, dialect_for(target.profile).name
+        if written_for != reads:
+            console.warn(
+                f"its graphs are written for {written_for}; a time on {target.profile.name} says nothing of a device that "
+                "reads them"
+            )
     if not all(path.is_stable for path in measured.paths):
         console.warn("the machine was never calm while this was measured; end other programs and try again")
     value = latency_of(measured.medians, kind)

@@ -77,7 +77,7 @@ def command(
             progress=lambda what, share: reporter.progress(f"deploying: {what}", share, 1.0),
         )
         if is_board and not no_copy:
-            from nas.devices.remote import parse_address
+            from nas.devices.address import parse_address
 
             with Ssh(parse_address(device).ssh) as ssh:
                 done = run_on_board(done, ssh, to or board_folder(done.package.manifest), reporter.say)

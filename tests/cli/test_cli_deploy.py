@@ -16,10 +16,10 @@ from nas.cli.main import run
 from nas.core.errors import DeviceError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
 from nas.devices import open_device
+from nas.devices.address import parse_address
 from nas.devices.agent import packed_agent
 from nas.devices.base import MeasureJob
 from nas.devices.folders import send_folder
-from nas.devices.remote import parse_address
 from nas.devices.ssh import Ssh
 from nas.export.dialect import ORT, TRT_8_4, Dialect
 from nas.export.graph import random_weights
