@@ -72,8 +72,8 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
         written_for, reads = measured.manifest.dialect, dialect_for(target.profile).name
         if written_for != reads:
             console.warn(
-                f"its graphs are written for {written_for}; a time on {target.profile.name} says nothing of a device that "
-                "reads them"
+                f"its graphs are written for {written_for}; a time on {target.profile.name} says nothing of a device "
+                "that reads them"
             )
     if not all(path.is_stable for path in measured.paths):
         console.warn("the machine was never calm while this was measured; end other programs and try again")
