@@ -57,6 +57,7 @@ BROAD_EXCEPT = {
     "nas/cli/main.py": "the one border where every error becomes a message and an exit code",
     "nas/cli/doctor.py": "a check that fails in any way is a line of the result",
     "nas/devices/onnxruntime_cpu.py": "the runtime's errors have no common base; a failed row is a row",
+    "nas/devices/tensorrt.py": "as that of ONNX Runtime",
     "nas/devices/protocol.py": "a model that fails while it is timed is a row with its reason",
     "nas/devices/boards.py": "what ends the thread of a board is raised in the thread that asked for the work",
     "nas/devices/board/ort_runner.py": "a package of the wrong architecture fails in any way when it is imported",

@@ -43,7 +43,7 @@ class Bench:
     "--budget-ms", "--budget", type=Milliseconds(), help="Exit with 3 when it takes longer, such as 5 or 800us."
 )
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that the budget limits.")
-@click.option("--device", default="cpu", show_default=True, help="Where to measure: cpu, cpu:N, ssh:USER@HOST.")
+@click.option("--device", default="cpu", show_default=True, help="Where: cpu, cpu:N, tensorrt, ssh:USER@HOST.")
 @common_options
 @click.pass_obj
 def command(console: Console, package: Path, budget_ms: float | None, of: LatencyKind | None, device: str) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.address import parse_address
-from nas.devices.base import CalmReport, Device, MeasureJob, OnProgress, OnResult
+from nas.devices.base import CalmReport, Device, JobPrecision, LayerTime, MeasureJob, OnProgress, OnResult
 from nas.devices.remote import RemoteDevice, same_state
 from nas.devices.ssh import RemoteError
 
@@ -110,6 +110,15 @@ class Boards:
         for name, board in self._left.items():
             try:
                 return board.run(model, images)
+            except RemoteError as e:
+                self._lose(name, e, len(self._left) - 1)
+        raise RemoteError(_all_lost(self._lost))
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Typical time of each layer of a model on the first board that is left; see `LayerTimer`."""
+        for name, board in self._left.items():
+            try:
+                return board.layer_times(model, precision)  # type: ignore[attr-defined,no-any-return]  # a RemoteDevice
             except RemoteError as e:
                 self._lose(name, e, len(self._left) - 1)
         raise RemoteError(_all_lost(self._lost))

@@ -28,7 +28,16 @@ from nas.core.jsonio import content_hash
 from nas.core.records import PROFILE_STATE_FIELDS, ClockKind, DeviceProfile, Measurement, Precision
 from nas.devices.address import RemoteAddress
 from nas.devices.agent import packed_agent
-from nas.devices.base import CalmReport, JobKind, MeasureJob, OnProgress, OnResult
+from nas.devices.base import (
+    CalmReport,
+    JobKind,
+    JobPrecision,
+    LayerTime,
+    MeasureJob,
+    OnProgress,
+    OnResult,
+    layer_times_of,
+)
 from nas.devices.board.sensors import identity
 from nas.devices.capability import SILICON, Capability, capability_of
 from nas.devices.graphs import reference_model
@@ -256,6 +265,10 @@ class RemoteDevice:
         self._state = told["state"]
         return told
 
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Typical time of each layer of the engine that the board builds of a model; see `LayerTimer`."""
+        return layer_times_of(self.profile_layers(MeasureJob("layers", "network", precision, model, 0))["layers"])
+
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images, computed on the board; see `Device.run`."""
         if not len(images):
@@ -440,14 +453,14 @@ class RemoteDevice:
 
     def _link(self) -> AgentLink:
         if self._connection.link is None:
-            hello = self._hello(self._connection.open())
+            hello = self._hello(self._connection.open(), runners=False)
             if self._received:
                 self._say(f"{self._address.ssh.shown}: connected again")
             self._compare(identity(hello["state"]))
         return self._connection.open()
 
-    def _hello(self, link: AgentLink) -> Message:
-        return link.ask({"op": "hello", "client": self._client})
+    def _hello(self, link: AgentLink, *, runners: bool = True) -> Message:
+        return link.ask({"op": "hello", "client": self._client, "runners": runners})
 
     def _check(self, result: Message) -> None:
         """Refuses a record that was not measured in the profile's state, or not for a reason of the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -89,16 +90,35 @@ def test_the_agent_runs_as_another_user_in_a_private_folder_of_its_home(
     (agent,) = server.cache.glob("agent-*")
     assert agent.stat().st_mode & 0o777 == 0o600
     assert {p.stat().st_mode & 0o777 for p in (server.cache / "blobs").iterdir()} == {0o600}
+    outside = [p for p in server.home.rglob("*") if p.is_file() and server.cache not in p.parents]
+    assert not outside, "something was written outside of the agent's folder"
 
 
-def test_nothing_runs_on_and_no_batch_is_left_when_the_device_is_closed(server: SshServer, tmp_path: Path) -> None:
+def test_nothing_runs_on_and_no_batch_is_left_when_the_device_is_closed(server: SshServer) -> None:
     opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
     opened.measure([row("a")])
     before = len(server.agents())
+    (socket,) = [Path(x.partition("=")[2]) for x in opened.ssh.argv("") if x.startswith("ControlPath=")]
+    assert socket.is_socket() and socket.parent.stat().st_mode & 0o777 == 0o700
     opened.close()
+    assert not socket.parent.exists()
     assert wait_until(lambda: len(server.agents()) == before - 2), server.agents()
     assert not list((server.cache / "batches").iterdir())
-    assert not list(Path("/tmp").glob(f"nas-ssh-*/{tmp_path.name}"))
+
+
+def test_other_programs_share_the_connection_and_get_their_arguments_as_they_are(
+    server: SshServer, device: RemoteDevice
+) -> None:
+    device.measure([row("a")])
+    before = (server.folder / "log").read_text().count("Accepted publickey")
+    arguments = ["a b", "$(touch x)", "'", '"', "*", "\\", "ü", ""]
+    code, out, _ = device.ssh.run(["printf", "%s\\n", *arguments])
+    assert (code, out.split("\n")[:-1]) == (0, arguments)
+    assert device.ssh.run(["cat"], stdin=b"given")[1] == "given"
+    assert device.ssh.run(["false"])[0] == 1
+    with pytest.raises(LinkCutError, match=r"sleep did not end within 0\.2 s"):
+        device.ssh.run(["sleep", "5"], timeout_s=0.2)
+    assert (server.folder / "log").read_text().count("Accepted publickey") == before
 
 
 def test_the_agent_and_a_model_travel_once(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +189,7 @@ def test_a_board_without_a_runtime_says_what_is_missing(server: SshServer) -> No
     bare.write_text('#!/bin/sh\nexec /usr/bin/python3 -S "$@"\n')
     bare.chmod(0o755)
     with pytest.raises(
-        DeviceError, match=r"no runtime to measure with there:\n.*onnxruntime: python3 on this board cannot"
+        DeviceError, match=r"(?s)no runtime to measure with there:\n.*onnxruntime: python3 on this board cannot"
     ):
         open_device(server.device_name(python=bare))
 
@@ -192,7 +212,7 @@ def test_each_way_to_fail_has_its_own_error_with_the_next_command(
         server.known_hosts.write_text(known)
     with pytest.raises(HostUnknownError, match=r"no-such-host\.invalid: no such host"):
         open_device(server.device_name(host="no-such-host.invalid"))
-    with pytest.raises(NoPythonError, match=r"no program python9 there.*\?python=PATH"):
+    with pytest.raises(NoPythonError, match=r"no program python9 there that can be run.*\?python=PATH"):
         open_device(server.device_name(python="python9"))
     server.write_config(user="somebody")
     try:
@@ -241,11 +261,13 @@ def test_a_full_disk_there_is_told(server: SshServer, monkeypatch: pytest.Monkey
     opened.close()
 
 
+@pytest.mark.timeout(600)  # half a minute on a calm machine
 def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twice(
     server: SshServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 cuts: the server's side killed, or the ssh program here."""
+    """20 cuts: the server's side killed, or the ssh program here; while it connects, or after some results arrived."""
     ids: dict[str, set[str]] = {}
+    arrived = threading.Semaphore(0)
     plain = AgentLink.answer
 
     def recorded(self: AgentLink, on_message: Callable[[dict[str, object]], None] = lambda _: None) -> object:
@@ -253,13 +275,14 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
             result = message.get("result")
             if isinstance(result, dict):
                 ids.setdefault(result["key"], set()).add(result["id"])
+                arrived.release()
             on_message(message)
 
         return plain(self, take)
 
     monkeypatch.setattr(AgentLink, "answer", recorded)
     said: list[str] = []
-    settings = replace(QUICK, rows_alive=2, row_round_ms=40.0, max_runs=100_000)
+    settings = replace(QUICK, rows_alive=2, row_round_ms=15.0, max_runs=100_000)
     opened = RemoteDevice(
         parse_address(server.device_name()),
         settings=settings,
@@ -273,7 +296,10 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
 
     def cut() -> None:
         nonlocal cuts
-        while cuts < 20 and not is_over.wait(rng.uniform(0.0, 1.6)):
+        while cuts < 20 and not is_over.is_set():
+            for _ in range(rng.choice((0, 1, 1, 2, 3, 5))):
+                arrived.acquire(timeout=5)
+            time.sleep(rng.uniform(0.0, 0.15))
             if rng.random() < 0.5:
                 cuts += server.cut() > 0
             else:
@@ -281,8 +307,9 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
                 if link is not None and link.process.poll() is None:
                     os.kill(link.process.pid, signal.SIGKILL)
                     cuts += 1
+            time.sleep(0.05)
 
-    jobs = [row(f"row{i}", 8 + i % 5) for i in range(40)]
+    jobs = [row(f"row{i}", 8 + i % 5) for i in range(24)]
     told: list[Measurement] = []
     cutter = threading.Thread(target=cut)
     cutter.start()
@@ -305,7 +332,7 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
     assert set(ids) == {m.key for m in results}
     assert {len(found) for found in ids.values()} == {1}, "something that was finished was measured twice"
     noticed = sum("trying again" in line for line in said)  # two cuts may meet in one connection
-    assert noticed >= 12 and "board: connected again" in said
+    assert noticed >= 10 and said.count("board: connected again") >= 5, said
 
 
 def test_a_board_that_stays_away_is_given_up_with_what_to_do(server: SshServer) -> None:
@@ -352,6 +379,57 @@ def test_what_a_board_finished_for_a_program_that_was_killed_is_not_measured_aga
     second.measure(jobs)
     second.close()
     assert len(ids[0]) == 3 and ids[0] == ids[1]
+
+
+def with_state(server: SshServer, **state: object) -> Path:
+    """An interpreter on whose board the state is overwritten by a file that a test may change."""
+    path = server.folder / f"state-{len(list(server.folder.iterdir()))}.json"
+    path.write_text(json.dumps(state))
+    hook = path.with_suffix(".d")
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import importlib.abc, json, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'nas_board.serve':\n"
+        "            import nas_board.state as state\n"
+        "            plain = state.read_state\n"
+        f"            state.read_state = lambda: dict(plain(), **json.load(open({str(path)!r})))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    python = path.with_suffix(".sh")
+    first, last = server.python.read_text().split("\n", 1)
+    python.write_text(f"{first}\n{last.replace('PYTHONPATH=', f'PYTHONPATH={hook}:')}")
+    python.chmod(0o755)
+    return python
+
+
+def test_a_board_that_changed_its_power_mode_ends_the_work_with_the_difference(server: SshServer) -> None:
+    python = with_state(server, power_mode={"id": 0, "name": "MAXN"}, clocks_locked=True)
+    state = next(server.folder.glob("state-*.json"))
+    opened = RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK)
+    assert opened.profile.power_mode == "MAXN" and opened.profile.clocks_locked
+    assert opened.measure([row("a")])[0].error is None
+    state.write_text(json.dumps({"power_mode": {"id": 2, "name": "15W"}, "clocks_locked": True}))
+    told: list[Measurement] = []
+    with pytest.raises(DeviceError, match=r"in another state than .*\n  power_mode: it was 'MAXN', it is '15W'\n") as e:
+        opened.measure([row("b")], told.append)
+    assert not told, "what was measured in another state was given"
+    assert "Bring the board back into that state" in str(e.value)
+    assert opened.profile.power_mode == "15W"
+    opened.close()
+
+
+def test_a_board_that_was_booted_in_between_goes_on_and_says_so(server: SshServer) -> None:
+    said: list[str] = []
+    python = with_state(server, boot_id="first")
+    state = max(server.folder.glob("state-*.json"), key=lambda p: p.stat().st_mtime_ns)
+    opened = RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK, say=said.append)
+    opened.measure([row("a")])
+    state.write_text(json.dumps({"boot_id": "second"}))
+    assert opened.measure([row("b")])[0].error is None
+    assert said == ["board: the board was started anew"]
+    opened.close()
 
 
 def test_what_shows_the_state_of_the_board_now_is_always_measured_anew(device: RemoteDevice) -> None:

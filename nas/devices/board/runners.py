@@ -8,8 +8,10 @@ seconds, so few are made and few live at once) and `dynamic_batch` (default fals
 from typing import Any, List
 
 from .ort_runner import OnnxRuntimeRunner
+from .trt_engine import TensorRtRunner
+from .trtexec import TrtexecRunner
 
 
 def all_runners() -> List[Any]:
     """One of each, the preferred ones first."""
-    return [OnnxRuntimeRunner()]
+    return [TrtexecRunner(), TensorRtRunner(), OnnxRuntimeRunner()]

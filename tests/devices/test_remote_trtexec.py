@@ -1,0 +1,91 @@
+"""A fake trtexec over a real OpenSSH server: found, driven by another user, its times reduced on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_board.tools import VERSIONS, calls_of, install_trtexec
+
+from nas.devices.address import parse_address
+from nas.devices.base import MeasureJob
+from nas.devices.remote import SLOW_START, RemoteDevice
+from nas.testing import SshServer, mean_model, requires_openssh
+
+QUICK = replace(SLOW_START, row_round_ms=20.0, network_round_ms=20.0, retries=0, wait_ms=0.0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SshServer]:
+    with SshServer(requires_openssh()) as running:
+        yield running
+
+
+def board(server: SshServer, version: str, faults: Sequence[str | None] = ()) -> tuple[RemoteDevice, Path]:
+    """A board whose PATH has a fake trtexec of one version, and the program."""
+    folder = server.folder / f"trtexec-{version}-{len(list(server.folder.iterdir()))}"
+    program = install_trtexec(folder, version, faults)
+    program.write_text(program.read_text().replace(sys.executable, shutil.which("python3", path="/usr/bin") or "", 1))
+    folder.chmod(0o777)  # the board's user notes each start there
+    program.chmod(0o755)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPATH={folder}:$PATH exec {server.python} "$@"\n')
+    python.chmod(0o755)
+    return RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK), program
+
+
+def row(key: str, size: int = 8) -> MeasureJob:
+    return MeasureJob(key, "row", "fp16", mean_model(size=size), 1000)
+
+
+@pytest.mark.parametrize("version", ["8.2", "8.5", "10.3", "11"])
+def test_trtexec_is_found_first_and_its_compute_times_are_the_latency(server: SshServer, version: str) -> None:
+    device, program = board(server, version)
+    try:
+        assert device.profile.runtime == "tensorrt" and device.profile.details["runner"] == "trtexec"
+        assert device.profile.runtime_version.startswith(".".join(map(str, VERSIONS[version][:2])))
+        jobs = [row("a"), MeasureJob("n", "network", "fp16", mean_model(None), 1000)]
+        if version == "11":  # strongly typed only: these files are fp32
+            assert "Export it in fp16" in str(device.measure(jobs[:1])[0].error)
+            jobs = [replace(job, precision="fp32") for job in jobs]
+        one, two = device.measure(jobs)
+        for m in (one, two):
+            assert m.error is None and m.clock == "device_event", m.error
+            samples = [s for r in m.rounds_ms for s in r]
+            assert min(samples) <= (m.latency_ms or 0) <= max(samples) and len(samples) >= 50
+        assert (len(one.session_ms), len(two.session_ms)) == (1, 2), "a network is built twice"
+        assert any("--onnx" in option for call in calls_of(program) for option in call)
+    finally:
+        device.close()
+
+
+def test_an_engine_that_is_not_built_is_a_row_with_its_reason_and_the_next_is_measured(server: SshServer) -> None:
+    device, _ = board(server, "8.5", ["build_failure"])
+    try:
+        first, second = device.measure([row("a"), row("b", 9)])
+        assert first.error is not None and first.latency_ms is None and "\n" not in first.error
+        assert second.error is None
+    finally:
+        device.close()
+
+
+def test_a_build_that_the_kernel_kills_is_told_as_such(server: SshServer) -> None:
+    device, _ = board(server, "10.3", ["killed"])
+    try:
+        (raw,) = device.measure_raw([row("a")])
+        assert raw["error"]["kind"] in ("killed", "out_of_memory"), raw["error"]
+    finally:
+        device.close()
+
+
+def test_layers_of_an_engine_come_back(server: SshServer) -> None:
+    device, _ = board(server, "8.5")
+    try:
+        layers = device.profile_layers(row("a"))["layers"]
+        assert layers and all(layer["median_ms"] > 0 and layer["name"] for layer in layers)
+    finally:
+        device.close()
