@@ -279,6 +279,7 @@ def run_model(
 ) -> list[NDArray[np.generic]]:
     """Outputs of a model for raw images [B, 3, H, W], each with B rows; the batch may be static or dynamic.
 
+    Feature maps of half floats, which a segment of a network takes, are given as they are.
     `begin` is called before the session is made and before each batch.
 
     Raises:
@@ -296,7 +297,8 @@ def run_model(
             missing = size - len(part) if isinstance(entry.shape[0], int) else 0
             if missing:  # a static batch is filled up with copies that are cut off again
                 part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
-            outputs = session.run(None, {entry.name: np.ascontiguousarray(part, dtype=np.float32)})
+            kind = np.float16 if part.dtype == np.float16 else np.float32
+            outputs = session.run(None, {entry.name: np.ascontiguousarray(part, dtype=kind)})
             rows = len(part)
             parts.append([_rows(output, rows)[: rows - missing] for output in outputs])
     except Exception as e:  # the runtime's exceptions have no common base of their own
