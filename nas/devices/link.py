@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -228,10 +229,11 @@ class AgentLink:
         address = self._ssh.address
         if code == 255 or code is None or code < 0:
             return ssh_error(address, said)
-        if code == 127 or "not found" in said.lower() or "no such file" in said.lower():
+        program = re.escape(address.python.rpartition("/")[2])
+        if code in (126, 127) or re.search(f"{program}.*(not found|no such file)", said, re.IGNORECASE):
             return NoPythonError(
-                f"{address.shown}: no program {address.python} there. Install Python 3.6 or newer on the board "
-                f"(JetPack has it), or name it with ?python=PATH; try: {self._by_hand(address.python + ' --version')}"
+                f"{address.shown}: no program {address.python} there that can be run. Install Python 3.6 or newer on "
+                f"the board (JetPack has it), or name it with ?python=PATH; try: {self._by_hand(address.python + ' --version')}"
             )
         last = said.strip().splitlines()[-1] if said.strip() else f"status {code}"
         return LinkCutError(f"{address.shown}: the agent ended ({last[:300]})")

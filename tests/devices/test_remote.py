@@ -94,14 +94,31 @@ def test_the_agent_runs_as_another_user_in_a_private_folder_of_its_home(
     assert not outside, "something was written outside of the agent's folder"
 
 
-def test_nothing_runs_on_and_no_batch_is_left_when_the_device_is_closed(server: SshServer, tmp_path: Path) -> None:
+def test_nothing_runs_on_and_no_batch_is_left_when_the_device_is_closed(server: SshServer) -> None:
     opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
     opened.measure([row("a")])
     before = len(server.agents())
+    (socket,) = [Path(x.partition("=")[2]) for x in opened.ssh.argv("") if x.startswith("ControlPath=")]
+    assert socket.is_socket() and socket.parent.stat().st_mode & 0o777 == 0o700
     opened.close()
+    assert not socket.parent.exists()
     assert wait_until(lambda: len(server.agents()) == before - 2), server.agents()
     assert not list((server.cache / "batches").iterdir())
-    assert not list(Path("/tmp").glob(f"nas-ssh-*/{tmp_path.name}"))
+
+
+def test_other_programs_share_the_connection_and_get_their_arguments_as_they_are(
+    server: SshServer, device: RemoteDevice
+) -> None:
+    device.measure([row("a")])
+    before = (server.folder / "log").read_text().count("Accepted publickey")
+    arguments = ["a b", "$(touch x)", "'", '"', "*", "\\", "ü", ""]
+    code, out, _ = device.ssh.run(["printf", "%s\\n", *arguments])
+    assert (code, out.split("\n")[:-1]) == (0, arguments)
+    assert device.ssh.run(["cat"], stdin=b"given")[1] == "given"
+    assert device.ssh.run(["false"])[0] == 1
+    with pytest.raises(LinkCutError, match=r"sleep did not end within 0\.2 s"):
+        device.ssh.run(["sleep", "5"], timeout_s=0.2)
+    assert (server.folder / "log").read_text().count("Accepted publickey") == before
 
 
 def test_the_agent_and_a_model_travel_once(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +212,7 @@ def test_each_way_to_fail_has_its_own_error_with_the_next_command(
         server.known_hosts.write_text(known)
     with pytest.raises(HostUnknownError, match=r"no-such-host\.invalid: no such host"):
         open_device(server.device_name(host="no-such-host.invalid"))
-    with pytest.raises(NoPythonError, match=r"no program python9 there.*\?python=PATH"):
+    with pytest.raises(NoPythonError, match=r"no program python9 there that can be run.*\?python=PATH"):
         open_device(server.device_name(python="python9"))
     server.write_config(user="somebody")
     try:
@@ -244,11 +261,13 @@ def test_a_full_disk_there_is_told(server: SshServer, monkeypatch: pytest.Monkey
     opened.close()
 
 
+@pytest.mark.timeout(600)  # half a minute on a calm machine
 def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twice(
     server: SshServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 cuts: the server's side killed, or the ssh program here."""
+    """20 cuts: the server's side killed, or the ssh program here; while it connects, or after some results arrived."""
     ids: dict[str, set[str]] = {}
+    arrived = threading.Semaphore(0)
     plain = AgentLink.answer
 
     def recorded(self: AgentLink, on_message: Callable[[dict[str, object]], None] = lambda _: None) -> object:
@@ -256,13 +275,14 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
             result = message.get("result")
             if isinstance(result, dict):
                 ids.setdefault(result["key"], set()).add(result["id"])
+                arrived.release()
             on_message(message)
 
         return plain(self, take)
 
     monkeypatch.setattr(AgentLink, "answer", recorded)
     said: list[str] = []
-    settings = replace(QUICK, rows_alive=2, row_round_ms=40.0, max_runs=100_000)
+    settings = replace(QUICK, rows_alive=2, row_round_ms=15.0, max_runs=100_000)
     opened = RemoteDevice(
         parse_address(server.device_name()),
         settings=settings,
@@ -276,7 +296,10 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
 
     def cut() -> None:
         nonlocal cuts
-        while cuts < 20 and not is_over.wait(rng.uniform(0.0, 1.6)):
+        while cuts < 20 and not is_over.is_set():
+            for _ in range(rng.choice((0, 1, 1, 2, 3, 5))):
+                arrived.acquire(timeout=5)
+            time.sleep(rng.uniform(0.0, 0.15))
             if rng.random() < 0.5:
                 cuts += server.cut() > 0
             else:
@@ -284,8 +307,9 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
                 if link is not None and link.process.poll() is None:
                     os.kill(link.process.pid, signal.SIGKILL)
                     cuts += 1
+            time.sleep(0.05)
 
-    jobs = [row(f"row{i}", 8 + i % 5) for i in range(40)]
+    jobs = [row(f"row{i}", 8 + i % 5) for i in range(24)]
     told: list[Measurement] = []
     cutter = threading.Thread(target=cut)
     cutter.start()
@@ -308,7 +332,7 @@ def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twic
     assert set(ids) == {m.key for m in results}
     assert {len(found) for found in ids.values()} == {1}, "something that was finished was measured twice"
     noticed = sum("trying again" in line for line in said)  # two cuts may meet in one connection
-    assert noticed >= 12 and "board: connected again" in said
+    assert noticed >= 10 and said.count("board: connected again") >= 5, said
 
 
 def test_a_board_that_stays_away_is_given_up_with_what_to_do(server: SshServer) -> None:

@@ -2,7 +2,7 @@
 
 One JSON object a line both ways; raw bytes follow the line that announces them:
 
-    hello                               -> agent, python, runners, state
+    hello    client, runners: bool      -> agent, python, runners, state
     have     sha256: [..]               -> missing: [..]
     put      sha256, bytes + the bytes  -> ok
     measure  batch, runner, plan, jobs  -> {"result"} for each job, {"progress"} now and then, {"done"}
@@ -94,7 +94,9 @@ class Agent(object):
     def _hello(self, request: Dict[str, Any]) -> None:
         self._client = str(request.get("client", ""))
         self._folder.tidy(time.time())
-        found = self._worker.ask({"op": "describe"}, _Progress(self._send, 0, 1).tell)["runners"]
+        found = []  # type: List[Dict[str, Any]]
+        if request.get("runners", True):  # importing runtimes takes seconds: not again over the next connection
+            found = self._worker.ask({"op": "describe"}, _Progress(self._send, 0, 1).tell)["runners"]
         version = "%d.%d.%d" % sys.version_info[:3]
         state = self._read_state()
         self._send({"ok": True, "agent": self._name, "python": version, "runners": found, "state": state})
