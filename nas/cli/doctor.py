@@ -292,10 +292,32 @@ def _board_checks(board: Any, set_power_mode: str | None, lock_clocks: bool) -> 
 
 
 def _inferences(device: Any, name: str) -> Iterator[Check]:
+    is_board = name.startswith("ssh:")
+    fix = "to get help: nas doctor --device NAME --bundle FILE.zip" if is_board else "make setup"
+    look = _check_board_inference if is_board else check_inference
     for precision in device.profile.precisions:
-        check = partial(check_inference, device, name, precision)
-        yield _guarded(f"device {name} {precision}", "device", "make setup", check)
-    yield _guarded(f"device {name} clock", "device", "make setup", partial(check_clock, device, name))
+        yield _guarded(f"device {name} {precision}", "device", fix, partial(look, device, name, precision))
+    yield _guarded(f"device {name} clock", "device", fix, partial(check_clock, device, name))
+
+
+def _check_board_inference(device: Any, name: str, precision: Any) -> Check:
+    """As `check_inference`; where the runtime gives no outputs, as trtexec does, a small network is measured."""
+    from nas.core.walk import total_macs
+    from nas.devices.base import MeasureJob
+
+    try:
+        return check_inference(device, name, precision)
+    except DeviceError as e:
+        candidate = _small_network().with_precision(precision)
+        job = MeasureJob("doctor", "row", precision, _small_model(device, precision), total_macs(candidate))
+        measured = device.measure([job])[0]
+        if measured.latency_ms is None:
+            return Check(f"device {name} {precision}", "FAIL", str(measured.error), "", "device")
+        text = (
+            f"a small network takes {format_ms(measured.latency_ms)}; its outputs could not be compared: {_reason(e)}"
+        )
+        fix = "install the Python module of TensorRT on the board: sudo apt-get install python3-libnvinfer"
+        return Check(f"device {name} {precision}", "WARN", text, fix, "device")
 
 
 def check_devices() -> Iterator[Check]:
@@ -318,16 +340,9 @@ def check_inference(device: Any, name: str, precision: Any) -> Check:
     """A small network gives finite, repeatable answers that depend on the image."""
     import numpy as np
 
-    from nas.export.dialect import dialect_for
-    from nas.export.graph import network_model, nominal_quant, random_weights
-
-    candidate = _small_network().with_precision(precision)
-    quant = nominal_quant(candidate) if precision == "int8" else None
-    weights = random_weights(candidate, 0)
-    model = network_model(
-        candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, dialect=dialect_for(device.profile)
-    )
-    images = np.random.default_rng(0).uniform(0, 255, (3, 3, candidate.resolution, candidate.resolution))
+    size = _small_network().resolution
+    model = _small_model(device, precision)
+    images = np.random.default_rng(0).uniform(0, 255, (3, 3, size, size))
     first, second = (device.run(model, images.astype(np.float32))[0] for _ in range(2))
     profile = device.profile
     title = f"device {name} {precision}"
@@ -339,6 +354,16 @@ def check_inference(device: Any, name: str, precision: Any) -> Check:
         fix = "nothing to do: the accuracy of int8 students is measured here; it may differ on another CPU"
         return Check(title, "WARN", f"{text}; int8 sums: {sums}", fix, "device")
     return Check(title, "OK", text, area="device", details={"device": profile.name})
+
+
+def _small_model(device: Any, precision: Any) -> bytes:
+    from nas.export.dialect import dialect_for
+    from nas.export.graph import network_model, nominal_quant, random_weights
+
+    candidate = _small_network().with_precision(precision)
+    quant = nominal_quant(candidate) if precision == "int8" else None
+    weights, dialect = random_weights(candidate, 0), dialect_for(device.profile)
+    return network_model(candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, dialect=dialect)
 
 
 def check_clock(device: Any, name: str) -> Check:

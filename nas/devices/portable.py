@@ -21,7 +21,7 @@ _MORE_TYPES_ONLY = {"Add": 13, "Mul": 13, "Relu": 13, "Identity": 13, "If": 13, 
 _FORMAT_OF_OPSET = ((14, 7), (18, 8))
 
 
-def portable_model(model: bytes, rows: int | None = None) -> bytes:
+def portable_model(model: bytes, rows: int | None = None, *, splits_hard_swish: bool = False) -> bytes:
     """The model stamped with the oldest operator set in which its operators are the same: older runtimes then take it.
 
     An operator means what the newest definition not above the model's operator set says; the stamp is lowered as far as
@@ -31,11 +31,15 @@ def portable_model(model: bytes, rows: int | None = None) -> bytes:
     Args:
         model: an ONNX file; what is none stays as it is, for the runtime to say.
         rows: fixes the batch where that is open.
+        splits_hard_swish: writes x * HardSigmoid(x) for HardSwish, which the parser of TensorRT before 8.4 cannot read;
+            it is what that operator is defined as.
     """
     try:
         proto = onnx.load_model_from_string(model)
     except DecodeError:
         return model
+    if splits_hard_swish:
+        _split_hard_swish(proto.graph)
     stamps = list(proto.opset_import)
     if len(stamps) == 1 and stamps[0].domain in ("", "ai.onnx"):
         widened = _MORE_TYPES_ONLY if proto.producer_name == OURS else {}
@@ -49,6 +53,21 @@ def portable_model(model: bytes, rows: int | None = None) -> bytes:
         _fix_batch(proto.graph, rows)
     data: bytes = proto.SerializeToString()
     return data
+
+
+def _split_hard_swish(graph: onnx.GraphProto) -> None:
+    nodes = []
+    for node in graph.node:
+        if node.op_type != "HardSwish":
+            nodes.append(node)
+            continue
+        name, gate = node.name or node.output[0], f"{node.output[0]}.gate"
+        nodes.append(
+            onnx.helper.make_node("HardSigmoid", [node.input[0]], [gate], f"{name}.gate", alpha=1 / 6, beta=0.5)
+        )
+        nodes.append(onnx.helper.make_node("Mul", [node.input[0], gate], list(node.output), name))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def precision_of(model: bytes) -> str:

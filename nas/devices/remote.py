@@ -39,7 +39,7 @@ from nas.devices.base import (
     layer_times_of,
 )
 from nas.devices.board.sensors import identity
-from nas.devices.capability import SILICON, Capability, capability_of
+from nas.devices.capability import SILICON, Capability, capability_of, version_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
@@ -190,9 +190,11 @@ class RemoteDevice:
         request = {
             **self._request("calm", plan),
             "checks": max(1, checks),
-            "reference": _sha256(_reference()),
+            "reference": _sha256(_reference(self._splits)),
         }
-        told = self._with_link(lambda link: self._asked(link, request, {request["reference"]: _reference()}))
+        told = self._with_link(
+            lambda link: self._asked(link, request, {request["reference"]: _reference(self._splits)})
+        )
         readings = [GateReading(r["median_ms"], r["cpu_share"]) for r in told["readings"]]
         return calm_report(readings, self._known_best(told["best_ms"]))
 
@@ -269,11 +271,21 @@ class RemoteDevice:
         """Typical time of each layer of the engine that the board builds of a model; see `LayerTimer`."""
         return layer_times_of(self.profile_layers(MeasureJob("layers", "network", precision, model, 0))["layers"])
 
+    @property
+    def _splits(self) -> bool:
+        """Whether the runtime cannot read HardSwish: TensorRT before 8.4."""
+        return self._runner.runtime == "tensorrt" and version_of(self._runner.version) < (8, 4)
+
+    def _portable(self, model: bytes, rows: int) -> bytes:
+        """A model as this runtime takes it; `rows`: its batch, where the runtime wants a fixed one."""
+        fixed = None if self._runner.dynamic_batch else rows
+        return portable_model(model, fixed, splits_hard_swish=self._splits)
+
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images, computed on the board; see `Device.run`."""
         if not len(images):
             raise DeviceError("no images were given to run")
-        model = portable_model(model, None if self._runner.dynamic_batch else len(images))
+        model = self._portable(model, len(images))
         kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
         data = np.ascontiguousarray(images, dtype=kind).tobytes()
         files = {_sha256(model): model, _sha256(data): data}
@@ -339,8 +351,8 @@ class RemoteDevice:
             files |= its_files
         request = {**self._request("measure", plan), "jobs": sent}
         if plan["gate_runs"]:
-            request["reference"] = _sha256(_reference())
-            files[request["reference"]] = _reference()
+            request["reference"] = _sha256(_reference(self._splits))
+            files[request["reference"]] = _reference(self._splits)
         # Named by content, so that the next program goes on with what this one did not fetch. What shows how fast the
         # board is now may not come from an earlier program.
         fresh = secrets.token_hex(8) if jobs[0].kind == "overhead" else ""
@@ -370,7 +382,7 @@ class RemoteDevice:
 
     def _sent(self, job: MeasureJob) -> tuple[Message, dict[str, bytes]]:
         """A job as it travels, and the files that it needs."""
-        model = portable_model(job.model, None if self._runner.dynamic_batch else 1)
+        model = self._portable(job.model, 1)
         feeds = feed_bytes(job)
         files = {_sha256(model): model, **{_sha256(data): data for data in feeds.values()}}
         described = {
@@ -666,9 +678,9 @@ def _attempt(told: Message) -> Attempt:
 
 
 @cache
-def _reference() -> bytes:
+def _reference(splits_hard_swish: bool) -> bytes:
     """The reference network as it travels."""
-    return portable_model(reference_model())
+    return portable_model(reference_model(), splits_hard_swish=splits_hard_swish)
 
 
 def _sha256(data: bytes) -> str:

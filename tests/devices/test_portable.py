@@ -79,3 +79,19 @@ def test_feeds_become_the_bytes_that_the_model_takes() -> None:
     assert feed_bytes(job) == {"x": np.ones((1, 3, 8, 8), "<f4").tobytes(), "factor": np.ones((), "<f4").tobytes()}
     broken = MeasureJob("k", "row", "fp32", b"\x00", 1, {"x": np.ones(2, np.float32)})
     assert feed_bytes(broken) == {"x": np.ones(2, np.float32).tobytes()}
+
+
+def test_hard_swish_is_split_where_a_parser_cannot_read_it_and_gives_the_same() -> None:
+    whole = reference_model()
+    split = portable_model(whole, splits_hard_swish=True)
+    proto = onnx.load_model_from_string(split)
+    kinds = [node.op_type for node in proto.graph.node]
+    assert "HardSwish" in [node.op_type for node in onnx.load_model_from_string(whole).graph.node]
+    assert "HardSwish" not in kinds and "HardSigmoid" in kinds
+    assert proto.opset_import[0].version <= 13, "what TensorRT 8.2 reads"
+    onnx.checker.check_model(proto, full_check=True)
+    entry = proto.graph.input[0]
+    shape = [d.dim_value or 1 for d in entry.type.tensor_type.shape.dim]
+    image = np.random.default_rng(0).uniform(-4, 4, shape).astype(np.float32)
+    first, second = (run_model(m, image)[0] for m in (whole, split))
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from fake_board.tools import VERSIONS, calls_of, install_trtexec
 
+from nas.cli.main import run
 from nas.devices.address import parse_address
 from nas.devices.base import MeasureJob
 from nas.devices.remote import SLOW_START, RemoteDevice
@@ -89,3 +91,36 @@ def test_layers_of_an_engine_come_back(server: SshServer) -> None:
         assert layers and all(layer["median_ms"] > 0 and layer["name"] for layer in layers)
     finally:
         device.close()
+
+
+@pytest.mark.parametrize("version", ["8.2", "10.3"])
+def test_the_reference_network_is_read_by_every_version(server: SshServer, version: str) -> None:
+    device, _ = board(server, version)
+    try:
+        assert device.calm(2).median_ms > 0
+    finally:
+        device.close()
+
+
+def test_the_doctor_measures_where_trtexec_gives_no_outputs(
+    server: SshServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, program = board(server, "8.2")
+    device.close()
+    name = server.device_name(python=program.parent / "python")
+    assert run(["doctor", "--device", name, "--json"]) == 0
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    check = checks[f"device {name} fp16"]
+    assert check["level"] == "WARN" and check["text"].startswith("a small network takes 0.")
+    assert "outputs could not be compared" in check["text"] and "python3-libnvinfer" in check["fix"]
+    assert checks[f"device {name} clock"]["level"] == "OK"
+
+
+def test_the_doctor_says_why_nothing_can_be_built(server: SshServer, capsys: pytest.CaptureFixture[str]) -> None:
+    device, program = board(server, "8.5", ["build_failure"] * 9)
+    device.close()
+    name = server.device_name(python=program.parent / "python")
+    assert run(["doctor", "--device", name, "--json"]) == 4
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks[f"device {name} fp32"]["level"] == "FAIL"
+    assert "Could not find any implementation for node" in checks[f"device {name} fp32"]["text"]

@@ -192,7 +192,8 @@ def failure_of(text: str, returncode: int, what: str) -> BoardError:
         what: what was tried, such as `building model.onnx`.
     """
     lines = [_PREFIX.sub("", line, count=1).strip() for line in text.splitlines()]
-    serious = [line for line in lines if not _SKIPPED.search(line) and _SERIOUS.search(line)]
+    told = [line for line in lines if not line.startswith("&&&&")]  # which repeats the whole command
+    serious = [line for line in told if not _SKIPPED.search(line) and _SERIOUS.search(line)]
     serious = serious or [line for raw, line in zip(text.splitlines(), lines) if "[E]" in raw]
     said = " | ".join(serious[:3]) or (lines[-1] if lines and lines[-1] else "nothing was printed")
     said = said if len(said) <= 400 else said[:397] + "..."
