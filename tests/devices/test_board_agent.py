@@ -127,7 +127,7 @@ def test_what_runs_on_a_board_is_python_3_6(path: Path) -> None:
 def test_a_tool_that_knows_when_features_came_finds_nothing_newer_than_3_6() -> None:
     requires_package("vermin", "the check of the board's Python version")
     done = subprocess.run(
-        [sys.executable, "-m", "vermin", "--no-tips", "--violations", "-t=3.6-", str(BOARD)],
+        [sys.executable, "-c", "from vermin import main; main()", "--no-tips", "--violations", "-t=3.6-", str(BOARD)],
         capture_output=True,
         text=True,
         check=False,
