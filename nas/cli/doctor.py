@@ -318,12 +318,15 @@ def check_inference(device: Any, name: str, precision: Any) -> Check:
     """A small network gives finite, repeatable answers that depend on the image."""
     import numpy as np
 
+    from nas.export.dialect import dialect_for
     from nas.export.graph import network_model, nominal_quant, random_weights
 
     candidate = _small_network().with_precision(precision)
     quant = nominal_quant(candidate) if precision == "int8" else None
     weights = random_weights(candidate, 0)
-    model = network_model(candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, form="plain", batch=1)
+    model = network_model(
+        candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, dialect=dialect_for(device.profile)
+    )
     images = np.random.default_rng(0).uniform(0, 255, (3, 3, candidate.resolution, candidate.resolution))
     first, second = (device.run(model, images.astype(np.float32))[0] for _ in range(2))
     profile = device.profile

@@ -13,6 +13,7 @@ from nas.devices.base import MeasureJob
 
 # Newer definitions that only took in further types of tensors, which the models of this project do not have (onnx,
 # docs/Changelog.md): operator -> the operator set whose definition they have used since.
+PRECISION_KEY = "precision"  # in the metadata of a model: what it is to be built in
 OURS = "nas"  # what the writers of this project call themselves
 _MORE_TYPES_ONLY = {"Add": 13, "Mul": 13, "Relu": 13, "Identity": 13, "If": 13, "GreaterOrEqual": 12}
 
@@ -48,6 +49,15 @@ def portable_model(model: bytes, rows: int | None = None) -> bytes:
         _fix_batch(proto.graph, rows)
     data: bytes = proto.SerializeToString()
     return data
+
+
+def precision_of(model: bytes) -> str:
+    """The precision that a model's metadata asks for; fp32 where they do not tell."""
+    try:
+        entries = onnx.load_model_from_string(model).metadata_props
+    except DecodeError:
+        return "fp32"
+    return next((entry.value for entry in entries if entry.key == PRECISION_KEY), "fp32")
 
 
 def feed_bytes(job: MeasureJob) -> dict[str, bytes]:

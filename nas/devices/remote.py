@@ -43,7 +43,7 @@ from nas.devices.capability import SILICON, Capability, capability_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
-from nas.devices.portable import feed_bytes, portable_model
+from nas.devices.portable import feed_bytes, portable_model, precision_of
 from nas.devices.protocol import (
     Attempt,
     GateReading,
@@ -274,13 +274,15 @@ class RemoteDevice:
         if not len(images):
             raise DeviceError("no images were given to run")
         model = portable_model(model, None if self._runner.dynamic_batch else len(images))
-        data = np.ascontiguousarray(images, dtype="<f4").tobytes()
+        kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
+        data = np.ascontiguousarray(images, dtype=kind).tobytes()
         files = {_sha256(model): model, _sha256(data): data}
         request = {
             **self._request("run", {}),
             "sha256": _sha256(model),
             "images": _sha256(data),
             "shape": list(images.shape),
+            "precision": precision_of(model),
             "limit_s": RUN_LIMIT_S,
         }
 

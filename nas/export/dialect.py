@@ -177,3 +177,21 @@ def tensorrt_dialect(version: str) -> Dialect:
     if number < (8, 4):
         return TRT_8_0
     return TRT_8_4 if number < (10, 13) else TRT_10_13
+
+
+def target_dialect(target: str) -> Dialect:
+    """The dialect of a runtime as a user names it: `ort`, or `tensorrt:VERSION`.
+
+    Raises:
+        UsageError: another name; the message says what is allowed.
+    """
+    kind, colon, version = target.partition(":")
+    if kind == "tensorrt" and colon:
+        return tensorrt_dialect(version)
+    if target == ORT.name:
+        return ORT
+    raise UsageError(
+        f"target {target!r}: give ort, or tensorrt: and its version, such as tensorrt:8.2 (JetPack 4.6), tensorrt:8.5 "
+        "(JetPack 5.1) or tensorrt:10.3 (JetPack 6.1 to 6.2). On the board: python3 -c 'import tensorrt; "
+        "print(tensorrt.__version__)'"
+    )

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from nas.core.errors import RecordError, UsageError
 from nas.core.records import Candidate, ConvSpec, LayerSpec, QuantSpec
 from nas.core.walk import expand
+from nas.devices.portable import PRECISION_KEY
 from nas.export.dialect import ORT, Dialect
 from nas.export.writer import ONNX_TYPES, LayerWriter, Scope, Tensor, Weights
 
@@ -41,7 +42,7 @@ def layer_model(layer: LayerSpec, *, seed: int = 0, dialect: Dialect = ORT) -> b
     is_head = layer.kind in ("head", "exit_head")
     is_quantized = layer.precision == "int8" and dialect.pairs_at == "outputs"
     writer = LayerWriter(_random(((layer, spec) for spec in layer.convolutions), seed), _nominal([layer]), dialect)
-    model, scope = _new_model(layer.key, dialect)
+    model, scope = _new_model(layer.key, dialect, layer.precision)
     if layer.kind == "stem":
         _declare(scope.graph.input, "x", "float32", (1, layer.in_channels, layer.in_size, layer.in_size))
         x = writer.image(scope, "x", (0.5,) * layer.in_channels, (0.25,) * layer.in_channels)
@@ -98,7 +99,7 @@ def network_model(
     """
     _check_normalisation(candidate, mean, std)
     writer = LayerWriter(weights, quant, dialect)
-    model, scope = _new_model(candidate.id, dialect)
+    model, scope = _new_model(candidate.id, dialect, candidate.precision_label)
     _declare_image(scope, candidate, batch)
     x = writer.image(scope, "image", mean, std)
     if form == "if":
@@ -169,7 +170,7 @@ def segment_models(
     side, channels = candidate.resolution, candidate.in_channels
     for number, (layers, threshold) in enumerate(pieces):
         writer = LayerWriter(weights, quant, dialect)
-        model, scope = _new_model(f"{candidate.id}#{number}", dialect)
+        model, scope = _new_model(f"{candidate.id}#{number}", dialect, candidate.precision_label)
         if x is None:
             entered = "image"
             _declare_image(scope, candidate, 1)
@@ -228,7 +229,7 @@ def tensors_model(
     _check_normalisation(candidate, mean, std)
     plain = candidate.with_precision("fp32")
     writer = LayerWriter(weights, None, ORT)
-    model, scope = _new_model(plain.id, ORT)
+    model, scope = _new_model(plain.id, ORT, "fp32")
     _declare_image(scope, candidate, None)
     x = writer.image(scope, "image", mean, std)
     for layer in expand(plain):
@@ -384,10 +385,13 @@ def _declare(infos: MutableSequence[ValueInfoProto], name: str, kind: str, shape
     infos.append(helper.make_tensor_value_info(name, ONNX_TYPES[np.dtype(kind)], shape))
 
 
-def _new_model(name: str, dialect: Dialect) -> tuple[ModelProto, Scope]:
+def _new_model(name: str, dialect: Dialect, precision: str) -> tuple[ModelProto, Scope]:
     """An empty model and its graph to write into."""
     opset = helper.make_opsetid("", dialect.opset)
     model = ModelProto(ir_version=dialect.ir_version, producer_name="nas", opset_import=[opset])
+    if dialect is not ORT:
+        # A weakly typed builder has to be told: its graph is float32 whether or not half precision is meant.
+        model.metadata_props.add(key=PRECISION_KEY, value=precision)
     return model, Scope(model.graph, name)
 
 

@@ -64,10 +64,11 @@ def covering_plan(space: SearchSpace, keys: Iterable[str] | None = None) -> Cove
     wanted = {layer.key for layer in space.layers()}
     wanted &= wanted if keys is None else set(keys)
     networks = tuple(_greedy(space, set(wanted)))
-    return CoveringPlan(networks, len(wanted), _least(space, wanted))
+    return CoveringPlan(networks, len(wanted), least_networks(space, wanted))
 
 
-def _least(space: SearchSpace, wanted: set[str]) -> int:
+def least_networks(space: SearchSpace, wanted: set[str]) -> int:
+    """A number of networks that no choice can go below to cover these rows."""
     at_slots: dict[str, set[str]] = {}
     for slot in space.slots():
         for layer in slot.layers:

@@ -18,7 +18,9 @@ from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measure
 from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
-from nas.export.graph import forced_exit, network_model
+from nas.export.dialect import dialect_for
+from nas.export.forms import exits_form
+from nas.export.graph import forced_exit, network_model, segment_models
 from nas.latency.energy import EnergyEstimate, EnergyEstimator, has_energy
 from nas.latency.energy import figures as energy_figures
 from nas.latency.estimate import figures
@@ -184,6 +186,7 @@ def finish(
             parts.search.seed,
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
+            parts.plan.dialect,
         )
         for candidate in finalists
     ]
@@ -263,8 +266,10 @@ def _right(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(1) == labels).mean())
 
 
-def variant_model(parts: SearchParts, variant: Variant, candidate: Candidate) -> bytes:
-    """The ONNX bytes that would be deployed: form `if` with exits, else `plain`; static batch 1, normalisation inside.
+def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -> tuple[bytes, ...]:
+    """The ONNX bytes that would be deployed: static batch 1, normalisation inside.
+
+    With exits one model of form `if` on ONNX Runtime, else one for each segment; without exits one of form `plain`.
 
     Args:
         variant: gives weights and ranges.
@@ -274,8 +279,12 @@ def variant_model(parts: SearchParts, variant: Variant, candidate: Candidate) ->
     weights, quant = load_finished(parts.folder.student(trained.arch_id))
     weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
     context = open_context(parts.plan.context, candidate.resolution)
+    dialect = dialect_for(parts.predictor.device.profile)
+    if candidate.exits and exits_form(dialect) == "segments":
+        chain = segment_models(candidate, weights, context.mean, context.std, quant=quant, dialect=dialect)
+        return tuple(segment.model for segment in chain)
     form = "if" if candidate.exits else "plain"
-    return network_model(candidate, weights, context.mean, context.std, quant=quant, form=form)
+    return (network_model(candidate, weights, context.mean, context.std, quant=quant, form=form, dialect=dialect),)
 
 
 def build_points(
@@ -440,17 +449,18 @@ def _measure(
     known = {key: m for key, m in stored.items() if m.latency_ms is not None or m.error.startswith(HANG_REASON)}
     check_state = state_check(parts.predictor.table, parts.predictor.device)
     jobs: dict[str, MeasureJob] = {}
-    keys = {i: [_exit_key(everything[i], k) for k in range(len(everything[i].candidate.exits) + 1)] for i in chosen}
+    is_chain = exits_form(dialect_for(parts.predictor.device.profile)) == "segments"
+    keys = {i: _exit_keys(everything[i], is_chain) for i in chosen}
     for i, own in keys.items():
         variant = everything[i]
         if known.keys() >= set(own):
             continue
         candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
-        model = variant_model(parts, variant, candidate)
+        models = variant_models(parts, variant, candidate)
         macs = exit_macs(variant.candidate)
         for k, key in enumerate(own):
             if key not in known and key not in jobs:
-                forced = forced_exit(model, k) if candidate.exits else model
+                forced = models[k] if is_chain else forced_exit(models[0], k) if candidate.exits else models[0]
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
 
     def keep(m: Measurement) -> None:
@@ -469,8 +479,11 @@ def _measure(
         there = [ms for ms in found if ms is not None]
         if len(there) == len(found):
             # Leaving later never takes less time; a small disorder is noise of the measurement.
+            stds = [known[key].std_ms for key in own]
+            if is_chain:  # segments are executed one after the other; what disturbs one disturbs all
+                there, stds = np.cumsum(there).tolist(), np.cumsum(stds).tolist()
             rising = tuple(float(v) for v in np.maximum.accumulate(there))
-            times[i] = LatencyEstimate(rising, tuple(known[key].std_ms for key in own), 0, "measured")
+            times[i] = LatencyEstimate(rising, tuple(stds), 0, "measured")
         else:
             reason = next(known[key].error for key in own if known[key].latency_ms is None)
             failed.append(FailedCandidate(everything[i].candidate.id, "measuring", reason or "no latency"))
@@ -484,12 +497,15 @@ def _energies(parts: SearchParts, everything: Sequence[Variant]) -> dict[int, En
     if not has_energy(parts.predictor.table):
         return {}
     known, estimator = parts.folder.measured(), EnergyEstimator(parts.predictor.table)
+    is_chain = exits_form(dialect_for(parts.predictor.device.profile)) == "segments"
     found: dict[int, EnergyEstimate] = {}
     for i, variant in enumerate(everything):
-        exits = [known.get(_exit_key(variant, k)) for k in range(len(variant.candidate.exits) + 1)]
+        exits = [known.get(key) for key in _exit_keys(variant, is_chain)]
         means = [e.energy_mj for e in exits if e is not None and e.energy_mj is not None]
         stds = [e.energy_std_mj for e in exits if e is not None and e.energy_std_mj is not None]
         if len(means) == len(stds) == len(exits):
+            if is_chain:  # as with their times
+                means, stds = np.cumsum(means).tolist(), np.cumsum(stds).tolist()
             found[i] = EnergyEstimate(tuple(means), tuple(stds), 0, "measured")
             continue
         try:
@@ -499,8 +515,13 @@ def _energies(parts: SearchParts, everything: Sequence[Variant]) -> dict[int, En
     return found
 
 
-def _exit_key(variant: Variant, exit_index: int) -> str:
-    return f"{network_key(variant.candidate, 'if' if variant.candidate.exits else 'plain')}#{exit_index}"
+def _exit_keys(variant: Variant, is_chain: bool) -> list[str]:
+    """Keys of what is measured of a variant, one for each exit and the head."""
+    if not variant.candidate.exits:
+        return [f"{network_key(variant.candidate, 'plain')}#0"]
+    key = network_key(variant.candidate, "if")
+    mark = "#segment-" if is_chain else "#"
+    return [f"{key}{mark}{k}" for k in range(len(variant.candidate.exits) + 1)]
 
 
 def _points(

@@ -18,6 +18,7 @@ from nas.data.decode import read_image_file
 from nas.devices import open_device, usable_cores
 from nas.devices.base import Device
 from nas.devices.capability import WITHOUT
+from nas.export.dialect import dialect_for
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.measure.pipeline import postprocess_ms, preprocess_ms
@@ -313,6 +314,7 @@ def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan
         e.standalone.keep,
         e.search.seed,
         SCORE_IMAGES,
+        dialect_for(inputs.device.profile).name,
     )
 
 

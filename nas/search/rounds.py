@@ -29,7 +29,7 @@ from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord, latest
 from nas.search.greybox_sampler import is_ordered
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
-from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
+from nas.search.predictor import AnyBudget, BudgetFilter, Predictor
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Earlier, Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.seeds import Seed
@@ -751,7 +751,7 @@ def _measured(parts: SearchParts, chosen: Chosen) -> tuple[tuple[PredictedMeasur
 
 
 def _is_measured(predictor: Predictor, candidate: Candidate) -> bool:
-    return network_key(candidate, deployed_form(candidate)) in predictor.table.networks
+    return network_key(candidate, predictor.form(candidate)) in predictor.table.networks
 
 
 def _round_event(

@@ -214,8 +214,16 @@ def test_a_builder_that_gives_nothing_tells_its_errors(release: str, library: An
 
 def test_a_timing_cache_of_another_gpu_is_replaced_and_said(library: Any, tmp_path: Path) -> None:
     answers = iter([False, True])
-    trt = stand_in("10.3.0", library.fake_work, **{"IBuilderConfig.set_timing_cache": lambda *_, **__: next(answers)})
-    told = trt_engine.build(trt, request_for(tmp_path))
+    made: list[bytes] = []
+    own = {
+        "IBuilderConfig.set_timing_cache": lambda *_, **__: next(answers),
+        "IBuilderConfig.create_timing_cache": lambda _, saved: made.append(saved) or object(),
+    }
+    trt = stand_in("10.3.0", library.fake_work, **own)
+    request = request_for(tmp_path)
+    Path(request["timing_cache"]).write_bytes(b"of another GPU")
+    told = trt_engine.build(trt, request)
+    assert made == [b"of another GPU", b""]
     assert told["warnings"] == ["the timing cache is of another GPU, CUDA or TensorRT; a new one was begun"]
 
 

@@ -26,10 +26,24 @@ from nas.compress.calibrate import calibrate
 from nas.core.errors import RecordError, UsageError
 from nas.core.records import Candidate, ConvSpec, QuantSpec
 from nas.core.walk import expand
+from nas.devices.portable import portable_model, precision_of
 from nas.export.check import tensorrt_problems
-from nas.export.dialect import ORT, TRT_8_0, TRT_8_4, TRT_10_13, Dialect, dialect_for, tensorrt_dialect
+from nas.export.dialect import (
+    ORT,
+    TRT_8_0,
+    TRT_8_4,
+    TRT_10_13,
+    Dialect,
+    dialect_for,
+    dialect_named,
+    target_dialect,
+    tensorrt_dialect,
+)
+from nas.export.forms import exits_form
 from nas.export.graph import layer_model, network_model, nominal_quant, random_weights, segment_models, tensors_model
 from nas.models.student import Student, folded_weights
+from nas.recipe.deployed import deployed_logits
+from nas.search.predictor import deployed_form
 
 TENSORRT = (TRT_8_0, TRT_8_4, TRT_10_13)
 IMAGES = smooth_images(64, 32)
@@ -351,3 +365,67 @@ def test_segments_obey_the_rules_of_the_parser_and_fit_together(dialect: Dialect
         before = model.graph.output[-1]
     kind = onnx.load_from_string(chain[1].model).graph.input[0].type.tensor_type.elem_type
     assert kind == (onnx.TensorProto.FLOAT16 if dialect.half_floats else onnx.TensorProto.FLOAT)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_model_says_in_which_precision_it_is_to_be_built(precision: str) -> None:
+    """A float32 graph for a weakly typed builder would otherwise become an fp32 engine when a device runs it."""
+    candidate = wide_candidate(precision)
+    for dialect in TENSORRT:
+        models = [graph_of(dialect, candidate).SerializeToString(), layer_model(expand(candidate)[1], dialect=dialect)]
+        models += [
+            s.model
+            for s in segment_models(
+                candidate, random_weights(candidate, 0), MEAN, STD, quant=nominal_quant(candidate), dialect=dialect
+            )
+        ]
+        assert {precision_of(portable_model(model)) for model in models} == {precision}
+    assert precision_of(b"no model") == "fp32"
+    assert precision_of(graph_of(ORT, wide_candidate("int8")).SerializeToString()) == "fp32"
+
+
+def test_what_travels_to_a_board_still_obeys_the_parser() -> None:
+    candidate = wide_candidate("int8")
+    for dialect in TENSORRT:
+        data = portable_model(graph_of(dialect, candidate, "plain").SerializeToString())
+        proto = onnx.load_from_string(data)
+        onnx.checker.check_model(proto, full_check=True)
+        assert proto.opset_import[0].version <= dialect.opset
+        assert tensorrt_problems(proto, replace(dialect, opset=proto.opset_import[0].version)) == []
+
+
+def test_scores_of_a_board_are_those_of_its_own_graphs() -> None:
+    candidate = wide_candidate("fp32")
+    weights = folded_weights(settled(candidate, 3))
+    quant = calibrated(candidate, weights)
+
+    def logits(precision: str, dialect: Dialect) -> np.ndarray:
+        return deployed_logits(
+            candidate.with_precision(precision), weights, quant, MEAN, STD, IMAGES[:16], run, dialect
+        )
+
+    exact = logits("fp32", TRT_8_4)
+    assert 0 < relative_l2(exact, logits("fp16", TRT_8_4)) < 0.01, "half floats must show in the score"
+    assert relative_l2(exact, logits("int8", TRT_8_4)) > relative_l2(exact, logits("fp16", TRT_8_4))
+    assert relative_l2(logits("int8", ORT), logits("int8", TRT_8_4)) > 0.001, "the placement differs"
+
+
+def test_networks_with_exits_are_measured_in_the_form_that_a_runtime_deploys() -> None:
+    candidate = wide_candidate()
+    assert (deployed_form(candidate), deployed_form(candidate, TRT_8_4)) == ("if", "logits")
+    plain = replace(candidate, exits=())
+    assert (deployed_form(plain), deployed_form(plain, TRT_8_4)) == ("plain", "plain")
+    assert [exits_form(d) for d in (ORT, *TENSORRT)] == ["if", "segments", "segments", "segments"]
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [("ort", "ort"), ("tensorrt:8.2", "tensorrt-8.0"), ("tensorrt:10.3", "tensorrt-8.4")]
+)
+def test_a_target_is_named_by_runtime_and_version(target: str, name: str) -> None:
+    assert target_dialect(target).name == name and dialect_named(name) is target_dialect(target)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "trt:8", "", "tensorrt:"])
+def test_an_unknown_target_is_refused_with_examples(target: str) -> None:
+    with pytest.raises(UsageError, match=r"tensorrt:8\.2 \(JetPack 4\.6\)|8\.0 and newer"):
+        target_dialect(target)
