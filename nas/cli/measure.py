@@ -65,7 +65,7 @@ def command(
     """
     from nas.devices import open_device
     from nas.latency.table import LatencyTable
-    from nas.measure.covering import fill_covering, layer_timer, mixed_ways
+    from nas.measure.covering import fill_covering, mixed_ways
     from nas.measure.fill import SECONDS_PER_ROW, fill, measure_streaming
 
     if how == "covering" and space is None:
@@ -94,7 +94,6 @@ def command(
         if dry_run:
             _covering_plan(console, document, loaded, missing, engine_s)
             return
-        layer_timer(target)
     if dry_run:
         about_s = len(missing) * SECONDS_PER_ROW
         console.say(f"{len(missing)} rows to measure, about {format_duration(about_s)} on a calm machine")

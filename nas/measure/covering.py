@@ -26,6 +26,7 @@ from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import expand, total_params
 from nas.devices.base import Device, LayerTimer
+from nas.devices.graphs import reference_model
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.attribution import Attribution, attribute
@@ -105,16 +106,22 @@ def _counts(key_of: Mapping[int, str], missing: set[str], layer: LayerSpec) -> f
 
 
 def layer_timer(device: Device) -> LayerTimer:
-    """The device as one that can profile.
+    """The device as one that can profile; a small network shows that its runtime does.
 
     Raises:
         UsageError: it cannot.
     """
+    reason = "it has no such measurement"
     if callable(getattr(device, "layer_times", None)):
-        return device  # type: ignore[return-value]
+        timer: LayerTimer = device  # type: ignore[assignment]
+        try:
+            timer.layer_times(reference_model(), "fp32")
+            return timer
+        except DeviceError as e:
+            reason = str(e)
     raise UsageError(
-        f"--how covering: device {device.profile.name} cannot tell how long each layer of a network takes. Measure its "
-        "rows one by one: --how isolated"
+        f"--how covering: device {device.profile.name} cannot tell how long each layer of a network takes: {reason}."
+        " Measure its rows one by one: --how isolated"
     )
 
 

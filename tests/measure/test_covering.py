@@ -12,6 +12,7 @@ from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, Measurement
 from nas.core.walk import expand
 from nas.devices.base import JobPrecision, LayerTime
+from nas.devices.graphs import reference_model
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import ProtocolSettings
 from nas.latency.estimate import Estimator
@@ -47,13 +48,14 @@ def small_space(folder: Path) -> SearchSpace:
 class Profiled(SimulatedDevice):
     """Tells each layer's time as its multiply-adds, 10 % more than the network takes: profiling costs."""
 
-    def __init__(self, network_ms: float = 1.0, *, fails: str = "", unstable: bool = False) -> None:
+    def __init__(self, network_ms: float = 1.0, *, fails: str = "", unstable: bool = False, can: bool = True) -> None:
         super().__init__()
         self.by_model: dict[bytes, Candidate] = {}
         self.profiled = 0
         self._network_ms = network_ms
         self._fails = fails
         self._unstable = unstable
+        self._can_profile = can
 
     def write(self, candidate: Candidate) -> bytes:
         model = network_bytes(candidate)
@@ -76,6 +78,10 @@ class Profiled(SimulatedDevice):
 
     def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
         assert precision == "fp32"
+        if model == reference_model():
+            if self._can_profile:
+                return [LayerTime("x", 1.0)]
+            raise DeviceError("unsupported: no profile here")
         self.profiled += 1
         layers = expand(self.by_model[model])
         if self._fails:
@@ -178,6 +184,13 @@ def test_a_device_that_cannot_profile_is_refused_with_the_other_way() -> None:
         layer_timer(SimulatedDevice())
 
 
+def test_a_runtime_that_cannot_profile_is_found_out_before_anything_is_measured(tmp_path: Path) -> None:
+    space, device, table = small_space(tmp_path), Profiled(can=False), prepared(tmp_path)
+    with pytest.raises(UsageError, match=r"takes: unsupported: no profile here\. Measure its rows one by one"):
+        fill_covering(table, device, space, space.layers(), write=device.write)
+    assert table.networks == {}
+
+
 def test_a_table_of_both_ways_is_warned_about(tmp_path: Path) -> None:
     space, device = small_space(tmp_path), Profiled()
     table = prepared(tmp_path)
@@ -201,4 +214,6 @@ def test_rows_are_really_filled_on_this_processor(tmp_path: Path) -> None:
     report = fill_covering(table, device, space, wanted)
     assert (report.measured, report.failed) == (len(wanted), ())
     measured = next(iter(table.networks.values())).measurement.latency_ms
-    assert Estimator(table, gated=False).estimate(network).worst_ms == pytest.approx(measured, rel=0.02)
+    net = [(table.rows[layer.key].latency_ms or 0.0) - table.overhead_ms for layer in expand(network)]
+    assert table.overhead_ms + sum(net) == pytest.approx(measured, rel=1e-6)
+    assert all(row.clock == "thread_cpu" for row in table.rows.values())
