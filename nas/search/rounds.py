@@ -124,7 +124,7 @@ def run_rounds(parts: SearchParts) -> None:
     if parts.search.energy and not has_energy(parts.predictor.table):
         raise DeviceError(
             f"search.energy: {parts.predictor.device.profile.name} tells no energy of an inference: it has no power "
-            "sensor, its runtime is trtexec (take ssh:...?runner=tensorrt), or its table is older than energy is measured "
+            "sensor, its runtime is trtexec (take ssh:...?runner=tensorrt), or its table is of an older version "
             "(--set run.tables=DIR). Look at its rails: nas doctor --device NAME; or search without energy: "
             "--set search.energy=false"
         )

@@ -173,7 +173,7 @@ def skipped_tactics(text: str) -> int:
 
 def captured_graph(text: str) -> Optional[bool]:
     """Whether trtexec ran a CUDA graph; None where its log says nothing about one."""
-    if re.search("CUDA graph capture failed", text, re.IGNORECASE):
+    if re.search("CUDA graph capture (?:on the stream has )?failed", text, re.IGNORECASE):
         return False
     return True if re.search("Successfully captured CUDA graph", text, re.IGNORECASE) else None
 

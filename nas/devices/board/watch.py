@@ -1,10 +1,9 @@
-"""Whether a board kept its state while it measured: after each round, and before and after a whole batch.
+"""Whether a board was slowed down while it measured, and how it gets cool again.
 
 `Watch.look` is called after each round, outside any timed window, and says whether that round is marked: a counter of
 over-current, under-voltage or throttling moved, the GPU ran below the frequency it is locked to, or a zone came close
 to where the kernel slows it down. Marked rounds are measured again after `cool_down`; one that stays marked is kept as
-unstable, never averaged in silently. `changes` compares whole state records: a boot, another power mode or other locks
-void everything between them.
+unstable, never averaged in silently.
 """
 
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -16,23 +15,6 @@ COOL_LIMIT_S = 300.0
 COOL_STEP_S = 2.0
 
 Snapshot = Callable[[], Dict[str, Any]]
-
-
-def changes(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
-    """What may not change within a batch and did, such as `power_mode: '25W', then '15W'`; empty where nothing did.
-
-    What is None before and after does not count; what can be told at one time only does.
-    """
-    result = []
-    for name in ("boot_id", "power_mode", "clocks_locked"):
-        first, last = (_plain(record.get(name)) for record in (before, after))
-        if first != last:
-            result.append("%s: %r, then %r" % (name, first, last))
-    return result
-
-
-def _plain(value: Any) -> Any:
-    return value.get("name") if isinstance(value, dict) else value
 
 
 def marks(before: Dict[str, Any], after: Dict[str, Any]) -> List[str]:
