@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -80,11 +80,14 @@ class SimulatedDevice:
     on a real device. `run` really runs the model on the host.
     """
 
-    def __init__(self, seed: int = 0, *, network_factor: float = 1.05, noise: float = 0.01) -> None:
-        """`noise` is the relative standard deviation of a value."""
+    def __init__(
+        self, seed: int = 0, *, network_factor: float = 1.05, noise: float = 0.01, power_mw: float | None = None
+    ) -> None:
+        """`noise` is the relative standard deviation of a value, `power_mw` the power; None: no sensor."""
         self._seed = seed
         self._network_factor = network_factor
         self._noise = noise
+        self._power_mw = power_mw
         self._sequence = 0
 
     @property
@@ -139,7 +142,13 @@ class SimulatedDevice:
         except DecodeError as e:
             return _result(job, self._sequence, error=f"not an ONNX model: {e}")
         value = self.latency_ms(job)
-        return _result(job, self._sequence, ((value,) * 4,) * 3, (value,))
+        result = _result(job, self._sequence, ((value,) * 4,) * 3, (value,))
+        if self._power_mw is None:
+            return result
+        # Not a multiple of the latency: some layers take more power than others.
+        share = float(np.random.default_rng(_digest(f"power/{self._seed}/{job.key}")).uniform(0.7, 1.3))
+        energy_mj = self._power_mw * (1.0 if job.kind == "overhead" else share) * value / 1000
+        return replace(result, energy_mj=energy_mj, energy_std_mj=0.02 * energy_mj)
 
 
 @dataclass(frozen=True, slots=True)

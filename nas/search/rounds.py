@@ -124,8 +124,9 @@ def run_rounds(parts: SearchParts) -> None:
     if parts.search.energy and not has_energy(parts.predictor.table):
         raise DeviceError(
             f"search.energy: {parts.predictor.device.profile.name} tells no energy of an inference: it has no power "
-            "sensor, or its table is from before energy was measured. Look at its rails: nas doctor --device NAME; "
-            "measure anew (--set run.tables=DIR), or search without energy (--set search.energy=false)"
+            "sensor, its runtime is trtexec (take ssh:...?runner=tensorrt), or its table is older than energy is measured "
+            "(--set run.tables=DIR). Look at its rails: nas doctor --device NAME; or search without energy: "
+            "--set search.energy=false"
         )
     for own in parts.each:
         if not any(e.kind == "first networks" for e in own.folder.events()):

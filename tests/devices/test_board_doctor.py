@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from nas.core.errors import DeviceError, UsageError
 from nas.devices.board.power import change
 from nas.devices.board.state import read_state
 from nas.devices.remote import RemoteRunner
+from nas.testing import SshServer, requires_openssh
 
 BY_HAND = "ssh -p 2222 me@jetson"
 
@@ -156,3 +157,33 @@ def test_boards_that_are_joined_are_looked_at_one_by_one(monkeypatch: pytest.Mon
     monkeypatch.setattr("nas.devices.open_device", refused)
     assert run(["doctor", "--device", "ssh:a,ssh:b"]) == 4
     assert seen == ["ssh:a", "ssh:b"]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SshServer]:
+    with SshServer(requires_openssh()) as running:
+        yield running
+
+
+def test_a_host_behind_ssh_is_looked_at_and_sent_in_a_bundle(
+    server: SshServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "send.zip"
+    assert run(["doctor", "--device", server.device_name(), "--bundle", str(bundle), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    by_name = {c["name"]: c for c in document["checks"]}
+    assert by_name["board"]["details"]["soc"] is None
+    assert by_name["board onnxruntime"]["text"].startswith("ort ")
+    assert by_name[f"device {server.device_name()} fp32"]["level"] == "OK"
+    with zipfile.ZipFile(bundle) as archive:
+        assert json.loads(archive.read("device.json"))["error"] is None
+
+
+def test_what_cannot_be_changed_on_a_host_is_a_failure_that_says_why(
+    server: SshServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["doctor", "--device", server.device_name(), "--set-power-mode", "MAXN", "--json"]) == 4
+    document = json.loads(capsys.readouterr().out)
+    changed = next(c for c in document["checks"] if c["name"] == "board changed")
+    assert "this board has no power modes: /etc/nvpmodel.conf: No such file or directory" in changed["text"]
+    assert changed["fix"].startswith("on the board itself: ssh ")

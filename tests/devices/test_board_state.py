@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def test_each_generation_tells_what_it_is(tmp_path: Path, name: str, expected: t
 
 
 def test_ids_of_power_modes_are_those_of_the_file_and_not_of_their_order() -> None:
-    text = "# < POWER_MODEL ID=9 NAME=EXAMPLE >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n< POWER_MODEL NAME=15W ID=0 >\n"
+    text = "# < POWER_MODEL ID=9 NAME=EXAMPLE >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
+    text += "< POWER_MODEL NAME=15W ID=0 > # was < ID=5 >\n"
     modes, default = parse_power_modes(text + "< PM_CONFIG DEFAULT=2 >\n< PARAM TYPE=FILE NAME=X >\n")
     assert modes == [{"id": 2, "name": "MAXN_SUPER"}, {"id": 0, "name": "15W"}]
     assert default == 2
@@ -117,6 +119,12 @@ def test_nonsense_of_nvpmodel_is_no_mode(tmp_path: Path) -> None:
     state = state_of(tmp_path, NANO, fail="garbage")
     assert state["power_mode"] is None
     assert "nvpmodel -q ended with 255: NVPM ERROR" in state["unknown"]["power_mode"]
+
+
+def test_an_l4t_of_two_numbers_ends_with_a_zero(tmp_path: Path) -> None:
+    board = dataclasses.replace(NANO, release="# R36 (release), REVISION: 3, GCID: 1, BOARD: generic")
+    state = read_state(str(write_board(tmp_path, board)), nothing_installed)
+    assert (state["l4t"], state["jetpack"]) == ("36.3.0", "6.0")
 
 
 def test_an_l4t_that_is_not_in_the_table_gets_no_jetpack(tmp_path: Path) -> None:
@@ -209,6 +217,7 @@ def test_a_host_that_is_no_jetson_gives_what_there_is() -> None:
     state = read_state()
     assert state["soc"] is None and state["power_mode"] is None and state["problems"] == []
     assert "no Tegra" in state["unknown"]["soc"]
+    assert state["board"].startswith(platform.machine())
     assert state["python"].count(".") == 2
     assert state["memory_mb"]["total"] > 0
 

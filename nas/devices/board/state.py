@@ -206,16 +206,13 @@ def _identity(tree: Tree, run: Run) -> Dict[str, Any]:
     compatible = (tree.text("proc/device-tree/compatible") or "").split()
     soc = next((s for s in SOCS if any(s in text for text in compatible)), None)
     part = _part_number(compatible, tree.text("proc/device-tree/nvidia,dtsfilename") or "")
-    board = tree.text("proc/device-tree/model", "board") or tree.text("sys/class/dmi/id/product_name")
-    if board:
-        tree.unknown.pop("board", None)
     if soc is None:
         tree.unknown["soc"] = "no Tegra among the compatible strings of the device tree: %s" % (
             ", ".join(compatible[:4]) or "there is no device tree"
         )
     l4t = _l4t(tree, run)
     return {
-        "board": board,
+        "board": _board(tree),
         "module": MODULES.get(part or ""),
         "part_number": part,
         "compatible": compatible,
@@ -226,6 +223,16 @@ def _identity(tree: Tree, run: Run) -> Dict[str, Any]:
         "python": platform.python_version(),
         "kernel": tree.text("proc/sys/kernel/osrelease", "kernel"),
     }
+
+
+def _board(tree: Tree) -> Optional[str]:
+    """Model of the board; of a host without a device tree that of its processor."""
+    model = tree.text("proc/device-tree/model")
+    if model:
+        return model
+    found = re.search(r"^model name\s*:\s*(\S.*)$", tree.text("proc/cpuinfo") or "", re.MULTILINE)
+    name = " ".join(found.group(1).split()) if found else ""
+    return " ".join(x for x in (platform.machine(), name) if x) or None
 
 
 def _part_number(compatible: List[str], dts: str) -> Optional[str]:
@@ -438,7 +445,7 @@ def trips(root: str = "/") -> Dict[str, float]:
 
 def _counters(tree: Tree) -> Dict[str, int]:
     """Over-current and under-voltage events of Orin and Thor, alarms of the sensors, throttle counts of other CPUs."""
-    result = {}
+    result = {}  # type: Dict[str, int]
     for path in tree.paths("sys/class/hwmon/hwmon*"):
         if tree.text(path + "/name") == "soctherm_oc":
             for file in tree.paths(path + "/oc*_event_cnt"):
@@ -499,9 +506,9 @@ def read_rails(root: str = "/") -> List[Dict[str, Any]]:
     for file in tree.paths("sys/bus/i2c/devices/*/iio:device*/rail_name_*"):
         folder, channel = os.path.dirname(file), file.rsplit("_", 1)[1]
         milliwatt = tree.number("%s/in_power%s_input" % (folder, channel))
-        label = tree.text(file)
-        if label and label != "NC" and milliwatt is not None:
-            result.append({"name": label, "mw": round(milliwatt, 1)})
+        rail = tree.text(file)
+        if rail and rail != "NC" and milliwatt is not None:
+            result.append({"name": rail, "mw": round(milliwatt, 1)})
     return result
 
 
@@ -536,11 +543,11 @@ def near_trip(record: Dict[str, Any], margin_c: float = NEAR_TRIP_C) -> List[str
 
 def slow_clocks(clocks: Dict[str, Any]) -> Optional[str]:
     """What runs below the frequency that it is locked to; None where nothing does."""
-    now, low, high = (clocks.get(name) for name in ("gpu_mhz", "gpu_min_mhz", "gpu_max_mhz"))
-    if None not in (now, low, high) and low == high and now < CLOCK_TOLERANCE * high:
+    now, low, high = clocks.get("gpu_mhz"), clocks.get("gpu_min_mhz"), clocks.get("gpu_max_mhz")
+    if now is not None and high is not None and low == high and now < CLOCK_TOLERANCE * high:
         return "the GPU is locked to %g MHz and runs at %g MHz" % (high, now)
     now, high = clocks.get("emc_mhz"), clocks.get("emc_max_mhz")
-    if are_locked(clocks) and None not in (now, high) and now < CLOCK_TOLERANCE * high:
+    if are_locked(clocks) and now is not None and high is not None and now < CLOCK_TOLERANCE * high:
         return "the memory can run at %g MHz and runs at %g MHz" % (high, now)
     return None
 
@@ -551,7 +558,7 @@ def _problem(what: str, why: str, fix: str) -> Dict[str, str]:
 
 def _problems(record: Dict[str, Any]) -> List[Dict[str, str]]:
     """What would make a measurement wrong or hard to repeat, each with the command that mends it."""
-    result = []
+    result = []  # type: List[Dict[str, str]]
     if record["soc"] is None:
         return result
     if record["power_mode"] is None:

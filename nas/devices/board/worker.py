@@ -13,12 +13,14 @@ from .lines import LineReader, LineWriter
 from .processes import end_with_parent
 from .rounds import Clock, Gate, Plan, Subject, measure_rounds
 from .runners import all_runners
-from .watch import Watch
+from .watch import COOL_LIMIT_S, Watch
 
 _MOST_IMAGES = 64  # in one run where the batch of a model is not fixed: bounds the memory
 COOL_BEAT_S = 60.0  # while a board cools down, a sign of life comes far more often
+COOL_TOTAL_S = 1200.0  # of one request: a board that never cools is measured as it is, and its rounds stay marked
 ENERGY_ROUNDS = 3
 ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
+ENERGY_RUNS = 8  # between two looks at the clock
 START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
 
 
@@ -50,12 +52,16 @@ class Worker(object):
     """Runs models; keeps the reference network of each runner ready between requests."""
 
     def __init__(
-        self, send: Callable[[Dict[str, Any]], None], runners: Optional[List[Any]] = None, root: str = "/"
+        self,
+        send: Callable[[Dict[str, Any]], None],
+        runners: Optional[List[Any]] = None,
+        root: str = "/",
+        clock: Optional[Clock] = None,
     ) -> None:
-        """`send` takes what is told while a request is worked on; tests give runners of their own, and a `root`."""
+        """`send` takes what is told while a request is worked on; the rest is for tests."""
         self._send = send
         self._runners = all_runners() if runners is None else runners
-        self._clock = Clock()
+        self._clock = clock or Clock()
         self._gates = {}  # type: Dict[str, Gate]
         self._root = root
         self._key = ""
@@ -96,7 +102,8 @@ class Worker(object):
         gate = self._gate(runner, plan, request) if plan.gate_runs else None
         jobs = request["jobs"]
         results = [_new_result(job) for job in jobs]
-        watch, sampler = Watch(self._root), PowerSampler(self._root)
+        watch, sampler = Watch(self._root), PowerSampler(self._root, clock=self._clock.seconds)
+        cool_s = [COOL_TOTAL_S]
         for _ in range(plan.sessions):
             subjects = []
             for job, result in zip(jobs, results):
@@ -110,7 +117,7 @@ class Worker(object):
                 gate,
                 self._clock,
                 lambda key: self._at(key, plan.hang_s),
-                lambda: self._looked(watch, plan),
+                lambda: self._looked(watch, plan, cool_s),
                 lambda: self._send({"step": 1}),
             )
             for subject, result in subjects:
@@ -127,22 +134,28 @@ class Worker(object):
             result["best_ms"] = None if gate is None else gate.best_ms
         return {"results": results}
 
-    def _looked(self, watch: Watch, plan: Plan) -> Dict[str, Any]:
-        """What the sensors say of the round that ended; a board that is slowed down cools before the next one."""
+    def _looked(self, watch: Watch, plan: Plan, cool_s: List[float]) -> Dict[str, Any]:
+        """What the sensors say of the round that ended; a board that is slowed down cools before the next one.
+
+        `cool_s`: seconds that are left for that.
+        """
         told = watch.look()
         if told["throttled"]:
             key = self._key
-            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S))
+            limit_s = min(COOL_LIMIT_S, cool_s[0])
+            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S), limit_s)
+            cool_s[0] -= told["cooled_s"]
             self._at(key, plan.hang_s)
         return told
 
     def _energy(self, subject: Subject, sampler: PowerSampler, plan: Plan) -> Optional[Dict[str, Any]]:
         """Energy of an inference of a model that was timed, in rounds of their own: reading sensors disturbs times.
 
-        None where the session does not compute in place (`times_in_place`): a program that first loads an engine does
+        None where the session cannot run without anything else (`run_only`): a program that first loads an engine does
         not say when its runs began.
         """
-        if not getattr(subject.session, "times_in_place", False):
+        run_only = getattr(subject.session, "run_only", None)
+        if run_only is None:
             return None
         values = []
         sampler.start()
@@ -151,7 +164,8 @@ class Worker(object):
                 self._at(subject.key, plan.hang_s)
                 runs, began_s = 0, self._clock.seconds()
                 while self._clock.seconds() - began_s < ENERGY_ROUND_S:
-                    runs += len(subject.session.time(max(1, subject.runs), 0)["samples_ms"])
+                    run_only(ENERGY_RUNS)
+                    runs += ENERGY_RUNS
                 values.append(sampler.energy_mj(began_s, self._clock.seconds(), runs))
         except Exception as e:  # as in `main`: the times before it are sound, and a note says what happened
             return {"mj": None, "why": as_board_error(e, "unsupported").message}

@@ -203,6 +203,7 @@ def set_rails(root: Path, board: FakeBoard, milliwatt: dict[str, float] | None =
         put(root, f"{folder}/curr{i}_max_alarm", "0\n")
     put(root, f"{folder}/in7_label", "sum of shunt voltages\n")
     put(root, f"{folder}/in7_input", "17\n")
+    put(root, f"{folder}/curr7_input", "3\n")
 
 
 def put(root: Path, path: str, text: str) -> None:
