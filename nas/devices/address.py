@@ -38,8 +38,8 @@ def parse_address(name: str) -> RemoteAddress:
         key, equals, value = part.partition("=")
         if key not in _OPTIONS or not equals or not value or key in options:
             raise UsageError(
-                f"device {name!r}: behind ? come {', '.join(f'{x}=...' for x in _OPTIONS)}, joined by &; got {part!r}"
-                f"{did_you_mean(key, _OPTIONS)}. Such as ssh:me@jetson?runner=onnxruntime"
+                f"device {name!r}: behind ? come {', '.join(f'{x}=...' for x in _OPTIONS)}, joined by &, such as "
+                f"ssh:me@jetson?runner=onnxruntime; got {part!r}{did_you_mean(key, _OPTIONS)}"
             )
         options[key] = value
     found = re.fullmatch(r"((?:[^@\[\]]*@)?)(?:\[([0-9A-Fa-f:.%\w]+)\]|([^:\[\]]*))(?::(\d{1,5}))?", place)

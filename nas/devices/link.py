@@ -233,7 +233,8 @@ class AgentLink:
         if code in (126, 127) or re.search(f"{program}.*(not found|no such file)", said, re.IGNORECASE):
             return NoPythonError(
                 f"{address.shown}: no program {address.python} there that can be run. Install Python 3.6 or newer on "
-                f"the board (JetPack has it), or name it with ?python=PATH; try: {self._by_hand(address.python + ' --version')}"
+                "the board (JetPack has it), or name it with ?python=PATH; try: "
+                + self._by_hand(address.python + " --version")
             )
         last = said.strip().splitlines()[-1] if said.strip() else f"status {code}"
         return LinkCutError(f"{address.shown}: the agent ended ({last[:300]})")

@@ -40,6 +40,7 @@ from nas.devices.board.trt_engine import TensorRtRunner
 from nas.devices.board.trtexec import TrtexecRunner
 from nas.devices.graphs import reference_model
 from nas.devices.host import probe_host, safe_name
+from nas.devices.portable import precision_of
 from nas.devices.protocol import Clock, SystemClock, one_line
 from nas.devices.watchdog import watched
 
@@ -175,7 +176,7 @@ class TensorRt:
             raise DeviceError("no images were given to run")
         try:
             model = _with_static_batch(model)
-            with self._session(model, "auto") as session:
+            with self._session(model, precision_of(model)) as session:
                 entry = session.inputs()[0]
                 shape = (len(images), *entry["shape"][1:])
                 if images.shape != shape or entry["dtype"] not in ("float32", "float16"):

@@ -27,6 +27,7 @@ from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import expand, total_params
 from nas.devices.base import Device, LayerTimer
 from nas.devices.graphs import reference_model
+from nas.export.dialect import dialect_for
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.attribution import Attribution, attribute
@@ -133,7 +134,7 @@ def fill_covering(
     *,
     again: bool = False,
     progress: OnFill | None = None,
-    write: Callable[[Candidate], bytes] = network_bytes,
+    write: Callable[[Candidate], bytes] | None = None,
     wait_s: float = WAIT_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> FillReport:
@@ -149,7 +150,7 @@ def fill_covering(
         layers: whose rows are wanted; those of no network of the space are left out.
         again: also rows whose measuring failed, and those without a calm round.
         progress: told after each network.
-        write: gives the ONNX bytes of a network.
+        write: gives the ONNX bytes of a network; by default in the form that the device's runtime reads.
         wait_s: how long to wait while another process writes the table, seconds.
         clock: seconds, monotonic.
 
@@ -159,6 +160,7 @@ def fill_covering(
         DeviceError: the device is in another state than the table.
     """
     timer = layer_timer(device)
+    write_network = write or partial(network_bytes, dialect=dialect_for(device.profile))
     started = clock()
     keys = table.missing([layer.key for layer in layers], again=again, interpolated=True)
     plan = covering_plan(space, keys)
@@ -166,11 +168,15 @@ def fill_covering(
     failed: list[tuple[str, str]] = []
     unstable: set[str] = set()
     for number, candidate in enumerate(plan.networks, start=1):
-        network = measure_networks(table, device, [candidate], form=FORM, write=lambda c, _: write(c), wait_s=wait_s)[0]
+        network = measure_networks(
+            table, device, [candidate], form=FORM, write=lambda c, _: write_network(c), wait_s=wait_s
+        )[0]
         try:
             if network.latency_ms is None:
                 raise DeviceError(network.error or "it failed")
-            profile = attribute(timer.layer_times(write(candidate), candidate.precision_label), expand(candidate))
+            profile = attribute(
+                timer.layer_times(write_network(candidate), candidate.precision_label), expand(candidate)
+            )
         except DeviceError as e:
             failed.append((network_key(candidate, FORM), str(e)))
         else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -127,7 +127,7 @@ def test_what_runs_on_a_board_is_python_3_6(path: Path) -> None:
 def test_a_tool_that_knows_when_features_came_finds_nothing_newer_than_3_6() -> None:
     requires_package("vermin", "the check of the board's Python version")
     done = subprocess.run(
-        [sys.executable, "-m", "vermin", "--no-tips", "--violations", "-t=3.6-", str(BOARD)],
+        [sys.executable, "-c", "from vermin import main; main()", "--no-tips", "--violations", "-t=3.6-", str(BOARD)],
         capture_output=True,
         text=True,
         check=False,
@@ -329,31 +329,32 @@ def test_another_host_waits_until_the_board_is_free(board: Board, monkeypatch: p
     assert board.measure(b"good")["good"]["error"] is None
 
 
-def test_a_worker_ends_with_its_agent_however_that_ends(tmp_path: Path) -> None:
-    agent = tmp_path / "agent-test.pyz"
-    agent.write_bytes(packed_agent().data)
-    process = subprocess.Popen(
-        [sys.executable, "-u", str(agent)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={"HOME": str(tmp_path)}
+def test_a_worker_that_hangs_ends_with_its_agent_when_that_is_killed(tmp_path: Path) -> None:
+    runner = tmp_path / "runner.py"
+    shutil.copy(RUNNER, runner)
+    (tmp_path / "model").write_bytes(b"hang")
+    job = {"index": 0, "key": "k", "path": str(tmp_path / "model"), "precision": "fp16", "feeds": {}}
+    asked = {"op": "measure", "runner": "scripted", "plan": PLAN, "jobs": [job], "work": str(tmp_path)}
+    agent = (
+        "import json, sys\nfrom nas.devices.board.worker_process import WorkerProcess\n"
+        "worker = WorkerProcess([sys.executable, '-u', sys.argv[1]])\n"
+        "worker.ask({'op': 'describe'}, print)\nprint('ready', flush=True)\n"
+        "worker.ask(json.loads(sys.argv[2]), print)\n"
     )
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(b'{"op":"hello"}\n')
-    process.stdin.flush()
-    assert b'"ok": true' in process.stdout.readline()
+    argv = [sys.executable, "-c", agent, str(runner), json.dumps(asked)]
 
     def workers() -> list[str]:
         found = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                found += [path.parent.name] if f"{agent}\0--worker".encode() in path.read_bytes() else []
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                found += [path.parent.name] if path.read_bytes().endswith(f"-u\0{runner}\0".encode()) else []
         return found
 
-    assert len(workers()) == 1
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        time.sleep(0.5)  # it hangs now, and reads no more
+        assert len(workers()) == 1
+        process.kill()
     until = time.monotonic() + 10
     while workers() and time.monotonic() < until:
         time.sleep(0.02)

@@ -218,7 +218,13 @@ def test_skipped_tactics_are_a_warning_of_the_session(program: str, tmp_path: Pa
             "exit code 1: Error.2.: As",
         ),
         ({"code": 1, "err": SKIPPED + "[E] Error[10]: no implementation\n"}, "build_failed", "1 tactics were skipped"),
+        (
+            {"code": 1, "err": "[W] Could not read timing cache\n[E] bad node\n"},
+            "build_failed",
+            "exit code 1: bad node",
+        ),
         ({"code": 1, "err": "[E] Error[2]: OutOfMemory (no further information)"}, "out_of_memory", "out of memory"),
+        ({"code": -6, "err": "[E] a\nterminate called: std::bad_alloc"}, "out_of_memory", "out of memory: a"),
         ({"code": -6, "err": "terminate called after throwing 'std::bad_alloc'"}, "out_of_memory", "bad_alloc"),
         ({"code": -9}, "killed", "killed by the system"),
         ({"code": 137, "err": SKIPPED}, "killed", "dmesg.*1 tactics were skipped"),

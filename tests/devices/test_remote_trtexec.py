@@ -16,6 +16,9 @@ from nas.cli.main import run
 from nas.devices.address import parse_address
 from nas.devices.base import MeasureJob
 from nas.devices.remote import SLOW_START, RemoteDevice
+from nas.latency.table import LatencyTable
+from nas.measure.covering import fill_covering
+from nas.space.space import load_space
 from nas.testing import SshServer, mean_model, requires_openssh
 
 QUICK = replace(SLOW_START, row_round_ms=20.0, network_round_ms=20.0, retries=0, wait_ms=0.0)
@@ -124,3 +127,28 @@ def test_the_doctor_says_why_nothing_can_be_built(server: SshServer, capsys: pyt
     checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
     assert checks[f"device {name} fp32"]["level"] == "FAIL"
     assert "Could not find any implementation for node" in checks[f"device {name} fp32"]["text"]
+
+
+def test_rows_are_filled_from_covering_networks_whose_layers_the_board_profiles(
+    server: SshServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "one-stage.yaml"
+    stage = "{name: s1, width: 16, depth: 1, stride: 2, kernel_size: [3, 5], expansion: [2, 4], activation: relu}"
+    path.write_text(
+        "name: one-stage\nsource: made up\nresolution: 16\nstem: {channels: 8, activation: relu}\n"
+        f"stages:\n  - {stage}\nhead: {{conv_channels: 0, hidden_channels: 0, activation: relu}}\n"
+        "precision: {choices: [fp16], per: network}\n",
+        encoding="utf-8",
+    )
+    space = load_space(path, 4)
+    device, program = board(server, "10.3")
+    try:
+        table = LatencyTable.open(tmp_path / "table", device.profile)
+        report = fill_covering(table, device, space, space.layers())
+    finally:
+        device.close()
+    assert (report.measured, report.failed) == (len(space.layers()), ())
+    sources = [row.source for row in table.rows.values()]
+    assert all(source.startswith("covering: median of ") for source in sources)
+    assert any(" 0 ms of it changes of layout" not in source for source in sources), "reformats are told apart"
+    assert any("--fp16" in call for call in calls_of(program))  # weakly typed below 10.13

@@ -1,6 +1,8 @@
 """Packages for a board: chains of segments, engines built there and only there, scripts in Python 3.6's syntax."""
 
 import ast
+import importlib
+import inspect
 import json
 import os
 import shutil
@@ -16,11 +18,13 @@ import numpy as np
 import pytest
 from export_networks import MEAN, PROFILE, STD, network_input, run, small_candidate, smooth_images, time_models
 
+from nas import export as export_module
 from nas.compress.calibrate import calibrate
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Measurement
 from nas.devices import board
 from nas.devices.agent import pack
+from nas.devices.board import trt_engine, trtexec_output
 from nas.export.check import PackageError
 from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, Dialect
 from nas.export.forms import answers, in_series
@@ -344,3 +348,44 @@ class TestBuilding:
         assert done.stdout.count("is there") == 2, "only the engine that is not ours is built again"
         assert script(package, "parity.py", "--engines", str(engines)).returncode == 0
         assert "is there" not in script(package, "build_engine.py", "--engines", str(engines), "--force").stdout
+
+
+def test_what_the_scripts_use_of_the_program_for_a_board_is_there() -> None:
+    """The stand-in of these tests has the names that are asked for; so must the real modules, with these arguments."""
+    source = (Path(export_module.__file__).parent / "build_engine.py.txt").read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    modules = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "nas_board"
+        for alias in node.names
+    }
+    assert modules == {"cuda", "errors", "processes", "state", "trt_engine", "trtexec_output"}
+    used = {
+        (node.value.id, node.attr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules
+    }
+    for module, name in sorted(used):
+        assert hasattr(importlib.import_module(f"nas.devices.board.{module}"), name), f"{module}.{name}"
+    arguments = inspect.signature(trt_engine.TensorRtSession).parameters
+    assert list(arguments) == ["trt", "cuda", "plan", "seed", "warnings"]
+    assert list(inspect.signature(trtexec_output.failure_of).parameters) == ["text", "returncode", "what"]
+    used_keys = (node for node in ast.walk(ast.parse(inspect.getsource(trt_engine))) if _is_request_key(node))
+    request = {node.slice.value for node in used_keys}
+    asked = next(node for node in ast.walk(tree) if isinstance(node, ast.Dict) and "timing_cache" in _keys(node))
+    assert request and request <= _keys(asked), "trt_engine.build reads a key that build_engine.py does not send"
+
+
+def _is_request_key(node: ast.AST) -> bool:
+    """The key in an expression request["..."]."""
+    return (
+        isinstance(node, ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "request"
+        and isinstance(node.slice, ast.Constant)
+    )
+
+
+def _keys(node: ast.Dict) -> set[str]:
+    return {key.value for key in node.keys if isinstance(key, ast.Constant)}

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 
 from nas.core.errors import DeviceError, UsageError
-from nas.core.records import Candidate, Measurement
+from nas.core.records import Candidate, DeviceProfile, Measurement
 from nas.core.walk import expand
 from nas.devices.base import JobPrecision, LayerTime
 from nas.devices.graphs import reference_model
@@ -162,6 +163,25 @@ def test_the_overhead_of_a_call_is_in_every_row_and_once_in_a_network(tmp_path: 
     fill_covering(table, device, space, wanted, write=device.write)
     net = [table.rows[key].latency_ms - table.overhead_ms for key in keys]  # type: ignore[operator]
     assert sum(net) == pytest.approx(1.0 - table.overhead_ms)
+
+
+def test_networks_are_written_in_the_form_that_the_runtime_reads(tmp_path: Path) -> None:
+    class OfTensorRt(Profiled):
+        @property
+        def profile(self) -> DeviceProfile:
+            return replace(super().profile, runtime="tensorrt", runtime_version="8.2.1")
+
+        def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+            assert precision == "fp32"
+            if model != reference_model():
+                opsets.add(onnx.load_model_from_string(model).opset_import[0].version)
+            return [LayerTime("stem.conv/Conv", 1.0)]
+
+    opsets: set[int] = set()
+    space, device = small_space(tmp_path), OfTensorRt()
+    table = LatencyTable.open(tmp_path / "table", device.profile)
+    fill_covering(table, device, space, space.layers()[:1])
+    assert opsets == {13}  # what the parser of 8.2 reads
 
 
 def test_a_network_that_was_disturbed_gives_rows_that_are_not_calm(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ _MEMORY = re.compile(
     r"requested amount of gpu memory|cannot allocate",
     re.IGNORECASE,
 )
-_SERIOUS = re.compile(r"\[E\]|\berror\b|FAILED|Unknown option|Could not|terminate called", re.IGNORECASE)
+_SERIOUS = re.compile(r"\berror\b|FAILED|Unknown option|Could not|terminate called", re.IGNORECASE)
 _UNKNOWN_OPTION = re.compile(r"Unknown option:? +(--?[\w-]+)")
 _DROPPED_MS = ("8.0", "8.2", "8.4")  # `--exportTimes` of these holds the queries of the warm-up, too
 
@@ -191,10 +191,12 @@ def failure_of(text: str, returncode: int, what: str) -> BoardError:
         returncode: as subprocess tells it, below 0 for a signal.
         what: what was tried, such as `building model.onnx`.
     """
-    lines = [_PREFIX.sub("", line, count=1).strip() for line in text.splitlines()]
-    told = [line for line in lines if not line.startswith("&&&&")]  # which repeats the whole command
-    serious = [line for line in told if not _SKIPPED.search(line) and _SERIOUS.search(line)]
-    serious = serious or [line for raw, line in zip(text.splitlines(), lines) if "[E]" in raw]
+    raw = [line for line in text.splitlines() if not _SKIPPED.search(line)]
+    lines = [_PREFIX.sub("", line, count=1).strip() for line in raw]
+    # what is marked as an error says more than a warning, such as that there is no timing cache yet
+    marked = [line for mark, line in zip(raw, lines) if "[E]" in mark]
+    loud = [line for line in lines if _SERIOUS.search(line)]
+    serious = marked or loud
     said = " | ".join(serious[:3]) or (lines[-1] if lines and lines[-1] else "nothing was printed")
     said = said if len(said) <= 400 else said[:397] + "..."
     skipped = skipped_tactics(text)
@@ -205,7 +207,7 @@ def failure_of(text: str, returncode: int, what: str) -> BoardError:
             "%s: killed by the system, which ends the largest program when memory is short (look into: dmesg)%s. "
             "Close other programs, add swap, or give a smaller workspace" % (what, more),
         )
-    if any(_MEMORY.search(line) for line in serious):
+    if any(_MEMORY.search(line) for line in marked + loud):
         return BoardError("out_of_memory", "%s: out of memory: %s%s" % (what, said, more))
     if unknown_options(text):
         return BoardError("unsupported", "%s: this trtexec does not know %s" % (what, unknown_options(text)[0]))
