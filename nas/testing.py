@@ -6,17 +6,23 @@ stand in a result.
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import hashlib
 import importlib.util
 import os
+import pwd
 import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -74,11 +80,14 @@ class SimulatedDevice:
     on a real device. `run` really runs the model on the host.
     """
 
-    def __init__(self, seed: int = 0, *, network_factor: float = 1.05, noise: float = 0.01) -> None:
-        """`noise` is the relative standard deviation of a value."""
+    def __init__(
+        self, seed: int = 0, *, network_factor: float = 1.05, noise: float = 0.01, power_mw: float | None = None
+    ) -> None:
+        """`noise` is the relative standard deviation of a value, `power_mw` the power; None: no sensor."""
         self._seed = seed
         self._network_factor = network_factor
         self._noise = noise
+        self._power_mw = power_mw
         self._sequence = 0
 
     @property
@@ -133,7 +142,13 @@ class SimulatedDevice:
         except DecodeError as e:
             return _result(job, self._sequence, error=f"not an ONNX model: {e}")
         value = self.latency_ms(job)
-        return _result(job, self._sequence, ((value,) * 4,) * 3, (value,))
+        result = _result(job, self._sequence, ((value,) * 4,) * 3, (value,))
+        if self._power_mw is None:
+            return result
+        # Not a multiple of the latency: some layers take more power than others.
+        share = float(np.random.default_rng(_digest(f"power/{self._seed}/{job.key}")).uniform(0.7, 1.3))
+        energy_mj = self._power_mw * (1.0 if job.kind == "overhead" else share) * value / 1000
+        return replace(result, energy_mj=energy_mj, energy_std_mj=0.02 * energy_mj)
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,6 +555,214 @@ class PostgresServer:
             )
         if done.returncode:
             raise DeviceError(f"{program} ended with {done.returncode}: {said.read_text()[-2000:]}")
+
+
+def requires_openssh() -> Path:
+    """Path of the OpenSSH server; otherwise the calling test is skipped. It needs the client programs too."""
+    for name in ("ssh", "ssh-keygen"):
+        requires_program(name, "a board behind SSH")
+    on_path = shutil.which("sshd")
+    return requires_path(
+        Path(on_path or "/usr/sbin/sshd"), "the OpenSSH server (Debian: apt-get install openssh-server)"
+    )
+
+
+class SshServer:
+    """An OpenSSH server on loopback with host key, user's key, port and home of its own; a context manager.
+
+    Where the tests run as root the login is another user, made for this server and removed with it, as long as there is
+    an interpreter with ONNX Runtime that this one may run; otherwise it is the user that runs the tests. `python` is
+    that interpreter, `config` an ssh configuration in which the server is called `board`, and whose known
+    hosts are those of a file in `folder`.
+
+    Args:
+        program: from `requires_openssh`.
+    """
+
+    def __init__(self, program: Path) -> None:
+        self._program = program
+        self.folder = Path(tempfile.mkdtemp(prefix="nas-sshd-"))
+        self.folder.chmod(0o755)  # the other user has to come to its home
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.user, self.is_other_user = getpass.getuser(), False
+        self.python = self.folder / "python"
+        self.home = self.folder / "home"
+        self.config = self.folder / "config"
+        self.known_hosts = self.folder / "known_hosts"
+        self._server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def cache(self) -> Path:
+        """What an agent keeps on this board."""
+        return self.home / ".cache" / "nas-board"
+
+    def __enter__(self) -> SshServer:
+        self.home.mkdir()
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where the server locks its unprivileged part in
+            self._be_another_user()
+        if not self.is_other_user:
+            self._write_python(sys.executable)
+        self.new_host_key()
+        self._call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "user_key"))
+        shutil.copy(self.folder / "user_key.pub", self.folder / "authorized_keys")
+        (self.folder / "authorized_keys").chmod(0o644)
+        (self.folder / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {self.folder}/host_key\nPidFile none\n"
+            f"AuthorizedKeysFile {self.folder}/authorized_keys\nAllowUsers {self.user}\nStrictModes no\nUsePAM no\n"
+            "AuthenticationMethods publickey\nPasswordAuthentication no\nPrintMotd no\nLogLevel VERBOSE\n"
+            f"MaxStartups 100\nSetEnv HOME={self.home}\n"
+        )
+        self.write_config()
+        self.trust()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        if self.is_other_user:
+            for pid in self._processes_of_user():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            subprocess.run(["userdel", self.user], capture_output=True, check=False)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _be_another_user(self) -> None:
+        found = [sys.executable, *(p for p in (shutil.which("python3", path=os.defpath),) if p is not None)]
+        for interpreter in found:  # the one of the tests may lie in a home that nobody else may enter
+            self._write_python(interpreter)
+            check = f"import sys, numpy, onnxruntime; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
+            done = subprocess.run(
+                [str(self.python), "-c", check],
+                user="nobody",
+                extra_groups=[],
+                cwd="/",
+                capture_output=True,
+                check=False,
+            )
+            if done.returncode == 0:
+                break
+        else:
+            return
+        self.user, self.is_other_user = f"nas-board-{secrets.token_hex(4)}", True
+        add = ["useradd", "--system", "--no-create-home", "--home-dir", str(self.home), "--shell", "/bin/sh"]
+        self._call(*add, "--password", "*", self.user)  # `!`, the default, would be a locked account
+        shutil.chown(self.home, self.user)
+
+    def _write_python(self, interpreter: str) -> None:
+        """An interpreter that finds this program's numpy and ONNX Runtime."""
+        packages = Path(np.__file__).parents[1]
+        self.python.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec {interpreter} "$@"\n')
+        self.python.chmod(0o755)
+
+    def new_host_key(self) -> None:
+        """Another host key from the next `start` on, as of a board that was set up anew."""
+        for name in ("host_key", "host_key.pub"):
+            (self.folder / name).unlink(missing_ok=True)
+        self._call("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "host_key"))
+
+    def trust(self) -> None:
+        """Makes the host key a known one."""
+        key = (self.folder / "host_key.pub").read_text().split()[:2]
+        self.known_hosts.write_text(f"[127.0.0.1]:{self.port} {' '.join(key)}\n")
+
+    def write_config(self, *, user: str = "", key: str = "user_key") -> None:
+        """The client's configuration."""
+        self.config.write_text(
+            f"Host board other-board\n  HostName 127.0.0.1\n  Port {self.port}\n  User {user or self.user}\n"
+            f"  IdentityFile {self.folder}/{key}\n  IdentitiesOnly yes\n  UserKnownHostsFile {self.known_hosts}\n"
+            "  GlobalKnownHostsFile /dev/null\n"
+        )
+
+    def device_name(self, options: str = "", *, host: str = "board", python: Path | str = "") -> str:
+        """The name under which a device on this board is opened."""
+        return f"ssh:{host}?python={python or self.python}&config={self.config}{options}"
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        log = (self.folder / "log").open("ab")
+        argv = [str(self._program), "-D", "-e", "-f", str(self.folder / "sshd_config")]
+        with log:
+            self._server = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            if self._server.poll() is not None:
+                break
+            time.sleep(0.05)
+        raise DeviceError(f"sshd did not start: {(self.folder / 'log').read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        """Ends it with all of its connections, as a power cut would."""
+        if self._server is not None:
+            self.cut()
+            self._server.kill()
+            self._server.wait()
+            self.cut()
+            self._server = None
+
+    def cut(self) -> int:
+        """Ends the server's side of all connections at once.
+
+        Returns:
+            How many processes that were.
+        """
+        if self._server is None:
+            return 0
+        children = [pid for pid in _descendants(self._server.pid) if _name_of(pid).startswith("sshd")]
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return len(children)
+
+    def agents(self) -> list[str]:
+        """Command lines of the agents and workers that run from this board's folder now."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if f"{self.cache}/agent-" in command:
+                    found.append(command)
+        return found
+
+    def _processes_of_user(self) -> list[int]:
+        found = []
+        uid = pwd.getpwnam(self.user).pw_uid
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if path.stat().st_uid == uid:
+                    found.append(int(path.name))
+        return found
+
+    def _call(self, *argv: str) -> None:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise DeviceError(f"{argv[0]} ended with {done.returncode}: {done.stderr[-2000:]}")
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes below one, from /proc."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found: list[int] = []
+    for child, parent in parents.items():
+        above = parent
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid or parent == pid:
+            found.append(child)
+    return found
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def mean_model(batch: int | None = 1, size: int = 8, factor: float = 2.0) -> bytes:

@@ -15,8 +15,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nas"
 
-# Imports point down only; packages on one floor do not import each other.
+# Imports point down only; packages on one floor do not import each other. What runs on a board stands below all: it
+# imports nothing but itself.
+BOARD = "devices/board"
 FLOORS = (
+    {BOARD},
     {"core"},
     {"space", "models", "latency", "devices", "data"},
     {"train", "compress", "export"},
@@ -31,7 +34,7 @@ WITHOUT_TORCH = {"core", "space", "latency", "devices", "data", "export", "compr
 
 # Library -> where it may be imported. A deployed package runs `infer.py`, which is text here, not an import.
 ONLY_IN = {
-    "onnxruntime": ("nas/devices/onnxruntime",),
+    "onnxruntime": ("nas/devices/onnxruntime", "nas/devices/board/ort_runner.py"),
     "optuna": ("nas/search/",),
     "optuna_dashboard": ("nas/search/",),
     "click": ("nas/cli/",),
@@ -54,7 +57,13 @@ BROAD_EXCEPT = {
     "nas/cli/main.py": "the one border where every error becomes a message and an exit code",
     "nas/cli/doctor.py": "a check that fails in any way is a line of the result",
     "nas/devices/onnxruntime_cpu.py": "the runtime's errors have no common base; a failed row is a row",
+    "nas/devices/tensorrt.py": "as that of ONNX Runtime",
     "nas/devices/protocol.py": "a model that fails while it is timed is a row with its reason",
+    "nas/devices/boards.py": "what ends the thread of a board is raised in the thread that asked for the work",
+    "nas/devices/board/ort_runner.py": "a package of the wrong architecture fails in any way when it is imported",
+    "nas/devices/board/rounds.py": "a model that fails while it is timed is a result with its reason",
+    "nas/devices/board/serve.py": "what goes wrong with a request is its answer",
+    "nas/devices/board/worker.py": "a model that fails is a result, a request that fails an answer, with its reason",
     "nas/recipe/pool.py": "a failed candidate is a row with a reason",
 }
 
@@ -100,6 +109,8 @@ def _product() -> dict[str, ast.Module]:
 
 def _package(path: str) -> str:
     """`latency` for nas/latency/x.py; an empty string for the modules directly in nas/."""
+    if path.startswith(f"nas/{BOARD}/"):
+        return BOARD
     parts = PurePosixPath(path).parts
     return parts[1] if len(parts) > 2 else ""
 
@@ -111,9 +122,10 @@ def _imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
             for name in node.names:
                 yield node.lineno, name.name
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: relative import"
+            # modules of a board import each other relatively: there they are no part of `nas`
+            module = f"nas.{BOARD.replace('/', '.')}.{node.module or ''}".rstrip(".") if node.level else node.module
             for name in node.names:
-                yield node.lineno, f"{node.module}.{name.name}"
+                yield node.lineno, f"{module}.{name.name}"
         elif (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute | ast.Name)
@@ -131,9 +143,19 @@ def _calls(tree: ast.Module) -> Iterator[tuple[ast.Call, str]]:
 
 
 def test_every_package_has_a_floor() -> None:
-    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    packages = {p.parent.relative_to(PACKAGE).as_posix() for p in PACKAGE.glob("*/**/__init__.py")}
     assert packages == set(FLOOR_OF)
     assert {_package(path) for path in _product()} - {""} == packages
+
+
+def test_relative_imports_stay_among_what_runs_on_a_board() -> None:
+    wrong = [
+        f"{path}:{node.lineno}"
+        for path, tree in _modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.level > 1 or (node.level and _package(path) != BOARD))
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_imports_point_down_only() -> None:
@@ -143,6 +165,7 @@ def test_imports_point_down_only() -> None:
         for line, name in _imports(tree):
             parts = name.split(".")
             target = parts[1] if parts[0] == "nas" and len(parts) > 1 else ""
+            target = BOARD if parts[1:3] == BOARD.split("/") else target
             if target in ("", package) or not package:
                 continue
             if FLOOR_OF.get(target, 0) >= FLOOR_OF[package]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import click
 from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
 from nas.core.errors import BudgetError, DeviceError, UsageError
-from nas.core.records import LatencyFigures
+from nas.core.records import LatencyFigures, Measurement
 from nas.core.run import LatencyKind, latency_of
 from nas.core.units import format_ms
 
@@ -42,7 +43,7 @@ class Bench:
     "--budget-ms", "--budget", type=Milliseconds(), help="Exit with 3 when it takes longer, such as 5 or 800us."
 )
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that the budget limits.")
-@click.option("--device", default="cpu", show_default=True, help="Where to measure; cpu:N: with N threads.")
+@click.option("--device", default="cpu", show_default=True, help="Where: cpu, cpu:N, tensorrt, ssh:USER@HOST.")
 @common_options
 @click.pass_obj
 def command(console: Console, package: Path, budget_ms: float | None, of: LatencyKind | None, device: str) -> None:
@@ -52,8 +53,9 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
     is measured on its own; the expected latency weights them by the share of images that left there.
     """
     from nas.devices import open_device
+    from nas.export.dialect import dialect_for
 
-    target = open_device(device)
+    target = open_device(device, console.warn)
     with console.reporter() as reporter:
         measured = _bench(target, package, lambda share: reporter.progress("measuring", share, 1.0))
     figures = measured.figures
@@ -65,7 +67,14 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
     console.say(", ".join(f"{name} {format_ms(value)}" for name, value in shown.items()))
     if measured.manifest is not None:
         card = measured.manifest.latency
-        console.say(f"its card: expected {format_ms(card.figures.expected_ms)} on {card.device.name}")
+        if card is not None:
+            console.say(f"its card: expected {format_ms(card.figures.expected_ms)} on {card.device.name}")
+        written_for, reads = measured.manifest.dialect, dialect_for(target.profile).name
+        if written_for != reads:
+            console.warn(
+                f"its graphs are written for {written_for}; a time on {target.profile.name} says nothing of a device "
+                "that reads them"
+            )
     if not all(path.is_stable for path in measured.paths):
         console.warn("the machine was never calm while this was measured; end other programs and try again")
     value = latency_of(measured.medians, kind)
@@ -106,16 +115,23 @@ def _bench(device: Device, package: Path, progress: Any) -> Bench:
         UsageError: neither; or a package that is not whole or does not answer as it should.
         DeviceError: it cannot be run.
     """
-    from nas.devices.base import MeasureJob
+    from nas.devices.base import JobPrecision, MeasureJob
     from nas.export.check import checked_model
-    from nas.export.forms import measured_figures, median_figures, path_models, path_shares
+    from nas.export.forms import measured_figures, measured_paths, median_figures, path_shares
     from nas.export.manifest import path_latency
-    from nas.export.package import verify_package
+    from nas.export.package import read_artefact, verify_package
+
+    def measure(models: Sequence[bytes]) -> Sequence[Measurement]:
+        jobs = [MeasureJob(f"{package.name}#{i}", "network", label, model, 0) for i, model in enumerate(models)]
+        return device.measure(jobs, progress=progress)
+
+    label: JobPrecision = "none"
 
     if package.is_file() and package.suffix == ".onnx":
         data = _read(package)
         checked_model(data, str(package))
-        manifest, models, shares = None, {0: data}, {0: 1.0}
+        manifest, exits, shares = None, (0,), {0: 1.0}
+        measurements = list(measure([data]))
     elif package.is_dir():
         verification = verify_package(package, device.run)
         manifest = verification.package.manifest
@@ -124,15 +140,14 @@ def _bench(device: Device, package: Path, progress: Any) -> Bench:
                 f"{package}: on this device the package does not give the answers that it carries "
                 f"({verification.parity}). Its accuracy does not hold here; export it for this device"
             )
-        model = (package / "model.onnx").read_bytes()
-        models = path_models(manifest.candidate, manifest.form, model)
+        label = manifest.candidate.precision_label
         shares = path_shares(manifest.candidate, manifest.form, manifest.accuracy.exit_shares)
+        artefact = read_artefact(package, manifest)
+        exits, measurements = measured_paths(manifest.candidate, manifest.form, artefact, measure)
     else:
         raise UsageError(f"{package}: neither a package folder nor an .onnx file. Packages are made by: nas export")
-    jobs = [MeasureJob(f"{package.name}#{k}", "network", "none", model, 0) for k, model in models.items()]
-    measurements = device.measure(jobs, progress=progress)
     figures = measured_figures(measurements, tuple(shares.values()))
-    paths = tuple(path_latency(m, k, shares[k]) for m, k in zip(measurements, models, strict=True))
+    paths = tuple(path_latency(m, k, shares[k]) for m, k in zip(measurements, exits, strict=True))
     return Bench(figures, median_figures(measurements, paths), paths, manifest)
 
 

@@ -55,16 +55,37 @@ class Check:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-@click.command(short_help="Check this machine: versions, a real inference, disk, memory, clocks.")
+@click.command(short_help="Check this machine, or a board behind SSH: versions, a real inference, clocks.")
+@click.option("--device", metavar="NAME", help="Check this device only, such as ssh:me@jetson.")
+@click.option(
+    "--bundle",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write what was found into a .zip file to send, without names, tokens and passwords.",
+)
+@click.option("--set-power-mode", metavar="NAME_OR_ID", help="First set this power mode on the board, by sudo -n.")
+@click.option("--lock-clocks", is_flag=True, help="First lock the clocks of the board, by sudo -n jetson_clocks.")
 @common_options
 @click.pass_obj
-def command(console: Console) -> None:
+def command(
+    console: Console, device: str | None, bundle: Path | None, set_power_mode: str | None, lock_clocks: bool
+) -> None:
     """Checks this machine by doing the real thing: imports, a training step, an inference on each device, writing.
+
+    With --device it looks at that one only, and says of a board what is wrong and the command that mends it. Nothing
+    there is changed unless --set-power-mode or --lock-clocks ask for it.
 
     Exits with 4 when a device fails, 6 when files cannot be written, 2 when the environment is incomplete, else 0.
     """
+    if (set_power_mode is not None or lock_clocks) and not (device or "").startswith("ssh:"):
+        raise UsageError("--set-power-mode and --lock-clocks change a board; name it: --device ssh:USER@HOST")
     checks = []
-    for check in run_checks(Path.cwd()):
+    errors: list[Exception] = []
+    for check in (
+        run_checks(Path.cwd())
+        if device is None
+        else _each_device(device, console.warn, errors.append, set_power_mode, lock_clocks)
+    ):
         checks.append(check)
         console.say(f"{check.level:<4}  {check.name}: {check.text}")
         if check.fix and check.level != "OK":
@@ -72,6 +93,11 @@ def command(console: Console) -> None:
     code = exit_code(checks)
     counts = {level: sum(c.level == level for c in checks) for level in ("OK", "WARN", "FAIL")}
     console.say(", ".join(f"{count} {level}" for level, count in counts.items()))
+    if bundle is not None:
+        from nas.cli.boards import write_bundle
+
+        write_bundle(bundle, checks, device, errors[0] if errors else None)
+        console.say(f"written: {bundle}; look into it before you send it")
     console.result({"checks": checks, "exit_code": code})
     if code:
         click.get_current_context().exit(code)
@@ -212,6 +238,88 @@ def check_training() -> Check:
     return Check("training", "OK", f"a training step on the CPU works, torch {torch.__version__}{cuda}")
 
 
+def _each_device(name: str, *how: Any) -> Iterator[Check]:
+    """Boards that are joined by commas are looked at one by one: what is wrong may be that they differ."""
+    for part in name.split(",") if name.startswith("ssh:") else (name,):
+        yield from check_device(part, *how)
+
+
+def check_device(
+    name: str,
+    say: Callable[[str], None],
+    failed: Callable[[Exception], None],
+    set_power_mode: str | None = None,
+    lock_clocks: bool = False,
+) -> Iterator[Check]:
+    """One device: what it is and what is wrong with it, then inferences.
+
+    Args:
+        name: as for `nas.devices.open_device`.
+        say: told in a line what the device has to say meanwhile.
+        failed: told why it cannot be used.
+        set_power_mode: name or id of a mode that is set first.
+        lock_clocks: whether its clocks are locked first.
+    """
+    from nas.cli import boards
+    from nas.devices import open_device
+    from nas.devices.remote import RemoteDevice
+
+    try:
+        device = open_device(name, say)
+    except UsageError:
+        raise
+    except Exception as e:  # whatever goes wrong is the result
+        failed(e)
+        yield boards.failed(name, e)
+        return
+    if isinstance(device, RemoteDevice):
+        yield from _board_checks(device, set_power_mode, lock_clocks)
+    yield from _inferences(device, name)
+
+
+def _board_checks(board: Any, set_power_mode: str | None, lock_clocks: bool) -> Iterator[Check]:
+    from nas.cli import boards
+
+    by_hand = board.address.ssh.by_hand
+    if set_power_mode is not None or lock_clocks:
+        try:
+            yield from boards.change_checks(board.change_power(set_power_mode, lock_clocks), by_hand)
+        except NasError as e:
+            yield Check("board changed", "FAIL", _reason(e), f"on the board itself: {by_hand}", "device")
+    yield from boards.state_checks(board.state, by_hand)
+    yield from boards.runner_checks(board.runners)
+    yield from boards.capability_checks(board.state, board.profile.runtime, board.profile.runtime_version)
+
+
+def _inferences(device: Any, name: str) -> Iterator[Check]:
+    is_board = name.startswith("ssh:")
+    fix = "to get help: nas doctor --device NAME --bundle FILE.zip" if is_board else "make setup"
+    look = _check_board_inference if is_board else check_inference
+    for precision in device.profile.precisions:
+        yield _guarded(f"device {name} {precision}", "device", fix, partial(look, device, name, precision))
+    yield _guarded(f"device {name} clock", "device", fix, partial(check_clock, device, name))
+
+
+def _check_board_inference(device: Any, name: str, precision: Any) -> Check:
+    """As `check_inference`; where the runtime gives no outputs, as trtexec does, a small network is measured."""
+    from nas.core.walk import total_macs
+    from nas.devices.base import MeasureJob
+
+    try:
+        return check_inference(device, name, precision)
+    except DeviceError as e:
+        candidate = _small_network().with_precision(precision)
+        job = MeasureJob("doctor", "row", precision, _small_model(device, precision), total_macs(candidate))
+        measured = device.measure([job])[0]
+        if measured.latency_ms is None:
+            return Check(f"device {name} {precision}", "FAIL", str(measured.error), "", "device")
+        text = (
+            f"a small network takes {format_ms(measured.latency_ms)}; its outputs could not be compared: {_reason(e)}"
+        )
+        fix = "install the Python module of TensorRT on the board: sudo apt-get install python3-libnvinfer"
+        return Check(f"device {name} {precision}", "WARN", text, fix, "device")
+
+
 def check_devices() -> Iterator[Check]:
     """Each device: an inference in each of its precisions, then how quiet it is."""
     try:
@@ -225,27 +333,16 @@ def check_devices() -> Iterator[Check]:
         except Exception as e:  # a broken runtime may fail in any way
             yield Check(f"device {name}", "FAIL", _reason(e), "make setup", "device")
             continue
-        for precision in device.profile.precisions:
-            yield _guarded(
-                f"device {name} {precision}",
-                "device",
-                "make setup",
-                partial(check_inference, device, name, precision),
-            )
-        yield _guarded(f"device {name} clock", "device", "make setup", partial(check_clock, device, name))
+        yield from _inferences(device, name)
 
 
 def check_inference(device: Any, name: str, precision: Any) -> Check:
     """A small network gives finite, repeatable answers that depend on the image."""
     import numpy as np
 
-    from nas.export.graph import network_model, nominal_quant, random_weights
-
-    candidate = _small_network().with_precision(precision)
-    quant = nominal_quant(candidate) if precision == "int8" else None
-    weights = random_weights(candidate, 0)
-    model = network_model(candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, form="plain", batch=1)
-    images = np.random.default_rng(0).uniform(0, 255, (3, 3, candidate.resolution, candidate.resolution))
+    size = _small_network().resolution
+    model = _small_model(device, precision)
+    images = np.random.default_rng(0).uniform(0, 255, (3, 3, size, size))
     first, second = (device.run(model, images.astype(np.float32))[0] for _ in range(2))
     profile = device.profile
     title = f"device {name} {precision}"
@@ -257,6 +354,16 @@ def check_inference(device: Any, name: str, precision: Any) -> Check:
         fix = "nothing to do: the accuracy of int8 students is measured here; it may differ on another CPU"
         return Check(title, "WARN", f"{text}; int8 sums: {sums}", fix, "device")
     return Check(title, "OK", text, area="device", details={"device": profile.name})
+
+
+def _small_model(device: Any, precision: Any) -> bytes:
+    from nas.export.dialect import dialect_for
+    from nas.export.graph import network_model, nominal_quant, random_weights
+
+    candidate = _small_network().with_precision(precision)
+    quant = nominal_quant(candidate) if precision == "int8" else None
+    weights, dialect = random_weights(candidate, 0), dialect_for(device.profile)
+    return network_model(candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, dialect=dialect)
 
 
 def check_clock(device: Any, name: str) -> Check:

@@ -22,6 +22,12 @@ from nas.core.units import format_bytes, format_ms
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that --best-under limits.")
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [RUN/packages/ID].")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
+@click.option(
+    "--for",
+    "target",
+    metavar="RUNTIME",
+    help="Write for ort or tensorrt:VERSION [the runtime of the device]; of another one the latency stays open.",
+)
 @click.option("--on", metavar="DEVICE", default="", help="Of a run for several devices: which one [the first].")
 @common_options
 @click.pass_obj
@@ -35,13 +41,17 @@ def command(
     of: LatencyKind | None,
     output: Path | None,
     force: bool,
+    target: str | None,
 ) -> None:
     """Exports a student of RUN (a run folder or experiment file; the newest run where it is absent).
 
     Without an option it is the run's pick for its budget. Speed and accuracy are measured on the exported file itself.
     Below a time the next best student is taken when a package misses it. A student that was asked for by name is
-    exported as it is. The exit code is 3 where a package misses the budget or loses too much accuracy.
+    exported as it is. With --for a package is written for a runtime that is not here, such as a board's TensorRT: its
+    accuracy is measured with this machine's ONNX Runtime, its latency by nas deploy. The exit code is 3 where a package
+    misses the budget or loses too much accuracy.
     """
+    from nas.export.dialect import target_dialect
     from nas.search.api import export_student
     from nas.search.folder import RunFolder
     from nas.search.view import experiment_of, further_name
@@ -52,9 +62,9 @@ def command(
         raise UsageError("--of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99")
     folder = find_run(run)
     device_path = RunFolder(folder, further_name(experiment_of(folder), on)).device_path
-    target = output or (device_path / "packages" / student if student is not None else None)
-    if target is not None and target.exists() and not force:
-        raise UsageError(f"{target} exists already; choose another folder (--output DIR), or replace it: --force")
+    place = output or (device_path / "packages" / student if student is not None else None)
+    if place is not None and place.exists() and not force:
+        raise UsageError(f"{place} exists already; choose another folder (--output DIR), or replace it: --force")
     with console.reporter() as reporter:
         package = export_student(
             folder,
@@ -66,16 +76,21 @@ def command(
             on=on,
             out=output,
             overwrite=force,
+            dialect=None if target is None else target_dialect(target),
         )
     manifest = package.manifest
-    figures, accuracy = manifest.latency.figures, manifest.accuracy
+    accuracy = manifest.accuracy
+    figures = None if manifest.latency is None else manifest.latency.figures
     size = format_bytes(manifest.model_bytes)
     console.say(f"package {package.folder}: {size}, {manifest.precision}, form {manifest.form}")
-    console.say(
-        f"measured on the file: expected {format_ms(figures.expected_ms)}, worst {format_ms(figures.worst_ms)}, "
-        f"top1 {100 * accuracy.top1:.2f} % on {accuracy.images} {accuracy.split} images"
-    )
-    console.say(f"next: nas bench {package.folder}")
+    top1 = f"top1 {100 * accuracy.top1:.2f} % on {accuracy.images} {accuracy.split} images"
+    if figures is None:
+        console.say(f"measured on the file: {top1}; its latency is open, for {manifest.dialect} was not there")
+        console.say(f"next: nas deploy {package.folder} --device ssh:USER@BOARD")
+    else:
+        expected, worst = format_ms(figures.expected_ms), format_ms(figures.worst_ms)
+        console.say(f"measured on the file: expected {expected}, worst {worst}, {top1}")
+        console.say(f"next: nas bench {package.folder}")
     console.result(
         {
             "run": str(folder),
@@ -83,10 +98,11 @@ def command(
             "package": str(package.folder),
             "sha256": package.sha256,
             "verdict": manifest.verdict,
+            "dialect": manifest.dialect,
             "accuracy": accuracy,
             "latency": figures,
             "model_bytes": manifest.model_bytes,
         }
     )
-    if not manifest.is_good:
+    if not manifest.is_good and manifest.verdict != "unmeasured":
         raise BudgetError(f"{package.folder} is not good: {'; '.join(manifest.reasons)}")

@@ -22,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Order of the help page: as a user meets them.
 COMMANDS = (
     *("init", "doctor", "measure", "table", "search", "pareto", "report", "dashboard", "export", "bench"),
-    *("worker", "storage-proxy"),
+    *("deploy", "worker", "storage-proxy"),
 )
 
 EXIT_CODES = """\b

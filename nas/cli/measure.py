@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,7 @@ from nas.core.units import format_duration, format_ms
 if TYPE_CHECKING:
     from nas.latency.table import LatencyTable
     from nas.measure.fill import FillProgress
+    from nas.space.space import SearchSpace
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
@@ -27,8 +28,20 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 @click.option("--rows", "--row", multiple=True, metavar="KEY", help="Measure the row with this key; may be repeated.")
 @click.option("--classes", type=click.IntRange(min=1), default=10, show_default=True, help="Classes of the data set.")
 @click.option("--precision", multiple=True, type=click.Choice(PRECISIONS), help="Only these; may be repeated.")
-@click.option("--device", default="cpu", show_default=True, help="Where to measure; cpu:N: with N threads.")
+@click.option("--device", default="cpu", show_default=True, help="Where: cpu, cpu:N, tensorrt, ssh:USER@HOST.")
 @click.option("--table", type=click.Path(path_type=Path), help="Folder of the table [latency_tables/<device state>].")
+@click.option(
+    "--how",
+    type=click.Choice(("isolated", "covering")),
+    default="isolated",
+    show_default=True,
+    help="Each row alone, or all of them from few whole networks whose layers are profiled.",
+)
+@click.option(
+    "--engine-s",
+    type=click.FloatRange(min=0, min_open=True),
+    help="With --how covering --dry-run: seconds that one network takes on the device, built and measured.",
+)
 @click.option("--again", is_flag=True, help="Also rows that failed or were disturbed; alone: those of the table.")
 @click.option("--dry-run", is_flag=True, help="Only say what is missing and about how long it takes.")
 @common_options
@@ -41,6 +54,8 @@ def command(
     precision: tuple[Precision, ...],
     device: str,
     table: Path | None,
+    how: str,
+    engine_s: float | None,
     again: bool,
     dry_run: bool,
 ) -> None:
@@ -50,9 +65,14 @@ def command(
     """
     from nas.devices import open_device
     from nas.latency.table import LatencyTable
+    from nas.measure.covering import fill_covering, mixed_ways
     from nas.measure.fill import SECONDS_PER_ROW, fill, measure_streaming
 
-    target = open_device(device)
+    if how == "covering" and space is None:
+        raise UsageError("--how covering goes with --space NAME: the networks are from it")
+    if engine_s is not None and not (how == "covering" and dry_run):
+        raise UsageError("--engine-s goes with --how covering --dry-run")
+    target = open_device(device, console.warn)
     folder = table or Path("latency_tables") / target.profile.name
     if again and space is None and not rows:
         if not (folder / "device.json").exists():
@@ -69,6 +89,11 @@ def command(
             console.warn(line)
     document = {"table": str(folder), "device": target.profile, "rows": len(keys), "missing": missing}
     console.say(f"table {folder}: {len(keys) - len(missing)} of {len(keys)} rows are there")
+    if how == "covering":
+        loaded = _space(str(space), classes, precision, target.profile.precisions)
+        if dry_run:
+            _covering_plan(console, document, loaded, missing, engine_s)
+            return
     if dry_run:
         about_s = len(missing) * SECONDS_PER_ROW
         console.say(f"{len(missing)} rows to measure, about {format_duration(about_s)} on a calm machine")
@@ -76,8 +101,11 @@ def command(
         return
     with console.reporter() as reporter:
         measure_streaming(opened, target, weight_mb, progress=_shown(reporter))
-        report = fill(opened, target, layers, again=again, progress=_shown(reporter))
-    for line in report.warnings:
+        if how == "covering":
+            report = fill_covering(opened, target, loaded, layers, again=again, progress=_shown(reporter))
+        else:
+            report = fill(opened, target, layers, again=again, progress=_shown(reporter))
+    for line in (*report.warnings, *filter(None, [mixed_ways(tuple(opened.rows.values()))])):
         console.warn(line)
     console.say(f"measured {report.measured} rows in {format_duration(report.seconds)}, {len(report.failed)} failed")
     _summary(console, opened, layers)
@@ -107,8 +135,6 @@ def _layers(
     """Layers whose rows are asked for, and the weights of the largest network of them (MB; 0 for single rows)."""
     from nas.latency.keys import layer_of_key
     from nas.measure.fill import fp32_mb
-    from nas.search.experiment import space_file
-    from nas.space.space import load_space
 
     if (space is None) == (not rows):
         raise UsageError(
@@ -126,8 +152,34 @@ def _layers(
         if wrong:
             raise UsageError(f"--rows {wrong[0].key}: this device offers {', '.join(offered)}")
         return layers, 0.0
-    loaded = load_space(space_file(space, "--space"), classes, precision or offered)
+    loaded = _space(space, classes, precision, offered)
     return loaded.layers(), fp32_mb(loaded.decode(loaded.largest()))
+
+
+def _space(space: str, classes: int, precision: Sequence[Precision], offered: Sequence[Precision]) -> SearchSpace:
+    from nas.search.experiment import space_file
+    from nas.space.space import load_space
+
+    return load_space(space_file(space, "--space"), classes, precision or offered)
+
+
+def _covering_plan(
+    console: Console, document: dict[str, Any], space: SearchSpace, missing: Sequence[str], engine_s: float | None
+) -> None:
+    """Says how many covering networks there are to measure, and how long that takes where one is known."""
+    from nas.measure.covering import covering_plan
+
+    plan = covering_plan(space, missing)
+    console.say(
+        f"{plan.rows} rows to measure in {len(plan.networks)} covering networks, each an engine of its own (no choice "
+        f"of networks needs fewer than {plan.least})"
+    )
+    if engine_s is None:
+        console.say("give --engine-s SECONDS, what one network takes on the device, for the hours of all")
+    else:
+        console.say(f"{plan.hours(engine_s):.1f} hours at {engine_s:g} s for each")
+    hours = None if engine_s is None else plan.hours(engine_s)
+    console.result({**document, "networks": len(plan.networks), "least_networks": plan.least, "hours": hours})
 
 
 def _shown(reporter: Reporter) -> Callable[[FillProgress], None]:

@@ -351,6 +351,8 @@ def _record(
         "median_ms": middle,
         "p95_ms": p95,
         "spread": (high - low) / middle if samples and middle > 0 else None,
+        "energy_mj": m.energy_mj,
+        "energy_std_mj": m.energy_std_mj,
         "temperature_c": m.temperature_c,
         "clock_mhz": m.clock_mhz,
         "clock": m.clock,

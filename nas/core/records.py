@@ -413,7 +413,8 @@ class Measurement:
     `key` is a layer key (row), a candidate id (network), or a candidate id with `#k` (segment k).
     `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm. `source` says what an imported
     row was in the file it came from, and of which tables a merged one is the centre; empty where it was measured here.
-    `protocol` is the number of the measuring protocol.
+    `protocol` is the number of the measuring protocol. `energy_mj` is the energy of one inference from the power
+    sensors of the device, its idle power included, `energy_std_mj` how far its rounds spread; None without a sensor.
     """
 
     key: str
@@ -431,6 +432,8 @@ class Measurement:
     session_ms: tuple[float, ...] = ()
     source: str = ""
     protocol: int = MEASURING_PROTOCOL
+    energy_mj: float | None = None
+    energy_std_mj: float | None = None
 
     def __post_init__(self) -> None:
         if (self.latency_ms is None) == (self.error is None):
@@ -439,6 +442,14 @@ class Measurement:
             raise RecordError(f"measurement of {self.key}: latency_ms must be positive, got {self.latency_ms}")
         if len(self.accepted) != len(self.rounds_ms):
             raise RecordError(f"measurement of {self.key}: one accepted flag per round is needed")
+        if (self.energy_mj is None) != (self.energy_std_mj is None):
+            raise RecordError(f"measurement of {self.key}: energy_mj and energy_std_mj go together")
+        if self.energy_mj is not None and not self.energy_mj > 0:
+            raise RecordError(f"measurement of {self.key}: energy_mj must be positive, got {self.energy_mj}")
+        if self.energy_std_mj is not None and not self.energy_std_mj >= 0:
+            raise RecordError(
+                f"measurement of {self.key}: energy_std_mj must not be negative, got {self.energy_std_mj}"
+            )
 
     @property
     def is_stable(self) -> bool:
@@ -485,6 +496,20 @@ class LatencyFigures:
     p99_ms: float
     std_ms: float
     provenance: Literal["predicted", "measured"]
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyFigures:
+    """Energy of one inference under an exit distribution, mJ, the idle power of the board included.
+
+    `is_error_assumed`: no measured network says yet how far the sum of rows is off.
+    """
+
+    expected_mj: float
+    worst_mj: float
+    std_mj: float
+    provenance: Literal["predicted", "measured"]
+    is_error_assumed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nas.core.errors import RecordError, did_you_mean
-from nas.core.records import Candidate, DeviceProfile, LatencyFigures, Precision
+from nas.core.records import Candidate, DeviceProfile, EnergyFigures, LatencyFigures, Precision
 from nas.core.walk import expand, total_macs, total_params
 
 Split = Literal["val", "test"]
@@ -58,7 +58,7 @@ class Point:
     share of images that do. `prediction` is what the estimate said before the network was measured. `threshold_curve`
     holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
     `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
-    spent on it; `export_command` what to run to get its package.
+    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none.
     """
 
     id: str
@@ -78,6 +78,7 @@ class Point:
     model_bytes: int | None = None
     cost_s: float = 0.0
     export_command: str = ""
+    energy: EnergyFigures | None = None
 
     def __post_init__(self) -> None:
         where = f"point {self.id}"

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 
 from nas.core.errors import UsageError, did_you_mean
 from nas.devices.base import Device
 
 DEVICE_NAMES = ("cpu",)
+OTHER_NAMES = ("tensorrt",)  # where there is such a runtime
 
 
-def open_device(name: str) -> Device:
+def open_device(name: str, say: Callable[[str], None] = lambda _: None) -> Device:
     """The device with this name.
 
     Args:
-        name: `cpu`: the host CPU through ONNX Runtime, one thread; `cpu:N`: the same with N threads.
+        name: `cpu`: the host CPU through ONNX Runtime, one thread; `cpu:N`: the same with N threads; `tensorrt`: the
+            GPU of this machine; `ssh:USER@HOST`: a board behind SSH (`nas.devices.address.parse_address` has the
+            whole form), several of one state joined by commas.
+        say: told in a line what a device has to say while it works, such as that a connection broke.
 
     Raises:
         UsageError: there is no such device, or it has fewer cores; the message says what there is.
+        DeviceError: it cannot be used.
     """
     kind, colon, given = name.partition(":")
     if kind == "cpu":
@@ -26,9 +32,18 @@ def open_device(name: str) -> Device:
         from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu  # heavy: not needed by a command's help
 
         return OnnxRuntimeCpu(threads=threads)
+    if kind == "ssh":
+        from nas.devices.boards import open_boards  # as above
+
+        return open_boards(name, say)
+    if name == "tensorrt":
+        from nas.devices.tensorrt import TensorRt  # as above
+
+        return TensorRt()
+    names = DEVICE_NAMES + OTHER_NAMES
     raise UsageError(
-        f"device {name!r} does not exist{did_you_mean(name, DEVICE_NAMES)}; devices: {', '.join(DEVICE_NAMES)}, and "
-        "cpu:N for N threads. Run: nas doctor"
+        f"device {name!r} does not exist{did_you_mean(name, names)}; devices: {', '.join(names)}, cpu:N for N threads, "
+        "and ssh:USER@HOST for a board. Run: nas doctor"
     )
 
 

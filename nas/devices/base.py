@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,20 @@ class MeasureJob:
             raise RecordError("a measure job needs a key")
         if self.macs < 0:
             raise RecordError(f"measure job {self.key}: macs must not be negative, got {self.macs}")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """What one executed layer of an engine takes, and what the runtime tells of it.
+
+    `metadata` has the names of the ONNX nodes that are in it, where the runtime keeps them apart from `name`; `kind` is
+    the runtime's word for it, such as `Conv` or `Reformat REFORMAT`.
+    """
+
+    name: str
+    median_ms: float
+    metadata: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +134,35 @@ class Device(Protocol):
     def calm(self, checks: int = 20) -> CalmReport:
         """Looks `checks` times whether the device is quiet enough to measure."""
         ...
+
+
+class LayerTimer(Protocol):
+    """What a device has besides, whose runtime can tell how long each layer of an engine takes."""
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Typical time of each executed layer of a model, in the order of execution.
+
+        Their sum is not the latency of the model: profiling itself takes time, and the gaps between layers are not
+        among them. Shares of it are what counts.
+
+        Args:
+            model: ONNX bytes with static shapes.
+            precision: as that of a job.
+
+        Raises:
+            DeviceError: the runtime refuses the model or cannot profile it.
+        """
+        ...
+
+
+def layer_times_of(rows: Sequence[Mapping[str, Any]]) -> list[LayerTime]:
+    """Layers of a profile as the runners of a board give them."""
+    return [
+        LayerTime(
+            str(row["name"]),
+            float(row["median_ms"]),
+            str(row.get("metadata", "")),
+            " ".join(text for text in (str(row.get("type", "")), str(row.get("origin", ""))) if text),
+        )
+        for row in rows
+    ]

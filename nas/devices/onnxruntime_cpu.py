@@ -7,6 +7,7 @@ device has, so that the same file has the same accuracy on each of them and what
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError
 from nas.core.records import DeviceProfile, Measurement
-from nas.devices.base import HANG_REASON, CalmReport, MeasureJob, OnProgress, OnResult
-from nas.devices.graphs import GATE_STREAMING_MB, reference_model, streaming_model
+from nas.devices.base import HANG_REASON, CalmReport, JobPrecision, LayerTime, MeasureJob, OnProgress, OnResult
+from nas.devices.graphs import GATE_STREAMING_MB, identity_model, reference_model, streaming_model
 from nas.devices.host import clock_and_temperature, host_profile, probe_host
 from nas.devices.protocol import (
     Attempt,
@@ -52,6 +53,8 @@ _ROW_ROUNDS = 6
 _STREAMS_FROM_BYTES = 1_000_000
 _BATCH = 64  # images in one call of `run` where the batch is dynamic: bounds the memory
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
+_PROFILE_RUNS = 200  # the runtime tells whole microseconds: many runs give the fractions
+_PROFILE_WARMUP = 20
 
 _DTYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -151,6 +154,19 @@ class OnnxRuntimeCpu:
         """Outputs for raw images; see `Device.run`."""
         with watched(self._settings.hang_s, lambda _: False) as begin:
             return run_model(model, images, lambda: begin("running the model on images"))
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:  # noqa: ARG002  # the file says it
+        """Typical time of each operator that the runtime executes; see `LayerTimer`.
+
+        Less what the runtime tells of an operator that does nothing, 1 to 2 us: in a small network as much as the work.
+        """
+        with watched(self._settings.hang_s, lambda _: False) as begin:
+            begin("profiling a model")
+            nothing_ms = min(time.median_ms for time in profiled(identity_model(), self._threads))
+            return [
+                replace(time, median_ms=max(0.0, time.median_ms - nothing_ms))
+                for time in profiled(model, self._threads)
+            ]
 
     def _ready_gate(self) -> Gate:
         if self._gate is None:
@@ -274,6 +290,7 @@ def run_model(
 ) -> list[NDArray[np.generic]]:
     """Outputs of a model for raw images [B, 3, H, W], each with B rows; the batch may be static or dynamic.
 
+    Feature maps of half floats, which a segment of a network takes, are given as they are.
     `begin` is called before the session is made and before each batch.
 
     Raises:
@@ -291,7 +308,8 @@ def run_model(
             missing = size - len(part) if isinstance(entry.shape[0], int) else 0
             if missing:  # a static batch is filled up with copies that are cut off again
                 part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
-            outputs = session.run(None, {entry.name: np.ascontiguousarray(part, dtype=np.float32)})
+            kind = np.float16 if part.dtype == np.float16 else np.float32
+            outputs = session.run(None, {entry.name: np.ascontiguousarray(part, dtype=kind)})
             rows = len(part)
             parts.append([_rows(output, rows)[: rows - missing] for output in outputs])
     except Exception as e:  # the runtime's exceptions have no common base of their own
@@ -327,7 +345,10 @@ def bound_run(model: bytes, feeds: Mapping[str, NDArray[np.generic]], threads: i
     Raises:
         DeviceError: a dynamic size other than the batch, an unknown input, a feed of another shape.
     """
-    session = _session(model, threads)
+    return _bound(_session(model, threads), feeds)
+
+
+def _bound(session: Any, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
     binding = session.io_binding()
     rng = np.random.default_rng(0)
     inputs = {entry.name: entry for entry in session.get_inputs()}
@@ -365,7 +386,9 @@ def waiting_option(version: str) -> tuple[str, str]:
     return "session.force_spinning_stop", "1"
 
 
-def _session(model: bytes, threads: int = 1, optimised_path: Path | None = None) -> Any:
+def _session(
+    model: bytes, threads: int = 1, optimised_path: Path | None = None, profile_prefix: Path | None = None
+) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -376,6 +399,9 @@ def _session(model: bytes, threads: int = 1, optimised_path: Path | None = None)
     options.log_severity_level = _FATAL_ONLY
     if optimised_path is not None:
         options.optimized_model_filepath = str(optimised_path)
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_prefix)
     return ort.InferenceSession(model, options, providers=[PROVIDER])
 
 
@@ -410,3 +436,43 @@ def _count(graph: Any, counts: dict[str, int]) -> None:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 _count(attribute.g, counts)
+
+
+def profiled(model: bytes, threads: int = 1) -> list[LayerTime]:
+    """Time of each operator that ONNX Runtime executes, as its profile tells it.
+
+    Raises:
+        DeviceError: the runtime refuses the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="nas-ort-") as folder:
+        try:
+            session = _session(model, threads, profile_prefix=Path(folder) / "profile")
+            run = _bound(session, {})
+            for _ in range(_PROFILE_WARMUP + _PROFILE_RUNS):
+                run()
+            text = Path(session.end_profiling()).read_text(encoding="utf-8")
+        except Exception as e:  # the runtime's exceptions have no common base of their own
+            raise DeviceError(f"ONNX Runtime {ort.__version__} cannot profile the model: {one_line(e)}") from e
+    return _layer_times(text)
+
+
+def _layer_times(profile: str) -> list[LayerTime]:
+    """Operators of the runtime's profile in the order of execution, without the runs of the warm-up.
+
+    A time is the mean of the faster half of the runs: disturbance only adds, and whole microseconds average out.
+    """
+    times: dict[str, list[float]] = {}
+    kinds: dict[str, str] = {}
+    for event in json.loads(profile):
+        name = str(event.get("name", ""))
+        if event.get("cat") == "Node" and name.endswith("_kernel_time"):
+            node = name.removesuffix("_kernel_time")
+            times.setdefault(node, []).append(float(event["dur"]) / 1e3)
+            kinds[node] = str(event.get("args", {}).get("op_name", ""))
+    result = []
+    for node, values in times.items():
+        repeats = max(1, round(len(values) / (_PROFILE_WARMUP + _PROFILE_RUNS)))  # several operators of one name
+        counted = np.sort(values[repeats * _PROFILE_WARMUP :])
+        faster = counted[: max(1, len(counted) // 2)]
+        result.append(LayerTime(node, repeats * float(np.mean(faster)), "", kinds[node]))
+    return result

@@ -35,6 +35,7 @@ import numpy as np
 
 from nas.core.errors import RecordError
 from nas.devices.base import CalmReport, JobKind
+from nas.devices.board.rounds import is_calm
 
 Run = Callable[[], object]
 SampleClock = Literal["thread_cpu", "wall"]
@@ -217,6 +218,35 @@ class Attempt:
     gate: GateReading
 
 
+@dataclass(frozen=True, slots=True)
+class KnownBest:
+    """The best times that are known of the references (ms, infinite where unknown); judges looks at them."""
+
+    reference_ms: float
+    streaming_ms: float
+    settings: ProtocolSettings
+
+    def is_calm(self, reading: GateReading) -> bool:
+        """Whether a round after this reading can be accepted."""
+        drift = self.settings.gate_drift
+        share = self.settings.gate_cpu_share
+        streams = reading.streaming_ms is None or reading.streaming_ms < drift * self.streaming_ms
+        return streams and is_calm(reading.median_ms, reading.cpu_share, self.reference_ms, drift, share)
+
+
+def calm_report(readings: Sequence[GateReading], best: KnownBest) -> CalmReport:
+    """How quiet a device is by looks at its references, at least one."""
+    medians = sorted(r.median_ms for r in readings)
+    return CalmReport(
+        checks=len(readings),
+        rejected=sum(not best.is_calm(r) for r in readings),
+        best_ms=best.reference_ms,
+        median_ms=medians[len(medians) // 2],
+        worst_ms=medians[-1],
+        cpu_share=min(r.cpu_share for r in readings),
+    )
+
+
 class Gate:
     """The references in front of every round, and the best time ever seen of each."""
 
@@ -293,12 +323,7 @@ class Gate:
 
     def is_calm(self, reading: GateReading) -> bool:
         """Whether a round after this reading can be accepted, judged by the best times known now."""
-        drift = self._settings.gate_drift
-        return (
-            reading.cpu_share > self._settings.gate_cpu_share
-            and reading.median_ms < drift * self.best_ms
-            and (reading.streaming_ms is None or reading.streaming_ms < drift * self.best_streaming_ms)
-        )
+        return KnownBest(self.best_ms, self.best_streaming_ms, self._settings).is_calm(reading)
 
     def report(self, checks: int) -> CalmReport:
         """Takes `checks` readings of all references, 5 ms apart."""
@@ -306,15 +331,7 @@ class Gate:
         for _ in range(max(1, checks)):
             readings.append(self.check(streams=True))
             self._clock.sleep(0.005)
-        medians = sorted(r.median_ms for r in readings)
-        return CalmReport(
-            checks=len(readings),
-            rejected=sum(not self.is_calm(r) for r in readings),
-            best_ms=self.best_ms,
-            median_ms=medians[len(medians) // 2],
-            worst_ms=medians[-1],
-            cpu_share=min(r.cpu_share for r in readings),
-        )
+        return calm_report(readings, KnownBest(self.best_ms, self.best_streaming_ms, self._settings))
 
     def _calibrate(self) -> None:
         for _ in range(self._settings.warmup_runs):
@@ -474,7 +491,7 @@ def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Cloc
         patience.spend(waited, clock.wall_ns())
 
 
-def is_accepted(attempt: Attempt, gate: Gate, settings: ProtocolSettings) -> bool:
+def is_accepted(attempt: Attempt, gate: Gate | KnownBest, settings: ProtocolSettings) -> bool:
     """Whether a round counts, by what is known now: asked again at the end, when the best time may be lower."""
     return gate.is_calm(attempt.gate) and attempt.cpu_share > settings.round_cpu_share
 

@@ -6,9 +6,12 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import onnx
+from onnx import numpy_helper
 
 from nas.core.errors import UsageError
+from nas.export.dialect import Dialect
 
 MAX_MODEL_BYTES = 512 * 1024 * 1024
 MAX_ELEMENTS = 2**31  # of one tensor: far above any network here
@@ -92,3 +95,51 @@ def all_graphs(graph: onnx.GraphProto) -> Iterable[onnx.GraphProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
                 yield from all_graphs(attribute.g)
+
+
+def tensorrt_problems(model: onnx.ModelProto, dialect: Dialect) -> list[str]:
+    """What TensorRT's ONNX parser would refuse or misread in a graph of one of its dialects; empty for a good one.
+
+    The rules of onnx-tensorrt's importers (8.2-GA, 8.6-GA, 10.0-GA): zero points present, int8 and all zero; scales
+    constant and positive, float32 before TensorRT 10; per-channel scales on axis 0 and of weights only; unique names of
+    nodes, because they become the names of layers.
+    """
+    problems: list[str] = []
+    opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+    if opset != dialect.opset:
+        problems.append(f"opset {opset}; the parser of {dialect.name} reads {dialect.opset}")
+    names: set[str] = set()
+    for graph in all_graphs(model.graph):
+        constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+        quantized = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+        for node in graph.node:
+            if not node.name or node.name in names:
+                problems.append(f"node {node.name!r} ({node.op_type}): names must be there and unique")
+            names.add(node.name)
+            if node.op_type == "HardSwish" and opset < 14:
+                problems.append(f"{node.name}: no HardSwish below opset 14")
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+                source = quantized.get(node.input[0])
+                is_weight = node.input[0] in constants or (source is not None and source.input[0] in constants)
+                problems += [f"{node.name}: {what}" for what in _pair_problems(node, constants, dialect, is_weight)]
+    return problems
+
+
+def _pair_problems(
+    node: onnx.NodeProto, constants: dict[str, np.ndarray], dialect: Dialect, is_weight: bool
+) -> list[str]:
+    if len(node.input) != 3:
+        return ["no zero point"]
+    scale, zero = constants.get(node.input[1]), constants.get(node.input[2])
+    if scale is None or zero is None:
+        return ["scale and zero point must be constant initializers"]
+    problems = []
+    if zero.dtype != np.int8 or zero.any() or zero.size != scale.size:
+        problems.append(f"zero point is {zero.dtype} {list(zero.shape)}, not int8 zeros as many as scales")
+    wanted = np.float16 if dialect.half_floats else np.float32
+    if scale.dtype != wanted or not (np.isfinite(scale).all() and (scale > 0).all()):
+        problems.append(f"scale is {scale.dtype}; it must be positive {np.dtype(wanted)}")
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+    if scale.size > 1 and not (is_weight and axis == 0):
+        problems.append(f"{scale.size} scales on axis {axis}; per-channel scales are for weights, on axis 0")
+    return problems

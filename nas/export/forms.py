@@ -1,28 +1,136 @@
 """What an exported network consists of: the paths that an image can take, their latencies, the layers it holds.
 
-Form `if` leaves at an exit; form `plain` has none. An `If` costs the exit heads, and its branches are optimised one by
-one, so only measuring tells which is faster: a search measures both for finished students near the front.
+Form `if` leaves at an exit; form `plain` has none; form `segments` is a chain of models between which the host decides.
+An `If` costs the exit heads, and its branches are optimised one by one, so only measuring tells which is faster: a
+search measures both for finished students near the front. On TensorRT a conditional may cost more than its branch, so
+exits are deployed as segments there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, LayerSpec, Measurement
 from nas.core.run import LatencyKind
 from nas.core.walk import expand
-from nas.export.graph import forced_exit
-from nas.export.manifest import PackageForm, PathLatency
+from nas.export.dialect import ORT, Dialect
+from nas.export.graph import Segment, forced_exit
+from nas.export.manifest import PackageForm, PathLatency, calm_runs
 from nas.latency.estimate import figures
 from nas.latency.table import deviation_ms
 
 MeasureLatency = Callable[[Sequence[bytes]], Sequence[Measurement]]
+Run = Callable[[bytes, NDArray[np.float32]], Sequence[NDArray[Any]]]
+Artefact = bytes | tuple[Segment, ...]  # what is deployed: one model, or the chain of form "segments"
+
+
+def exits_form(dialect: Dialect) -> PackageForm:
+    """The form in which a network with exits is deployed on a runtime."""
+    return "if" if dialect is ORT else "segments"
+
+
+def answers(
+    run: Run, artefact: Artefact, images: NDArray[np.float32], head: int
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Logits [N, K] and the exits [N] that the images took; `head` stands for the head.
+
+    A chain is run segment by segment, each for the images that are left.
+
+    Args:
+        run: executes a model on images or feature maps [N, C, H, W].
+        artefact: one model, or a chain.
+        images: raw pixels float32 [N, C, H, W].
+        head: number of exits of the candidate.
+    """
+    if isinstance(artefact, bytes):
+        outputs = [np.asarray(output) for output in run(artefact, images)]
+        exits = outputs[1] if len(outputs) > 1 else np.full(len(images), head)
+        return outputs[0], exits.astype(np.int64)
+    left = np.arange(len(images))
+    features: NDArray[Any] = images
+    logits: NDArray[Any] | None = None
+    taken = np.full(len(images), head, np.int64)
+    for segment in artefact:
+        outputs = [np.asarray(output) for output in run(segment.model, features)]
+        if logits is None:
+            logits = np.empty((len(images), outputs[0].shape[1]), outputs[0].dtype)
+        logits[left], taken[left] = outputs[0], segment.exit_index
+        if segment.threshold is None:
+            break
+        # decided in float32, in which the exported graphs compare
+        stays = outputs[1].astype(np.float32) < np.float32(segment.threshold)
+        left, features = left[stays], outputs[2][stays]
+        if not len(left):
+            break
+    if logits is None:
+        raise UsageError("a chain without segments answers nothing")
+    return logits, taken
+
+
+def measured_paths(
+    candidate: Candidate, form: PackageForm, artefact: Artefact, measure: MeasureLatency
+) -> tuple[tuple[int, ...], list[Measurement]]:
+    """Measures an artefact: the exits that an image can take, the head last, and the latency of each path.
+
+    A chain is measured segment by segment; a path is the sum of what it passes. The host's decision between two
+    segments is not in it.
+
+    Raises:
+        DeviceError: the device gave another number of results, or could not measure a segment.
+    """
+    if isinstance(artefact, bytes):
+        models = path_models(candidate, form, artefact)
+        return tuple(models), _all_measured(measure, list(models.values()))
+    found = _all_measured(measure, [segment.model for segment in artefact])
+    paths = [in_series(found[: i + 1]) for i in range(len(found))]
+    return tuple(segment.exit_index for segment in artefact), paths
+
+
+def in_series(measurements: Sequence[Measurement]) -> Measurement:
+    """What is executed one after the other as one measurement.
+
+    The sample at each quantile is the sum of the samples at that quantile: exact for the sum when disturbances hit all
+    parts together, and an upper bound of its spread otherwise.
+
+    Raises:
+        DeviceError: one of them is an error.
+    """
+    for m in measurements:
+        if m.latency_ms is None:
+            raise DeviceError(f"{m.key}: the exported network could not be measured: {m.error}")
+    if len(measurements) == 1:
+        return measurements[0]
+    last = measurements[-1]
+    calm = [calm_runs(m) for m in measurements]
+    count = min(len(runs) for runs in calm)
+    places = np.linspace(0.0, 1.0, count) if count > 1 else np.array([0.5])
+    runs = sum(np.quantile(values, places) for values in calm) if count else np.empty(0)
+    sessions = min(len(m.session_ms) for m in measurements)
+    by_rank = [sorted(m.session_ms)[:sessions] for m in measurements]
+    return replace(
+        last,
+        latency_ms=sum(m.latency_ms or 0.0 for m in measurements),
+        rounds_ms=(tuple(np.asarray(runs).tolist()),),
+        accepted=(all(m.is_stable for m in measurements),),
+        session_ms=tuple(sum(values) for values in zip(*by_rank, strict=True)),
+    )
+
+
+def _all_measured(measure: MeasureLatency, models: Sequence[bytes]) -> list[Measurement]:
+    measurements = list(measure(models))
+    if len(measurements) != len(models):
+        raise DeviceError(f"{len(models)} models were to be measured, {len(measurements)} results came back")
+    return measurements
 
 
 def reachable_exits(candidate: Candidate) -> tuple[int, ...]:
-    """Exits where an image can leave the "if" form, in order; the number of exits stands for the head.
+    """Exits where an image can leave a form with exits, in order; the number of exits stands for the head.
 
     Thresholds above 1 take nothing, thresholds of at most 0 everything.
     """

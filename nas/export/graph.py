@@ -7,6 +7,7 @@ which exporters do not: a search writes thousands of graphs.
 from __future__ import annotations
 
 from collections.abc import Iterable, MutableSequence, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -16,19 +17,18 @@ from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 from nas.core.errors import RecordError, UsageError
 from nas.core.records import Candidate, ConvSpec, LayerSpec, QuantSpec
 from nas.core.walk import expand
+from nas.devices.portable import PRECISION_KEY
 from nas.export.dialect import ORT, Dialect
 from nas.export.writer import ONNX_TYPES, LayerWriter, Scope, Tensor, Weights
 
 Form = Literal["plain", "logits", "if"]
 
-OPSET = 17  # TensorRT reads it from 8.4 on; Reduce operators still take their axes as attributes
-IR_VERSION = 9
-
 
 def layer_model(layer: LayerSpec, *, seed: int = 0, dialect: Dialect = ORT) -> bytes:
     """ONNX model of one layer with random weights: a row to measure.
 
-    Its input `x` and its output have the network's own form: float, or quantized in int8. A stem takes raw float pixels
+    Its input `x` and its output have the network's own form: float (half where the dialect has half floats), or
+    quantized where pairs stand behind outputs. A stem takes raw float pixels
     and normalises them; heads give float logits [1, K].
 
     Args:
@@ -39,21 +39,26 @@ def layer_model(layer: LayerSpec, *, seed: int = 0, dialect: Dialect = ORT) -> b
     Raises:
         UsageError: the dialect does not have the layer's precision.
     """
-    is_int8, is_head = layer.precision == "int8", layer.kind in ("head", "exit_head")
+    is_head = layer.kind in ("head", "exit_head")
+    is_quantized = layer.precision == "int8" and dialect.pairs_at == "outputs"
     writer = LayerWriter(_random(((layer, spec) for spec in layer.convolutions), seed), _nominal([layer]), dialect)
-    model, scope = _new_model(layer.key)
-    x = Tensor("x", "x")
+    model, scope = _new_model(layer.key, dialect, layer.precision)
     if layer.kind == "stem":
+        _declare(scope.graph.input, "x", "float32", (1, layer.in_channels, layer.in_size, layer.in_size))
         x = writer.image(scope, "x", (0.5,) * layer.in_channels, (0.25,) * layer.in_channels)
-    elif is_int8:
-        x = Tensor("x", "x", *dialect.scale_and_zero_point(*_NOMINAL["linear"]))
-    in_type, out_type = (dialect.activation_type if q else "float32" for q in (x.scale is not None, is_int8))
-    _declare(scope.graph.input, "x", in_type, (1, layer.in_channels, layer.in_size, layer.in_size))
+    else:
+        kind = dialect.float_type(layer.precision)
+        x = Tensor("x", "x", kind=kind)
+        if is_quantized:
+            x = Tensor("x", "x", *dialect.scale_and_zero_point(*_NOMINAL["linear"]))
+        in_type = dialect.activation_type if is_quantized else kind
+        _declare(scope.graph.input, "x", in_type, (1, layer.in_channels, layer.in_size, layer.in_size))
     if is_head:
         _declare(scope.graph.output, writer.head(scope, x, layer, "y"), "float32", (1, layer.out_channels))
     else:
-        out_shape = (1, layer.out_channels, layer.out_size, layer.out_size)
-        _declare(scope.graph.output, writer.layer(scope, x, layer).source, out_type, out_shape)
+        y = writer.layer(scope, x, layer)
+        out_type = dialect.activation_type if is_quantized else y.kind
+        _declare(scope.graph.output, y.source, out_type, (1, layer.out_channels, layer.out_size, layer.out_size))
     return _serialised(model)
 
 
@@ -94,7 +99,7 @@ def network_model(
     """
     _check_normalisation(candidate, mean, std)
     writer = LayerWriter(weights, quant, dialect)
-    model, scope = _new_model(candidate.id)
+    model, scope = _new_model(candidate.id, dialect, candidate.precision_label)
     _declare_image(scope, candidate, batch)
     x = writer.image(scope, "image", mean, std)
     if form == "if":
@@ -110,6 +115,101 @@ def network_model(
             writer.head(scope, x, layer, name)
             _declare(scope.graph.output, name, "float32", ("N" if batch is None else batch, layer.out_channels))
     return _serialised(model)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One piece of a network with exits: what is executed between two decisions.
+
+    Attributes:
+        exit_index: exit where an image can leave behind it; the number of exits stands for the head.
+        threshold: confidence from which on an image leaves; None: whatever reaches it leaves here.
+        features_in: name of the input; `image` for the first segment, else of the feature map of the one before it.
+        features_out: name of the output that the next segment takes; None for the last.
+        model: ONNX file. Outputs in order: `logits` float32 [1, K]; unless it is the last one also `confidence` float32
+            [1] (largest softmax probability) and the feature map.
+    """
+
+    exit_index: int
+    threshold: float | None
+    features_in: str
+    features_out: str | None
+    model: bytes = field(repr=False)
+
+
+def segment_models(
+    candidate: Candidate,
+    weights: Weights,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    quant: QuantSpec | None = None,
+    dialect: Dialect = ORT,
+) -> tuple[Segment, ...]:
+    """A network with exits as a chain of models: the host reads one number behind each and decides.
+
+    For runtimes in which a conditional costs more than its branch, such as TensorRT (NVIDIA/TensorRT issues 4402 and
+    4059). Exits are left out, and the chain ends early, as in form "if" of `network_model`.
+
+    Args:
+        candidate: the network, with thresholds.
+        weights: `<layer>.<convolution>.weight|bias`, batch norm folded in.
+        mean: of the training pixels / 255, one per channel.
+        std: same.
+        quant: ranges of the tensors, where a layer is int8.
+        dialect: what the runtime reads.
+
+    Raises:
+        UsageError: a precision that the dialect lacks, a missing threshold or range.
+        RecordError: weights or ranges of another candidate.
+    """
+    _check_normalisation(candidate, mean, std)
+    pieces = _pieces(candidate)
+    result: list[Segment] = []
+    x: Tensor | None = None
+    side, channels = candidate.resolution, candidate.in_channels
+    for number, (layers, threshold) in enumerate(pieces):
+        writer = LayerWriter(weights, quant, dialect)
+        model, scope = _new_model(f"{candidate.id}#{number}", dialect, candidate.precision_label)
+        if x is None:
+            entered = "image"
+            _declare_image(scope, candidate, 1)
+            x = writer.image(scope, "image", mean, std)
+        else:
+            entered = x.source
+            _declare(scope.graph.input, entered, x.kind, (1, channels, side, side))
+        for layer in layers[:-1]:
+            x = writer.layer(scope, x, layer)
+            side, channels = layer.out_size, layer.out_channels
+        head = layers[-1]
+        _declare(scope.graph.output, writer.head(scope, x, head, "logits"), "float32", (1, head.out_channels))
+        left = None
+        if threshold is not None:
+            confidence = writer.confidence(scope, "logits", head.name, "confidence", is_scalar=False)
+            _declare(scope.graph.output, confidence, "float32", (1,))
+            left = scope.float_of(x, dialect, x.kind)
+            _declare(scope.graph.output, left, x.kind, (1, channels, side, side))
+            x = Tensor(x.name, x.name, kind=x.kind)  # float at the border, whatever it was before
+        result.append(Segment(head.segment, threshold, entered, left, _serialised(model)))
+    return tuple(result)
+
+
+def _pieces(candidate: Candidate) -> list[tuple[list[LayerSpec], float | None]]:
+    """Layers between two decisions, the head or exit head last, and the threshold there; None: everything leaves."""
+    pieces: list[tuple[list[LayerSpec], float | None]] = []
+    body: list[LayerSpec] = []
+    for layer in expand(candidate):
+        if layer.kind not in ("head", "exit_head"):
+            body.append(layer)
+            continue
+        threshold = _threshold(candidate, layer.segment)
+        if threshold > 1.0:
+            continue
+        if threshold <= 0.0:
+            return [*pieces, ([*body, layer], None)]
+        pieces.append(([*body, layer], threshold))
+        body = []
+    return pieces
 
 
 def tensors_model(
@@ -129,7 +229,7 @@ def tensors_model(
     _check_normalisation(candidate, mean, std)
     plain = candidate.with_precision("fp32")
     writer = LayerWriter(weights, None, ORT)
-    model, scope = _new_model(plain.id)
+    model, scope = _new_model(plain.id, ORT, "fp32")
     _declare_image(scope, candidate, None)
     x = writer.image(scope, "image", mean, std)
     for layer in expand(plain):
@@ -187,7 +287,7 @@ _NOMINAL = {
 
 
 def _nominal(layers: Iterable[LayerSpec]) -> QuantSpec:
-    ranges = {"image": (-2.5, 2.5)}
+    ranges = {"image": (-2.5, 2.5), "x": _NOMINAL["linear"]}
     for layer in layers:
         for spec in layer.convolutions:
             base = f"{layer.name}.{spec.name}"
@@ -240,8 +340,7 @@ def _write_gated(writer: LayerWriter, main: Scope, image: Tensor, candidate: Can
         main.scalar(f"threshold_{k}", threshold, "float32")
         _declare(main.graph.input, f"threshold_{k}", "float32", ())
         base = f"{scope.tag}{head.name}"
-        surest = scope.node("Softmax", (logits,), f"{base}.softmax", axis=1)
-        surest = scope.node("ReduceMax", (surest,), f"{base}.confidence", axes=(0, 1), keepdims=0)
+        surest = writer.confidence(scope, logits, base, f"{base}.confidence", is_scalar=True)
         condition = scope.node("GreaterOrEqual", (surest, f"threshold_{k}"), f"{base}.leaves")
         outputs = (f"{scope.tag}logits", f"{scope.tag}exit_index")
         taken, tail = scope.branches(condition, outputs, base, (f"at_{k}", f"after_{k}"))
@@ -286,9 +385,13 @@ def _declare(infos: MutableSequence[ValueInfoProto], name: str, kind: str, shape
     infos.append(helper.make_tensor_value_info(name, ONNX_TYPES[np.dtype(kind)], shape))
 
 
-def _new_model(name: str) -> tuple[ModelProto, Scope]:
+def _new_model(name: str, dialect: Dialect, precision: str) -> tuple[ModelProto, Scope]:
     """An empty model and its graph to write into."""
-    model = ModelProto(ir_version=IR_VERSION, producer_name="nas", opset_import=[helper.make_opsetid("", OPSET)])
+    opset = helper.make_opsetid("", dialect.opset)
+    model = ModelProto(ir_version=dialect.ir_version, producer_name="nas", opset_import=[opset])
+    if dialect is not ORT:
+        # A weakly typed builder has to be told: its graph is float32 whether or not half precision is meant.
+        model.metadata_props.add(key=PRECISION_KEY, value=precision)
     return model, Scope(model.graph, name)
 
 

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, ClockKind, DeviceProfile, LatencyFigures, Measurement
 from nas.core.run import LatencyKind, latency_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: segments, dialects, packages without a latency (2026-11-28)
 
-PackageForm = Literal["plain", "if"]
-Verdict = Literal["good", "over_budget", "accuracy_loss"]
+PackageForm = Literal["plain", "if", "segments"]
+Verdict = Literal["good", "over_budget", "accuracy_loss", "unmeasured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +98,22 @@ class ParityInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class SegmentInfo:
+    """A model file of a package in segments; the fields are those of `nas.export.graph.Segment`."""
+
+    file: str
+    exit_index: int
+    threshold: float | None
+    features_in: str
+    features_out: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """Everything about a package; `files` maps each other file to its SHA-256.
+
+    `dialect` says for which runtime the graphs were written. `latency` is None where the device that they are for was
+    not there; `nas deploy` measures it. `segments` are the model files in form "segments", in order.
 
     `integer_convolutions` of the model's `convolutions` are executed in int8 by the runtime; None: not counted.
     `margin_ms` is what the median must stay below the budget by, because the file may measure as much more next time.
@@ -122,7 +137,7 @@ class Manifest:
     params: int
     convolutions: int
     accuracy: ArtefactAccuracy
-    latency: PackageLatency
+    latency: PackageLatency | None
     parity: ParityInfo
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -136,14 +151,21 @@ class Manifest:
     integer_convolutions: int | None = None
     tools: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+    dialect: str = "ort"
+    segments: tuple[SegmentInfo, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
-        if self.schema_version != SCHEMA_VERSION:
+        if not 1 <= self.schema_version <= SCHEMA_VERSION:
             raise RecordError(
-                f"package of schema version {self.schema_version}; this program reads version {SCHEMA_VERSION}. "
+                f"package of schema version {self.schema_version}; this program reads versions 1 to {SCHEMA_VERSION}. "
                 "Use the version of nas named under 'tools', or export again"
             )
+
+    @property
+    def model_files(self) -> tuple[str, ...]:
+        """Names of the ONNX files, in the order in which they run."""
+        return tuple(segment.file for segment in self.segments) or ("model.onnx",)
 
     @property
     def is_good(self) -> bool:
@@ -152,7 +174,7 @@ class Manifest:
 
 def judge(
     accuracy: ArtefactAccuracy,
-    figures: LatencyFigures,
+    figures: LatencyFigures | None,
     *,
     budget_ms: float | None,
     budget_of: LatencyKind,
@@ -164,7 +186,7 @@ def judge(
 
     Args:
         accuracy: of the file.
-        figures: medians of the runs, as in `PathLatency`.
+        figures: medians of the runs, as in `PathLatency`; None: not measured, which is no verdict on a deadline.
         budget_ms: deadline; None: there is none.
         budget_of: which latency it limits.
         margin_ms: by how much a later measurement may be above this one; the deadline must be kept even then.
@@ -180,6 +202,9 @@ def judge(
             f"{100 * (reference_top1 - accuracy.top1):.2f} points below {100 * reference_top1:.2f} %; "
             f"allowed: {100 * max_loss:.2f}"
         )
+    if figures is None:
+        reasons.append("its latency was not measured: the device that it is for was not there. Run: nas deploy")
+        return (verdict if verdict != "good" else "unmeasured"), tuple(reasons)
     latency_ms = latency_of(figures, budget_of)
     if budget_ms is not None and latency_ms > budget_ms:
         verdict = "over_budget"
@@ -202,9 +227,14 @@ def path_latency(measurement: Measurement, exit_index: int, share: float) -> Pat
     """
     if measurement.latency_ms is None:
         raise RecordError(f"measurement of {measurement.key} failed: {measurement.error}")
-    rounds = [r for r, ok in zip(measurement.rounds_ms, measurement.accepted, strict=True) if ok]
-    runs = np.concatenate([np.asarray(r) for r in rounds or measurement.rounds_ms] or [np.empty(0)])
+    runs = calm_runs(measurement)
     p50, p95 = np.quantile(runs, (0.5, 0.95)) if len(runs) else (measurement.latency_ms, measurement.latency_ms)
     return PathLatency(
         exit_index, share, measurement.latency_ms, float(p50), float(p95), len(runs), measurement.is_stable
     )
+
+
+def calm_runs(measurement: Measurement) -> NDArray[np.float64]:
+    """Single runs of the accepted rounds, ms; of all rounds where none was calm."""
+    rounds = [r for r, ok in zip(measurement.rounds_ms, measurement.accepted, strict=True) if ok]
+    return np.concatenate([np.asarray(r, dtype=np.float64) for r in rounds or measurement.rounds_ms] or [np.empty(0)])

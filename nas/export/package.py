@@ -4,11 +4,14 @@ Accuracy and latency are measured on the very file that is exported. A package i
 there, and renamed at the end: a folder with the package's name is whole, whatever happened before.
 
     model.onnx        static batch 1, normalisation inside, exits as `If` where asked for, QDQ where int8
+    segment_0.onnx .. the same as a chain of models, where exits are decided on by the host (form "segments")
     labels.txt        one class per line, in the order of the logits
     preprocess.json   how an image file becomes the input
     manifest.json     nas.export.manifest.Manifest: hashes of all files, figures, verdict, candidate, device
-    infer.py          numpy + onnxruntime: images in, classes and milliseconds out
+    infer.py          numpy + onnxruntime or TensorRT: images in, classes and milliseconds out
     parity.py         re-runs the images in parity/ and compares
+    bench.py          times the model on the machine it lies on
+    build_engine.py   for TensorRT: builds the engines there, outside this folder; board.pyz does the work
     README.md         model card
 """
 
@@ -32,26 +35,31 @@ from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError, StorageError, UsageError
 from nas.core.jsonio import file_sha256, read_record, to_plain, write_bytes
-from nas.core.records import Candidate, DeviceProfile, QuantSpec
+from nas.core.records import Candidate, DeviceProfile, LatencyFigures, QuantSpec
 from nas.core.run import LatencyKind
 from nas.export.card import model_card
-from nas.export.check import PackageError, checked_model, checked_names
+from nas.export.check import PackageError, checked_model, checked_names, tensorrt_problems
+from nas.export.dialect import ORT, Dialect
 from nas.export.forms import (
+    Artefact,
     MeasureLatency,
+    Run,
+    answers,
     deployed_layers,
     limited_deviation_ms,
     measured_figures,
+    measured_paths,
     median_figures,
-    path_models,
     path_shares,
 )
-from nas.export.graph import OPSET, network_model
+from nas.export.graph import Segment, network_model, segment_models
 from nas.export.manifest import (
     ArtefactAccuracy,
     Manifest,
     PackageForm,
     PackageLatency,
     ParityInfo,
+    SegmentInfo,
     TensorInfo,
     Tolerance,
     judge,
@@ -59,19 +67,20 @@ from nas.export.manifest import (
 )
 from nas.export.writer import Weights
 
-Run = Callable[[bytes, NDArray[np.float32]], Sequence[NDArray[Any]]]
-
 PARITY_IMAGES = 16
 DECODE_VERSION = 1  # of the decoding in infer.py; a test holds it equal to nas.data's
 
 # Another CPU sums floats in another order; its integer kernels differ by single steps, which may move an image that is
 # undecided between two classes or close to a threshold.
+# fp16 keeps 11 bits: a sum of products in another order differs by parts in a thousand.
 _TOLERANCES = {
+    "half": Tolerance(exit_agreement=14 / 16, top1_agreement=15 / 16, relative_l2=0.02),
     "float": Tolerance(exit_agreement=15 / 16, top1_agreement=1.0, relative_l2=1e-3),
     "integer": Tolerance(exit_agreement=14 / 16, top1_agreement=14 / 16, relative_l2=0.05),
 }
 _BATCH = 512
-_SCRIPTS = {"infer.py": "infer.py.txt", "parity.py": "parity.py.txt"}
+_SCRIPTS = {"infer.py": "infer.py.txt", "parity.py": "parity.py.txt", "bench.py": "bench.py.txt"}
+_BOARD_SCRIPTS = {"build_engine.py": "build_engine.py.txt"}
 _TOOLS = ("nas", "onnx", "onnxruntime", "numpy")
 
 
@@ -82,7 +91,8 @@ class PackagePlan:
     Attributes:
         name: title of the package.
         candidate: the network, with precision and, for form "if", thresholds.
-        form: "plain" (no exits) or "if".
+        form: "plain" (no exits), "if" or "segments".
+        dialect: for which runtime the graphs are written.
         class_names: in the order of the logits.
         mean: of the training pixels / 255, one per channel.
         std: same.
@@ -106,6 +116,7 @@ class PackagePlan:
     reference_top1: float | None = None
     max_loss: float = 0.0
     provenance: Mapping[str, str] = field(default_factory=dict)
+    dialect: Dialect = ORT
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.candidate.num_classes:
@@ -123,17 +134,19 @@ class Instruments:
 
     Attributes:
         run: executes a model on raw float32 images [B, C, H, W]; a device's `run`.
-        measure_accuracy: accuracy of a model on the split that final figures come from.
-        measure_latency: measures models, in order.
+        measure_accuracy: accuracy of what is deployed on the split that final figures come from.
+        measure_latency: measures models, in order; None where the device that they are for is not there.
         device: state of the device that `measure_latency` uses.
         op_counts: operators that the runtime executes, by type; None where it cannot tell.
+        board_code: the program that builds and runs engines on a board, `board.pyz`; needed for TensorRT only.
     """
 
     run: Run
-    measure_accuracy: Callable[[bytes], ArtefactAccuracy]
-    measure_latency: MeasureLatency
+    measure_accuracy: Callable[[Artefact], ArtefactAccuracy]
+    measure_latency: MeasureLatency | None
     device: DeviceProfile
     op_counts: Callable[[bytes], Mapping[str, int]] | None = None
+    board_code: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,26 +208,37 @@ def export_package(
     if folder.exists() and not overwrite:
         raise UsageError(f"{folder} exists already; export to another folder, or allow overwriting it")
     images = _parity_inputs(parity_images, plan.candidate)
-    model = network_model(plan.candidate, weights, plan.mean, plan.std, quant=quant, form=plan.form)
-    checked_model(model, f"package {plan.name}")
-    logits, exits = _outputs(instruments.run, model, images, plan)
+    if plan.dialect is not ORT and instruments.board_code is None:
+        raise UsageError(f"package {plan.name}: for {plan.dialect.name} the program for the board is needed")
+    artefact = _artefact(plan, weights, quant)
+    models = _model_files(artefact)
+    for name, data in models.items():
+        problems = tensorrt_problems(checked_model(data, f"package {plan.name}"), plan.dialect)
+        if plan.dialect is not ORT and problems:
+            raise PackageError(f"package {plan.name}: {name} breaks the rules of TensorRT's parser: {problems[0]}")
+    logits, exits = _outputs(instruments.run, artefact, images, plan)
     manifest = replace(
-        _measured(plan, model, instruments),
+        _measured(plan, artefact, instruments),
         parity=_parity_info(plan, weights, images, logits, exits, instruments.run),
         calibration_images=quant.images if quant is not None and "int8" in plan.candidate.precisions else None,
     )
     if not accept(manifest):
         return Package(folder, manifest, "")
+    scripts = dict(_SCRIPTS)
     files: dict[str, bytes] = {
-        "model.onnx": model,
+        **models,
         "labels.txt": "".join(f"{name}\n" for name in plan.class_names).encode(),
         "preprocess.json": _json(_preprocessing(plan)),
         "parity/images.npy": _npy(images),
         "parity/logits.npy": _npy(logits),
         "parity/exits.npy": _npy(exits),
         "README.md": model_card(manifest).encode(),
-        **{name: resources.files("nas.export").joinpath(source).read_bytes() for name, source in _SCRIPTS.items()},
     }
+    if plan.dialect is not ORT and instruments.board_code is not None:
+        scripts |= _BOARD_SCRIPTS
+        files["board.pyz"] = instruments.board_code
+    scripts_folder = resources.files("nas.export")
+    files |= {name: scripts_folder.joinpath(source).read_bytes() for name, source in scripts.items()}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _clean_leftovers(folder)
@@ -230,6 +254,35 @@ def export_package(
         result = verify_package(staged, instruments.run).parity
         if result is None or not result.passes(manifest.parity.tolerance):
             raise PackageError(f"package {plan.name}: the written file does not reproduce its own outputs: {result}")
+        _publish(staged, folder)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return Package(folder, manifest, file_sha256(folder / "manifest.json"))
+
+
+def complete_package(folder: Path, manifest: Manifest) -> Package:
+    """Replaces what a package says about itself (manifest and model card); its models stay as they are.
+
+    Args:
+        folder: a package whose files were checked.
+        manifest: what it says from now on; the hashes of its files are computed anew.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    card = model_card(manifest).encode()
+    try:
+        _clean_leftovers(folder)
+        staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{_staging_prefix(folder)}{os.getpid()}-"))
+    except OSError as e:
+        raise StorageError(f"{folder}: cannot be written: {e.strerror or e}") from e
+    try:
+        for name in manifest.files:
+            write_bytes(staged / name, card if name == "README.md" else (folder / name).read_bytes())
+        manifest = replace(manifest, files={name: file_sha256(staged / name) for name in sorted(manifest.files)})
+        write_bytes(staged / "manifest.json", _json(to_plain(manifest)))
+        staged.chmod(0o755)
         _publish(staged, folder)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
@@ -267,7 +320,8 @@ def verify_package(folder: Path, run: Run | None = None) -> Verification:
         raise PackageError(f"{folder}: not a package (no manifest.json). Run: nas export --help")
     manifest = read_record(Manifest, path)
     files = checked_names(folder, manifest.files)
-    for name in ("model.onnx", "labels.txt", "parity/images.npy", "parity/logits.npy", "parity/exits.npy"):
+    needed = ("labels.txt", "parity/images.npy", "parity/logits.npy", "parity/exits.npy")
+    for name in (*manifest.model_files, *needed):
         if name not in files:
             raise PackageError(f"{path}: does not list {name}; the package is not whole")
     for name, file in files.items():
@@ -275,20 +329,29 @@ def verify_package(folder: Path, run: Run | None = None) -> Verification:
             raise PackageError(
                 f"{folder}: {name} was changed after the export; get the package again or export it anew"
             )
-    model = (folder / "model.onnx").read_bytes()
-    checked_model(model, str(folder / "model.onnx"))
+    artefact = read_artefact(folder, manifest)
+    for name, data in _model_files(artefact).items():
+        checked_model(data, str(folder / name))
     package = Package(folder, manifest, file_sha256(path))
     if run is None:
         return Verification(package, None)
     images, expected, expected_exits = (_load(files[f"parity/{name}.npy"]) for name in ("images", "logits", "exits"))
     if images.dtype != np.uint8 or images.ndim != 4:
         raise PackageError(f"{folder}: parity/images.npy holds {images.dtype} {list(images.shape)}, not uint8 images")
-    outputs = [np.asarray(output) for output in run(model, _network_input(images))]
-    logits = outputs[0]
-    exits = outputs[1] if manifest.form == "if" else np.full(len(images), len(manifest.candidate.exits))
+    logits, exits = answers(run, artefact, _network_input(images), len(manifest.candidate.exits))
     if logits.shape != expected.shape or exits.shape != expected_exits.shape:
         raise PackageError(f"{folder}: the model gives {logits.shape} logits, its parity file holds {expected.shape}")
     return Verification(package, compare(expected, expected_exits, logits, exits))
+
+
+def read_artefact(folder: Path, manifest: Manifest) -> Artefact:
+    """The model or the chain of models of a package whose files were checked."""
+    if not manifest.segments:
+        return (folder / "model.onnx").read_bytes()
+    return tuple(
+        Segment(s.exit_index, s.threshold, s.features_in, s.features_out, (folder / s.file).read_bytes())
+        for s in manifest.segments
+    )
 
 
 def compare(
@@ -306,13 +369,13 @@ def compare(
 
 
 def measured_accuracy(
-    run: Run, model: bytes, images: NDArray[np.uint8], labels: NDArray[np.int64], *, exits: int, split: str = "test"
+    run: Run, model: Artefact, images: NDArray[np.uint8], labels: NDArray[np.int64], *, exits: int, split: str = "test"
 ) -> ArtefactAccuracy:
     """Accuracy and exit shares of an exported file on labelled images, for `Instruments.measure_accuracy`.
 
     Args:
         run: executes the model.
-        model: form "plain" or "if".
+        model: one model of form "plain" or "if", or a chain.
         images: uint8 [N, H, W, 3].
         labels: [N].
         exits: exits of the candidate before the head.
@@ -321,28 +384,64 @@ def measured_accuracy(
     right = 0
     counts = np.zeros(exits + 1, np.int64)
     for start in range(0, len(images), _BATCH):  # as floats, a whole split may not fit into the memory
-        outputs = [np.asarray(o) for o in run(model, _network_input(images[start : start + _BATCH]))]
-        right += int((outputs[0].argmax(1) == labels[start : start + _BATCH]).sum())
-        if len(outputs) > 1:
-            counts += np.bincount(outputs[1].astype(np.int64), minlength=exits + 1)
-    shares = tuple((counts / len(images)).tolist()) if counts.any() else ()
+        logits, taken = answers(run, model, _network_input(images[start : start + _BATCH]), exits)
+        right += int((logits.argmax(1) == labels[start : start + _BATCH]).sum())
+        counts += np.bincount(taken, minlength=exits + 1)
+    shares = tuple((counts / len(images)).tolist()) if exits else ()
     return ArtefactAccuracy(right / len(images), len(images), split, shares)
 
 
-def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Manifest:
+def _artefact(plan: PackagePlan, weights: Weights, quant: QuantSpec | None) -> Artefact:
+    if plan.form == "segments":
+        return segment_models(plan.candidate, weights, plan.mean, plan.std, quant=quant, dialect=plan.dialect)
+    return network_model(
+        plan.candidate, weights, plan.mean, plan.std, quant=quant, form=plan.form, dialect=plan.dialect
+    )
+
+
+def _model_files(artefact: Artefact) -> dict[str, bytes]:
+    if isinstance(artefact, bytes):
+        return {"model.onnx": artefact}
+    return {f"segment_{i}.onnx": segment.model for i, segment in enumerate(artefact)}
+
+
+def latency_report(
+    plan: PackagePlan, artefact: Artefact, shares: Sequence[float], measure: MeasureLatency, device: DeviceProfile
+) -> tuple[PackageLatency, LatencyFigures, float]:
+    """Latency of what is deployed on a device, the figures a deadline is judged by, and their margin, ms.
+
+    Args:
+        plan: of the package.
+        artefact: its models.
+        shares: of images, one per path.
+        measure: measures models, in order.
+        device: that it measures on.
+
+    Raises:
+        DeviceError: the device could not measure it.
+    """
+    exits, measurements = measured_paths(plan.candidate, plan.form, artefact, measure)
+    figures = measured_figures(measurements, shares)
+    paths = tuple(path_latency(m, k, share) for m, k, share in zip(measurements, exits, shares, strict=True))
+    margin_ms = plan.margin_std * limited_deviation_ms(measurements, shares, plan.budget_of)
+    latency = PackageLatency(figures, paths, device, measurements[-1].clock, measurements[-1].measured_at)
+    return latency, median_figures(measurements, paths), margin_ms
+
+
+def _measured(plan: PackagePlan, artefact: Artefact, instruments: Instruments) -> Manifest:
     """The manifest with everything but hashes and parity."""
-    accuracy = instruments.measure_accuracy(model)
+    accuracy = instruments.measure_accuracy(artefact)
+    if plan.form == "plain":
+        accuracy = replace(accuracy, exit_shares=())  # its exits are not in the file
     shares = path_shares(plan.candidate, plan.form, accuracy.exit_shares)
-    paths = path_models(plan.candidate, plan.form, model)
-    measurements = instruments.measure_latency(list(paths.values()))
-    if len(measurements) != len(paths):
-        raise DeviceError(f"{len(paths)} models were to be measured, {len(measurements)} results came back")
-    figures = measured_figures(measurements, tuple(shares.values()))
-    paths_latency = tuple(path_latency(m, k, share) for m, (k, share) in zip(measurements, shares.items(), strict=True))
-    margin_ms = plan.margin_std * limited_deviation_ms(measurements, tuple(shares.values()), plan.budget_of)
+    latency, medians, margin_ms = None, None, 0.0
+    if instruments.measure_latency is not None:
+        latency, medians, margin_ms = latency_report(
+            plan, artefact, tuple(shares.values()), instruments.measure_latency, instruments.device
+        )
     verdict, reasons = judge(
         accuracy,
-        median_figures(measurements, paths_latency),
+        medians,
         budget_ms=plan.budget_ms,
         budget_of=plan.budget_of,
         margin_ms=margin_ms,
@@ -350,7 +449,10 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         max_loss=plan.max_loss,
     )
     # A runtime may silently run an int8 graph in float; the count shows it.
-    counts = None if instruments.op_counts is None else instruments.op_counts(model)
+    models = _model_files(artefact)
+    counts = None
+    if instruments.op_counts is not None and isinstance(artefact, bytes):
+        counts = instruments.op_counts(artefact)
     candidate = plan.candidate
     layers = deployed_layers(candidate, plan.form)
     precisions = {layer.precision for layer in layers}
@@ -361,7 +463,7 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         outputs.append(TensorInfo("exit_index", "int64", (), f"exit taken; {len(candidate.exits)} is the head"))
         inputs += [
             TensorInfo(f"threshold_{k}", "float32", (), f"optional; default {candidate.exits[k].threshold!r}")
-            for k in paths
+            for k in shares
             if k < len(candidate.exits) and (candidate.exits[k].threshold or 0.0) > 0.0
         ]
     return Manifest(
@@ -376,19 +478,13 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         std=plan.std,
         inputs=tuple(inputs),
         outputs=tuple(outputs),
-        opset=OPSET,
-        model_bytes=len(model),
+        opset=plan.dialect.opset,
+        model_bytes=sum(len(data) for data in models.values()),
         macs=sum(layer.macs for layer in layers),
         params=sum(layer.params for layer in layers),
         convolutions=sum(len(layer.convolutions) for layer in layers),
         accuracy=accuracy,
-        latency=PackageLatency(
-            figures=figures,
-            paths=paths_latency,
-            device=instruments.device,
-            clock=measurements[-1].clock,
-            measured_at=measurements[-1].measured_at,
-        ),
+        latency=latency,
         parity=ParityInfo(0, _TOLERANCES["float"], 0.0, 0.0),
         verdict=verdict,
         reasons=reasons,
@@ -401,19 +497,24 @@ def _measured(plan: PackagePlan, model: bytes, instruments: Instruments) -> Mani
         integer_convolutions=None if counts is None else counts.get("QLinearConv", 0),
         tools=_tool_versions(),
         provenance=dict(plan.provenance),
+        dialect=plan.dialect.name,
+        segments=()
+        if isinstance(artefact, bytes)
+        else tuple(
+            SegmentInfo(name, s.exit_index, s.threshold, s.features_in, s.features_out)
+            for name, s in zip(models, artefact, strict=True)
+        ),
     )
 
 
 def _outputs(
-    run: Run, model: bytes, images: NDArray[np.uint8], plan: PackagePlan
+    run: Run, artefact: Artefact, images: NDArray[np.uint8], plan: PackagePlan
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Logits [N, K] and exits [N] of a model in the plan's form."""
-    outputs = [np.asarray(output) for output in run(model, _network_input(images))]
-    logits = outputs[0].astype(np.float32)
+    """Logits [N, K] and exits [N] of what is deployed."""
+    found, exits = answers(run, artefact, _network_input(images), len(plan.candidate.exits))
+    logits = found.astype(np.float32)
     if not np.isfinite(logits).all():
         raise DeviceError(f"package {plan.name}: the model gives NaN or infinity on its parity images")
-    head = len(plan.candidate.exits)
-    exits = outputs[1].astype(np.int64) if plan.form == "if" else np.full(len(images), head, np.int64)
     return logits, exits
 
 
@@ -436,13 +537,13 @@ def _parity_info(
     run: Run,
 ) -> ParityInfo:
     """Compares the deployed file with its float network."""
-    is_integer = "int8" in plan.candidate.precisions
-    tolerance = _TOLERANCES["integer" if is_integer else "float"]
-    if not is_integer:
+    precisions = set(plan.candidate.precisions)
+    kind = "integer" if "int8" in precisions else "half" if "fp16" in precisions else "float"
+    tolerance = _TOLERANCES[kind]
+    if kind == "float":
         return ParityInfo(len(images), tolerance, 1.0, 0.0)
     float_plan = replace(plan, candidate=plan.candidate.with_precision("fp32"))
-    model = network_model(float_plan.candidate, weights, plan.mean, plan.std, form=plan.form)
-    result = compare(*_outputs(run, model, images, float_plan), logits, exits)
+    result = compare(*_outputs(run, _artefact(float_plan, weights, None), images, float_plan), logits, exits)
     # no image left at the same exit: nothing to compare, and JSON holds no infinity
     return ParityInfo(len(images), tolerance, result.top1_agreement, min(result.relative_l2, 1e9))
 

@@ -1,4 +1,4 @@
-"""Layers as ONNX nodes: one set of functions for fp32 and int8, for rows and for networks.
+"""Layers as ONNX nodes: one set of functions for every precision and dialect, for rows and for networks.
 
 Names carry the unit: convolution `stages.1.0.depthwise/Conv`, its output `stages.1.0.depthwise`. The tensors that need
 a range in int8 are
@@ -22,12 +22,13 @@ from onnx import AttributeProto, GraphProto, TensorProto, helper
 
 from nas.core.errors import RecordError, UsageError
 from nas.core.records import ConvSpec, LayerSpec, QuantSpec
-from nas.export.dialect import Dialect
+from nas.export.dialect import Dialect, FloatType
 
 Weights = Mapping[str, NDArray[np.float32]]
 
 ONNX_TYPES: dict[Any, int] = {
     np.dtype("float32"): TensorProto.FLOAT,
+    np.dtype("float16"): TensorProto.FLOAT16,
     np.dtype("uint8"): TensorProto.UINT8,
     np.dtype("int8"): TensorProto.INT8,
     np.dtype("int32"): TensorProto.INT32,
@@ -38,17 +39,23 @@ _ACTIVATION_OPS: dict[str, tuple[str, dict[str, Any]]] = {
     "hard_swish": ("HardSwish", {}),
     "hard_sigmoid": ("HardSigmoid", {"alpha": 1.0 / 6.0, "beta": 0.5}),
 }
+_HARD_SWISH_OPSET = 14  # below it hard-swish is written as HardSigmoid and Mul
+_REDUCED_AXES_OPSET = 18  # from it on ReduceMax takes its axes as an input
 _INT32_LIMIT = 2.0**30  # a bias stays a factor of two below the int32 range: the sum of products is added to it
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor between layers. `source` is its name in the graph: float, or quantized when `scale` is given."""
+    """A tensor between layers. `source` is its name in the graph: float, or quantized when `scale` is given.
+
+    `kind` is the type of its float form.
+    """
 
     name: str
     source: str
-    scale: np.float32 | None = None
+    scale: np.floating[Any] | None = None
     zero_point: int = 0
+    kind: FloatType = "float32"
 
 
 class Scope:
@@ -65,6 +72,7 @@ class Scope:
         self._constants: set[str] = set()
         self._floats: dict[str, str] = {}
         self._quantized: dict[str, Tensor] = {}
+        self._casts: dict[tuple[str, str], str] = {}
 
     def node(self, op: str, inputs: Sequence[str], output: str, unit: str = "", **attributes: Any) -> str:
         """Adds an operator; its name carries the unit (`output` where none is given). Gives the output's name."""
@@ -97,30 +105,41 @@ class Scope:
             )
         return full
 
-    def scalar(self, name: str, value: float | np.float32, kind: str) -> str:
+    def scalar(self, name: str, value: float | np.floating[Any], kind: str) -> str:
         """Adds an initializer without dimensions; `kind` is a NumPy type name."""
         return self.constant(name, np.asarray(value, dtype=kind))
 
-    def float_of(self, x: Tensor, dialect: Dialect) -> str:
-        """Name of the float form of a tensor; its DequantizeLinear is written once per graph, at the first reader."""
+    def float_of(self, x: Tensor, dialect: Dialect, kind: FloatType = "float32") -> str:
+        """Name of the float form of a tensor in a type; DequantizeLinear and Cast are written once per graph."""
         if x.scale is None:
-            return x.source
+            return self.cast(x.source, x.kind, kind)
         if x.source not in self._floats:
             pair = self._pair(x.name, x.scale, x.zero_point, dialect)
             self._floats[x.source] = self.node("DequantizeLinear", (x.source, *pair), f"{self.tag}{x.name}.dq")
-        return self._floats[x.source]
+        return self.cast(self._floats[x.source], x.kind, kind)
 
-    def quantize(self, name: str, source: str, scale: np.float32, zero_point: int, dialect: Dialect) -> Tensor:
-        """Writes the QuantizeLinear of a float tensor, once per graph."""
+    def cast(self, source: str, kind: str, wanted: str, name: str = "") -> str:
+        """Name of a float tensor in another type, called `name` where one is given."""
+        if kind == wanted:
+            return source
+        if (source, wanted) not in self._casts:
+            own = source if source.startswith(self.tag) else self.tag + source
+            output = name or f"{own}.{wanted}"
+            self._casts[source, wanted] = self.node("Cast", (source,), output, to=ONNX_TYPES[np.dtype(wanted)])
+        return self._casts[source, wanted]
+
+    def quantize(self, name: str, source: str, scale: np.floating[Any], zero_point: int, dialect: Dialect) -> Tensor:
+        """Writes the QuantizeLinear of a float tensor of the type of its scale, once per graph."""
         if source not in self._quantized:
             pair = self._pair(name, scale, zero_point, dialect)
             q = self.node("QuantizeLinear", (source, *pair), f"{self.tag}{name}.q")
-            self._quantized[source] = Tensor(name, q, scale, zero_point)
+            kind: FloatType = "float16" if scale.dtype == np.float16 else "float32"
+            self._quantized[source] = Tensor(name, q, scale, zero_point, kind)
         return self._quantized[source]
 
-    def _pair(self, name: str, scale: np.float32, zero_point: int, dialect: Dialect) -> tuple[str, str]:
+    def _pair(self, name: str, scale: np.floating[Any], zero_point: int, dialect: Dialect) -> tuple[str, str]:
         return (
-            self.scalar(f"{name}.scale", scale, "float32"),
+            self.scalar(f"{name}.scale", scale, str(scale.dtype)),
             self.scalar(f"{name}.zero_point", zero_point, dialect.activation_type),
         )
 
@@ -142,7 +161,7 @@ class LayerWriter:
         offset = (-np.asarray(mean, dtype=np.float64) / wide_std).astype(np.float32).reshape(shape)
         x = scope.node("Mul", (source, scope.constant("image.factor", factor)), "image.scaled")
         x = scope.node("Add", (x, scope.constant("image.offset", offset)), "image.normalised")
-        return self._between(scope, "image", x, quantized=False)
+        return self._between(scope, "image", x, None)
 
     def layer(self, scope: Scope, x: Tensor, layer: LayerSpec) -> Tensor:
         """Writes a stem or block; gives its output."""
@@ -157,17 +176,36 @@ class LayerWriter:
                 y = self._joined(scope, "Mul", y, gate, f"{layer.name}.scaled", layer)
             else:
                 y = self._conv(scope, y, spec, layer)
-        return self._joined(scope, "Add", x, y, f"{layer.name}.sum", layer) if layer.has_residual else y
+        if not layer.has_residual:
+            return y
+        if layer.precision == "int8" and self.dialect.pairs_at == "inputs":
+            # Only the skip input has a pair: the branch that comes from the convolution must stay bare to be fused.
+            x = self._paired(scope, x, layer)
+        return self._joined(scope, "Add", x, y, f"{layer.name}.sum", layer)
 
     def head(self, scope: Scope, x: Tensor, layer: LayerSpec, output: str) -> str:
-        """Writes a head or exit head; its logits [B, K] are float and called `output`."""
+        """Writes a head or exit head; its logits [B, K] are float32 and called `output`."""
         x = self._entered(scope, x, layer)
         is_pooled = False
         for spec in layer.convolutions:
             if spec.name != "conv" and not is_pooled:
                 x, is_pooled = self._pool(scope, x, layer), True
             x = self._conv(scope, x, spec, layer)
-        return scope.node("Flatten", (scope.float_of(x, self.dialect),), output, axis=1)
+        kind = self.dialect.float_type(layer.precision)
+        is_last = kind == "float32"
+        flat = scope.node(
+            "Flatten", (scope.float_of(x, self.dialect, kind),), output if is_last else f"{output}.flat", axis=1
+        )
+        return scope.cast(flat, kind, "float32", output)
+
+    def confidence(self, scope: Scope, logits: str, base: str, output: str, *, is_scalar: bool) -> str:
+        """Largest softmax probability of logits [1, K]: without dimensions, or one value per image [1]."""
+        surest = scope.node("Softmax", (logits,), f"{base}.softmax", axis=1)
+        axes = (0, 1) if is_scalar else (1,)
+        if self.dialect.opset < _REDUCED_AXES_OPSET:
+            return scope.node("ReduceMax", (surest,), output, axes=axes, keepdims=0)
+        name = scope.constant(f"{base}.axes", np.array(axes, dtype=np.int64))
+        return scope.node("ReduceMax", (surest, name), output, keepdims=0)
 
     def _entered(self, scope: Scope, x: Tensor, layer: LayerSpec) -> Tensor:
         if layer.precision not in self.dialect.precisions:
@@ -175,38 +213,47 @@ class LayerWriter:
                 f"{layer.name or layer.key}: precision {layer.precision!r} does not exist in dialect "
                 f"'{self.dialect.name}'; allowed: {', '.join(self.dialect.precisions)}"
             )
-        if layer.precision == "int8" and x.scale is None:
+        if layer.precision == "int8" and x.scale is None and self.dialect.pairs_at == "outputs":
             return scope.quantize(x.name, x.source, *self._scale(x.name), self.dialect)
         return x
+
+    def _paired(self, scope: Scope, x: Tensor, layer: LayerSpec) -> Tensor:
+        """The quantized form of a tensor: one pair, whoever reads it."""
+        if x.scale is not None:
+            return x
+        source = scope.float_of(x, self.dialect, self.dialect.float_type(layer.precision))
+        return scope.quantize(x.name, source, *self._scale(x.name), self.dialect)
 
     def _pool(self, scope: Scope, x: Tensor, layer: LayerSpec) -> Tensor:
         name = f"{layer.name}.pool"
         # GlobalAveragePool, not ReduceMean: ONNX Runtime keeps it in its blocked layout.
-        y = scope.node("GlobalAveragePool", (scope.float_of(x, self.dialect),), scope.tag + name)
-        return self._between(scope, name, y, quantized=layer.precision == "int8")
+        source = scope.float_of(x, self.dialect, self.dialect.float_type(layer.precision))
+        y = scope.node("GlobalAveragePool", (source,), scope.tag + name)
+        return self._between(scope, name, y, layer)
 
     def _joined(self, scope: Scope, op: str, a: Tensor, b: Tensor, name: str, layer: LayerSpec) -> Tensor:
-        inputs = (scope.float_of(a, self.dialect), scope.float_of(b, self.dialect))
-        return self._between(scope, name, scope.node(op, inputs, scope.tag + name), layer.precision == "int8")
+        kind = self.dialect.float_type(layer.precision)
+        inputs = (scope.float_of(a, self.dialect, kind), scope.float_of(b, self.dialect, kind))
+        return self._between(scope, name, scope.node(op, inputs, scope.tag + name), layer)
 
     def _conv(self, scope: Scope, x: Tensor, spec: ConvSpec, layer: LayerSpec) -> Tensor:
         base = f"{layer.name}.{spec.name}"
-        int8 = layer.precision == "int8"
         pre = spec.activation in self.dialect.pair_before
         output = base if spec.activation == "linear" else f"{base}.pre" if pre else f"{base}.conv"
+        kind = self.dialect.float_type(layer.precision)
         weight, bias = self._conv_weights(spec, base)
-        if int8:
-            inputs = (scope.float_of(x, self.dialect), *self._integer_weights(scope, x, base, weight, bias))
+        if layer.precision == "int8" and self.dialect.is_integer(layer, spec):
+            x = self._paired(scope, x, layer)
+            scale = self._weight_scale(x, base, weight, bias)
+            weight_name = self._integer_weight(scope, base, weight, scale)
+            bias_name = self._bias(scope, x, base, bias, scale, kind)
         else:
-            inputs = (
-                scope.float_of(x, self.dialect),
-                scope.constant(f"{base}.weight", weight),
-                scope.constant(f"{base}.bias", bias),
-            )
+            weight_name = scope.constant(f"{base}.weight", _typed(weight, kind, f"{base}.weight"))
+            bias_name = scope.constant(f"{base}.bias", _typed(bias, kind, f"{base}.bias"))
         pad = spec.kernel_size // 2
         y = scope.node(
             "Conv",
-            inputs,
+            (scope.float_of(x, self.dialect, kind), weight_name, bias_name),
             scope.tag + output,
             base,
             kernel_shape=(spec.kernel_size, spec.kernel_size),
@@ -215,21 +262,28 @@ class LayerWriter:
             group=spec.groups,
         )
         if spec.activation == "linear":
-            return self._between(scope, base, y, int8)
+            return self._between(scope, base, y, layer)
         if pre:
-            y = scope.float_of(self._between(scope, output, y, int8), self.dialect)
+            y = scope.float_of(self._between(scope, output, y, layer), self.dialect, kind)
+        if spec.activation == "hard_swish" and self.dialect.opset < _HARD_SWISH_OPSET:
+            op, attributes = _ACTIVATION_OPS["hard_sigmoid"]
+            gate = scope.node(op, (y,), f"{scope.tag}{base}.gate", **attributes)
+            return self._between(scope, base, scope.node("Mul", (y, gate), scope.tag + base), layer)
         op, attributes = _ACTIVATION_OPS[spec.activation]
-        return self._between(scope, base, scope.node(op, (y,), scope.tag + base, **attributes), int8)
+        return self._between(scope, base, scope.node(op, (y,), scope.tag + base, **attributes), layer)
 
-    def _between(self, scope: Scope, name: str, source: str, quantized: bool) -> Tensor:
-        """Every tensor between layers passes here: quantized in an int8 layer, float elsewhere."""
-        x = Tensor(name, source)
+    def _between(self, scope: Scope, name: str, source: str, layer: LayerSpec | None) -> Tensor:
+        """Every tensor between layers passes here: quantized in an int8 layer where pairs stand behind outputs.
+
+        `layer` is the one that made it; None for the normalised image, which is float32.
+        """
+        x = Tensor(name, source, kind="float32" if layer is None else self.dialect.float_type(layer.precision))
         self.seen.append(x)
-        if not quantized:
+        if layer is None or layer.precision != "int8" or self.dialect.pairs_at == "inputs":
             return x
         return scope.quantize(name, source, *self._scale(name), self.dialect)
 
-    def _scale(self, name: str) -> tuple[np.float32, int]:
+    def _scale(self, name: str) -> tuple[np.floating[Any], int]:
         if self.ranges is None:
             raise UsageError(
                 "an int8 layer needs the ranges of its tensors: give quant=calibrate(...) of nas.compress.calibrate, "
@@ -255,36 +309,61 @@ class LayerWriter:
             result.append(values)
         return result[0], result[1]
 
-    def _integer_weights(
-        self, scope: Scope, x: Tensor, base: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
-    ) -> tuple[str, str]:
+    def _integer_weight(
+        self, scope: Scope, base: str, weight: NDArray[np.float32], scale: NDArray[np.floating[Any]]
+    ) -> str:
+        """Name of the float form of an int8 weight: symmetric, one scale per output channel (axis 0)."""
+        zero_points = scope.constant(f"{base}.weight.zero_point", np.zeros(len(weight), np.int8))
+        pair = (scope.constant(f"{base}.weight.scale", scale), zero_points)
+        if self.dialect.weights == "floats":
+            source = scope.constant(f"{base}.weight", weight)
+            integers = scope.node("QuantizeLinear", (source, *pair), f"{scope.tag}{base}.weight.q", axis=0)
+        else:
+            steps = weight / scale.astype(np.float32).reshape(-1, 1, 1, 1)
+            # the scale keeps them within -127..127
+            integers = scope.constant(f"{base}.weight.q", np.rint(steps, out=steps).astype(np.int8))
+        return scope.node("DequantizeLinear", (integers, *pair), f"{scope.tag}{base}.weight.dq", axis=0)
+
+    def _bias(
+        self,
+        scope: Scope,
+        x: Tensor,
+        base: str,
+        bias: NDArray[np.float32],
+        weight_scale: NDArray[np.floating[Any]],
+        kind: FloatType,
+    ) -> str:
+        """Name of the bias of an int8 convolution."""
+        if not self.dialect.integer_bias:
+            return scope.constant(f"{base}.bias", _typed(bias, kind, f"{base}.bias"))
+        # Exactly the float32 product: the integer convolution knows no other scale of its bias.
+        scale = x.scale * weight_scale
+        integers = np.rint(bias.astype(np.float64) / scale).astype(np.int32)
+        return scope.node(
+            "DequantizeLinear",
+            (
+                scope.constant(f"{base}.bias.q", integers),
+                scope.constant(f"{base}.bias.scale", scale),
+                scope.constant(f"{base}.bias.zero_point", np.zeros(len(integers), np.int32)),
+            ),
+            f"{scope.tag}{base}.bias.dq",
+            axis=0,
+        )
+
+    def _weight_scale(
+        self, x: Tensor, base: str, weight: NDArray[np.float32], bias: NDArray[np.float32]
+    ) -> NDArray[np.floating[Any]]:
         if x.scale is None:
             raise RecordError(f"{base}: input {x.name!r} of an int8 convolution is not quantized")
-        scale = weight_scales(weight, bias, x.scale)
-        steps = weight / scale.reshape(-1, 1, 1, 1)
-        integers = np.rint(steps, out=steps).astype(np.int8)  # the scale keeps them within -127..127
-        # Exactly the float32 product: the integer convolution knows no other scale of its bias.
-        bias_scale = x.scale * scale
-        bias_integers = np.rint(bias.astype(np.float64) / bias_scale).astype(np.int32)
-        return tuple(  # type: ignore[return-value]
-            scope.node(
-                "DequantizeLinear",
-                (
-                    scope.constant(f"{base}.{part}.q", values),
-                    scope.constant(f"{base}.{part}.scale", scales),
-                    scope.constant(f"{base}.{part}.zero_point", np.zeros(len(values), values.dtype)),
-                ),
-                f"{scope.tag}{base}.{part}.dq",
-                axis=0,
-            )
-            for part, values, scales in (("weight", integers, scale), ("bias", bias_integers, bias_scale))
-        )
+        if self.dialect.integer_bias:
+            return weight_scales(weight, bias, np.float32(x.scale))
+        return self.dialect.scales(_largest(weight) / 127.0)
 
 
 def weight_scales(
     weight: NDArray[np.float32], bias: NDArray[np.float32], input_scale: np.float32
 ) -> NDArray[np.float32]:
-    """Scale of each output channel [out]: symmetric, narrow range (-127..127).
+    """Scale of each output channel [out]: symmetric, narrow range (-127..127), for an int32 bias.
 
     Differs from max|w| / 127 where a channel has nearly no weights but a bias (batch norm folded into a dead channel):
     the scale grows until the int32 bias fits.
@@ -294,7 +373,21 @@ def weight_scales(
         bias: [out].
         input_scale: scale of the convolution's input.
     """
-    largest = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), np.float32(1e-8)) / np.float32(127)
     fitting = np.abs(bias) / (input_scale * np.float32(_INT32_LIMIT))
-    scales: NDArray[np.float32] = np.maximum(largest, fitting)
+    scales: NDArray[np.float32] = np.maximum(_largest(weight) / np.float32(127), fitting)
     return scales
+
+
+def _largest(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest absolute weight of each output channel, at least 1e-8."""
+    largest: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), np.float32(1e-8))
+    return largest
+
+
+def _typed(values: NDArray[np.float32], kind: FloatType, name: str) -> NDArray[np.floating[Any]]:
+    """Weights in a type; float16 holds values up to 65504."""
+    if kind == "float32":
+        return values
+    if np.abs(values).max() > np.finfo(np.float16).max:
+        raise RecordError(f"{name}: holds {float(np.abs(values).max()):g}, too large for fp16 (65504); use fp32 there")
+    return values.astype(np.float16)

@@ -213,6 +213,8 @@ def _centre(found: Mapping[str, Measurement], values: Mapping[str, Mapping[str, 
         measured_at=max(found[name].measured_at for name in known),
         temperature_c=None,
         clock_mhz=None,
+        energy_mj=None,
+        energy_std_mj=None,
         error=None,
         source="median of " + ", ".join(f"{name} {value!r} ms" for name, value in known.items()),
     )

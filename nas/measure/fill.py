@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from nas.core.errors import DeviceError, RecordError
 from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import total_params
 from nas.devices.base import Device, MeasureJob
 from nas.devices.graphs import GATE_STREAMING_MB, gate_job, overhead_job, reference_job, streaming_job
+from nas.export.dialect import dialect_for
 from nas.export.graph import layer_model
 from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable, difference_lines
@@ -87,7 +89,7 @@ def fill(
     again: bool = False,
     anew: bool = False,
     progress: OnFill | None = None,
-    write: Callable[[LayerSpec], bytes] = layer_model,
+    write: Callable[[LayerSpec], bytes] | None = None,
     wait_s: float = WAIT_S,
     clock: Callable[[], float] = time.monotonic,
 ) -> FillReport:
@@ -104,7 +106,7 @@ def fill(
         again: also measures rows whose measuring failed, and those without a calm round.
         anew: measures all of these rows, whatever the table has.
         progress: told after each row, and now and then while rows are measured.
-        write: gives the ONNX bytes of a layer.
+        write: gives the ONNX bytes of a layer; by default in the form that the device's runtime reads.
         wait_s: how long to wait while another process writes the table, seconds.
         clock: seconds, monotonic.
 
@@ -113,6 +115,7 @@ def fill(
         UsageError: a layer in a precision that cannot be written for this device.
     """
     started = clock()
+    write = write or partial(layer_model, dialect=dialect_for(device.profile))
     by_key = {layer.key: layer for layer in layers}
 
     def todo(more: bool, state_unknown: bool = False) -> list[LayerSpec]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from nas.core.errors import RecordError
 from nas.core.records import Candidate, Measurement
 from nas.core.walk import total_macs
 from nas.devices.base import Device, MeasureJob
+from nas.export.dialect import ORT, Dialect, dialect_for
 from nas.export.graph import forced_exit, network_model, nominal_quant, random_weights
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
@@ -35,7 +37,9 @@ class NetworkProgress:
     message: str = ""
 
 
-def network_bytes(candidate: Candidate, form: NetworkForm = "logits", *, seed: int = 0) -> bytes:
+def network_bytes(
+    candidate: Candidate, form: NetworkForm = "logits", *, seed: int = 0, dialect: Dialect = ORT
+) -> bytes:
     """ONNX bytes of a candidate with random weights and made-up ranges: good for latency, useless for accuracy.
 
     Form `if` is written with thresholds that no image reaches, so that the whole network runs.
@@ -46,7 +50,13 @@ def network_bytes(candidate: Candidate, form: NetworkForm = "logits", *, seed: i
     )
     shown = candidate.with_thresholds((0.5,) * len(candidate.exits))
     model = network_model(
-        shown, random_weights(candidate, seed), *gray, quant=nominal_quant(candidate), form=form, batch=1
+        shown,
+        random_weights(candidate, seed),
+        *gray,
+        quant=nominal_quant(candidate),
+        form=form,
+        batch=1,
+        dialect=dialect,
     )
     return forced_exit(model, len(candidate.exits)) if form == "if" else model
 
@@ -57,7 +67,7 @@ def measure_networks(
     candidates: Sequence[Candidate],
     *,
     form: NetworkForm = "logits",
-    write: Callable[[Candidate, NetworkForm], bytes] = network_bytes,
+    write: Callable[[Candidate, NetworkForm], bytes] | None = None,
     again: bool = False,
     progress: Callable[[NetworkProgress], None] | None = None,
     wait_s: float = WAIT_S,
@@ -70,7 +80,7 @@ def measure_networks(
         device: measures.
         candidates: what to measure; candidates that differ in thresholds only are one network.
         form: `logits` (every exit computed), `if` (no image leaves early) or `plain` (head only); all worst cases.
-        write: gives the ONNX bytes; by default with random weights.
+        write: gives the ONNX bytes; by default with random weights, in the form that the device's runtime reads.
         again: measures what was measured before, and what failed, once more.
         progress: told after each network.
         wait_s: how long to wait while another process writes the table, seconds.
@@ -81,6 +91,7 @@ def measure_networks(
     Raises:
         StorageError: the table is read only, or another process keeps it.
     """
+    write = write or partial(network_bytes, dialect=dialect_for(device.profile))
     unset = [c.with_thresholds((None,) * len(c.exits)) for c in candidates]
     keys = [network_key(c, form) for c in unset]
     by_key = dict(zip(keys, unset, strict=True))

@@ -19,6 +19,7 @@ from nas.core.errors import InterruptedRunError, StorageError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
+from nas.export.dialect import ORT, dialect_named
 from nas.models.student import folded_weights
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
@@ -38,7 +39,8 @@ RECORD_FILE = "finished.json"
 class FinishJob:
     """One student to finish, as a worker process receives it.
 
-    `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`.
+    `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
+    is that of the device's runtime.
     """
 
     candidate: Candidate
@@ -49,6 +51,7 @@ class FinishJob:
     seed: int
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
+    dialect: str = ORT.name
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:
@@ -123,7 +126,9 @@ def _write_deployed(job: FinishJob, architecture: Candidate, context: Context, f
         ):
             name = f"final-{split}-{precision_name(precisions)}"
             if read_scored(folder, name) is None:
-                logits = deployed_logits(candidate, weights, quant, context.mean, context.std, images, run_model)
+                logits = deployed_logits(
+                    candidate, weights, quant, context.mean, context.std, images, run_model, dialect_named(job.dialect)
+                )
                 write_scored(folder, candidate, epochs=0, cost_s=0.0, logits=logits, labels=labels, name=name)
 
 

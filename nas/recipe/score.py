@@ -17,6 +17,7 @@ from nas.core.errors import InterruptedRunError
 from nas.core.jsonio import write_bytes
 from nas.core.records import Candidate
 from nas.devices.onnxruntime_cpu import run_model
+from nas.export.dialect import ORT, dialect_named
 from nas.models.student import Student, folded_weights
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
@@ -36,7 +37,7 @@ class ScoreJob:
     """One candidate to score, as a worker process receives it.
 
     `epochs` is where own training stops (0 with the supernet); `images` limits the training images used for batch norm
-    (supernet) and int8 ranges.
+    (supernet) and int8 ranges. `dialect` is that of the device's runtime.
     """
 
     candidate: Candidate
@@ -49,6 +50,7 @@ class ScoreJob:
     epochs: int
     seed: int
     images: int
+    dialect: str = ORT.name
 
     @property
     def name(self) -> str:
@@ -91,9 +93,9 @@ def deployed_answers(job: ScoreJob, context: Context, student: Student, images: 
     """Logits float32 [E, N, K] of a student in its deployed precision on images uint8 [N, H, W, 3]."""
     if set(job.candidate.precisions) == {"fp32"}:
         return predict_logits(student, images, context.mean, context.std)
-    weights = folded_weights(student)
+    weights, dialect = folded_weights(student), dialect_named(job.dialect)
     quant = calibrated(job.candidate, weights, context.mean, context.std, context.sample[: job.images], run_model)
-    return deployed_logits(job.candidate, weights, quant, context.mean, context.std, images, run_model)
+    return deployed_logits(job.candidate, weights, quant, context.mean, context.std, images, run_model, dialect)
 
 
 def _inherited(job: ScoreJob, context: Context) -> Student:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nas.core.records import Candidate, LatencyFigures, LayerSpec
+from nas.core.records import Candidate, EnergyFigures, LatencyFigures, LayerSpec
 from nas.core.run import Point, RunView, SplitAccuracy, TeacherView
 from nas.core.units import format_bytes, format_count, format_duration, format_ms
 from nas.core.walk import expand
-from nas.report.tables import budget_latency_ms, format_spread, name_of, notes
+from nas.report.tables import budget_latency_ms, format_number, format_spread, name_of, notes
 
 CONFIDENCE_Z = 1.96  # two-sided 95 %
 
@@ -144,6 +144,8 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         ),
         ("Worst case", format_ms(latency.worst_ms), f"99th percentile {format_ms(latency.p99_ms)}"),
     ]
+    if point.energy is not None:
+        facts.append(_energy_fact(point.energy))
     if view.budget_ms is not None:
         used = budget_latency_ms(view, point) / view.budget_ms
         verdict = f"{100 * used:.0f} %"
@@ -169,6 +171,16 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         found += [f"proposed by {proposer}"] * bool(proposer)
         facts.append(("Trial", str(point.trial), ", ".join(found)))
     return facts
+
+
+def _energy_fact(energy: EnergyFigures) -> tuple[str, str, str]:
+    spread = f"± {format_spread(energy.expected_mj, energy.std_mj)} mJ"
+    how = f"{energy.provenance}, {spread}; with the idle power of the board"
+    if energy.is_error_assumed:
+        how += "; no measured network says yet how far the sum of blocks is off, so the error is assumed"
+    if energy.worst_mj != energy.expected_mj:
+        how += f"; {format_number(energy.worst_mj)} mJ where no exit is taken"
+    return "Energy", f"{format_number(energy.expected_mj)} mJ", how
 
 
 def _was_predicted(prediction: LatencyFigures | None) -> str:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from nas.core.records import EnergyFigures
 from nas.core.run import FOREIGN_MARK, INTERPOLATED_MARK, Point, RunView, latency_of
 from nas.core.units import format_bytes, format_count
 
@@ -23,6 +24,8 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
         view: the run.
         points: the students to show, in this order; None: the front, fastest first.
     """
+    shown = view.front if points is None else points
+    with_energy = any(p.energy is not None for p in shown)
     columns = (
         "student",
         "top1 %",
@@ -31,6 +34,7 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
         "worst ms",
         "+- ms",
         "latency is",
+        *(("energy mJ",) if with_energy else ()),
         "exits used %",
         "precision",
         "params",
@@ -49,6 +53,7 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
             format_number(p.latency.worst_ms),
             format_spread(p.latency.expected_ms, p.latency.std_ms),
             latency_source(view, p),
+            *((format_energy(p.energy),) if with_energy else ()),
             " / ".join(f"{100 * s:.0f}" for s in p.exit_shares) or "-",
             p.precision,
             format_count(p.params),
@@ -58,9 +63,17 @@ def front_table(view: RunView, points: Sequence[Point] | None = None) -> tuple[t
             plain_line(view.proposer_of(p)) or "-",
             ", ".join(notes(view, p)),
         )
-        for p in (view.front if points is None else points)
+        for p in shown
     ]
     return columns, rows
+
+
+def format_energy(energy: EnergyFigures | None) -> str:
+    """`12.3 +- 0.4`, marked where it was predicted; `-` where nothing is known."""
+    if energy is None:
+        return "-"
+    mark = "" if energy.provenance == "measured" else " (predicted)"
+    return f"{format_number(energy.expected_mj)} +- {format_spread(energy.expected_mj, energy.std_mj)}{mark}"
 
 
 def proposer_table(view: RunView) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -99,6 +112,9 @@ def front_records(view: RunView, points: Sequence[Point] | None = None) -> list[
             "p99_ms": p.latency.p99_ms,
             "std_ms": p.latency.std_ms,
             "latency_is": latency_source(view, p),
+            "energy_mj": None if p.energy is None else p.energy.expected_mj,
+            "energy_std_mj": None if p.energy is None else p.energy.std_mj,
+            "energy_is": None if p.energy is None else p.energy.provenance,
             "precision": p.precision,
             "exits": len(p.candidate.exits),
             "thresholds": list(p.thresholds),

@@ -35,6 +35,7 @@ from nas.core.run import (
 from nas.core.units import format_duration, rounded_up
 from nas.devices import open_device
 from nas.devices.base import Device
+from nas.export.dialect import Dialect, dialect_for
 from nas.export.manifest import Manifest
 from nas.export.package import Package
 from nas.latency.fitting import table_changes
@@ -578,6 +579,7 @@ def export_student(
     out: Path | None = None,
     overwrite: bool = False,
     device: Device | None = None,
+    dialect: Dialect | None = None,
 ) -> Package:
     """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
 
@@ -597,6 +599,7 @@ def export_student(
         out: folder of the package; default `<run>/packages/<student>`, with the budget where it is not the run's.
         overwrite: replaces an existing package.
         device: measures; by default the one that is named by `on`.
+        dialect: to write for; None: that of the device. For another one the latency of the package stays open.
 
     Raises:
         BudgetError: no student keeps the latency; the message names the closest.
@@ -610,7 +613,7 @@ def export_student(
     if best_under_ms is not None:
         view = replace(view, budget_ms=best_under_ms, budget_of=of or view.budget_of)
     candidates = [view.point(only)] if only is not None else _selected(view, run_dir, student, trial)
-    device = device or open_device(on or experiment.device)
+    device = device or open_device(on or experiment.device, reporter.say)
     if device.profile.fingerprint != outcome.device.fingerprint:
         reporter.warn(
             f"this device ({device.profile.name}) is in another state than the run's ({outcome.device.name}): "
@@ -624,6 +627,8 @@ def export_student(
     _rebuild_arrays(run_dir, experiment, reporter)
     own_budget = (view.budget_ms, view.budget_of) == (budget.ms, budget.of)
     suffix = "" if own_budget else f"-{view.budget_of}-under-{view.budget_ms:g}ms"
+    if dialect is not None and dialect is not dialect_for(device.profile):
+        suffix += f"-{dialect.name}"
     missed: list[str] = []
     fastest_miss_ms = float("inf")
     for point in candidates:
@@ -641,6 +646,7 @@ def export_student(
             margin_std=experiment.budget.package_margin_std,
             overwrite=overwrite or (out is None and not is_named),
             accept=accept,
+            dialect=dialect,
         )
         if accept(package.manifest):
             return package

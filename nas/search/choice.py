@@ -76,7 +76,13 @@ def _at(curve: Curve, trials: float) -> float:
 
 
 def choose_sampler(
-    name: SamplerName, trials: int, *, is_latency_known: bool, score_s: float | None = None, batch: int = 1
+    name: SamplerName,
+    trials: int,
+    *,
+    is_latency_known: bool,
+    with_energy: bool = False,
+    score_s: float | None = None,
+    batch: int = 1,
 ) -> tuple[str, str]:
     """The sampler that `auto` stands for, and the reason in words.
 
@@ -84,13 +90,19 @@ def choose_sampler(
         name: as set.
         trials: planned.
         is_latency_known: whether every candidate's latency is known, and not only those whose rows were measured.
+        with_energy: whether energy is an objective, which the grey-box sampler does not know.
         score_s: expected seconds of wall time in which one candidate is scored, all workers busy; None: so many that
             proposing does not count.
         batch: candidates that are proposed together.
 
     Raises:
-        ConfigError: the grey-box sampler was asked for, and latencies are not known.
+        ConfigError: the grey-box sampler was asked for, and latencies are not known, or energy is an objective.
     """
+    if name == "greybox" and with_energy:
+        raise ConfigError(
+            "search.sampler: greybox searches by accuracy and latency only, and search.energy is set. Take another "
+            "sampler (--set search.sampler=auto), or leave energy to the report (--set search.energy=false)"
+        )
     if name == "greybox" and not is_latency_known:
         raise ConfigError(
             "search.sampler: greybox needs the latency of every candidate, and the rows of this space are measured "
@@ -99,24 +111,32 @@ def choose_sampler(
         )
     if name != "auto":
         return name, "asked for"
-    samplers = {"nsga2": NSGA2, "tpe": TPE} | ({"greybox": GREYBOX} if is_latency_known else {})
+    samplers = {"nsga2": NSGA2, "tpe": TPE} | ({"greybox": GREYBOX} if is_latency_known and not with_energy else {})
     ask_ms = {key: sampler.ask_ms(trials, batch) for key, sampler in samplers.items()}
     cost_ms = {key: 1.0 if score_s is None else 1000 * score_s + ask_ms[key] for key in samplers}
     value = {key: sampler.worth_at(trials) / cost_ms[key] for key, sampler in samplers.items()}
     worth = {key: v / value["nsga2"] for key, v in value.items()}
     chosen = max(worth, key=lambda key: worth[key])  # of equals NSGA-II, which comes first and proposes fastest
-    return chosen, _reason(chosen, worth, ask_ms, trials, score_s, batch)
+    return chosen, _reason(chosen, worth, ask_ms, trials, score_s, batch, with_energy)
 
 
 def _reason(
-    chosen: str, worth: dict[str, float], ask_ms: dict[str, float], trials: int, score_s: float | None, batch: int
+    chosen: str,
+    worth: dict[str, float],
+    ask_ms: dict[str, float],
+    trials: int,
+    score_s: float | None,
+    batch: int,
+    with_energy: bool,
 ) -> str:
     """Why this one, in figures; `worth` is in trials of NSGA-II in the same time, `ask_ms` of each candidate."""
     parts = []
     if chosen == "greybox":
         parts.append("latency is known before training, so only accuracy is modelled")
     elif "greybox" not in worth:
-        parts.append("greybox would need the latency of every candidate")
+        parts.append(
+            "greybox does not know energy" if with_energy else "greybox would need the latency of every candidate"
+        )
     order = sorted(worth, key=lambda key: -worth[key])
     parts.append(
         f"of {trials} trials each is worth "

@@ -53,7 +53,7 @@ class Experiment:
         space: file of the search space, or the name of one that comes with the tool.
         name: names the run and its default folder; the file's name when absent. Letters, digits, `-`, `_` and `.`.
         device: where latencies are measured; `cpu` is this machine through ONNX Runtime, one thread, `cpu:2` with
-            two.
+            two, `ssh:USER@HOST` a board, `ssh:a,ssh:b` two boards of one state that share the work.
         budget: the deadline.
         also_on: further devices with their deadlines, such as [{device: "cpu:2", ms: 4}]; each has a table, a front and
             a pick of its own, and one student is chosen for all of them.

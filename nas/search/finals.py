@@ -18,7 +18,11 @@ from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measure
 from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
-from nas.export.graph import forced_exit, network_model
+from nas.export.dialect import dialect_for
+from nas.export.forms import exits_form
+from nas.export.graph import forced_exit, network_model, segment_models
+from nas.latency.energy import EnergyEstimate, EnergyEstimator, has_energy
+from nas.latency.energy import figures as energy_figures
 from nas.latency.estimate import figures
 from nas.latency.exits import (
     ThresholdSetting,
@@ -182,6 +186,7 @@ def finish(
             parts.search.seed,
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
+            parts.plan.dialect,
         )
         for candidate in finalists
     ]
@@ -261,8 +266,10 @@ def _right(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(1) == labels).mean())
 
 
-def variant_model(parts: SearchParts, variant: Variant, candidate: Candidate) -> bytes:
-    """The ONNX bytes that would be deployed: form `if` with exits, else `plain`; static batch 1, normalisation inside.
+def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -> tuple[bytes, ...]:
+    """The ONNX bytes that would be deployed: static batch 1, normalisation inside.
+
+    With exits one model of form `if` on ONNX Runtime, else one for each segment; without exits one of form `plain`.
 
     Args:
         variant: gives weights and ranges.
@@ -272,8 +279,12 @@ def variant_model(parts: SearchParts, variant: Variant, candidate: Candidate) ->
     weights, quant = load_finished(parts.folder.student(trained.arch_id))
     weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
     context = open_context(parts.plan.context, candidate.resolution)
+    dialect = dialect_for(parts.predictor.device.profile)
+    if candidate.exits and exits_form(dialect) == "segments":
+        chain = segment_models(candidate, weights, context.mean, context.std, quant=quant, dialect=dialect)
+        return tuple(segment.model for segment in chain)
     form = "if" if candidate.exits else "plain"
-    return network_model(candidate, weights, context.mean, context.std, quant=quant, form=form)
+    return (network_model(candidate, weights, context.mean, context.std, quant=quant, form=form, dialect=dialect),)
 
 
 def build_points(
@@ -312,6 +323,7 @@ def build_points(
     for own, estimates in zip(everywhere, predicted, strict=True):
         chosen |= dict.fromkeys(_worth_measuring(own, everything, estimates, settings))
     measured, broken = zip(*(_measure(own, everything, list(chosen)) for own in everywhere), strict=True)
+    energies = [_energies(own, everything) for own in everywhere]
     points: list[dict[str, Point]] = [{} for _ in everywhere]
     sources: dict[str, PointSource] = {}
     for i, variant in enumerate(everything):
@@ -324,12 +336,14 @@ def build_points(
                 by_thresholds.setdefault(setting.thresholds, setting)
         for k in able:
             wanted = by_thresholds.values()
-            for point in _points(variant, wanted, predicted[k][i], measured[k].get(i), split_labels, trial_of):
+            times = (predicted[k][i], measured[k].get(i))
+            for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
                 sources[point.id] = PointSource(variant.student, variant.cut)
     found_on = zip(everywhere, points, unknown, broken, strict=True)
     return [
-        DevicePoints(mark_front(list(own.values()), at.budget.of), [*refused, *a, *b]) for at, own, a, b in found_on
+        DevicePoints(mark_front(list(own.values()), at.budget.of, at.search.energy), [*refused, *a, *b])
+        for at, own, a, b in found_on
     ], sources
 
 
@@ -435,22 +449,23 @@ def _measure(
     known = {key: m for key, m in stored.items() if m.latency_ms is not None or m.error.startswith(HANG_REASON)}
     check_state = state_check(parts.predictor.table, parts.predictor.device)
     jobs: dict[str, MeasureJob] = {}
-    keys = {i: [_exit_key(everything[i], k) for k in range(len(everything[i].candidate.exits) + 1)] for i in chosen}
+    is_chain = exits_form(dialect_for(parts.predictor.device.profile)) == "segments"
+    keys = {i: _exit_keys(everything[i], is_chain) for i in chosen}
     for i, own in keys.items():
         variant = everything[i]
         if known.keys() >= set(own):
             continue
         candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
-        model = variant_model(parts, variant, candidate)
+        models = variant_models(parts, variant, candidate)
         macs = exit_macs(variant.candidate)
         for k, key in enumerate(own):
             if key not in known and key not in jobs:
-                forced = forced_exit(model, k) if candidate.exits else model
+                forced = models[k] if is_chain else forced_exit(models[0], k) if candidate.exits else models[0]
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
 
     def keep(m: Measurement) -> None:
         check_state()
-        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", deviation_ms(m))
+        known[m.key] = MeasuredExit(m.key, m.latency_ms, m.error or "", deviation_ms(m), m.energy_mj, m.energy_std_mj)
         parts.folder.add_measured(known[m.key])
 
     def show(share: float) -> None:
@@ -464,8 +479,11 @@ def _measure(
         there = [ms for ms in found if ms is not None]
         if len(there) == len(found):
             # Leaving later never takes less time; a small disorder is noise of the measurement.
+            stds = [known[key].std_ms for key in own]
+            if is_chain:  # segments are executed one after the other; what disturbs one disturbs all
+                there, stds = np.cumsum(there).tolist(), np.cumsum(stds).tolist()
             rising = tuple(float(v) for v in np.maximum.accumulate(there))
-            times[i] = LatencyEstimate(rising, tuple(known[key].std_ms for key in own), 0, "measured")
+            times[i] = LatencyEstimate(rising, tuple(stds), 0, "measured")
         else:
             reason = next(known[key].error for key in own if known[key].latency_ms is None)
             failed.append(FailedCandidate(everything[i].candidate.id, "measuring", reason or "no latency"))
@@ -474,8 +492,36 @@ def _measure(
     return times, failed
 
 
-def _exit_key(variant: Variant, exit_index: int) -> str:
-    return f"{network_key(variant.candidate, 'if' if variant.candidate.exits else 'plain')}#{exit_index}"
+def _energies(parts: SearchParts, everything: Sequence[Variant]) -> dict[int, EnergyEstimate]:
+    """Energy of each variant: measured where every exit was, else from the rows; none where the device tells none."""
+    if not has_energy(parts.predictor.table):
+        return {}
+    known, estimator = parts.folder.measured(), EnergyEstimator(parts.predictor.table)
+    is_chain = exits_form(dialect_for(parts.predictor.device.profile)) == "segments"
+    found: dict[int, EnergyEstimate] = {}
+    for i, variant in enumerate(everything):
+        exits = [known.get(key) for key in _exit_keys(variant, is_chain)]
+        means = [e.energy_mj for e in exits if e is not None and e.energy_mj is not None]
+        stds = [e.energy_std_mj for e in exits if e is not None and e.energy_std_mj is not None]
+        if len(means) == len(stds) == len(exits):
+            if is_chain:  # as with their times
+                means, stds = np.cumsum(means).tolist(), np.cumsum(stds).tolist()
+            found[i] = EnergyEstimate(tuple(means), tuple(stds), 0, "measured")
+            continue
+        try:
+            found[i] = estimator.estimate(variant.candidate)
+        except MissingRowError:  # a row from before energy was measured: the report then has no figure
+            continue
+    return found
+
+
+def _exit_keys(variant: Variant, is_chain: bool) -> list[str]:
+    """Keys of what is measured of a variant, one for each exit and the head."""
+    if not variant.candidate.exits:
+        return [f"{network_key(variant.candidate, 'plain')}#0"]
+    key = network_key(variant.candidate, "if")
+    mark = "#segment-" if is_chain else "#"
+    return [f"{key}{mark}{k}" for k in range(len(variant.candidate.exits) + 1)]
 
 
 def _points(
@@ -483,6 +529,7 @@ def _points(
     wanted: Iterable[ThresholdSetting],
     predicted: LatencyEstimate,
     measured: LatencyEstimate | None,
+    energy: EnergyEstimate | None,
     labels: tuple[np.ndarray, np.ndarray],
     trial_of: dict[str, TrialRecord],
 ) -> list[Point]:
@@ -508,6 +555,7 @@ def _points(
                 val=SplitAccuracy(setting.top1, len(val_labels), _each(variant.val_logits, val_labels)),
                 test=SplitAccuracy(test_top1, len(test_labels), _each(variant.test_logits, test_labels)),
                 prediction=figures(predicted, setting.shares),
+                energy=None if energy is None else energy_figures(energy, setting.shares),
                 exit_ms=tuple(exit_ms),
                 exit_shares=setting.shares,
                 threshold_curve=curve,
@@ -540,15 +588,23 @@ def _curve(variant: Variant, labels: np.ndarray, exit_ms: Sequence[float]) -> tu
     return tuple(dict.fromkeys((s.expected_ms, s.top1) for s in kept))
 
 
-def mark_front(points: Sequence[Point], of: LatencyKind) -> list[Point]:
+def mark_front(points: Sequence[Point], of: LatencyKind, with_energy: bool = False) -> list[Point]:
     """The same points with `on_front` set: measured, and not dominated in validation accuracy, expected and worst case.
 
     A student whose exits make it fast on the mean and one that is fast at worst can both be the one to take. Where the
-    budget limits p99, that is a fourth axis: else the pick could be missing from its own front.
+    budget limits p99, that is a fourth axis: else the pick could be missing from its own front. `with_energy`: so is
+    the energy of an inference, where every student has one.
     """
     usable = [(i, p, p.val) for i, p in enumerate(points) if p.latency.provenance == "measured" and p.val is not None]
     if not usable:
         return list(points)
-    values = [(v.top1, p.latency.expected_ms, p.latency.worst_ms, latency_of(p.latency, of)) for _, p, v in usable]
-    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, (True, False, False, False)))}
+    values: list[tuple[float, ...]] = [
+        (v.top1, p.latency.expected_ms, p.latency.worst_ms, latency_of(p.latency, of)) for _, p, v in usable
+    ]
+    aims: tuple[bool, ...] = (True, False, False, False)
+    energies = [p.energy.expected_mj for _, p, _ in usable if p.energy is not None]
+    if with_energy and len(energies) == len(usable):
+        values = [(*v, mj) for v, mj in zip(values, energies, strict=True)]
+        aims = (*aims, False)
+    on = {usable[k][0] for k in np.flatnonzero(non_dominated(values, aims))}
     return [dataclasses.replace(p, on_front=i in on) for i, p in enumerate(points)]

@@ -131,13 +131,15 @@ class Chosen:
 class MeasuredExit:
     """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none.
 
-    `std_ms` is its deviation, as `nas.latency.table.deviation_ms`.
+    `std_ms` is its deviation, as `nas.latency.table.deviation_ms`; `energy_mj` that of `Measurement`.
     """
 
     key: str
     latency_ms: float | None
     error: str = ""
     std_ms: float = 0.0
+    energy_mj: float | None = None
+    energy_std_mj: float | None = None
 
 
 def latest(decisions: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:

@@ -10,8 +10,11 @@ import numpy as np
 from nas.core.errors import UsageError
 from nas.core.records import Measurement
 from nas.core.run import PackageView, Point, RunView
+from nas.devices.agent import packed_agent
 from nas.devices.base import Device, MeasureJob
-from nas.devices.onnxruntime_cpu import op_counts
+from nas.devices.onnxruntime_cpu import op_counts, run_model
+from nas.export.dialect import ORT, Dialect, dialect_for
+from nas.export.forms import Artefact, exits_form
 from nas.export.manifest import ArtefactAccuracy, Manifest
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
 from nas.latency.exits import NEVER, evaluate_thresholds
@@ -35,6 +38,7 @@ def export_point(
     margin_std: float = 0.0,
     overwrite: bool = False,
     accept: Callable[[Manifest], bool] = lambda _: True,
+    dialect: Dialect | None = None,
 ) -> Package:
     """Writes and measures the package of one finished point.
 
@@ -49,6 +53,7 @@ def export_point(
         margin_std: standard deviations of its measurement by which the file must stay below the budget.
         overwrite: replaces an existing package.
         accept: looks at what was measured; False leaves the folder as it was.
+        dialect: to write for; None: that of the device. For another one the latency stays open.
 
     Raises:
         UsageError, DeviceError, StorageError: from `export_package`.
@@ -64,10 +69,11 @@ def export_point(
     # The same exits and thresholds in fp32: what exits give up was chosen, what the file loses on top was not.
     thresholds = tuple(NEVER if t is None else t for t in point.thresholds)
     reference, _, _ = evaluate_thresholds(full, np.asarray(context.test_labels), thresholds, np.zeros(len(full)))
+    written_for = dialect or dialect_for(device.profile)
     plan = PackagePlan(
         name=point.id,
         candidate=point.candidate,
-        form="if" if point.candidate.exits else "plain",
+        form=exits_form(written_for) if point.candidate.exits else "plain",
         class_names=context.class_names,
         mean=context.mean,
         std=context.std,
@@ -82,6 +88,7 @@ def export_point(
             "student": point.id,
             "data set": "unnamed" if view.dataset is None else view.dataset.name,
         },
+        dialect=written_for,
     )
     return export_package(
         folder,
@@ -89,16 +96,19 @@ def export_point(
         weights,
         quant,
         np.asarray(context.test[:PARITY_IMAGES]),
-        _instruments(device, context, point),
+        _instruments(device, context, point, written_for),
         overwrite=overwrite,
         accept=accept,
     )
 
 
-def _instruments(device: Device, context: Context, point: Point) -> Instruments:
-    def accuracy(model: bytes) -> ArtefactAccuracy:
+def _instruments(device: Device, context: Context, point: Point, dialect: Dialect) -> Instruments:
+    is_here = dialect is dialect_for(device.profile)
+    run = device.run if is_here else run_model  # ONNX Runtime computes the graphs of every dialect
+
+    def accuracy(model: Artefact) -> ArtefactAccuracy:
         return measured_accuracy(
-            device.run,
+            run,
             model,
             np.asarray(context.test),
             np.asarray(context.test_labels),
@@ -107,15 +117,24 @@ def _instruments(device: Device, context: Context, point: Point) -> Instruments:
 
     def latency(models: Sequence[bytes]) -> Sequence[Measurement]:
         key = network_key(point.candidate, "if" if point.candidate.exits else "plain")
-        label = point.precision if point.precision in ("fp32", "fp16", "int8") else "mixed"
+        label = point.candidate.precision_label
         return device.measure([MeasureJob(f"{key}#{i}", "network", label, m, point.macs) for i, m in enumerate(models)])
 
-    return Instruments(device.run, accuracy, latency, device.profile, op_counts)
+    return Instruments(
+        run,
+        accuracy,
+        latency if is_here else None,
+        device.profile,
+        op_counts if dialect is ORT else None,
+        None if dialect is ORT else packed_agent().data,
+    )
 
 
 def package_view(package: Package) -> PackageView:
     """What the report says of a package, and which student of the run it is."""
     m = package.manifest
+    if m.latency is None:
+        raise UsageError(f"{package.folder}: its latency was not measured. Run: nas deploy {package.folder}")
     figures = m.latency.figures
     shown = {"expected": figures.expected_ms, "worst": figures.worst_ms, "p99": figures.p99_ms}[m.budget_of]
     return PackageView(

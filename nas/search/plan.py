@@ -118,6 +118,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         experiment.search.sampler,
         experiment.search.trials,
         is_latency_known=is_whole or is_limited,
+        with_energy=experiment.search.energy,
         score_s=score_seconds(inputs),
         batch=experiment.search.batch,
     )

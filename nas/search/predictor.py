@@ -15,6 +15,7 @@ from nas.core.run import FailedCandidate, LatencyKind, PredictedMeasured
 from nas.core.units import format_ms
 from nas.core.walk import expand
 from nas.devices.base import Device
+from nas.export.dialect import ORT, Dialect, dialect_for
 from nas.latency.correction import Correction
 from nas.latency.estimate import Estimator, VectorEstimate, VectorEstimator
 from nas.latency.fitting import Fitted, LabelFit, fit_again, fit_correction
@@ -56,9 +57,15 @@ def knows_every_row(space: SearchSpace, max_rows: int | None) -> bool:
     return fills_whole(space) or (max_rows is not None and row_count(space) > max_rows)
 
 
-def deployed_form(candidate: Candidate) -> NetworkForm:
-    """How a candidate is deployed on ONNX Runtime: `if` where it has exits, else `plain`."""
-    return "if" if candidate.exits else "plain"
+def deployed_form(candidate: Candidate, dialect: Dialect = ORT) -> NetworkForm:
+    """The form in which a candidate is measured as a whole network.
+
+    `plain` without exits, `if` with them on ONNX Runtime. On other runtimes exits are deployed as a chain of segments;
+    the whole network with every exit (`logits`) corrects the table there, and finished students are measured as chains.
+    """
+    if not candidate.exits:
+        return "plain"
+    return "if" if dialect is ORT else "logits"
 
 
 class Predictor:
@@ -259,7 +266,7 @@ class Predictor:
         Returns:
             What was measured, and what could not be.
         """
-        keys = [network_key(c, deployed_form(c)) for c in candidates]
+        keys = [network_key(c, self.form(c)) for c in candidates]
         others = [n for key, n in self.table.networks.items() if key not in keys]
         held_out = fit_correction(self.table, others)
         # Rows that noise spoiled would be taken for an error of the sum: they get another chance before it is judged.
@@ -300,6 +307,10 @@ class Predictor:
             self.refit()
         return pairs, failed
 
+    def form(self, candidate: Candidate) -> NetworkForm:
+        """The form in which this device measures a candidate as a whole network."""
+        return deployed_form(candidate, dialect_for(self.device.profile))
+
     def _measured(self, candidates: Sequence[Candidate], *, again: bool = False) -> list[Measurement]:
         """Measurements of whole networks in the form that is deployed, in order."""
         results: dict[int, Measurement] = {}
@@ -308,8 +319,8 @@ class Predictor:
             done = len(results) + len(chosen) * p.done / max(1, p.total)
             self._reporter.progress("networks on the device", done, len(candidates), p.message)
 
-        for form in ("if", "plain"):
-            chosen = [i for i, c in enumerate(candidates) if deployed_form(c) == form]
+        for form in ("if", "logits", "plain"):
+            chosen = [i for i, c in enumerate(candidates) if self.form(c) == form]
             if chosen:
                 networks = [candidates[i] for i in chosen]
                 measured = measure_networks(self.table, self.device, networks, form=form, again=again, progress=show)

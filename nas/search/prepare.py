@@ -17,6 +17,8 @@ from nas.data import Dataset, load_dataset
 from nas.data.decode import read_image_file
 from nas.devices import open_device, usable_cores
 from nas.devices.base import Device
+from nas.devices.capability import WITHOUT
+from nas.export.dialect import dialect_for
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.measure.pipeline import postprocess_ms, preprocess_ms
@@ -80,8 +82,11 @@ def load_inputs(
     Raises:
         ConfigError, DataError, UsageError, DeviceError: with what to mend.
     """
-    device = device or open_device(experiment.device)
-    further = [open_device(other.device) for other in experiment.also_on] if others is None else list(others)
+    device = device or open_device(experiment.device, reporter.say)
+    if others is None:
+        further = [open_device(other.device, reporter.say) for other in experiment.also_on]
+    else:
+        further = list(others)
     _check_devices(experiment, (device, *further))
     given = experiment.teacher.weights if experiment.teacher.kind != "resnet" else None
     if given is not None and not Path(given).is_file():
@@ -100,13 +105,17 @@ def load_inputs(
     reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
     space = replace(draft, num_classes=datasets[-1].num_classes)
     for each in (device, *further):
-        dropped = space.dropped
+        before = len(space.dropped)
         space = space.restricted(each.profile.precisions)
-        if space.dropped != dropped:
-            new = [p for p in space.dropped if p not in dropped]
-            reporter.say(f"{each.profile.name} does not offer {', '.join(new)}: dropped from the space")
+        for p in space.dropped[before:]:
+            why = each.profile.details.get(f"{WITHOUT}{p}")
+            reason = f" ({why})" if why else ""
+            reporter.say(f"{each.profile.name} does not offer {p}: dropped from the space{reason}")
     is_known = knows_every_row(space, experiment.feedback.max_rows)
-    choose_sampler(experiment.search.sampler, experiment.search.trials, is_latency_known=is_known)  # refuses it now
+    wanted = experiment.search
+    choose_sampler(  # refuses it now
+        wanted.sampler, wanted.trials, is_latency_known=is_known, with_energy=wanted.energy
+    )
     for warning in datasets[-1].warnings:
         reporter.warn(warning)
     return Inputs(experiment, space, tuple(datasets), device, tuple(further))
@@ -199,7 +208,8 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "seed": str(s.seed),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"
         + (f", a ladder of {s.ladder}" if s.ladder else "")
-        + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else ""),
+        + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else "")
+        + (", energy as an objective" if s.energy else ""),
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round"
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
@@ -304,6 +314,7 @@ def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan
         e.standalone.keep,
         e.search.seed,
         SCORE_IMAGES,
+        dialect_for(inputs.device.profile).name,
     )
 
 

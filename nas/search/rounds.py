@@ -17,6 +17,8 @@ from nas.core.records import Candidate, LatencyEstimate, LatencyFigures
 from nas.core.run import AccuracyFit, FailedCandidate, PredictedMeasured, latency_of
 from nas.core.units import rounded_up
 from nas.core.walk import total_macs
+from nas.latency.energy import EnergyEstimator, has_energy
+from nas.latency.energy import figures as energy_figures
 from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
@@ -27,7 +29,7 @@ from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord, latest
 from nas.search.greybox_sampler import is_ordered
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
-from nas.search.predictor import AnyBudget, BudgetFilter, Predictor, deployed_form
+from nas.search.predictor import AnyBudget, BudgetFilter, Predictor
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Earlier, Result, ScoreFailure, ScoringPlan, score_batch
 from nas.search.seeds import Seed
@@ -119,6 +121,13 @@ def run_rounds(parts: SearchParts) -> None:
         TrainingError: several candidates in a row failed for the same reason.
         DeviceError: not one network could be measured.
     """
+    if parts.search.energy and not has_energy(parts.predictor.table):
+        raise DeviceError(
+            f"search.energy: {parts.predictor.device.profile.name} tells no energy of an inference: it has no power "
+            "sensor, its runtime is trtexec (take ssh:...?runner=tensorrt), or its table is of an older version "
+            "(--set run.tables=DIR). Look at its rails: nas doctor --device NAME; or search without energy: "
+            "--set search.energy=false"
+        )
     for own in parts.each:
         if not any(e.kind == "first networks" for e in own.folder.events()):
             _first_networks(own)
@@ -128,6 +137,7 @@ def run_rounds(parts: SearchParts) -> None:
         parts.search.sampler,
         parts.search.trials,
         is_latency_known=is_known,
+        with_energy=parts.search.energy,
         score_s=parts.score_s,
         batch=parts.search.batch,
     )
@@ -295,6 +305,7 @@ def _proposer(
         1 + len(parts.others),
         _known_latency(parts, complete) if sampler == "greybox" else None,
         parts.search.predictor_candidates,
+        parts.search.energy,
     )
 
 
@@ -640,6 +651,7 @@ def current_figures(parts: SearchParts, records: Sequence[TrialRecord]) -> list[
 def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored]:
     """What the sampler learns of candidates: accuracy and expected latency on each device as estimated now."""
     everywhere = parts.each
+    energy = EnergyEstimator(parts.predictor.table) if parts.search.energy else None
     return [
         Scored(
             r.genotype,
@@ -648,6 +660,7 @@ def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored
             min(latency_of(f, own.budget.of) / own.budget.ms - 1 for f, own in zip(now, everywhere, strict=True)),
             r.candidate.id,
             r.state == "stopped",
+            None if energy is None else energy_figures(energy.estimate(r.candidate), r.exit_shares).expected_mj,
         )
         for r, *now in zip(records, *(current_figures(own, records) for own in everywhere), strict=True)
     ]
@@ -738,7 +751,7 @@ def _measured(parts: SearchParts, chosen: Chosen) -> tuple[tuple[PredictedMeasur
 
 
 def _is_measured(predictor: Predictor, candidate: Candidate) -> bool:
-    return network_key(candidate, deployed_form(candidate)) in predictor.table.networks
+    return network_key(candidate, predictor.form(candidate)) in predictor.table.networks
 
 
 def _round_event(

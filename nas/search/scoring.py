@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nas.core.records import Candidate
+from nas.export.dialect import ORT
 from nas.recipe.pool import JobFailure, JobPool
 from nas.recipe.records import ScoredStudent, read_logits
 from nas.recipe.score import ScoreJob, Source, score, student_folder
@@ -41,6 +42,7 @@ class ScoringPlan:
     """What all score jobs of a run share.
 
     `rungs`: epochs after which students are compared, (0,) with the supernet; `keep`: share that goes on from each.
+    `dialect`: of the runtime of the first device, in whose graphs the accuracy of precisions is measured.
     """
 
     source: Source
@@ -53,6 +55,7 @@ class ScoringPlan:
     keep: float
     seed: int
     images: int
+    dialect: str = ORT.name
 
     @property
     def is_halving(self) -> bool:
@@ -72,6 +75,7 @@ class ScoringPlan:
             epochs,
             self.seed,
             self.images,
+            self.dialect,
         )
 
 

@@ -118,7 +118,8 @@ class SearchSettings:
     {NAME: VALUE, ...}, of which those that are not given are of the network in `like` or the smallest one.
     `ladder`: candidates that are solved for exactly, after the first batch, from the latency table and a score of each
     choice, for as many latencies up to the budget; 0: none. `predictor_candidates`: random candidates that the grey-box
-    sampler looks at for each batch beside its own local search, once two batches are scored; 0: none.
+    sampler looks at for each batch beside its own local search, once two batches are scored; 0: none. `energy`: the
+    energy of an inference is a further objective, on a first device that has power sensors.
     """
 
     trials: int = 96
@@ -131,6 +132,7 @@ class SearchSettings:
     enqueue: tuple[EnqueueEntry, ...] = ()
     ladder: int = 0
     predictor_candidates: int = 0
+    energy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("trials", "rounds", "batch"):

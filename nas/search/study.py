@@ -56,7 +56,8 @@ class Scored:
     `top1` is the share of right answers (maximised), `latency_ms` has the milliseconds on each device (minimised),
     `excess` what it is over the budget, as a share of it; with several devices that of the one where it fits best.
     `is_estimate`: its training was stopped early and `top1` is what it would have reached: it teaches the sampler, but
-    stands on no front.
+    stands on no front. `energy_mj` is millijoule of an inference on the first device (minimised), where that is an
+    objective.
     """
 
     genotype: Genotype
@@ -65,16 +66,17 @@ class Scored:
     excess: float
     label: str
     is_estimate: bool = False
+    energy_mj: float | None = None
 
     @property
     def values(self) -> tuple[float, ...]:
         """One value for each objective."""
-        return (self.top1, *self.latency_ms)
+        return (self.top1, *self.latency_ms, *(() if self.energy_mj is None else (self.energy_mj,)))
 
 
-def directions(devices: int) -> list[str]:
-    """Optuna's directions of accuracy and of the latency on each device."""
-    return ["maximize", *["minimize"] * devices]
+def directions(devices: int, with_energy: bool = False) -> list[str]:
+    """Optuna's directions of accuracy, of the latency on each device, and of energy where that is an objective."""
+    return ["maximize", *["minimize"] * (devices + with_energy)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class Proposer:
         devices: on how many latency is an objective.
         latency: for the grey-box sampler.
         candidates: those that it looks at for each batch beside its own search, once two batches are scored.
+        with_energy: whether energy is an objective.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class Proposer:
         devices: int = 1,
         latency: KnownLatency | None = None,
         candidates: int = 0,
+        with_energy: bool = False,
     ) -> None:
         self.space = space
         self._distributions = distributions(space)
@@ -173,7 +177,7 @@ class Proposer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study = optuna.create_study(
-                directions=directions(devices),
+                directions=directions(devices, with_energy),
                 sampler=_sampler(sampler, int(self._rng.integers(2**31)), planned, space, latency),
             )
         for scored in known:
@@ -380,10 +384,14 @@ def mirror(
         temporary.unlink(missing_ok=True)
         storage = optuna.storages.RDBStorage(f"sqlite:///{temporary}")
         try:
-            study = optuna.create_study(storage=storage, study_name=name, directions=directions(len(devices)))
+            energy = any(scored.energy_mj is not None for scored, _ in trials)
+            goals = directions(len(devices), energy)
+            study = optuna.create_study(storage=storage, study_name=name, directions=goals)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(["top1", "latency_ms", *(f"latency_ms on {d}" for d in devices[1:])])
+                study.set_metric_names(
+                    ["top1", "latency_ms", *(f"latency_ms on {d}" for d in devices[1:]), *["energy_mj"] * energy]
+                )
         finally:
             storage.engine.dispose()
         frozen = [_frozen(space, known, scored, attributes) for scored, attributes in trials]
@@ -442,7 +450,7 @@ def importances(space: SearchSpace, trials: Sequence[Scored]) -> tuple[Importanc
     if len(trials) < 10:
         return ()
     known = distributions(space)
-    study = optuna.create_study(directions=directions(len(trials[0].latency_ms)))
+    study = optuna.create_study(directions=directions(len(trials[0].values) - 1))
     for scored in trials:
         study.add_trial(_frozen(space, known, scored))
     shares: list[dict[str, float]] = []

@@ -78,3 +78,36 @@ def test_a_table_of_another_device_is_refused_with_the_difference(
     assert run(args) == 4
     err = capsys.readouterr().err
     assert "power_mode" in err and "governor=powersave" in err
+
+
+def test_the_number_of_covering_networks_is_told_and_hours_only_for_a_time_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["measure", "--space", "tiny-32", "--precision", "fp32", "--how", "covering", "--dry-run"]
+    assert run([*args, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["least_networks"] <= first["networks"] < first["rows"] / 2
+    assert first["hours"] is None
+    assert run([*args, "--engine-s", "90", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["hours"] == pytest.approx(first["networks"] * 90 / 3600)
+    assert run(args) == 0
+    said = capsys.readouterr().out
+    assert f"rows to measure in {first['networks']} covering networks" in said
+    assert "give --engine-s SECONDS" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rows", ROW, "--how", "covering"], "--how covering goes with --space NAME"),
+        (["--space", "tiny-32", "--engine-s", "9"], "--engine-s goes with --how covering --dry-run"),
+    ],
+)
+def test_options_of_covering_networks_that_do_not_fit_are_refused(
+    args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["measure", *args]) == 2
+    assert message in capsys.readouterr().err

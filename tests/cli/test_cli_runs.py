@@ -219,3 +219,24 @@ def test_ctrl_c_keeps_the_work_and_names_the_command_that_goes_on(tiny_experimen
     resolved = (tiny_experiment.parent / "runs" / "tiny" / "experiment.yaml").read_text(encoding="utf-8")
     assert "ms: 4.0" in resolved and "steps: 1000000" in resolved
     assert "Traceback" not in rest
+
+
+@pytest.mark.usefixtures("here")
+def test_a_student_is_written_for_a_runtime_that_is_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["pareto", "--json"]) == 0
+    pick = json.loads(capsys.readouterr().out)["pick"]
+    target = tmp_path / "for-a-board"
+    args = ["export", "runs/tiny", "--student", pick, "--output", str(target)]
+    assert run([*args, "--for", "tensorrt:8.2", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["dialect"], document["verdict"], document["latency"]) == ("tensorrt-8.0", "unmeasured", None)
+    assert {"build_engine.py", "board.pyz", "bench.py"} <= {p.name for p in target.iterdir()}
+    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["opset"] == 13 and manifest["latency"] is None
+    assert manifest["accuracy"]["images"] == 60
+    assert run(["bench", str(target)]) == 0
+    assert "its graphs are written for tensorrt-8.0; a time on " in capsys.readouterr().err
+    assert run([*args, "--for", "tensorrt", "--force"]) == 2
+    assert "give ort, or tensorrt: and its version, such as tensorrt:8.2" in capsys.readouterr().err

@@ -39,8 +39,8 @@ def test_every_device_that_can_be_opened_by_name_says_what_it_is() -> None:
 def test_unknown_device_names_those_that_exist() -> None:
     with pytest.raises(
         UsageError,
-        match=r"device 'cpuu' does not exist; did you mean 'cpu'\?; devices: cpu, and cpu:N for N threads\. "
-        "Run: nas doctor",
+        match=r"device 'cpuu' does not exist; did you mean 'cpu'\?; devices: cpu, tensorrt, cpu:N for N threads, "
+        "and ssh:USER@HOST for a board. Run: nas doctor",
     ):
         open_device("cpuu")
 

@@ -160,7 +160,7 @@ def time_models(models: Sequence[bytes]) -> list[Measurement]:
     for number, model in enumerate(models):
         live = session(model)
         entry = live.get_inputs()[0]
-        feeds = {entry.name: np.zeros(entry.shape, np.float32)}
+        feeds = {entry.name: np.zeros(entry.shape, np.float16 if "float16" in entry.type else np.float32)}
         rounds = []
         for _ in range(3):
             samples = []

@@ -10,9 +10,12 @@ import pytest
 from made_run import made_view
 
 from nas.core.jsonio import canonical_json
+from nas.core.records import EnergyFigures
 from nas.core.run import BudgetPick, RunView
+from nas.report.cards import card
 from nas.report.tables import (
     csv_cell,
+    format_energy,
     format_number,
     format_spread,
     front_csv,
@@ -156,3 +159,28 @@ def test_each_proposer_has_a_line_with_what_came_of_it() -> None:
         ("greybox", "158", "3", "9", "5", "41.2 % of hypervolume"),
         ("first", "2", "0", "1", "0", "0.8 % of hypervolume"),
     ]
+
+
+def test_energy_has_a_column_only_where_a_student_has_one() -> None:
+    view = made_view()
+    assert "energy mJ" not in front_table(view)[0]
+    assert {r["energy_mj"] for r in front_records(view)} == {None}
+    first, *others = view.front
+    measured = replace(first, energy=EnergyFigures(12.34, 15.0, 0.41, "measured"))
+    columns, rows = front_table(view, [measured, *others])
+    assert [row[columns.index("energy mJ")] for row in rows][:2] == ["12.3 +- 0.4", "-"]
+    record = front_records(view, [measured])[0]
+    assert (record["energy_mj"], record["energy_std_mj"], record["energy_is"]) == (12.34, 0.41, "measured")
+    assert format_energy(EnergyFigures(12.34, 15.0, 3.1, "predicted", True)) == "12.3 +- 3.1 (predicted)"
+
+
+def test_the_card_says_where_an_energy_comes_from() -> None:
+    view = made_view()
+    assert "Energy" not in {fact["name"] for fact in card(view, view.front[0])["facts"]}
+    point = replace(view.front[0], energy=EnergyFigures(12.34, 15.0, 3.1, "predicted", True))
+    fact = next(f for f in card(view, point)["facts"] if f["name"] == "Energy")
+    assert fact["value"] == "12.3 mJ"
+    assert fact["detail"].startswith(
+        "predicted, ± 3.1 mJ; with the idle power of the board; no measured network says yet"
+    )
+    assert fact["detail"].endswith("15.0 mJ where no exit is taken")

@@ -17,6 +17,7 @@ from nas.core.jsonio import write_bytes, write_record
 from nas.core.records import (
     BlockConfig,
     Candidate,
+    EnergyFigures,
     ExitConfig,
     HeadConfig,
     LatencyEstimate,
@@ -520,6 +521,15 @@ def test_front_has_what_nothing_beats_on_mean_worst_case_and_accuracy(of: Latenc
     expected = {"best on the mean", "best at worst", "most accurate"} | ({"best on the tail"} if of == "p99" else set())
     assert {p.id for p in marked if p.on_front} == expected
     assert mark_front(marked, of) == marked
+
+
+def test_a_student_that_takes_the_least_energy_is_on_the_front_where_energy_counts() -> None:
+    energies = {"beaten by the first": 1.0}
+    points = [replace(p, energy=EnergyFigures(energies.get(p.id, 2.0), 2.0, 0.1, "measured")) for p in FRONT]
+    plain = {p.id for p in mark_front(points, "worst") if p.on_front}
+    assert {p.id for p in mark_front(points, "worst", True) if p.on_front} == {*plain, "beaten by the first"}
+    points[0] = replace(points[0], energy=None)
+    assert {p.id for p in mark_front(points, "worst", True) if p.on_front} == plain, "not all have one"
 
 
 def test_front_of_points_that_were_not_measured_is_empty() -> None:

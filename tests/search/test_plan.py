@@ -29,7 +29,7 @@ from nas.train.teacher import Teacher
 @pytest.fixture(autouse=True)
 def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device that is opened by name is the simulated one of the finished run."""
-    monkeypatch.setattr("nas.search.prepare.open_device", lambda _: SimulatedDevice())
+    monkeypatch.setattr("nas.search.prepare.open_device", lambda *_: SimulatedDevice())
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ MATTERS = {
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
     "supernet.clip_norm=1.0 supernet.seed=1",
     "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random search.ladder=3 "
-    "search.predictor_candidates=9",
+    "search.predictor_candidates=9 search.energy=true",
     "enqueued": 'search.enqueue=[{"b.width":12}]',
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
@@ -323,6 +323,20 @@ def test_precisions_that_the_device_does_not_offer_are_dropped_and_told(tmp_path
     found = load_inputs(load_experiment(write_experiment(tmp_path)), notes, FloatOnly())
     assert found.space.precisions == ("fp32",)
     assert notes.said == ["simulated-0 does not offer int8: dropped from the space"]
+
+
+class SaysWhy(FloatOnly):
+    """The same, and its profile says why."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        return replace(super().profile, details={"without_int8": "no int8 instructions"})
+
+
+def test_why_a_precision_is_dropped_is_told(tmp_path: Path) -> None:
+    notes = Notes()
+    load_inputs(load_experiment(write_experiment(tmp_path)), notes, SaysWhy())
+    assert notes.said == ["simulated-0 does not offer int8: dropped from the space (no int8 instructions)"]
 
 
 def test_a_table_of_another_device_state_is_refused_with_what_differs(tmp_path: Path) -> None:

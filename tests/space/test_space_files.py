@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nas.core.walk import total_macs
+from nas.measure.covering import covering_plan, least_networks
 from nas.space.space import SearchSpace, load_space
 
 FOLDER = Path(__file__).parents[2] / "search_spaces"
@@ -30,6 +31,7 @@ def row_of(space: SearchSpace) -> list[str]:
         f"10^{space.log10_size:.1f}",
         f"{millions(least)}-{millions(most)} M",
         f"{len(space.layers(('fp32',))):,}",
+        f"{least_networks(space, {layer.key for layer in space.layers(('fp32',))}):,}",
     ]
 
 
@@ -44,6 +46,12 @@ def test_the_table_says_what_the_file_holds(name: str) -> None:
     assert space.name == name
     assert "arXiv" in space.source
     assert cells == row_of(space)
+
+
+@pytest.mark.parametrize("name", ["small-64", "tiny-32"])  # the others take ten seconds and more
+def test_as_few_networks_cover_all_rows_as_the_table_says(name: str) -> None:
+    space = load_space(FOLDER / f"{name}.yaml", 10, ("fp32",))
+    assert str(len(covering_plan(space).networks)) == ROWS[name][-1]
 
 
 def test_the_small_space_stays_small_enough_for_the_first_run() -> None:

@@ -1,0 +1,161 @@
+"""What an ONNX file says of itself, read without the onnx package, which no board has: its inputs and precisions.
+
+Only the few fields that are needed are read from the protocol buffer (onnx.proto of ONNX, IR version 3 and later):
+graph = 7 of a model; node = 1, initializer = 5, input = 11, output = 12 of a graph.
+"""
+
+from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+
+from .errors import BoardError
+
+# TensorProto.DataType -> our name and bytes of one element.
+TYPES = {
+    1: ("float32", 4),
+    2: ("uint8", 1),
+    3: ("int8", 1),
+    6: ("int32", 4),
+    7: ("int64", 8),
+    9: ("bool", 1),
+    10: ("float16", 2),
+    11: ("float64", 8),
+    16: ("bfloat16", 2),
+}
+_FLOAT16, _BFLOAT16 = 10, 16
+
+
+class OnnxFacts(object):
+    """Inputs and outputs (name, dtype, shape; -1: a free size), the operators, and the types of the weights."""
+
+    def __init__(self) -> None:
+        self.inputs: List[Dict[str, Any]] = []
+        self.outputs: List[Dict[str, Any]] = []
+        self.operators: Set[str] = set()
+        self.weight_types: Set[int] = set()
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the file holds int8 as explicit quantize and dequantize nodes."""
+        return "DequantizeLinear" in self.operators
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights are half precision."""
+        return bool(self.weight_types & {_FLOAT16, _BFLOAT16})
+
+    def carries(self, precision: str) -> bool:
+        """Whether the file itself says to compute in this precision, as strongly typed TensorRT wants it."""
+        if precision == "fp16":
+            return self.is_half
+        if precision == "bf16":
+            return _BFLOAT16 in self.weight_types
+        if precision in ("int8", "mixed"):
+            return self.is_quantized
+        return True
+
+
+def onnx_facts(model: bytes) -> OnnxFacts:
+    """Reads a model.
+
+    Raises:
+        BoardError: `bad_request`: not an ONNX file.
+    """
+    facts = OnnxFacts()
+    try:
+        graphs = [value for number, value in _fields(memoryview(model)) if number == 7]
+        for graph in graphs:
+            _read_graph(graph, facts, is_main=True)
+    except (IndexError, ValueError, TypeError) as e:
+        raise BoardError("bad_request", "not an ONNX model (%d bytes): %s" % (len(model), e)) from e
+    if not facts.operators:
+        raise BoardError("bad_request", "not an ONNX model (%d bytes): it has no nodes" % len(model))
+    return facts
+
+
+def _read_graph(graph: Any, facts: OnnxFacts, is_main: bool) -> None:
+    weights = set()
+    inputs, outputs = [], []
+    for number, value in _fields(graph):
+        if number == 1:
+            for field, content in _fields(value):
+                if field == 4:
+                    facts.operators.add(_text(content))
+                elif field == 5:  # an attribute; field 6 of it is a graph: a branch of If
+                    for inner, branch in _fields(content):
+                        if inner == 6:
+                            _read_graph(branch, facts, is_main=False)
+        elif number == 5:
+            tensor = dict((n, v) for n, v in _fields(value) if n in (2, 8))
+            facts.weight_types.add(int(tensor.get(2, 0)))
+            weights.add(_text(tensor.get(8, b"")))
+        elif number == 11:
+            inputs.append(_value(value))
+        elif number == 12:
+            outputs.append(_value(value))
+    if is_main:
+        facts.inputs = [entry for entry in inputs if entry["name"] not in weights]
+        facts.outputs = outputs
+
+
+def _value(data: Any) -> Dict[str, Any]:
+    """Name, dtype and shape of an input or output."""
+    name, kind = "", 0
+    shape: List[int] = []
+    for number, value in _fields(data):
+        if number == 1:
+            name = _text(value)
+        elif number == 2:
+            for outer, tensor in _fields(value):
+                if outer == 1:
+                    for inner, part in _fields(tensor):
+                        if inner == 1:
+                            kind = int(part)
+                        elif inner == 2:
+                            shape = [_size(dim) for n, dim in _fields(part) if n == 1]
+    return {"name": name, "dtype": TYPES.get(kind, ("type %d" % kind, 0))[0], "shape": shape}
+
+
+def _size(dim: Any) -> int:
+    return next((int(value) for number, value in _fields(dim) if number == 1), -1)
+
+
+def _text(data: Any) -> str:
+    return bytes(data).decode("utf-8")
+
+
+def _fields(data: Any) -> Iterator[Tuple[int, Union[int, Any]]]:
+    """Number and value of each field: an int, or the bytes of what is inside."""
+    place, end = 0, len(data)
+    while place < end:
+        tag, place = _varint(data, place)
+        kind = tag & 7
+        if kind == 0:
+            value, place = _varint(data, place)
+            yield tag >> 3, value
+        elif kind == 2:
+            size, place = _varint(data, place)
+            if place + size > end:
+                raise ValueError("a field ends behind the file")
+            yield tag >> 3, data[place : place + size]
+            place += size
+        elif kind in (1, 5):
+            place += 8 if kind == 1 else 4
+        else:
+            raise ValueError("no protocol buffer")
+
+
+def _varint(data: Any, place: int) -> Tuple[int, int]:
+    value, shift = 0, 0
+    while True:
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+        shift += 7
+        if shift > 63:
+            raise ValueError("no protocol buffer")
+
+
+def dtype_bytes(dtype: str) -> Optional[int]:
+    """Bytes of one element of a dtype; None where it is not one of ours."""
+    return dict(TYPES.values()).get(dtype)

@@ -1,0 +1,80 @@
+"""Programs that the agent starts on a board: they get a time limit, and end when the agent does, however that ends."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from typing import Any, Dict, List, Optional, Tuple
+
+from .errors import BoardError
+
+_PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
+_LIBC = ctypes.CDLL(None, use_errno=True)  # opened here: between fork and exec of a process with threads it may not be
+
+
+def end_with_parent() -> None:
+    """Called in a process that was just started: the kernel ends it when the thread that started it is gone."""
+    try:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    except AttributeError:  # not Linux
+        return
+    if os.getppid() == 1:  # it was gone already
+        os._exit(1)
+
+
+def start(argv: List[str], **streams: Any) -> "subprocess.Popen[bytes]":
+    """Starts a program in a process group of its own, so that `end` reaches what it starts in turn.
+
+    Args:
+        argv: program and arguments; no shell is involved.
+        streams: `stdin`, `stdout`, `stderr`, `cwd` and `env` of `subprocess.Popen`.
+
+    Raises:
+        BoardError: there is no such program, or it may not be run.
+    """
+    try:
+        return subprocess.Popen(argv, preexec_fn=end_with_parent, start_new_session=True, **streams)
+    except OSError as e:
+        raise BoardError("not_found", "%s cannot be started: %s" % (argv[0], e.strerror or e)) from e
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Ends a program and everything in its process group at once; nothing happens where it has ended."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except OSError:  # all of them have ended
+        pass
+    process.wait()
+
+
+def run(
+    argv: List[str], timeout_s: float, stdin: bytes = b"", env: Optional[Dict[str, str]] = None
+) -> Tuple[int, str, str]:
+    """Runs a program to its end.
+
+    Returns:
+        Exit status (negative: the signal that ended it), what it wrote to its output, and to its error output.
+
+    Raises:
+        BoardError: it cannot be started, or did not end within `timeout_s` and was ended.
+    """
+    pipe = subprocess.PIPE
+    process = start(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
+    is_late = []  # type: List[bool]
+
+    def stop() -> None:
+        is_late.append(True)
+        end(process)
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.start()
+    try:
+        out, err = process.communicate(stdin)
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            end(process)
+    if is_late:
+        raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s))
+    return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")

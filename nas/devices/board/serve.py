@@ -1,0 +1,373 @@
+"""The agent: it serves one host over its standard input and output, and ends with everything it started when these end.
+
+One JSON object a line both ways; raw bytes follow the line that announces them:
+
+    hello    client, runners: bool      -> agent, python, runners, state
+    have     sha256: [..]               -> missing: [..]
+    put      sha256, bytes + the bytes  -> ok
+    measure  batch, runner, plan, jobs  -> {"result"} for each job, {"progress"} now and then, {"done"}
+    calm     runner, plan, checks       -> readings of the reference network
+    run      sha256, runner, images     -> outputs + their bytes
+    profile  sha256, runner, runs       -> layers
+    state                               -> state
+    power    set_mode, lock_clocks      -> ran, back, notes, state: only what was asked for is changed
+    acknowledge batch                   -> ok: the host has the results of this batch
+    bye
+
+Results of `measure` also stand in `batches/batch-<id>.jsonl` until they are acknowledged: the same request again,
+over another connection, gives what is there and measures the rest. A result counts only if power mode, locked clocks
+and boot were the same before and after the models that were measured together with it; otherwise these are measured
+again.
+"""
+
+import hashlib
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import uuid
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+from .errors import BoardError, as_board_error
+from .lines import LineReader, LineWriter
+from .power import change
+from .rounds import Plan
+from .sensors import governor, identity
+from .state import read_state
+from .store import Batch, BoardLock, Folder
+from .worker_process import WorkerProcess
+
+ROOT = "~/.cache/nas-board"
+TELL_EVERY_S = 1.0
+STATE_TRIES = 3  # how often models are measured whose board did not stay in one state
+
+ReadState = Callable[[], Dict[str, Any]]
+
+
+class Agent(object):
+    """Answers the host's requests."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        worker: WorkerProcess,
+        send: Callable[..., None],
+        read_state: ReadState,
+        name: str,
+    ) -> None:
+        """`send` writes a message (and raw bytes); `read_state` reads the board; `name` is the agent's content hash."""
+        self._folder = folder
+        self._worker = worker
+        self._send = send
+        self._read_state = read_state
+        self._name = name
+        self._client = ""
+
+    def answer(self, request: Dict[str, Any]) -> None:
+        """Answers one request. What goes wrong is an answer too: `{"ok": false, "kind", "error"}`."""
+        operations = {
+            "hello": self._hello,
+            "have": self._have,
+            "put": self._put,
+            "measure": self._measure,
+            "calm": self._calm,
+            "run": self._run,
+            "profile": self._profile,
+            "state": lambda _: self._send({"ok": True, "state": self._read_state()}),
+            "acknowledge": self._acknowledge,
+            "power": self._power,
+        }  # type: Dict[str, Callable[[Dict[str, Any]], None]]
+        try:
+            operation = operations.get(request.get("op", ""))
+            if operation is None:
+                raise BoardError("bad_request", "unknown request %.80r" % (request.get("op"),))
+            operation(request)
+        except BrokenPipeError:
+            raise
+        except Exception as e:  # whatever goes wrong here becomes an answer with its reason
+            wrong = "bad_request" if isinstance(e, (KeyError, TypeError, ValueError)) else "unsupported"
+            error = as_board_error(e, wrong)
+            self._send({"ok": False, "kind": error.kind, "error": error.message})
+
+    def _hello(self, request: Dict[str, Any]) -> None:
+        self._client = str(request.get("client", ""))
+        self._folder.tidy(time.time())
+        found = []  # type: List[Dict[str, Any]]
+        if request.get("runners", True):  # importing runtimes takes seconds: not again over the next connection
+            found = self._worker.ask({"op": "describe"}, _Progress(self._send, 0, 1).tell)["runners"]
+        version = "%d.%d.%d" % sys.version_info[:3]
+        state = self._read_state()
+        self._send({"ok": True, "agent": self._name, "python": version, "runners": found, "state": state})
+
+    def _have(self, request: Dict[str, Any]) -> None:
+        self._send({"ok": True, "missing": [x for x in request["sha256"] if not self._folder.has(x)]})
+
+    def _put(self, request: Dict[str, Any]) -> None:
+        if request.get("failed"):
+            raise BoardError(request["failed"]["kind"], request["failed"]["message"])
+        self._send({"ok": True})
+
+    def _acknowledge(self, request: Dict[str, Any]) -> None:
+        try:
+            os.remove(self._folder.batch(request["batch"]))
+        except FileNotFoundError:  # acknowledged before, over a connection that was cut
+            pass
+        self._send({"ok": True})
+
+    def _measure(self, request: Dict[str, Any]) -> None:
+        plan = Plan(request["plan"])
+        jobs = [self._job(i, job) for i, job in enumerate(request["jobs"])]
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+            before = self._read_state()
+            batch = Batch(self._folder.batch(request["batch"]), jobs, identity(before))
+            for result in batch.found:
+                self._send({"result": result})
+            left = [job for job in jobs if job["index"] not in batch.indices]
+            total_steps = max(1, len(jobs) * plan.sessions * plan.rounds)
+            done_steps = len(batch.found) * plan.sessions * plan.rounds
+            for start in range(0, len(left), plan.alive):
+                part = left[start : start + plan.alive]
+                progress = _Progress(self._send, done_steps, total_steps)
+                for result in self._measured(request, part, progress.tell):
+                    batch.add(result)
+                    self._send({"result": result})
+                done_steps += len(part) * plan.sessions * plan.rounds
+            self._send({"done": True, "state_before": before, "state_after": self._read_state()})
+
+    def _measured(
+        self, request: Dict[str, Any], jobs: List[Dict[str, Any]], during: Callable[[Dict[str, Any]], None]
+    ) -> Iterator[Dict[str, Any]]:
+        """Results of models measured together, all in one state of the board."""
+        for _ in range(STATE_TRIES):
+            before = identity(self._read_state())
+            results = self._survived(request, jobs, during)
+            after = identity(self._read_state())
+            if before == after:
+                for result in results:
+                    yield _final(result, after)
+                return
+        changed = [k for k in sorted(after) if before[k] != after[k]]
+        what = ", ".join("%s: %r, then %r" % (k, before[k], after[k]) for k in changed)
+        for job in jobs:
+            yield _final(_failed(job, "state_changed", "the board did not stay in one state: %s" % what), after)
+
+    def _survived(
+        self, request: Dict[str, Any], jobs: List[Dict[str, Any]], during: Callable[[Dict[str, Any]], None]
+    ) -> List[Dict[str, Any]]:
+        """Results of models measured together; one that ends or hangs the worker fails alone, the rest starts anew."""
+        lost = []  # type: List[Dict[str, Any]]
+        left = list(jobs)
+        while left:
+            asked = self._asked(request, "measure", jobs=left, best_ms=request.get("best_ms"), plan=request["plan"])
+            try:
+                told = self._worker.ask(asked, during)
+            except BoardError as e:
+                guilty = [job for job in left if job["key"] == self._worker.key]
+                if e.kind not in ("hung", "killed", "truncated") or not guilty:
+                    raise
+                lost += [_failed(job, e.kind, e.message) for job in guilty]
+                left = [job for job in left if job not in guilty]
+                continue
+            return lost + list(told["results"])
+        return lost
+
+    def _calm(self, request: Dict[str, Any]) -> None:
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+            asked = self._asked(
+                request, "calm", checks=request["checks"], best_ms=request.get("best_ms"), plan=request["plan"]
+            )
+            told = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)
+        self._send(dict(told, ok=True))
+
+    def _run(self, request: Dict[str, Any]) -> None:
+        asked = self._asked(
+            request,
+            "run",
+            path=self._there(request["sha256"]),
+            images=self._there(request["images"]),
+            shape=request["shape"],
+            precision=request.get("precision", "fp32"),
+            limit_s=request["limit_s"],
+        )
+        outputs = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)["outputs"]
+        data = []
+        for output in outputs:
+            path = output.pop("path")
+            with open(path, "rb") as f:
+                data.append(f.read())
+            os.remove(path)
+            output["bytes"] = len(data[-1])
+        self._send({"ok": True, "outputs": outputs}, b"".join(data))
+
+    def _profile(self, request: Dict[str, Any]) -> None:
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+            asked = self._asked(
+                request,
+                "profile",
+                path=self._there(request["sha256"]),
+                feeds={name: self._there(x) for name, x in request.get("feeds", {}).items()},
+                precision=request.get("precision", "fp32"),
+                runs=request["runs"],
+                limit_s=request["limit_s"],
+            )
+            told = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)
+        self._send(dict(told, ok=True, state=self._read_state()))
+
+    def _power(self, request: Dict[str, Any]) -> None:
+        mode = request.get("set_mode")
+        store = os.path.join(self._folder.root, "clocks-before.conf")
+        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+            told = change(None if mode is None else str(mode), bool(request.get("lock_clocks")), store)
+        self._send(dict(told, ok=True))
+
+    def _asked(self, request: Dict[str, Any], op: str, **more: Any) -> Dict[str, Any]:
+        reference = request.get("reference")
+        return dict(
+            more,
+            op=op,
+            runner=str(request["runner"]),
+            threads=int(request.get("threads", 1)),
+            reference=None if reference is None else self._there(reference),
+            work=self._folder.work,
+            timing_cache=os.path.join(self._folder.root, "timing-cache-%s.bin" % _plain(str(request["runner"]))),
+        )
+
+    def _job(self, index: int, job: Dict[str, Any]) -> Dict[str, Any]:
+        return {
+            "index": index,
+            "key": str(job["key"]),
+            "precision": str(job.get("precision", "fp32")),
+            "path": self._there(job["sha256"]),
+            "feeds": {str(name): self._there(x) for name, x in job.get("feeds", {}).items()},
+        }
+
+    def _there(self, sha256: Any) -> str:
+        path = self._folder.blob(sha256)
+        if not self._folder.has(sha256):
+            raise BoardError("not_found", "%s is not on this board any more" % sha256)
+        return path
+
+
+class _Progress(object):
+    """Tells the host how far a batch is, and that the agent lives, but not too often."""
+
+    def __init__(self, send: Callable[..., None], done: int, total: int) -> None:
+        self._send = send
+        self._done = done
+        self._total = total
+        self._told_s = 0.0
+
+    def tell(self, message: Dict[str, Any]) -> None:
+        self._done += "step" in message
+        now_s = time.monotonic()
+        if not message or now_s - self._told_s >= TELL_EVERY_S:
+            self._told_s = now_s
+            self._send({"progress": min(1.0, float(self._done) / self._total)})
+
+
+def _final(result: Dict[str, Any], state: Dict[str, Any]) -> Dict[str, Any]:
+    """A result with the state that it holds for, and an id by which a second measurement could be told from it."""
+    return dict(result, state=state, id=uuid.uuid4().hex)
+
+
+def _failed(job: Dict[str, Any], kind: str, message: str) -> Dict[str, Any]:
+    return {
+        "index": job["index"],
+        "key": job["key"],
+        "error": {"kind": kind, "message": message},
+        "sessions": [],
+        "build_s": None,
+        "engine_bytes": None,
+        "warnings": [],
+        "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
+        "best_ms": None,
+    }
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower())
+
+
+def _reader_thread(reader: LineReader, folder: Folder, requests: "queue.Queue[Any]", ended: Callable[[], None]) -> None:
+    """Reads requests, and takes in files, while the main thread works; at the end of the stream everything ends."""
+    try:
+        while True:
+            request = reader.message()
+            if request is None or request.get("op") == "bye":
+                break
+            if request.get("op") == "put":
+                request = dict(request, failed=_received(reader, folder, request))
+            requests.put(request)
+    except (BoardError, OSError):  # the host speaks another language, or is gone
+        pass
+    ended()
+
+
+def _received(reader: LineReader, folder: Folder, request: Dict[str, Any]) -> Optional[Dict[str, str]]:
+    """Takes in a file; all of its bytes are read whatever goes wrong, so that the next line is a request again."""
+    left = int(request["bytes"])
+    digest = hashlib.sha256()
+    failed = None  # type: Optional[BoardError]
+    staged = os.path.join(folder.work, "incoming")
+    try:
+        target = open(staged, "wb")  # type: Any
+    except OSError as e:
+        target, failed = None, as_board_error(e, "unsupported")
+    while left > 0:
+        data = reader.data(left)
+        if not data:
+            raise BoardError("truncated", "the stream ended within a file")
+        left -= len(data)
+        digest.update(data)
+        if failed is None:
+            try:
+                target.write(data)
+            except OSError as e:
+                failed = as_board_error(e, "unsupported")
+    try:
+        if target is not None:
+            target.close()
+        if failed is None and digest.hexdigest() != request.get("sha256"):
+            failed = BoardError("truncated", "a file arrived with another content than it was sent with")
+        if failed is None:
+            os.rename(staged, folder.blob(request.get("sha256")))
+    except (OSError, BoardError) as e:
+        failed = as_board_error(e, "unsupported")
+    return None if failed is None else {"kind": failed.kind, "message": failed.message}
+
+
+def known_state() -> Dict[str, Any]:
+    """The state of this board now: all that it tells of itself, and its processor's governor."""
+    return dict(read_state(), governor=governor())
+
+
+def serve(command: List[str], name: str) -> None:
+    """Serves the host that holds the other end of standard input and output, until it lets go.
+
+    Args:
+        command: starts this program; `--worker` is added for the process that runs models.
+        name: content hash of the agent.
+    """
+    out = os.dup(1)
+    os.dup2(2, 1)  # nothing else may come between the messages
+    os.umask(0o077)
+    folder = Folder(os.path.expanduser(ROOT))
+    worker = WorkerProcess(command + ["--worker"])
+    writer = LineWriter(out)
+    requests = queue.Queue()  # type: queue.Queue[Any]
+
+    def ended() -> None:
+        worker.end()
+        folder.close()
+        os._exit(0)  # the main thread may be in the middle of anything
+
+    reading = threading.Thread(target=_reader_thread, args=(LineReader(0), folder, requests, ended), daemon=True)
+    reading.start()
+    agent = Agent(folder, worker, writer.send, known_state, name)
+    try:
+        while True:
+            agent.answer(requests.get())
+    except BrokenPipeError:  # the host is gone
+        ended()

@@ -1,0 +1,305 @@
+"""The process in which models really run: a crash, a hang or a kill for lack of memory ends it and not the agent.
+
+It reads one request a line and tells each step before it begins (`at`, with the time limit of that step), so that the
+agent knows which model it was when nothing more comes.
+"""
+
+import os
+from typing import Any, Callable, Dict, List, Optional
+
+from .energy import PowerSampler, of_rounds
+from .errors import BoardError, as_board_error
+from .lines import LineReader, LineWriter
+from .processes import end_with_parent
+from .rounds import Clock, Gate, Plan, Subject, measure_rounds
+from .runners import all_runners
+from .watch import COOL_LIMIT_S, Watch
+
+_MOST_IMAGES = 64  # in one run where the batch of a model is not fixed: bounds the memory
+COOL_BEAT_S = 60.0  # while a board cools down, a sign of life comes far more often
+COOL_TOTAL_S = 1200.0  # of one request: a board that never cools is measured as it is, and its rounds stay marked
+ENERGY_ROUNDS = 3
+ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
+ENERGY_RUNS = 8  # between two looks at the clock
+START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
+
+
+def main(runners: Optional[List[Any]] = None) -> None:
+    """Serves requests until the stream ends.
+
+    Args:
+        runners: what to measure with, by default all that there are.
+    """
+    end_with_parent()
+    os.putenv("ORT_DISABLE_TELEMETRY", "1")  # newer ONNX Runtimes note their use in files of the home
+    out = os.dup(1)
+    os.dup2(2, 1)  # what a runtime prints must not come between the messages
+    writer, reader = LineWriter(out), LineReader(0)
+    worker = Worker(writer.send, runners)
+    while True:
+        request = reader.message()
+        if request is None:
+            return
+        try:
+            answer = worker.answer(request)
+        except Exception as e:  # whatever a runtime raises becomes an answer with its reason
+            error = as_board_error(e, "build_failed")
+            answer = {"failed": {"kind": error.kind, "message": error.message}}
+        writer.send(answer)
+
+
+class Worker(object):
+    """Runs models; keeps the reference network of each runner ready between requests."""
+
+    def __init__(
+        self,
+        send: Callable[[Dict[str, Any]], None],
+        runners: Optional[List[Any]] = None,
+        root: str = "/",
+        clock: Optional[Clock] = None,
+    ) -> None:
+        """`send` takes what is told while a request is worked on; the rest is for tests."""
+        self._send = send
+        self._runners = all_runners() if runners is None else runners
+        self._clock = clock or Clock()
+        self._gates = {}  # type: Dict[str, Gate]
+        self._root = root
+        self._key = ""
+
+    def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """The final answer to a request: `measure`, `calm`, `run`, `profile` or `describe`.
+
+        Raises:
+            BoardError: it cannot be done as a whole; a model that fails is part of the answer.
+        """
+        operations = {
+            "describe": self._describe,
+            "measure": self._measure,
+            "calm": self._calm,
+            "run": self._run,
+            "profile": self._profile,
+        }  # type: Dict[str, Callable[[Dict[str, Any]], Dict[str, Any]]]
+        operation = operations.get(request.get("op", ""))
+        if operation is None:
+            raise BoardError("bad_request", "unknown request %r" % (request.get("op"),))
+        return operation(request)
+
+    def _describe(self, _: Dict[str, Any]) -> Dict[str, Any]:
+        found = []
+        for runner in self._runners:
+            self._at("", START_S)
+            missing = runner.available()
+            described = {"name": runner.name, "missing": missing}
+            if missing is None:
+                described.update(runner.describe())
+                described["slow_start"] = bool(getattr(runner, "slow_start", True))
+                described["dynamic_batch"] = bool(getattr(runner, "dynamic_batch", False))
+            found.append(described)
+        return {"runners": found}
+
+    def _measure(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        runner, plan = self._runner(request), Plan(request["plan"])
+        gate = self._gate(runner, plan, request) if plan.gate_runs else None
+        jobs = request["jobs"]
+        results = [_new_result(job) for job in jobs]
+        watch, sampler = Watch(self._root), PowerSampler(self._root, clock=self._clock.seconds)
+        cool_s = [COOL_TOTAL_S]
+        for _ in range(plan.sessions):
+            subjects = []
+            for job, result in zip(jobs, results):
+                if result["error"] is None:
+                    subject = self._opened(runner, plan, request, job, result)
+                    if subject is not None:
+                        subjects.append((subject, result))
+            measure_rounds(
+                [subject for subject, _ in subjects],
+                plan,
+                gate,
+                self._clock,
+                lambda key: self._at(key, plan.hang_s),
+                lambda: self._looked(watch, plan, cool_s),
+                lambda: self._send({"step": 1}),
+            )
+            for subject, result in subjects:
+                self._at(subject.key, plan.hang_s)
+                if sampler.has_sensor and subject.error is None and result["energy"] is None:
+                    result["energy"] = self._energy(subject, sampler, plan)
+                subject.session.close()
+                result["sessions"].append(subject.rounds)
+                if subject.error is not None:
+                    result["error"] = {"kind": subject.error.kind, "message": subject.error.message}
+        self._at("", plan.hang_s)
+        for result in results:
+            result["measured_at"] = self._clock.utc()
+            result["best_ms"] = None if gate is None else gate.best_ms
+        return {"results": results}
+
+    def _looked(self, watch: Watch, plan: Plan, cool_s: List[float]) -> Dict[str, Any]:
+        """What the sensors say of the round that ended; a board that is slowed down cools before the next one.
+
+        `cool_s`: seconds that are left for that.
+        """
+        told = watch.look()
+        if told["throttled"]:
+            key = self._key
+            limit_s = min(COOL_LIMIT_S, cool_s[0])
+            told["cooled_s"] = watch.cool_down(self._clock.sleep, lambda _: self._at(key, COOL_BEAT_S), limit_s)
+            cool_s[0] -= told["cooled_s"]
+            self._at(key, plan.hang_s)
+        return told
+
+    def _energy(self, subject: Subject, sampler: PowerSampler, plan: Plan) -> Optional[Dict[str, Any]]:
+        """Energy of an inference of a model that was timed, in rounds of their own: reading sensors disturbs times.
+
+        None where the session cannot run without anything else (`run_only`): a program that first loads an engine does
+        not say when its runs began.
+        """
+        run_only = getattr(subject.session, "run_only", None)
+        if run_only is None:
+            return None
+        values = []
+        sampler.start()
+        try:
+            for _ in range(ENERGY_ROUNDS):
+                self._at(subject.key, plan.hang_s)
+                runs, began_s = 0, self._clock.seconds()
+                while self._clock.seconds() - began_s < ENERGY_ROUND_S:
+                    run_only(ENERGY_RUNS)
+                    runs += ENERGY_RUNS
+                values.append(sampler.energy_mj(began_s, self._clock.seconds(), runs))
+        except Exception as e:  # as in `main`: the times before it are sound, and a note says what happened
+            return {"mj": None, "why": as_board_error(e, "unsupported").message}
+        finally:
+            sampler.stop()
+        found = of_rounds(values)
+        return None if found is None else dict(found, whole_board=sampler.is_whole_board)
+
+    def _opened(
+        self, runner: Any, plan: Plan, request: Dict[str, Any], job: Dict[str, Any], result: Dict[str, Any]
+    ) -> Optional[Subject]:
+        self._at(job["key"], plan.build_s)
+        try:
+            session = runner.load(job["path"], _options(request, job, plan.build_s))
+            session.set_inputs({name: _read(path) for name, path in job["feeds"].items()})
+        except Exception as e:  # as in `main`
+            error = as_board_error(e, "build_failed")
+            result["error"] = {"kind": error.kind, "message": error.message}
+            return None
+        result["build_s"] = session.build_s
+        result["engine_bytes"] = session.engine_bytes
+        result["warnings"] = list(session.warnings)
+        return Subject(job["key"], session)
+
+    def _gate(self, runner: Any, plan: Plan, request: Dict[str, Any]) -> Gate:
+        place = "%s %s %d" % (runner.name, request["reference"], int(request.get("threads", 1)))
+        if place not in self._gates:
+            self._at("", plan.build_s)
+            session = runner.load(request["reference"], _options(request, {"precision": "fp32"}, plan.build_s))
+            session.set_inputs({})
+            self._gates[place] = Gate(session, None)
+        gate = self._gates[place]
+        best_ms = request.get("best_ms")
+        if best_ms is not None:
+            gate.best_ms = min(gate.best_ms, float(best_ms))
+        self._at("", plan.hang_s)
+        return gate
+
+    def _calm(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        plan = Plan(request["plan"])
+        gate = self._gate(self._runner(request), plan, request)
+        readings = []
+        for _ in range(int(request["checks"])):
+            self._at("", plan.hang_s)
+            readings.append(gate.look(plan))
+            self._clock.sleep(0.005)
+        return {"readings": readings, "best_ms": gate.best_ms}
+
+    def _run(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """Outputs for images of any number: a fixed batch is filled up, the copies are cut off again."""
+        limit_s = float(request["limit_s"])
+        self._at("run", limit_s)
+        session = self._runner(request).load(request["path"], _options(request, request, limit_s))
+        entry = session.inputs()[0]
+        images, shape = _read(request["images"]), [int(n) for n in request["shape"]]
+        each = len(images) // shape[0]
+        fixed = entry["shape"][0] if entry["shape"] else None
+        size = fixed or _MOST_IMAGES
+        parts = []  # type: List[List[Dict[str, Any]]]
+        for start in range(0, shape[0], size):
+            self._at("run", limit_s)
+            rows = min(size, shape[0] - start)
+            part = images[start * each : (start + rows) * each]
+            if fixed:
+                part += part[-each:] * (fixed - rows)
+            session.set_inputs({entry["name"]: part})
+            parts.append([_rows(output, fixed or rows, rows) for output in session.outputs()])
+        session.close()
+        outputs = []
+        for i, column in enumerate(zip(*parts)):
+            path = os.path.join(request["work"], "output-%d" % i)
+            with open(path, "wb") as f:
+                for piece in column:
+                    f.write(piece["data"])
+            whole = [shape[0]] + list(column[0]["shape"][1:])
+            outputs.append({"name": column[0]["name"], "dtype": column[0]["dtype"], "shape": whole, "path": path})
+        return {"outputs": outputs}
+
+    def _profile(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        limit_s = float(request["limit_s"])
+        self._at("profile", limit_s)
+        session = self._runner(request).load(request["path"], _options(request, request, limit_s))
+        session.set_inputs({name: _read(path) for name, path in request.get("feeds", {}).items()})
+        self._at("profile", limit_s)
+        layers = session.profile(int(request["runs"]))
+        told = {"layers": layers, "build_s": session.build_s, "engine_bytes": session.engine_bytes}
+        told["warnings"] = list(session.warnings)
+        session.close()
+        return told
+
+    def _runner(self, request: Dict[str, Any]) -> Any:
+        for runner in self._runners:
+            if runner.name == request.get("runner"):
+                return runner
+        known = ", ".join(runner.name for runner in self._runners)
+        raise BoardError("bad_request", "no runner %r; runners: %s" % (request.get("runner"), known))
+
+    def _at(self, key: str, limit_s: float) -> None:
+        self._key = key
+        self._send({"at": key, "limit_s": limit_s})
+
+
+def _new_result(job: Dict[str, Any]) -> Dict[str, Any]:
+    return {
+        "index": job["index"],
+        "key": job["key"],
+        "error": None,
+        "sessions": [],
+        "build_s": None,
+        "engine_bytes": None,
+        "warnings": [],
+        "energy": None,
+    }
+
+
+def _options(request: Dict[str, Any], job: Dict[str, Any], timeout_s: float) -> Dict[str, Any]:
+    return {
+        "precision": job.get("precision", "fp32"),
+        "timing_cache": request.get("timing_cache"),
+        "seed": 0,
+        "timeout_s": timeout_s,
+        "work": request["work"],
+        "threads": int(request.get("threads", 1)),
+    }
+
+
+def _rows(output: Dict[str, Any], given: int, wanted: int) -> Dict[str, Any]:
+    shape = list(output["shape"]) or [1]
+    if shape[0] != given:
+        raise BoardError("bad_request", "output %r has %d rows for %d images" % (output["name"], shape[0], given))
+    each = len(output["data"]) // given
+    return dict(output, shape=shape, data=output["data"][: each * wanted])
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as f:
+        return f.read()

@@ -1,0 +1,156 @@
+"""What a board can do with TensorRT: precisions, ONNX operators, DLA. It bounds the search space beforehand.
+
+Two things decide: the silicon (by its SoC) and the version of TensorRT that JetPack brought. Sources: NVIDIA's support
+matrices and hardware tables; onnx-tensorrt docs/operators.md of each branch (opsets); ceccocats/tkDNN#26 and
+NVIDIA-AI-IOT/torch2trt#255 (int8 on a Nano is slower than fp16), wang-xinyu/tensorrtx#831 (TX2); NVIDIA/Isaac-GR00T#575
+(no fp8 engine on Orin); TensorRT 11.3.0 and 11.4.1 Jetson migration pages (DLA).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nas.core.errors import DeviceError
+from nas.core.records import Precision
+
+BoardPrecision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4"]
+Version = tuple[int, ...]
+
+WITHOUT = "without_"  # begins the name of a detail of a profile that says why it lacks a precision
+
+
+@dataclass(frozen=True, slots=True)
+class Silicon:
+    """A SoC. `sm` is the compute capability of its GPU, `dla` the number of its DLA cores by module, `` for any."""
+
+    name: str
+    sm: tuple[int, int]
+    dla: Mapping[str, int] = field(default_factory=dict)
+    is_sparse: bool = False
+
+
+# Thor counts as 11.0 under CUDA 13 and as 10.1 before.
+SILICON = {
+    "tegra210": Silicon("Jetson Nano, TX1", (5, 3)),
+    "tegra186": Silicon("Jetson TX2", (6, 2)),
+    "tegra194": Silicon("Jetson Xavier", (7, 2), {"": 2}),
+    "tegra234": Silicon(
+        "Jetson Orin", (8, 7), {"Orin Nano": 0, "Orin NX 8GB": 1, "Orin NX 16GB": 2, "AGX Orin": 2}, is_sparse=True
+    ),
+    "tegra264": Silicon("Jetson Thor", (11, 0), is_sparse=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """An operator that this version cannot read, what stands for it, and why."""
+
+    operator: str
+    instead: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What one board can do with one version of TensorRT.
+
+    `precisions` can be built and are worth it; `without` says of every other one why not. `max_opset` is the newest
+    ONNX opset that the parser reads. `dla_cores` is None where nobody knows it of the module.
+    """
+
+    precisions: tuple[BoardPrecision, ...]
+    without: Mapping[BoardPrecision, str]
+    max_opset: int
+    rewrites: tuple[Rewrite, ...]
+    dla_cores: int | None
+    is_sparse: bool
+
+    def offered(self, precisions: tuple[Precision, ...]) -> tuple[Precision, ...]:
+        """Those of `precisions` that the board can do."""
+        return tuple(p for p in precisions if p in self.precisions)
+
+    def details(self, precisions: tuple[Precision, ...]) -> dict[str, str]:
+        """Details for a device's profile: why it does not offer some of `precisions`."""
+        return {f"{WITHOUT}{p}": self.without[p] for p in precisions if p in self.without}
+
+
+def capability_of(soc: str, tensorrt: str, module: str = "") -> Capability:
+    """What a board can do.
+
+    Args:
+        soc: such as `tegra234`, from `board.state`.
+        tensorrt: version of TensorRT, such as `10.3.0`.
+        module: name of the module from `board.state`, as far as it is known; decides the number of DLA cores.
+
+    Raises:
+        DeviceError: the SoC is unknown, the version cannot be read, or this TensorRT does not run on it.
+    """
+    silicon = SILICON.get(soc)
+    if silicon is None:
+        raise DeviceError(f"SoC {soc!r} is not known; known: {', '.join(SILICON)}")
+    version = version_of(tensorrt)
+    if version >= (10,) and silicon.sm < (7, 0):
+        raise DeviceError(
+            f"TensorRT {tensorrt} has no kernels for {silicon.name} (sm {silicon.sm[0]}.{silicon.sm[1]}): 10 and later "
+            "are built for sm 7.0 and newer. Its last JetPack is 4.6 with TensorRT 8.2"
+        )
+    without = {p: why for p in _ORDER if (why := _why_not(p, silicon, version))}
+    rewrites = []
+    if version < (8, 4):
+        rewrites.append(
+            Rewrite("HardSwish", "HardSigmoid, Mul", f"the parser of TensorRT {tensorrt} has no importer for it")
+        )
+    return Capability(
+        precisions=tuple(p for p in _ORDER if p not in without),
+        without=without,
+        max_opset=_max_opset(version),
+        rewrites=tuple(rewrites),
+        dla_cores=_dla_cores(silicon, version, module),
+        is_sparse=silicon.is_sparse,
+    )
+
+
+def version_of(text: str) -> Version:
+    """Leading numbers of a version: (10, 3, 0, 30) of `10.3.0.30`; what follows them, such as `.post1`, is left out.
+
+    Raises:
+        DeviceError: it does not begin with two numbers.
+    """
+    found = re.match(r"\d+(?:\.\d+)+", text)
+    if found is None:
+        raise DeviceError(f"version of TensorRT: expected numbers such as 10.3.0, got {text!r}")
+    return tuple(map(int, found[0].split(".")))
+
+
+_ORDER: tuple[BoardPrecision, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4")
+
+
+def _why_not(precision: BoardPrecision, silicon: Silicon, version: Version) -> str:
+    """Why a precision is not there or not worth it; empty where it is."""
+    least_sm = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (10, 0), "fp4": (10, 0)}.get(precision)
+    least_version = {"bf16": (10, 0), "fp8": (8, 6), "fp4": (10, 13)}.get(precision)
+    if precision == "int8" and silicon.sm < (7, 0):
+        return f"{silicon.name} has no int8 instructions (DP4A): TensorRT builds something slower than fp16"
+    if least_sm is not None and silicon.sm < least_sm:
+        since = "Ampere (Jetson Orin)" if least_sm == (8, 0) else "Jetson Thor"
+        return f"{silicon.name} (sm {silicon.sm[0]}.{silicon.sm[1]}) cannot; it begins with {since}"
+    if least_version is not None and version < least_version:
+        return f"TensorRT {'.'.join(map(str, version))} cannot; it begins with {'.'.join(map(str, least_version))}"
+    return ""
+
+
+def _max_opset(version: Version) -> int:
+    """Newest opset of the ONNX parser: 13 before 8.4, 17 from there on, 20 from 10.0 on."""
+    return 13 if version < (8, 4) else 17 if version < (10,) else 20
+
+
+def _dla_cores(silicon: Silicon, version: Version, module: str) -> int | None:
+    """DLA cores that this TensorRT can use: none from 10.8 on, and again on AGX Orin from 11.4.1 on."""
+    if not silicon.dla:
+        return 0
+    if version[:2] > (10, 7) and (version < (11, 4, 1) or "AGX Orin" not in module):
+        return 0
+    return next((cores for name, cores in silicon.dla.items() if name in module), None)

@@ -1,0 +1,687 @@
+"""A board behind SSH as a Device: models travel there, samples come back, and the host makes latencies of them.
+
+The board times (`nas/devices/board`); what a latency is follows from the samples by the functions of
+`nas/devices/protocol.py`, as it does for this machine. A connection that breaks is made again, and what the board had
+finished by then comes from its file: nothing is lost, and nothing that was finished is measured twice.
+
+Results count only while power mode and clocks stay those that the device's profile tells: models that were measured
+while the board changed them, or booted, are measured again; a board that stays changed ends the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nas.core.errors import DeviceError, UsageError, did_you_mean
+from nas.core.jsonio import content_hash
+from nas.core.records import PROFILE_STATE_FIELDS, ClockKind, DeviceProfile, Measurement, Precision
+from nas.devices.address import RemoteAddress
+from nas.devices.agent import packed_agent
+from nas.devices.base import (
+    CalmReport,
+    JobKind,
+    JobPrecision,
+    LayerTime,
+    MeasureJob,
+    OnProgress,
+    OnResult,
+    layer_times_of,
+)
+from nas.devices.board.sensors import identity
+from nas.devices.capability import SILICON, Capability, capability_of, version_of
+from nas.devices.graphs import reference_model
+from nas.devices.host import safe_name
+from nas.devices.link import AgentLink, Message, RefusedRequestError
+from nas.devices.portable import feed_bytes, portable_model, precision_of
+from nas.devices.protocol import (
+    Attempt,
+    GateReading,
+    KnownBest,
+    ProtocolSettings,
+    agrees,
+    calm_report,
+    is_accepted,
+    session_value,
+)
+from nas.devices.ssh import DiskFullError, LinkCutError, Ssh
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between tries to connect again, doubled each time
+PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a board boots in about a minute
+RUN_LIMIT_S = 600.0
+BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
+JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
+_NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+# For runtimes that build an engine for seconds to minutes, and time on the accelerator's own clock, which a busy
+# processor does not disturb: few builds, longer rounds, the median of their samples (facts of trtexec's reports).
+SLOW_START = ProtocolSettings(
+    warmup_runs=20,
+    network_round_ms=300.0,
+    row_round_ms=200.0,
+    network_rounds=3,
+    row_rounds=3,
+    network_sessions=2,
+    row_sessions=1,
+    most_network_sessions=2,
+    agreeing_sessions=2,
+    networks_alive=4,
+    rows_alive=8,
+    min_runs=50,
+    min_network_runs=50,
+    max_runs=2000,
+    retries=2,
+    wait_ms=2000.0,
+    quantile=0.5,
+    hang_s=180.0,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteRunner:
+    """A runtime on the board, as the board describes it."""
+
+    name: str
+    missing: str
+    runtime: str = ""
+    version: str = ""
+    precisions: tuple[Precision, ...] = ()
+    details: dict[str, str] = field(default_factory=dict)
+    slow_start: bool = True
+    dynamic_batch: bool = False
+
+
+class RemoteDevice:
+    """A board behind SSH."""
+
+    def __init__(
+        self,
+        address: RemoteAddress,
+        *,
+        say: Callable[[str], None] = lambda _: None,
+        settings: ProtocolSettings | None = None,
+        patience_s: float | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Connects, and asks the board what it is.
+
+        Args:
+            address: where it is, and what to measure with there.
+            say: told in a line when the connection breaks and is made again, or another program has the board.
+            settings: numbers of the measuring protocol; by default those that suit the runtime.
+            patience_s: how long to try to reach a board again that was lost.
+            sleep: waits so many seconds.
+
+        Raises:
+            RemoteError: the board cannot be used; each reason has its own type.
+            UsageError: there is no such runtime.
+            DeviceError: the runtime is not on the board.
+        """
+        self._address = address
+        self._say = say
+        self._patience_s = PATIENCE_S if patience_s is None else patience_s
+        self._sleep = sleep
+        self._client = secrets.token_hex(8)
+        self._expected_ms: float | None = None
+        self._best_ms: float | None = None
+        self._sequence = 0
+        self._received = 0
+        self._connection = _Connection(Ssh(address.ssh))
+        weakref.finalize(self, self._connection.close)
+        try:
+            hello = self._hello(self._connection.open())
+            self._runners = tuple(map(_runner, hello["runners"]))
+            self._runner = _chosen(self._runners, address)
+            self._settings = settings or (SLOW_START if self._runner.slow_start else _processor(address.threads))
+            self._state: Message = hello["state"]
+        except BaseException:
+            self._connection.close()
+            raise
+
+    @property
+    def address(self) -> RemoteAddress:
+        """Where it is."""
+        return self._address
+
+    @property
+    def ssh(self) -> Ssh:
+        """Runs other programs on the board, over the same connection."""
+        return self._connection.ssh
+
+    @property
+    def runners(self) -> tuple[RemoteRunner, ...]:
+        """All runtimes that could be there, the chosen one among them, with what is missing of the others."""
+        return self._runners
+
+    @property
+    def state(self) -> Message:
+        """The board's state as it was last told."""
+        return self._state
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """State of the board as it was last told: at the beginning, and with each result."""
+        return remote_profile(self._address, self._runner, self._state)
+
+    def close(self) -> None:
+        """Ends the connection and with it the agent."""
+        self._connection.close()
+
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:  # noqa: ARG002
+        """Sets the reference network's time in earlier sessions; the one of the streaming chain is not used here."""
+        self._expected_ms = reference_ms
+
+    def calm(self, checks: int = 20) -> CalmReport:
+        """Looks `checks` times at the reference network on the board."""
+        plan = {**self._plan("overhead"), "gate_runs": self._settings.gate_runs}
+        request = {
+            **self._request("calm", plan),
+            "checks": max(1, checks),
+            "reference": _sha256(_reference(self._splits)),
+        }
+        told = self._with_link(
+            lambda link: self._asked(link, request, {request["reference"]: _reference(self._splits)})
+        )
+        readings = [GateReading(r["median_ms"], r["cpu_share"]) for r in told["readings"]]
+        return calm_report(readings, self._known_best(told["best_ms"]))
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        """Measures jobs on the board, jobs of one kind interleaved; see `Device.measure`.
+
+        Raises:
+            RemoteError: the board is lost; what was told to `on_result` before is sound.
+            DeviceError: the board is in another state than its profile.
+        """
+        results: dict[int, Measurement] = {}
+        highest = 0.0
+
+        def tell(done: int, part: int, share: float) -> None:
+            nonlocal highest
+            highest = max(highest, min(_NEARLY_ALL, (done + share * part) / len(jobs)))
+            if progress is not None:
+                progress(highest)
+
+        def take(places: Sequence[int], i: int, result: Measurement) -> None:
+            results[places[i]] = result
+            if on_result is not None:
+                on_result(result)
+
+        for batch in _batches([job.kind for job in jobs]):
+            share = partial(tell, len(results), len(batch))
+            self._measure_batch([jobs[i] for i in batch], share, partial(take, batch))
+            tell(len(results), 0, 0.0)
+        if progress is not None and jobs:
+            progress(1.0)
+        return [results[i] for i in range(len(jobs))]
+
+    def measure_raw(self, jobs: Sequence[MeasureJob], *, sessions: int = 1) -> list[Message]:
+        """What the board says about jobs of one kind, one record for each: samples of each round, energy, warnings.
+
+        Raises: as `measure`.
+        """
+        plan = {**self._plan(jobs[0].kind), "sessions": sessions}
+        found: dict[int, Message] = {}
+        self._raw(jobs, plan, lambda _: None, found.__setitem__)
+        return [found[i] for i in range(len(jobs))]
+
+    def profile_layers(self, job: MeasureJob, runs: int = 100) -> Message:
+        """Time of each layer of a model, as the runtime gives it: `layers`, `build_s`, `warnings`, `state`.
+
+        Raises:
+            RefusedRequestError: `unsupported` where the runtime tells none, or why the model cannot be built.
+        """
+        sent, files = self._sent(job)
+        request = {**self._request("profile", {}), **sent, "runs": runs, "limit_s": BUILD_LIMIT_S}
+        return self._with_link(lambda link: self._asked(link, request, files))
+
+    def change_power(self, set_mode: str | None, lock_clocks: bool) -> Message:
+        """Sets the power mode, locks the clocks of the board: only what is asked for, by `sudo -n`.
+
+        Args:
+            set_mode: name or id of a mode of this board; None leaves it.
+            lock_clocks: whether to pin the clocks to the highest of the mode.
+
+        Returns:
+            `ran`, `back`, `notes` and `state` of `board.power.change`.
+
+        Raises:
+            RefusedRequestError: there is no such mode, or it did not work; the message has the command to run by hand.
+        """
+        request = {"op": "power", "set_mode": set_mode, "lock_clocks": lock_clocks}
+        told = self._with_link(lambda link: self._asked(link, request, {}))
+        self._state = told["state"]
+        return told
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Typical time of each layer of the engine that the board builds of a model; see `LayerTimer`."""
+        return layer_times_of(self.profile_layers(MeasureJob("layers", "network", precision, model, 0))["layers"])
+
+    @property
+    def _splits(self) -> bool:
+        """Whether the runtime cannot read HardSwish: TensorRT before 8.4."""
+        return self._runner.runtime == "tensorrt" and version_of(self._runner.version) < (8, 4)
+
+    def _portable(self, model: bytes, rows: int) -> bytes:
+        """A model as this runtime takes it; `rows`: its batch, where the runtime wants a fixed one."""
+        fixed = None if self._runner.dynamic_batch else rows
+        return portable_model(model, fixed, splits_hard_swish=self._splits)
+
+    def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+        """Outputs for raw images, computed on the board; see `Device.run`."""
+        if not len(images):
+            raise DeviceError("no images were given to run")
+        model = self._portable(model, len(images))
+        kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
+        data = np.ascontiguousarray(images, dtype=kind).tobytes()
+        files = {_sha256(model): model, _sha256(data): data}
+        request = {
+            **self._request("run", {}),
+            "sha256": _sha256(model),
+            "images": _sha256(data),
+            "shape": list(images.shape),
+            "precision": precision_of(model),
+            "limit_s": RUN_LIMIT_S,
+        }
+
+        def outputs(link: AgentLink) -> list[NDArray[np.generic]]:
+            told = self._asked(link, request, files)
+            arrays = []
+            for output in told["outputs"]:
+                values = np.frombuffer(link.data(int(output["bytes"])), dtype=np.dtype(output["dtype"]))
+                arrays.append(values.reshape(output["shape"]).copy())
+            return arrays
+
+        try:
+            return self._with_link(outputs)
+        except RefusedRequestError as e:
+            raise DeviceError(f"{self._runner.name} cannot run the model: {e}") from e
+
+    def _measure_batch(
+        self, jobs: Sequence[MeasureJob], tell: Callable[[float], None], give: Callable[[int, Measurement], None]
+    ) -> None:
+        """Gives each result as soon as no further session of its model is wanted."""
+        settings, kind = self._settings, jobs[0].kind
+        raws: list[list[Message]] = [[] for _ in jobs]
+        left = list(range(len(jobs)))
+        most = settings.most_sessions(kind) - settings.sessions(kind)
+
+        def take(asked: Sequence[int], number: int, place: int, raw: Message) -> None:
+            i = asked[place]
+            raws[i].append(raw)
+            if number == most or _error(raws[i]) or agrees(self._session_ms(raws[i]), settings):
+                left.remove(i)
+                give(i, self._result(jobs[i], raws[i]))
+
+        for number in range(most + 1):
+            asked = tuple(left)
+            if asked:
+                plan = {**self._plan(kind), "sessions": settings.sessions(kind) if number == 0 else 1}
+                share = tell if number == 0 else lambda _: tell(1.0)
+                self._raw([jobs[i] for i in asked], plan, share, partial(take, asked, number), number)
+
+    def _raw(
+        self,
+        jobs: Sequence[MeasureJob],
+        plan: Message,
+        tell: Callable[[float], None],
+        give: Callable[[int, Message], None],
+        number: int = 0,
+    ) -> None:
+        """Gives one record of the board for each job, over as many connections as it takes."""
+        sent: list[Message] = []
+        files: dict[str, bytes] = {}
+        for job in jobs:
+            described, its_files = self._sent(job)
+            sent.append(described)
+            files |= its_files
+        request = {**self._request("measure", plan), "jobs": sent}
+        if plan["gate_runs"]:
+            request["reference"] = _sha256(_reference(self._splits))
+            files[request["reference"]] = _reference(self._splits)
+        # Named by content, so that the next program goes on with what this one did not fetch. What shows how fast the
+        # board is now may not come from an earlier program.
+        fresh = secrets.token_hex(8) if jobs[0].kind == "overhead" else ""
+        request["batch"] = content_hash([packed_agent().sha256, request, number, fresh], 32)
+        received: set[int] = set()
+
+        def take(message: Message) -> None:
+            if "result" in message:
+                result = message["result"]
+                index = int(result["index"])
+                if index not in received:  # over a second connection all of them come again
+                    self._check(result)
+                    received.add(index)
+                    self._received += 1
+                    give(index, result)
+            elif "progress" in message:
+                tell(float(message["progress"]))
+            if "waiting" in message:
+                self._say(f"{self._address.ssh.shown}: waiting, {message['waiting']}")
+
+        def ask(link: AgentLink) -> None:
+            expected = [ms for ms in (self._expected_ms, self._best_ms) if ms is not None]
+            self._asked(link, {**request, "best_ms": min(expected, default=None)}, files, take)
+
+        self._with_link(ask)
+        self._with_link(lambda link: link.ask({"op": "acknowledge", "batch": request["batch"]}))
+
+    def _sent(self, job: MeasureJob) -> tuple[Message, dict[str, bytes]]:
+        """A job as it travels, and the files that it needs."""
+        model = self._portable(job.model, 1)
+        feeds = feed_bytes(job)
+        files = {_sha256(model): model, **{_sha256(data): data for data in feeds.values()}}
+        described = {
+            "key": job.key,
+            "kind": job.kind,
+            "sha256": _sha256(model),
+            "precision": "fp32" if job.precision == "none" else job.precision,
+            "feeds": {name: _sha256(data) for name, data in feeds.items()},
+        }
+        return described, files
+
+    def _request(self, operation: str, plan: Message) -> Message:
+        request = {"op": operation, "runner": self._runner.name, "threads": self._address.threads}
+        return {**request, "plan": plan} if plan else request
+
+    def _plan(self, kind: JobKind) -> Message:
+        settings, slow = self._settings, self._runner.slow_start
+        return {
+            "sessions": settings.sessions(kind),
+            "rounds": settings.rounds(kind),
+            "round_ms": settings.round_ms(kind),
+            "warmup_runs": settings.warmup_runs,
+            "min_runs": settings.least_runs(kind),
+            "max_runs": settings.max_runs,
+            "retries": settings.retries,
+            "wait_ms": settings.wait_ms,
+            "wait_round_ms": settings.wait_round_ms,
+            "wait_share": settings.wait_share,
+            "gate_runs": 0 if slow else settings.gate_runs,
+            "gate_cpu_share": settings.gate_cpu_share,
+            "gate_drift": settings.gate_drift,
+            "round_cpu_share": settings.round_cpu_share,
+            "calibration_checks": settings.calibration_checks,
+            "alive": settings.alive(kind),
+            "hang_s": settings.hang_s,
+            "build_s": BUILD_LIMIT_S if slow else settings.hang_s,
+        }
+
+    def _asked(
+        self,
+        link: AgentLink,
+        request: Message,
+        files: Mapping[str, bytes],
+        take: Callable[[Message], None] = lambda _: None,
+    ) -> Message:
+        for _ in range(2):
+            link.put(files)
+            try:
+                return link.ask(request, on_message=take)
+            except RefusedRequestError as e:
+                if e.kind != "not_found" or "not on this board any more" not in str(e):
+                    raise
+                refused = e  # another program's agent tidied up in between
+        raise refused
+
+    def _with_link(self, work: Callable[[AgentLink], T]) -> T:
+        """Does work over the connection; where it breaks, over the next one, as long as the patience lasts."""
+        tries, waited_s, received = 0, 0.0, self._received
+        while True:
+            try:
+                return work(self._link())
+            except RefusedRequestError:  # an answer: the connection is as good as before
+                raise
+            except LinkCutError as e:
+                self._connection.drop()
+                if self._received != received:
+                    tries, waited_s, received = 0, 0.0, self._received
+                pause_s = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**tries)
+                if waited_s + pause_s > self._patience_s:
+                    raise type(e)(
+                        f"{e}. Given up after {tries + 1} tries in {waited_s:.0f} s. What arrived is kept: when the "
+                        "board can be reached again, the same command goes on from there"
+                    ) from e
+                self._say(f"{e}; trying again in {pause_s:g} s")
+                self._sleep(pause_s)
+                tries, waited_s = tries + 1, waited_s + pause_s
+            except BaseException:  # in the middle of an answer: nothing sensible would be read next
+                self._connection.drop()
+                raise
+
+    def _link(self) -> AgentLink:
+        if self._connection.link is None:
+            hello = self._hello(self._connection.open(), runners=False)
+            if self._received:
+                self._say(f"{self._address.ssh.shown}: connected again")
+            self._compare(identity(hello["state"]))
+        return self._connection.open()
+
+    def _hello(self, link: AgentLink, *, runners: bool = True) -> Message:
+        return link.ask({"op": "hello", "client": self._client, "runners": runners})
+
+    def _check(self, result: Message) -> None:
+        """Refuses a record that was not measured in the profile's state, or not for a reason of the model."""
+        error = result["error"]
+        if error is not None and error["kind"] == "state_changed":
+            raise DeviceError(f"{self._address.ssh.shown}: {error['message']}. Let it alone while it is measured")
+        if error is not None and error["kind"] == "disk_full":
+            raise DiskFullError(f"{self._address.ssh.shown}: {error['message']}")
+        self._compare(result["state"])
+
+    def _compare(self, now: Message) -> None:
+        before = identity(self._state)
+        changed = [name for name in now if name != "boot_id" and now[name] != before.get(name)]
+        if now["boot_id"] != before["boot_id"]:
+            self._say(f"{self._address.ssh.shown}: the board was started anew")
+        mode = self._state.get("power_mode")
+        if "power_mode" in changed and now["power_mode"] is not None:
+            mode = {**(mode or {}), "name": now["power_mode"], "id": None}
+        self._state = {**self._state, **now, "power_mode": mode}
+        if changed:
+            lines = [f"{name}: it was {before.get(name)!r}, it is {now[name]!r}" for name in changed]
+            raise DeviceError(
+                f"{self._address.ssh.shown}: the board is in another state than when the work began:\n  "
+                + "\n  ".join(lines)
+                + "\nWhat was measured in it is not kept. Bring the board back into that state, or run the command "
+                "again: it then takes the table of the new state"
+            )
+
+    def _known_best(self, best_ms: float | None) -> KnownBest:
+        known = [ms for ms in (best_ms, self._best_ms, self._expected_ms) if ms is not None]
+        if best_ms is not None:
+            self._best_ms = min(best_ms, self._best_ms or best_ms)
+        return KnownBest(min(known, default=float("inf")), float("inf"), self._settings)
+
+    def _session_ms(self, raws: Sequence[Message]) -> tuple[float, ...]:
+        return tuple(session_value([_attempt(r) for r in s], self._settings) for raw in raws for s in raw["sessions"])
+
+    def _result(self, job: MeasureJob, raws: Sequence[Message]) -> Measurement:
+        self._sequence += 1
+        error, rounds = _error(raws), [r for raw in raws for session in raw["sessions"] for r in session]
+        values = () if error else self._session_ms(raws)
+        if values and min(values) <= 0:
+            error = "the clock shows no time for a whole round"
+        clock: ClockKind = _CLOCKS.get(rounds[0]["clock"], "wall") if rounds else "wall"
+        empty = Measurement(
+            job.key, job.kind, job.precision, None, (), (), clock, raws[-1]["measured_at"], self._sequence, error="-"
+        )
+        if error:
+            return replace(empty, error=error)
+        best = self._known_best(min((raw["best_ms"] for raw in raws if raw["best_ms"] is not None), default=None))
+        energy = next((raw["energy"] for raw in raws if (raw.get("energy") or {}).get("mj")), None)
+        attempts = [_attempt(r) for r in rounds]
+        accepted = [
+            is_accepted(a, best, self._settings) and not r.get("throttled")
+            for a, r in zip(attempts, rounds, strict=True)
+        ]
+        return replace(
+            empty,
+            error=None,
+            latency_ms=min(values),
+            rounds_ms=tuple(a.samples_ms for a in attempts),
+            accepted=tuple(accepted),
+            session_ms=values,
+            temperature_c=max((r["temperature_c"] for r in rounds if r.get("temperature_c") is not None), default=None),
+            clock_mhz=min((r["clock_mhz"] for r in rounds if r.get("clock_mhz") is not None), default=None),
+            energy_mj=None if energy is None else float(energy["mj"]),
+            energy_std_mj=None if energy is None else float(energy["std_mj"]),
+        )
+
+
+class _Connection:
+    """The ssh programs of a device; closed by whatever ends first, the device or this process."""
+
+    def __init__(self, ssh: Ssh) -> None:
+        self.ssh = ssh
+        self._process_id = os.getpid()
+        self.link: AgentLink | None = None
+
+    def open(self) -> AgentLink:
+        if self.link is None:
+            self.link = AgentLink(self.ssh, packed_agent())
+        return self.link
+
+    def drop(self) -> None:
+        link, self.link = self.link, None
+        if link is not None:
+            link.close()
+
+    def close(self) -> None:
+        if os.getpid() == self._process_id:  # not in a process that was forked off
+            self.drop()
+            self.ssh.close()
+
+
+_CLOCKS: dict[str, ClockKind] = {
+    "thread_cpu": "thread_cpu",
+    "wall": "wall",
+    "cuda_event": "device_event",
+    "device_event": "device_event",
+}
+
+
+def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message) -> DeviceProfile:
+    """The device state that a board's records tell; boards of one kind in one state have the same."""
+    can = _capability(runner, state)
+    mode = identity(state)["power_mode"] or (f"governor={state['governor']}" if state.get("governor") else "unknown")
+    board = " ".join(str(state.get("board") or "unknown").split())
+    on_processor = runner.runtime == "ort"
+    names = [board, f"{runner.runtime}{runner.version}", f"{address.threads}t" if on_processor else str(mode)]
+    known = [f"{name}={state[name]}" for name in ("l4t", "cuda") if state.get(name)]
+    return DeviceProfile(
+        name=safe_name("_".join(names)),
+        board=board,
+        runtime=runner.runtime,
+        runtime_version=runner.version,
+        power_mode=str(mode),
+        clocks_locked=bool(state.get("clocks_locked")),
+        threads=address.threads if on_processor else 1,
+        driver=" ".join(known) or "unknown",
+        precisions=runner.precisions if can is None else can.offered(runner.precisions),
+        kind="measured",
+        details={
+            **runner.details,
+            **({} if can is None else can.details(runner.precisions)),
+            "address": address.ssh.shown,
+            "runner": runner.name,
+            **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
+        },
+    )
+
+
+def _capability(runner: RemoteRunner, state: Message) -> Capability | None:
+    """What the board can do with its TensorRT; None of another runtime, and of silicon that is not in our table."""
+    if runner.runtime != "tensorrt" or state.get("soc") not in SILICON:
+        return None
+    return capability_of(state["soc"], runner.version, str(state.get("module") or ""))
+
+
+def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:
+    """`field: first, other` for each field in which two boards differ; empty where one table holds for both."""
+    pairs = [(name, getattr(first, name), getattr(other, name)) for name in PROFILE_STATE_FIELDS]
+    return [f"{name}: {a!r} and {b!r}" for name, a, b in pairs if a != b]
+
+
+def _batches(kinds: Sequence[JobKind]) -> list[list[int]]:
+    """Indices of jobs that travel together: of one kind, in the order given."""
+    batches: list[list[int]] = []
+    for i, kind in enumerate(kinds):
+        last = batches[-1] if batches else []
+        if last and kinds[last[0]] == kind and len(last) < JOBS_OF_BATCH:
+            last.append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def _processor(threads: int) -> ProtocolSettings:
+    return ProtocolSettings() if threads == 1 else ProtocolSettings(clock="wall", row_rounds=6)
+
+
+def _runner(told: Message) -> RemoteRunner:
+    if told.get("missing") is not None:
+        return RemoteRunner(str(told["name"]), str(told["missing"]))
+    offered = [str(p) for p in told["precisions"]]
+    return RemoteRunner(
+        name=str(told["name"]),
+        missing="",
+        runtime=str(told["runtime"]),
+        version=str(told["version"]),
+        precisions=tuple(p for p in _PRECISIONS if p in offered),
+        details={str(k): str(v) for k, v in told.get("details", {}).items()},
+        slow_start=bool(told["slow_start"]),
+        dynamic_batch=bool(told["dynamic_batch"]),
+    )
+
+
+def _chosen(runners: Sequence[RemoteRunner], address: RemoteAddress) -> RemoteRunner:
+    names = [r.name for r in runners]
+    where = address.ssh.shown
+    if address.runner and address.runner not in names:
+        raise UsageError(
+            f"{where}: runner={address.runner!r}: runners are {', '.join(names)}{did_you_mean(address.runner, names)}"
+        )
+    wanted = [r for r in runners if address.runner in ("", r.name)]
+    usable = [r for r in wanted if not r.missing]
+    if not usable:
+        reasons = "\n  ".join(f"{r.name}: {r.missing}" for r in wanted)
+        raise DeviceError(
+            f"{where}: no runtime to measure with there:\n  {reasons}\nJetPack brings TensorRT; for ONNX Runtime on "
+            f"the board: {address.ssh.by_hand} {address.ssh.python} -m pip install onnxruntime"
+        )
+    return usable[0]
+
+
+def _error(raws: Sequence[Message]) -> str | None:
+    return next((str(raw["error"]["message"]) for raw in raws if raw["error"] is not None), None)
+
+
+def _attempt(told: Message) -> Attempt:
+    gate = told.get("gate") or {"median_ms": 0.0, "cpu_share": 1.0}  # no look at a reference: nothing to reject
+    samples = tuple(float(s) for s in told["samples_ms"])
+    return Attempt(samples, float(told.get("cpu_share", 1.0)), GateReading(gate["median_ms"], gate["cpu_share"]))
+
+
+@cache
+def _reference(splits_hard_swish: bool) -> bytes:
+    """The reference network as it travels."""
+    return portable_model(reference_model(), splits_hard_swish=splits_hard_swish)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,364 @@
+"""The GPU of this machine through TensorRT: the very runners that a board uses, in this process.
+
+Each model is built into an engine in a process of its own, with a timing cache that all builds share; a time is the
+median of what passes on the GPU between two events, copies excluded. A round whose samples scatter by more than 2.5 %
+is not calm (the limit from which trtexec itself warns), nor is an engine for which the builder had to pass over tactics
+for want of memory: it is another engine than the one that a calm machine builds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from nas.core.errors import DeviceError, RecordError
+from nas.core.records import DeviceProfile, Measurement
+from nas.devices.base import (
+    HANG_REASON,
+    CalmReport,
+    JobKind,
+    JobPrecision,
+    LayerTime,
+    MeasureJob,
+    OnProgress,
+    OnResult,
+    layer_times_of,
+)
+from nas.devices.board import processes
+from nas.devices.board.errors import BoardError
+from nas.devices.board.onnx_facts import onnx_facts
+from nas.devices.board.trt_engine import TensorRtRunner
+from nas.devices.board.trtexec import TrtexecRunner
+from nas.devices.graphs import reference_model
+from nas.devices.host import probe_host, safe_name
+from nas.devices.portable import precision_of
+from nas.devices.protocol import Clock, SystemClock, one_line
+from nas.devices.watchdog import watched
+
+CACHE = Path(".nas-cache/tensorrt")
+_QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
+_QUERY_TIMEOUT_S = 20.0
+_PATIENCE_S = 120.0  # of the watchdog, beyond the time limit of a build
+_CALM_DRIFT = 1.05  # a reference network that takes longer than this shows a lower clock or another program
+
+
+class Runner(Protocol):
+    """What builds engines: `nas.devices.board.trt_engine`, `nas.devices.board.trtexec`, or one of a test."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None, or what is missing."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Runtime, version, precisions and details."""
+        ...
+
+    def load(self, model_path: str, options: dict[str, Any]) -> Any:
+        """A session of an engine that is built now."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRtSettings:
+    """Numbers of measuring with TensorRT.
+
+    rounds, runs: rounds of an engine, and inferences in each (fact: at least 200 together).
+    network_builds: engines of a network, each built anew: tactics are chosen by timing, so builds differ.
+    warmup_runs: inferences before a round, at least; the runner warms up for 200 ms anyway.
+    scatter: largest standard deviation of a calm round, relative to its mean.
+    build_timeout_s: after so many seconds a build counts as hung.
+    profile_runs: inferences of a profile of layers.
+    """
+
+    rounds: int = 4
+    runs: int = 50
+    network_builds: int = 2
+    warmup_runs: int = 5
+    scatter: float = 0.025
+    build_timeout_s: float = 1800.0
+    profile_runs: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "runs", "network_builds", "profile_runs"):
+            if getattr(self, name) < 1:
+                raise RecordError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def builds(self, kind: JobKind) -> int:
+        """Engines that are built of one model."""
+        return self.network_builds if kind == "network" else 1
+
+
+class TensorRt:
+    """The GPU of this machine as a Device, and as a LayerTimer."""
+
+    def __init__(
+        self,
+        runner: Runner | None = None,
+        settings: TensorRtSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        cache: Path = CACHE,
+    ) -> None:
+        """Looks for a runtime.
+
+        Args:
+            runner: builds engines; the `tensorrt` module where it can be imported, else trtexec, if not given.
+            settings: numbers of measuring.
+            clock: time; tests set it.
+            cache: folder of timing caches, one for each TensorRT and GPU.
+
+        Raises:
+            DeviceError: neither is there; the message says what is missing for each.
+        """
+        self._runner = runner or find_runner()
+        self._settings = settings or TensorRtSettings()
+        self._clock: Clock = clock or SystemClock()
+        self._cache = cache
+        self._sequence = 0
+        self._described: dict[str, Any] = self._runner.describe()
+
+    @property
+    def profile(self) -> DeviceProfile:
+        """State of this GPU and runtime, as it is now."""
+        told, gpu = self._described, _gpu()
+        host = probe_host()
+        name = gpu.get("name") or f"gpu-{told['details'].get('compute_capability', 'unknown')}"
+        return DeviceProfile(
+            name=safe_name(f"{host.machine}-{name}_tensorrt{told['version']}"),
+            board=f"{host.machine} {host.cpu_model}, {name}",
+            runtime="tensorrt",
+            runtime_version=str(told["version"]),
+            power_mode=gpu.get("power", "unknown"),
+            clocks_locked=False,
+            threads=1,
+            driver=" ".join([gpu.get("driver", "unknown"), "cuda", str(told["details"].get("cuda", "unknown"))]),
+            precisions=tuple(told["precisions"]),
+            kind="measured",
+            details={"runner": self._runner.name, **{str(k): str(v) for k, v in told["details"].items()}},
+        )
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        """Measures one job after the other; see `Device.measure`."""
+
+        def hung(key: str) -> bool:
+            if on_result is not None:
+                job = next(job for job in jobs if job.key == key)
+                on_result(self._failed(job, f"{HANG_REASON} {self._settings.build_timeout_s:g} s"))
+            return on_result is not None
+
+        results = []
+        with watched(self._settings.build_timeout_s + _PATIENCE_S, hung) as begin:
+            for number, job in enumerate(jobs, start=1):
+                results.append(self._measured(job, begin))
+                begin("")
+                if progress is not None:
+                    progress(number / len(jobs))
+                if on_result is not None:
+                    on_result(results[-1])
+        return results
+
+    def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+        """Outputs for raw images; see `Device.run`. A dynamic batch is built as a batch of one."""
+        if not len(images):
+            raise DeviceError("no images were given to run")
+        try:
+            model = _with_static_batch(model)
+            with self._session(model, precision_of(model)) as session:
+                entry = session.inputs()[0]
+                shape = (len(images), *entry["shape"][1:])
+                if images.shape != shape or entry["dtype"] not in ("float32", "float16"):
+                    raise DeviceError(
+                        f"input {entry['name']!r} takes {entry['dtype']} {list(shape)}, got images {list(images.shape)}"
+                    )
+                return _in_batches(session, entry, images)
+        except BoardError as e:
+            raise DeviceError(f"TensorRT {self._described['version']}: {e.kind}: {e.message}") from e
+
+    def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+        """Median time of each layer of the engine of a model; see `LayerTimer`."""
+        try:
+            with self._session(model, precision) as session:
+                return layer_times_of(session.profile(self._settings.profile_runs))
+        except BoardError as e:
+            raise DeviceError(f"TensorRT {self._described['version']}: {e.kind}: {e.message}") from e
+
+    def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
+        """Ignored: rounds are judged by their own scatter."""
+
+    def calm(self, checks: int = 20) -> CalmReport:
+        """Runs the reference network again and again; a check that is 5 % slower than the best is rejected."""
+        with self._session(reference_model(), "fp32") as session:
+            times = [
+                float(np.median(session.time(self._settings.runs, self._settings.warmup_runs)["samples_ms"]))
+                for _ in range(max(1, checks))
+            ]
+        best = min(times)
+        rejected = sum(ms > _CALM_DRIFT * best for ms in times)
+        return CalmReport(len(times), rejected, best, float(np.median(times)), max(times), 1.0)
+
+    def _measured(self, job: MeasureJob, begin: Callable[[str], None]) -> Measurement:
+        rounds: list[tuple[float, ...]] = []
+        accepted: list[bool] = []
+        values: list[float] = []
+        notes: list[str] = []
+        settings = self._settings
+        try:
+            for _ in range(settings.builds(job.kind)):
+                begin(job.key)
+                with self._session(job.model, job.precision, job.feeds) as session:
+                    of_build = []
+                    for _ in range(settings.rounds):
+                        begin(job.key)
+                        told = session.time(settings.runs, settings.warmup_runs)
+                        samples = tuple(round(float(ms), 6) for ms in told["samples_ms"])
+                        of_build.append(samples)
+                        accepted.append(_scatter(samples) <= settings.scatter and not session.warnings)
+                    rounds += of_build
+                    values.append(min(float(np.median(samples)) for samples in of_build))
+                    notes += session.warnings
+                    if told["enqueue_bound"]:
+                        graph = "with" if told["cuda_graph"] else "without"
+                        notes.append(f"queueing takes about as long as the inference, {graph} a CUDA graph")
+        except BoardError as e:
+            return self._failed(job, f"{e.kind}: {e.message}")
+        except Exception as e:  # whatever a runtime raises becomes a recorded row with its reason
+            return self._failed(job, one_line(e))
+        if not min(values) > 0:
+            return self._failed(job, "the events show no time for an inference")
+        self._sequence += 1
+        return Measurement(
+            key=job.key,
+            kind=job.kind,
+            precision=job.precision,
+            latency_ms=min(values),
+            rounds_ms=tuple(rounds),
+            accepted=tuple(accepted),
+            clock="device_event",
+            measured_at=self._clock.utc(),
+            sequence=self._sequence,
+            session_ms=tuple(values),
+            source="; ".join(dict.fromkeys(notes)),
+        )
+
+    def _failed(self, job: MeasureJob, error: str) -> Measurement:
+        self._sequence += 1
+        return Measurement(
+            key=job.key,
+            kind=job.kind,
+            precision=job.precision,
+            latency_ms=None,
+            rounds_ms=(),
+            accepted=(),
+            clock="device_event",
+            measured_at=self._clock.utc(),
+            sequence=self._sequence,
+            error=error,
+        )
+
+    @contextmanager
+    def _session(
+        self, model: bytes, precision: str, feeds: Mapping[str, NDArray[np.generic]] | None = None
+    ) -> Iterator[Any]:
+        """An engine that is built now and given back at the end.
+
+        Raises:
+            BoardError: it cannot be built.
+        """
+        told = self._described
+        state = f"{told['version']} {told['details'].get('compute_capability', '')} {_gpu().get('name', '')}"
+        cache = self._cache / f"timing-{hashlib.sha256(state.encode()).hexdigest()[:12]}.cache"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="nas-tensorrt-") as folder:
+            path = Path(folder) / "model.onnx"
+            path.write_bytes(model)
+            options = {
+                "precision": precision,
+                "timing_cache": str(cache.absolute()),
+                "seed": 0,
+                "timeout_s": self._settings.build_timeout_s,
+                "work": folder,
+            }
+            session = self._runner.load(str(path), options)
+            try:
+                if feeds:
+                    session.set_inputs({name: np.ascontiguousarray(value).tobytes() for name, value in feeds.items()})
+                yield session
+            finally:
+                session.close()
+
+
+def find_runner() -> Runner:
+    """The `tensorrt` module where it can be used, else trtexec.
+
+    Raises:
+        DeviceError: neither is there.
+    """
+    missing = []
+    for runner in (TensorRtRunner(), TrtexecRunner()):
+        lacks = runner.available()
+        if lacks is None:
+            return runner
+        missing.append(f"  {runner.name}: {lacks}")
+    raise DeviceError("device tensorrt: TensorRT cannot be used on this machine:\n" + "\n".join(missing))
+
+
+def _scatter(samples: Sequence[float]) -> float:
+    mean = float(np.mean(samples))
+    return float(np.std(samples)) / mean if mean > 0 else float("inf")
+
+
+def _with_static_batch(model: bytes) -> bytes:
+    """The model with a batch of one where its batch is free; itself otherwise."""
+    if not any(-1 in entry["shape"][:1] for entry in onnx_facts(model).inputs):
+        return model
+    proto = ModelProto.FromString(model)
+    for value in [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]:
+        dims = value.type.tensor_type.shape.dim
+        if dims and dims[0].HasField("dim_param"):
+            dims[0].dim_value = 1
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+def _in_batches(session: Any, entry: Mapping[str, Any], images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
+    size = int(entry["shape"][0])
+    columns: list[list[NDArray[np.generic]]] = []
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        missing = size - len(part)
+        if missing:  # the batch is filled up with copies that are cut off again
+            part = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+        session.set_inputs({str(entry["name"]): np.ascontiguousarray(part, dtype=entry["dtype"]).tobytes()})
+        outputs = []
+        for told in session.outputs():
+            if told["dtype"] == "bfloat16":
+                raise DeviceError(f"output {told['name']!r} is bfloat16, which NumPy does not have")
+            array = np.frombuffer(told["data"], told["dtype"]).reshape(told["shape"])
+            outputs.append(array[: size - missing])
+        columns.append(outputs)
+    return [np.concatenate(column) for column in zip(*columns, strict=True)]
+
+
+def _gpu() -> dict[str, str]:
+    """Name, driver and power limit of the first GPU as its driver's program tells them; empty where it is not there."""
+    try:
+        code, out, _ = processes.run(_QUERY, _QUERY_TIMEOUT_S)
+    except BoardError:
+        return {}
+    parts = [part.strip() for part in out.splitlines()[0].split(",")] if code == 0 and out.strip() else []
+    if len(parts) != 3:
+        return {}
+    return {"name": parts[0], "driver": parts[1], "power": f"limit {parts[2]}"}

@@ -1,0 +1,171 @@
+"""The worker on a board that is hot, and on one with power sensors; every figure is simulated."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_board.tree import ORIN_NANO_SUPER, put, write_board
+
+from nas.devices.board.rounds import Clock
+from nas.devices.board.worker import Worker
+
+PLAN = {
+    **dict.fromkeys(("warmup_runs", "gate_runs", "gate_cpu_share", "round_cpu_share", "calibration_checks"), 0),
+    **{"sessions": 1, "rounds": 2, "round_ms": 10, "min_runs": 10, "max_runs": 10, "retries": 2, "wait_ms": 100},
+    **{"wait_round_ms": 1000, "wait_share": 20, "gate_drift": 2, "alive": 4, "hang_s": 30, "build_s": 60},
+}
+
+
+class FakeClock(Clock):
+    """Time that passes when somebody sleeps or a model runs; calls `on_sleep`."""
+
+    def __init__(self, on_sleep: Callable[[], None] = lambda: None) -> None:
+        self.now_s = 0.0
+        self.slept: list[float] = []
+        self._on_sleep = on_sleep
+
+    def seconds(self) -> float:
+        return self.now_s
+
+    def spend(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.spend(seconds)
+        self.slept.append(seconds)
+        self._on_sleep()
+
+
+class RealClock(Clock):
+    """A clock that goes, where a thread has to read meanwhile."""
+
+    def spend(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Session:
+    build_s, engine_bytes, warnings = 0.1, 10, ()
+
+    def __init__(self, clock: FakeClock | RealClock, on_time: Callable[[int], None], in_place: bool) -> None:
+        if in_place:
+            self.run_only = self._run_only
+        self.calls = 0
+        self._clock = clock
+        self._on_time = on_time
+
+    def set_inputs(self, feeds: dict[str, bytes]) -> None:
+        pass
+
+    def time(self, runs: int, warmup: int) -> dict[str, Any]:  # noqa: ARG002
+        self.calls += 1
+        self._on_time(self.calls)
+        self._clock.spend(runs / 1000)
+        return {"samples_ms": [1.0] * runs, "host_ms": [1.0], "clock": "cuda_event"}
+
+    def _run_only(self, runs: int) -> None:
+        self.time(runs, 0)
+
+    def close(self) -> None:
+        pass
+
+
+class Runner:
+    name = "fake"
+
+    def __init__(self, make: Callable[[], Session]) -> None:
+        self._make = make
+
+    def load(self, model_path: str, options: dict[str, Any]) -> Session:  # noqa: ARG002
+        return self._make()
+
+
+def measured(
+    root: Path, clock: FakeClock | RealClock, on_time: Callable[[int], None] = lambda _: None, in_place: bool = True
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The one result, and what was told meanwhile."""
+    told: list[dict[str, Any]] = []
+    worker = Worker(told.append, [Runner(lambda: Session(clock, on_time, in_place))], str(root), clock)
+    job = {"index": 0, "key": "row", "path": "unused", "feeds": {}, "precision": "fp32"}
+    answer = worker.answer({"op": "measure", "runner": "fake", "plan": PLAN, "jobs": [job], "work": "unused"})
+    return answer["results"][0], told
+
+
+def throttle(root: Path) -> None:
+    for path, text in json.loads((root / "throttle.json").read_text()).items():
+        put(root, path, text)
+
+
+def cool(root: Path) -> None:
+    for i in range(4):
+        put(root, f"sys/class/thermal/thermal_zone{i}/temp", "50000\n")
+    put(root, "sys/class/devfreq/17000000.gpu/cur_freq", "1020000000\n")
+
+
+def test_a_throttled_round_is_marked_and_measured_again_once_it_is_cool(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+    clock = FakeClock(lambda: cool(root))
+
+    def heat(call: int) -> None:
+        if call == 2:  # the first is the pilot
+            throttle(root)
+
+    result, told = measured(root, clock, heat)
+    rounds = result["sessions"][0]
+    assert [r["throttled"] for r in rounds] == [True, False, False]
+    assert "oc3_event_cnt rose by 7" in rounds[0]["throttled_why"]
+    assert rounds[0]["cooled_s"] == 2.0
+    assert clock.slept[0] == 2.0
+    beats = [m for m in told if m.get("limit_s") == 60.0 and m.get("at") == "row"]
+    assert len(beats) == 2, "the limit of building, and a sign of life while it cooled"
+
+
+def test_a_board_that_never_cools_keeps_its_marks_and_comes_to_an_end(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+    throttle(root)
+    clock = FakeClock()
+    result, _ = measured(root, clock)
+    rounds = result["sessions"][0]
+    assert all(r["throttled"] for r in rounds)
+    assert 2 <= len(rounds) <= 6
+    assert sum(r["cooled_s"] for r in rounds) == 1200.0
+
+
+def test_energy_comes_from_the_rails_while_the_model_runs(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+    result, _ = measured(root, FakeClock(), in_place=True)
+    assert result["energy"] is None, "no reading fell into the windows of a clock that stands still"
+    real, _ = measured(root, RealClock(), in_place=True)
+    energy = real["energy"]
+    assert energy["whole_board"] is True and energy["rounds"] == 3
+    assert energy["mj"] == pytest.approx(5000.0 / 1000, rel=0.35), (
+        "5000 mW, about a millisecond an inference (simulated)"
+    )
+    assert energy["std_mj"] < energy["mj"]
+
+
+def test_no_energy_of_a_program_that_does_not_say_when_its_runs_began(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+    assert measured(root, RealClock(), in_place=False)[0]["energy"] is None
+
+
+def test_a_board_without_sensors_has_no_energy_and_is_never_throttled(tmp_path: Path) -> None:
+    result, _ = measured(tmp_path, FakeClock())
+    assert result["energy"] is None
+    assert [r["throttled"] for r in result["sessions"][0]] == [False, False]
+
+
+def test_energy_that_fails_leaves_the_times_and_says_why(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+
+    def crash(call: int) -> None:
+        if call > 3:  # the pilot and two rounds
+            raise RuntimeError("sticky error of the device")
+
+    result, _ = measured(root, FakeClock(), crash)
+    assert result["error"] is None and len(result["sessions"][0]) == 2
+    assert result["energy"] == {"mj": None, "why": "RuntimeError: sticky error of the device"}

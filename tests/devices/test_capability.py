@@ -1,0 +1,107 @@
+"""What boards can do, from their silicon and the TensorRT of their JetPack."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from nas.core.errors import DeviceError
+from nas.devices.address import parse_address
+from nas.devices.capability import SILICON, capability_of, version_of
+from nas.devices.remote import RemoteRunner, remote_profile
+
+
+@pytest.mark.parametrize(
+    ("soc", "version", "expected"),
+    [
+        ("tegra210", "8.2.1", ("fp32", "fp16")),
+        ("tegra186", "8.2.1", ("fp32", "fp16")),
+        ("tegra194", "8.5.2", ("fp32", "fp16", "int8")),
+        ("tegra234", "8.5.2", ("fp32", "tf32", "fp16", "int8")),
+        ("tegra234", "10.3.0", ("fp32", "tf32", "fp16", "bf16", "int8")),
+        ("tegra264", "10.13.3", ("fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4")),
+        ("tegra264", "10.10.0", ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")),
+    ],
+)
+def test_precisions_by_silicon_and_version(soc: str, version: str, expected: tuple[str, ...]) -> None:
+    can = capability_of(soc, version)
+    assert can.precisions == expected
+    assert set(can.without) == {"fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4"} - set(expected)
+    assert all(can.without.values())
+
+
+def test_why_a_precision_is_missing_is_said() -> None:
+    assert "no int8 instructions (DP4A)" in capability_of("tegra210", "8.2.1").without["int8"]
+    orin = capability_of("tegra234", "8.5.2").without
+    assert orin["fp8"] == "Jetson Orin (sm 8.7) cannot; it begins with Jetson Thor"
+    assert orin["bf16"] == "TensorRT 8.5.2 cannot; it begins with 10.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "opset", "rewritten"),
+    [("8.2.1", 13, ["HardSwish"]), ("8.4.1", 17, []), ("8.6.2", 17, []), ("10.3.0", 20, [])],
+)
+def test_opset_and_operators_by_version(version: str, opset: int, rewritten: list[str]) -> None:
+    can = capability_of("tegra194" if version.startswith("8") else "tegra234", version)
+    assert can.max_opset == opset
+    assert [r.operator for r in can.rewrites] == rewritten
+    assert all(r.instead == "HardSigmoid, Mul" for r in can.rewrites)
+
+
+@pytest.mark.parametrize(
+    ("soc", "version", "module", "cores"),
+    [
+        ("tegra210", "8.2.1", "Jetson Nano", 0),
+        ("tegra194", "8.5.2", "", 2),
+        ("tegra234", "10.3.0", "Jetson Orin Nano 8GB", 0),
+        ("tegra234", "10.3.0", "Jetson Orin NX 16GB", 2),
+        ("tegra234", "10.7.0", "Jetson AGX Orin", 2),
+        ("tegra234", "10.16.2", "Jetson AGX Orin", 0),
+        ("tegra234", "11.4.1", "Jetson AGX Orin 64GB", 2),
+        ("tegra234", "11.4.1", "Jetson Orin NX 16GB", 0),
+        ("tegra234", "10.3.0", "", None),
+        ("tegra264", "10.13.3", "Jetson Thor", 0),
+    ],
+)
+def test_dla_cores_that_this_tensorrt_can_use(soc: str, version: str, module: str, cores: int | None) -> None:
+    assert capability_of(soc, version, module).dla_cores == cores
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(DeviceError, match=r"TensorRT 10\.3\.0 has no kernels for Jetson Nano"):
+        capability_of("tegra210", "10.3.0")
+    with pytest.raises(DeviceError, match="SoC 'tegra999' is not known; known: tegra210"):
+        capability_of("tegra999", "10.3.0")
+    with pytest.raises(DeviceError, match=r"expected numbers such as 10\.3\.0, got 'new'"):
+        version_of("new")
+    assert version_of("10.3.0.30.post1") == (10, 3, 0, 30)
+
+
+def state(soc: str) -> dict[str, Any]:
+    return {"board": "simulated", "soc": soc, "boot_id": "a", "power_mode": {"id": 0, "name": "MAXN"}, "module": None}
+
+
+TENSORRT = RemoteRunner("trtexec", "", "tensorrt", "8.2.1", ("fp32", "fp16", "int8"))
+
+
+def test_a_boards_profile_offers_only_what_it_can_do_and_says_why() -> None:
+    nano = remote_profile(parse_address("ssh:me@nano"), TENSORRT, state("tegra210"))
+    assert nano.precisions == ("fp32", "fp16")
+    assert "no int8 instructions" in nano.details["without_int8"]
+    xavier = remote_profile(parse_address("ssh:me@nx"), TENSORRT, state("tegra194"))
+    assert xavier.precisions == ("fp32", "fp16", "int8") and "without_int8" not in xavier.details
+
+
+def test_the_processor_of_a_board_is_not_bound_by_its_gpu() -> None:
+    runner = dataclasses.replace(
+        TENSORRT, name="onnxruntime", runtime="ort", version="1.6.0", precisions=("fp32", "int8")
+    )
+    assert remote_profile(parse_address("ssh:me@nano"), runner, state("tegra210")).precisions == ("fp32", "int8")
+
+
+def test_silicon_is_that_of_the_boards_that_are_recognised() -> None:
+    from nas.devices.board.state import SOCS
+
+    assert set(SOCS) == set(SILICON)

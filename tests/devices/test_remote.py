@@ -1,0 +1,472 @@
+"""A board behind a real OpenSSH server on loopback, where another user's agent measures real ONNX Runtime sessions."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nas.core.errors import DeviceError, UsageError
+from nas.core.records import Measurement
+from nas.devices import open_device
+from nas.devices.address import parse_address
+from nas.devices.base import Device, MeasureJob
+from nas.devices.graphs import overhead_job
+from nas.devices.link import AgentLink
+from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
+from nas.devices.protocol import ProtocolSettings
+from nas.devices.remote import RemoteDevice
+from nas.devices.ssh import (
+    HostKeyChangedError,
+    HostKeyUnknownError,
+    HostUnknownError,
+    LinkCutError,
+    LoginRefusedError,
+    NoPythonError,
+    NoSshError,
+)
+from nas.testing import DEVICE_CONTRACT, SshServer, mean_model, requires_openssh
+
+QUICK = ProtocolSettings(
+    network_rounds=2,
+    network_sessions=2,
+    most_network_sessions=3,
+    network_round_ms=0.5,
+    retries=1,
+    wait_ms=0,
+    calibration_checks=3,
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SshServer]:
+    with SshServer(requires_openssh()) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def device(server: SshServer) -> Iterator[RemoteDevice]:
+    opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+    yield opened
+    opened.close()
+
+
+def row(key: str, size: int = 8) -> MeasureJob:
+    return MeasureJob(key, "row", "fp32", mean_model(size=size), 1000)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.mark.parametrize("check", DEVICE_CONTRACT, ids=lambda check: check.__name__)
+def test_contract(device: RemoteDevice, check: Callable[[Device], None]) -> None:
+    check(device)
+
+
+def test_the_agent_runs_as_another_user_in_a_private_folder_of_its_home(
+    server: SshServer, device: RemoteDevice
+) -> None:
+    device.measure([row("a")])
+    assert len(server.agents()) == 2, "the agent and its worker"
+    owner = server.cache.stat()
+    assert owner.st_mode & 0o777 == 0o700
+    if server.is_other_user:
+        assert owner.st_uid != os.geteuid()
+    (agent,) = server.cache.glob("agent-*")
+    assert agent.stat().st_mode & 0o777 == 0o600
+    assert {p.stat().st_mode & 0o777 for p in (server.cache / "blobs").iterdir()} == {0o600}
+    outside = [p for p in server.home.rglob("*") if p.is_file() and server.cache not in p.parents]
+    assert not outside, "something was written outside of the agent's folder"
+
+
+def test_nothing_runs_on_and_no_batch_is_left_when_the_device_is_closed(server: SshServer) -> None:
+    opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+    opened.measure([row("a")])
+    before = len(server.agents())
+    (socket,) = [Path(x.partition("=")[2]) for x in opened.ssh.argv("") if x.startswith("ControlPath=")]
+    assert socket.is_socket() and socket.parent.stat().st_mode & 0o777 == 0o700
+    opened.close()
+    assert not socket.parent.exists()
+    assert wait_until(lambda: len(server.agents()) == before - 2), server.agents()
+    assert not list((server.cache / "batches").iterdir())
+
+
+def test_other_programs_share_the_connection_and_get_their_arguments_as_they_are(
+    server: SshServer, device: RemoteDevice
+) -> None:
+    device.measure([row("a")])
+    before = (server.folder / "log").read_text().count("Accepted publickey")
+    arguments = ["a b", "$(touch x)", "'", '"', "*", "\\", "ü", ""]
+    code, out, _ = device.ssh.run(["printf", "%s\\n", *arguments])
+    assert (code, out.split("\n")[:-1]) == (0, arguments)
+    assert device.ssh.run(["cat"], stdin=b"given")[1] == "given"
+    assert device.ssh.run(["false"])[0] == 1
+    with pytest.raises(LinkCutError, match=r"sleep did not end within 0\.2 s"):
+        device.ssh.run(["sleep", "5"], timeout_s=0.2)
+    assert (server.folder / "log").read_text().count("Accepted publickey") == before
+
+
+def test_the_agent_and_a_model_travel_once(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    plain = AgentLink.send
+    monkeypatch.setattr(
+        AgentLink, "send", lambda self, request, data=b"": sent.append(len(data)) or plain(self, request, data)
+    )
+    job = row("once", size=13)
+    for expected in (True, False):
+        opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+        opened.measure([job])
+        opened.close()
+        assert (len(job.model) in sent) is expected
+        sent.clear()
+
+
+def test_the_board_finds_the_latency_that_this_machine_finds(device: RemoteDevice) -> None:
+    """The same machine behind SSH: what is measured there and reduced here is what is measured here."""
+    job = MeasureJob("n", "network", "fp32", mean_model(size=96), 1000)
+    there, here = [], []
+    for _ in range(4):
+        there.append(device.measure([job])[0].latency_ms or 0.0)
+        here.append(OnnxRuntimeCpu(QUICK).measure([job])[0].latency_ms or 0.0)
+    assert min(there) == pytest.approx(min(here), rel=0.25)
+
+
+def test_samples_of_all_sessions_and_rounds_come_back(device: RemoteDevice) -> None:
+    network = MeasureJob("n", "network", "fp32", mean_model(), 1000)
+    one, other = device.measure([network, row("r")])
+    assert 2 <= len(one.session_ms) <= 3 and len(one.rounds_ms) >= 4
+    assert len(other.session_ms) == 1
+    assert one.clock == "thread_cpu" and one.sequence < other.sequence
+    assert one.latency_ms == min(one.session_ms)
+
+
+def test_feeds_replace_inputs_and_a_wrong_one_is_a_result_with_a_reason(device: RemoteDevice) -> None:
+    feeds = {"x": np.zeros((1, 3, 8, 8), np.float64)}  # the model takes float32
+    good = MeasureJob("good", "row", "fp32", mean_model(), 1000, feeds)
+    wrong = replace(good, key="wrong", feeds={"y2": np.zeros(1, np.float32)})
+    small = replace(good, key="small", feeds={"x": np.zeros((1, 3, 4, 4), np.float32)})
+    first, second, third = device.measure([good, wrong, small])
+    assert first.error is None
+    assert second.error == "no input 'y2' in the model; inputs: x, factor" or "no input 'y2'" in str(second.error)
+    assert "takes (1, 3, 8, 8) (768 bytes), got 192 bytes" in str(third.error)
+
+
+def test_runners_are_told_with_what_is_missing_of_them_and_one_can_be_chosen(server: SshServer) -> None:
+    opened = RemoteDevice(parse_address(server.device_name("&runner=onnxruntime")), settings=QUICK)
+    assert opened.profile.runtime == "ort"
+    assert {r.name: bool(r.missing) for r in opened.runners}["onnxruntime"] is False
+    opened.close()
+    with pytest.raises(UsageError, match=r"board: runner='onnxruntme': runners are .*; did you mean 'onnxruntime'\?"):
+        open_device(server.device_name("&runner=onnxruntme"))
+
+
+def test_the_number_of_threads_is_part_of_the_device_state(server: SshServer, device: RemoteDevice) -> None:
+    two = RemoteDevice(parse_address(server.device_name("&threads=2")), settings=replace(QUICK, clock="wall"))
+    assert two.profile.threads == 2 and two.profile.name.endswith("_2t")
+    assert two.profile.fingerprint != device.profile.fingerprint
+    (m,) = two.measure([row("a")])
+    assert m.clock == "wall" and m.error is None
+    two.close()
+
+
+def test_a_board_without_a_runtime_says_what_is_missing(server: SshServer) -> None:
+    bare = server.folder / "bare-python"
+    bare.write_text('#!/bin/sh\nexec /usr/bin/python3 -S "$@"\n')
+    bare.chmod(0o755)
+    with pytest.raises(
+        DeviceError, match=r"(?s)no runtime to measure with there:\n.*onnxruntime: python3 on this board cannot"
+    ):
+        open_device(server.device_name(python=bare))
+
+
+def test_each_way_to_fail_has_its_own_error_with_the_next_command(
+    server: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = server.known_hosts.read_text()
+    name = server.device_name()
+    try:
+        server.known_hosts.write_text("")
+        with pytest.raises(
+            HostKeyUnknownError, match=r"not known on this machine yet.*say yes: ssh -F \S+config board"
+        ):
+            open_device(name)
+        server.known_hosts.write_text(known.replace("AAAAI", "AAAAI", 1)[:-12] + "AAAAAAAAAAA\n")
+        with pytest.raises(HostKeyChangedError, match=r"not the one that was known.*ssh-keygen -R"):
+            open_device(name)
+    finally:
+        server.known_hosts.write_text(known)
+    with pytest.raises(HostUnknownError, match=r"no-such-host\.invalid: no such host"):
+        open_device(server.device_name(host="no-such-host.invalid"))
+    with pytest.raises(NoPythonError, match=r"no program python9 there that can be run.*\?python=PATH"):
+        open_device(server.device_name(python="python9"))
+    server.write_config(user="somebody")
+    try:
+        with pytest.raises(LoginRefusedError, match=r"the login was refused.*ssh-copy-id"):
+            open_device(name)
+    finally:
+        server.write_config()
+    with pytest.raises(LinkCutError, match=r"no connection \(.*Connection refused\)\. Try: ssh"):
+        open_device(f"ssh:127.0.0.1:1?config={server.config}")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(NoSshError, match="apt-get install openssh-client"):
+        open_device(name)
+
+
+def test_a_login_shell_that_prints_does_not_disturb(server: SshServer) -> None:
+    noisy = server.folder / "noisy-python"
+    noisy.write_text(f'#!/bin/sh\necho "Welcome to the board"\necho "{{not json"\nexec {server.python} "$@"\n')
+    noisy.chmod(0o755)
+    opened = RemoteDevice(parse_address(server.device_name(python=noisy)), settings=QUICK)
+    assert opened.measure([row("a")])[0].error is None
+    opened.close()
+
+
+def test_a_damaged_agent_is_replaced(server: SshServer) -> None:
+    (agent,) = server.cache.glob("agent-*")
+    agent.write_bytes(agent.read_bytes()[:-100])
+    opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+    assert opened.measure([row("a")])[0].error is None
+    opened.close()
+
+
+def test_a_full_disk_there_is_told(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas.devices.ssh import DiskFullError
+
+    opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+    plain = AgentLink._message
+    monkeypatch.setattr(
+        AgentLink,
+        "_message",
+        lambda self, s: (
+            m if "missing" in (m := plain(self, s)) else {"ok": False, "kind": "disk_full", "error": "full"}
+        ),
+    )
+    with pytest.raises(DiskFullError, match=r"no space left there \(full\)\. Look with: ssh .* df -h"):
+        opened.measure([row("a", size=21)])
+    opened.close()
+
+
+@pytest.mark.timeout(600)  # half a minute on a calm machine
+def test_connections_cut_at_random_moments_lose_nothing_and_measure_nothing_twice(
+    server: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 cuts: the server's side killed, or the ssh program here; while it connects, or after some results arrived."""
+    ids: dict[str, set[str]] = {}
+    arrived = threading.Semaphore(0)
+    plain = AgentLink.answer
+
+    def recorded(self: AgentLink, on_message: Callable[[dict[str, object]], None] = lambda _: None) -> object:
+        def take(message: dict[str, object]) -> None:
+            result = message.get("result")
+            if isinstance(result, dict):
+                ids.setdefault(result["key"], set()).add(result["id"])
+                arrived.release()
+            on_message(message)
+
+        return plain(self, take)
+
+    monkeypatch.setattr(AgentLink, "answer", recorded)
+    said: list[str] = []
+    settings = replace(QUICK, rows_alive=2, row_round_ms=15.0, max_runs=100_000)
+    opened = RemoteDevice(
+        parse_address(server.device_name()),
+        settings=settings,
+        say=said.append,
+        sleep=lambda s: time.sleep(s / 50),
+        patience_s=1e6,  # it may be cut again and again before anything arrives
+    )
+    rng = random.Random(0)
+    cuts = 0
+    is_over = threading.Event()
+
+    def cut() -> None:
+        nonlocal cuts
+        while cuts < 20 and not is_over.is_set():
+            for _ in range(rng.choice((0, 1, 1, 2, 3, 5))):
+                arrived.acquire(timeout=5)
+            time.sleep(rng.uniform(0.0, 0.15))
+            if rng.random() < 0.5:
+                cuts += server.cut() > 0
+            else:
+                link = opened._connection.link
+                if link is not None and link.process.poll() is None:
+                    os.kill(link.process.pid, signal.SIGKILL)
+                    cuts += 1
+            time.sleep(0.05)
+
+    jobs = [row(f"row{i}", 8 + i % 5) for i in range(24)]
+    told: list[Measurement] = []
+    cutter = threading.Thread(target=cut)
+    cutter.start()
+    try:
+        results: list[Measurement] = []
+        asked = 0
+        while cuts < 20 or not results:  # as often as it takes to be cut so often
+            batch = [replace(job, key=f"{job.key}-{asked}") for job in jobs]
+            found = opened.measure(batch, told.append)
+            assert [m.key for m in found] == [job.key for job in batch]
+            results += found
+            asked += 1
+    finally:
+        is_over.set()
+        cutter.join()
+        opened.close()
+    assert cuts == 20
+    assert all(m.error is None and m.latency_ms for m in results), [m.error for m in results if m.error]
+    assert sorted(told, key=lambda m: m.sequence) == sorted(results, key=lambda m: m.sequence), "each is told once"
+    assert set(ids) == {m.key for m in results}
+    assert {len(found) for found in ids.values()} == {1}, "something that was finished was measured twice"
+    noticed = sum("trying again" in line for line in said)  # two cuts may meet in one connection
+    assert noticed >= 10 and said.count("board: connected again") >= 5, said
+
+
+def test_a_board_that_stays_away_is_given_up_with_what_to_do(server: SshServer) -> None:
+    slept: list[float] = []
+    opened = RemoteDevice(parse_address(server.device_name()), settings=QUICK, patience_s=10.0, sleep=slept.append)
+    server.stop()
+    try:
+        with pytest.raises(
+            LinkCutError, match=r"Given up after 4 tries in 7 s\. What arrived is kept: .* same command"
+        ):
+            opened.measure([row("a")])
+    finally:
+        server.start()
+    assert slept == [1.0, 2.0, 4.0]
+    assert opened.measure([row("a")])[0].error is None, "it is found again when it is back"
+    opened.close()
+
+
+def test_what_a_board_finished_for_a_program_that_was_killed_is_not_measured_again(
+    server: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    ids: list[list[str]] = [[], []]
+    plain = RemoteDevice._check
+
+    def checked(self: RemoteDevice, result: dict[str, object]) -> None:
+        ids[number].append(str(result["id"]))
+        plain(self, result)
+        if number == 0 and len(ids[0]) == 3:
+            raise Killed
+
+    monkeypatch.setattr(RemoteDevice, "_check", checked)
+    jobs = [row(f"kept{i}") for i in range(3)]
+    number, delivered = 0, []
+    first = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+    with pytest.raises(Killed):
+        first.measure(jobs, lambda m: delivered.append(m.key))
+    first.close()
+    assert delivered == ["kept0", "kept1"]
+    number = 1
+    second = RemoteDevice(parse_address(server.device_name()), settings=QUICK)
+    second.measure(jobs)
+    second.close()
+    assert len(ids[0]) == 3 and ids[0] == ids[1]
+
+
+def with_state(server: SshServer, **state: object) -> Path:
+    """An interpreter on whose board the state is overwritten by a file that a test may change."""
+    path = server.folder / f"state-{len(list(server.folder.iterdir()))}.json"
+    path.write_text(json.dumps(state))
+    hook = path.with_suffix(".d")
+    hook.mkdir()
+    (hook / "sitecustomize.py").write_text(
+        "import importlib.abc, json, sys\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'nas_board.serve':\n"
+        "            import nas_board.state as state\n"
+        "            plain = state.read_state\n"
+        f"            state.read_state = lambda: dict(plain(), **json.load(open({str(path)!r})))\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    python = path.with_suffix(".sh")
+    first, last = server.python.read_text().split("\n", 1)
+    python.write_text(f"{first}\n{last.replace('PYTHONPATH=', f'PYTHONPATH={hook}:')}")
+    python.chmod(0o755)
+    return python
+
+
+def test_a_board_that_changed_its_power_mode_ends_the_work_with_the_difference(server: SshServer) -> None:
+    python = with_state(server, power_mode={"id": 0, "name": "MAXN"}, clocks_locked=True)
+    state = next(server.folder.glob("state-*.json"))
+    opened = RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK)
+    assert opened.profile.power_mode == "MAXN" and opened.profile.clocks_locked
+    assert opened.measure([row("a")])[0].error is None
+    state.write_text(json.dumps({"power_mode": {"id": 2, "name": "15W"}, "clocks_locked": True}))
+    told: list[Measurement] = []
+    with pytest.raises(DeviceError, match=r"in another state than .*\n  power_mode: it was 'MAXN', it is '15W'\n") as e:
+        opened.measure([row("b")], told.append)
+    assert not told, "what was measured in another state was given"
+    assert "Bring the board back into that state" in str(e.value)
+    assert opened.profile.power_mode == "15W"
+    opened.close()
+
+
+def test_a_board_that_was_booted_in_between_goes_on_and_says_so(server: SshServer) -> None:
+    said: list[str] = []
+    python = with_state(server, boot_id="first")
+    state = max(server.folder.glob("state-*.json"), key=lambda p: p.stat().st_mtime_ns)
+    opened = RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK, say=said.append)
+    opened.measure([row("a")])
+    state.write_text(json.dumps({"boot_id": "second"}))
+    assert opened.measure([row("b")])[0].error is None
+    assert said == ["board: the board was started anew"]
+    opened.close()
+
+
+def test_what_shows_the_state_of_the_board_now_is_always_measured_anew(device: RemoteDevice) -> None:
+    one, two = (device.measure([overhead_job()])[0] for _ in range(2))
+    assert one.rounds_ms != two.rounds_ms
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ssh:", r"device 'ssh:': give ssh:HOST, ssh:USER@HOST or ssh:USER@HOST:PORT"),
+        ("ssh:-oProxyCommand=x", r"ssh address '-oProxyCommand=x': give an alias"),
+        ("ssh:a b", "give an alias of your ssh configuration"),
+        ("ssh:$(touch x)", "give an alias of your ssh configuration"),
+        ("ssh:a:99999", "the port must be from 1 to 65535, got 99999"),
+        ("ssh:a?runer=x", r"behind \? come runner=.*got 'runer=x'; did you mean 'runner'\?"),
+        ("ssh:a?python=py;rm", "without spaces"),
+        ("ssh:a?threads=0", "threads must be a number from 1 to 999, got '0'"),
+        ("ssh:a,b", r"'b' is no board behind SSH; several boards are joined so: ssh:a,ssh:b"),
+        ("ssh:a,ssh:a", "a board is named twice"),
+    ],
+)
+def test_a_name_that_is_no_address_is_refused(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        open_device(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "destination", "port"),
+    [
+        ("ssh:nano", "nano", None),
+        ("ssh:me@nano.local:2222", "me@nano.local", 2222),
+        ("ssh:me@[fe80::1%eth0]:22", "me@fe80::1%eth0", 22),
+        ("ssh:[::1]", "::1", None),
+        ("ssh:10.0.0.7", "10.0.0.7", None),
+    ],
+)
+def test_addresses(name: str, destination: str, port: int | None) -> None:
+    address = parse_address(name)
+    assert (address.ssh.destination, address.ssh.port, address.runner) == (destination, port, "")

@@ -1,0 +1,154 @@
+"""A fake trtexec over a real OpenSSH server: found, driven by another user, its times reduced on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_board.tools import VERSIONS, calls_of, install_trtexec
+
+from nas.cli.main import run
+from nas.devices.address import parse_address
+from nas.devices.base import MeasureJob
+from nas.devices.remote import SLOW_START, RemoteDevice
+from nas.latency.table import LatencyTable
+from nas.measure.covering import fill_covering
+from nas.space.space import load_space
+from nas.testing import SshServer, mean_model, requires_openssh
+
+QUICK = replace(SLOW_START, row_round_ms=20.0, network_round_ms=20.0, retries=0, wait_ms=0.0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[SshServer]:
+    with SshServer(requires_openssh()) as running:
+        yield running
+
+
+def board(server: SshServer, version: str, faults: Sequence[str | None] = ()) -> tuple[RemoteDevice, Path]:
+    """A board whose PATH has a fake trtexec of one version, and the program."""
+    folder = server.folder / f"trtexec-{version}-{len(list(server.folder.iterdir()))}"
+    program = install_trtexec(folder, version, faults)
+    program.write_text(program.read_text().replace(sys.executable, shutil.which("python3", path="/usr/bin") or "", 1))
+    folder.chmod(0o777)  # the board's user notes each start there
+    program.chmod(0o755)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPATH={folder}:$PATH exec {server.python} "$@"\n')
+    python.chmod(0o755)
+    return RemoteDevice(parse_address(server.device_name(python=python)), settings=QUICK), program
+
+
+def row(key: str, size: int = 8) -> MeasureJob:
+    return MeasureJob(key, "row", "fp16", mean_model(size=size), 1000)
+
+
+@pytest.mark.parametrize("version", ["8.2", "8.5", "10.3", "11"])
+def test_trtexec_is_found_first_and_its_compute_times_are_the_latency(server: SshServer, version: str) -> None:
+    device, program = board(server, version)
+    try:
+        assert device.profile.runtime == "tensorrt" and device.profile.details["runner"] == "trtexec"
+        assert device.profile.runtime_version.startswith(".".join(map(str, VERSIONS[version][:2])))
+        jobs = [row("a"), MeasureJob("n", "network", "fp16", mean_model(None), 1000)]
+        if version == "11":  # strongly typed only: these files are fp32
+            assert "Export it in fp16" in str(device.measure(jobs[:1])[0].error)
+            jobs = [replace(job, precision="fp32") for job in jobs]
+        one, two = device.measure(jobs)
+        for m in (one, two):
+            assert m.error is None and m.clock == "device_event", m.error
+            samples = [s for r in m.rounds_ms for s in r]
+            assert min(samples) <= (m.latency_ms or 0) <= max(samples) and len(samples) >= 50
+        assert (len(one.session_ms), len(two.session_ms)) == (1, 2), "a network is built twice"
+        assert any("--onnx" in option for call in calls_of(program) for option in call)
+    finally:
+        device.close()
+
+
+def test_an_engine_that_is_not_built_is_a_row_with_its_reason_and_the_next_is_measured(server: SshServer) -> None:
+    device, _ = board(server, "8.5", ["build_failure"])
+    try:
+        first, second = device.measure([row("a"), row("b", 9)])
+        assert first.error is not None and first.latency_ms is None and "\n" not in first.error
+        assert second.error is None
+    finally:
+        device.close()
+
+
+def test_a_build_that_the_kernel_kills_is_told_as_such(server: SshServer) -> None:
+    device, _ = board(server, "10.3", ["killed"])
+    try:
+        (raw,) = device.measure_raw([row("a")])
+        assert raw["error"]["kind"] in ("killed", "out_of_memory"), raw["error"]
+    finally:
+        device.close()
+
+
+def test_layers_of_an_engine_come_back(server: SshServer) -> None:
+    device, _ = board(server, "8.5")
+    try:
+        layers = device.profile_layers(row("a"))["layers"]
+        assert layers and all(layer["median_ms"] > 0 and layer["name"] for layer in layers)
+    finally:
+        device.close()
+
+
+@pytest.mark.parametrize("version", ["8.2", "10.3"])
+def test_the_reference_network_is_read_by_every_version(server: SshServer, version: str) -> None:
+    device, _ = board(server, version)
+    try:
+        assert device.calm(2).median_ms > 0
+    finally:
+        device.close()
+
+
+def test_the_doctor_measures_where_trtexec_gives_no_outputs(
+    server: SshServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, program = board(server, "8.2")
+    device.close()
+    name = server.device_name(python=program.parent / "python")
+    assert run(["doctor", "--device", name, "--json"]) == 0
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    check = checks[f"device {name} fp16"]
+    assert check["level"] == "WARN" and check["text"].startswith("a small network takes 0.")
+    assert "outputs could not be compared" in check["text"] and "python3-libnvinfer" in check["fix"]
+    assert checks[f"device {name} clock"]["level"] == "OK"
+
+
+def test_the_doctor_says_why_nothing_can_be_built(server: SshServer, capsys: pytest.CaptureFixture[str]) -> None:
+    device, program = board(server, "8.5", ["build_failure"] * 9)
+    device.close()
+    name = server.device_name(python=program.parent / "python")
+    assert run(["doctor", "--device", name, "--json"]) == 4
+    checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks[f"device {name} fp32"]["level"] == "FAIL"
+    assert "Could not find any implementation for node" in checks[f"device {name} fp32"]["text"]
+
+
+def test_rows_are_filled_from_covering_networks_whose_layers_the_board_profiles(
+    server: SshServer, tmp_path: Path
+) -> None:
+    path = tmp_path / "one-stage.yaml"
+    stage = "{name: s1, width: 16, depth: 1, stride: 2, kernel_size: [3, 5], expansion: [2, 4], activation: relu}"
+    path.write_text(
+        "name: one-stage\nsource: made up\nresolution: 16\nstem: {channels: 8, activation: relu}\n"
+        f"stages:\n  - {stage}\nhead: {{conv_channels: 0, hidden_channels: 0, activation: relu}}\n"
+        "precision: {choices: [fp16], per: network}\n",
+        encoding="utf-8",
+    )
+    space = load_space(path, 4)
+    device, program = board(server, "10.3")
+    try:
+        table = LatencyTable.open(tmp_path / "table", device.profile)
+        report = fill_covering(table, device, space, space.layers())
+    finally:
+        device.close()
+    assert (report.measured, report.failed) == (len(space.layers()), ())
+    sources = [row.source for row in table.rows.values()]
+    assert all(source.startswith("covering: median of ") for source in sources)
+    assert any(" 0 ms of it changes of layout" not in source for source in sources), "reformats are told apart"
+    assert any("--fp16" in call for call in calls_of(program))  # weakly typed below 10.13

@@ -1,0 +1,165 @@
+"""The GPU of a machine as a Device: the contract, over a runner whose engines are ONNX Runtime's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from nas.core.errors import DeviceError
+from nas.devices import open_device
+from nas.devices.base import Device, LayerTime, MeasureJob
+from nas.devices.board.errors import BoardError
+from nas.devices.tensorrt import TensorRt, TensorRtSettings
+from nas.testing import DEVICE_CONTRACT, mean_model
+
+QUICK = TensorRtSettings(rounds=2, runs=6, warmup_runs=1)
+
+
+class CpuSession:
+    """An engine that runs on the processor, with the interface of a runner's session."""
+
+    def __init__(self, path: str, options: dict[str, Any], runner: CpuRunner) -> None:
+        try:
+            self._session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception as e:
+            raise BoardError("build_failed", f"building {Path(path).name}: {e}") from e
+        self.options = options
+        self.warnings = list(runner.warnings)
+        self._runner = runner
+        self._feeds = {
+            entry.name: np.random.default_rng(options["seed"]).random(entry.shape).astype(np.float32)
+            for entry in self._session.get_inputs()
+        }
+        runner.alive += 1
+
+    def inputs(self) -> list[dict[str, Any]]:
+        return [{"name": e.name, "dtype": "float32", "shape": e.shape} for e in self._session.get_inputs()]
+
+    def set_inputs(self, feeds: dict[str, bytes]) -> None:
+        for name, data in feeds.items():
+            if name not in self._feeds:
+                raise BoardError("bad_request", f"no input {name!r}")
+            self._feeds[name] = np.frombuffer(data, np.float32).reshape(self._feeds[name].shape)
+
+    def time(self, runs: int, warmup: int = 0) -> dict[str, Any]:
+        samples = []
+        for _ in range(warmup + runs):
+            began = time.perf_counter()
+            self._session.run(None, self._feeds)
+            samples.append(1e3 * (time.perf_counter() - began))
+        told = {"clock": "cuda_event", "transfer_ms": None, "cuda_graph": True, "enqueue_bound": self._runner.is_bound}
+        return {"samples_ms": self._runner.samples or samples[warmup:], "host_ms": samples[warmup:], **told}
+
+    def outputs(self) -> list[dict[str, Any]]:
+        values = self._session.run(None, self._feeds)
+        entries = self._session.get_outputs()
+        return [
+            {"name": e.name, "dtype": str(v.dtype), "shape": list(v.shape), "data": v.tobytes()}
+            for e, v in zip(entries, values, strict=True)
+        ]
+
+    def profile(self, runs: int) -> list[dict[str, Any]]:
+        assert runs == 50
+        return [{"name": "a", "median_ms": 0.5, "metadata": "m", "type": "Reformat", "origin": "REFORMAT"}]
+
+    def close(self) -> None:
+        self._runner.alive -= 1
+
+
+class CpuRunner:
+    name = "tensorrt"
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.samples: list[float] = []
+        self.is_bound = False
+        self.alive = 0
+        self.loaded: list[dict[str, Any]] = []
+
+    def available(self) -> str | None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        details = {"compute_capability": "8.7", "cuda": "12.6"}
+        return {"runtime": "tensorrt", "version": "10.3.0", "precisions": ["fp32", "fp16", "int8"], "details": details}
+
+    def load(self, model_path: str, options: dict[str, Any]) -> CpuSession:
+        self.loaded.append(options)
+        return CpuSession(model_path, options, self)
+
+
+def device(runner: CpuRunner, folder: Path) -> TensorRt:
+    return TensorRt(runner, QUICK, cache=folder / "cache")
+
+
+def job(kind: Any = "row", precision: Any = "fp32") -> MeasureJob:
+    return MeasureJob("x", kind, precision, mean_model(), 1000)
+
+
+@pytest.mark.parametrize("check", DEVICE_CONTRACT, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[Device], None], tmp_path: Path) -> None:
+    runner = CpuRunner()
+    check(device(runner, tmp_path))
+    assert runner.alive == 0, "an engine was not given back"
+
+
+def test_all_builds_share_a_timing_cache_and_networks_are_built_twice(tmp_path: Path) -> None:
+    runner = CpuRunner()
+    row, network = device(runner, tmp_path).measure([job(), job("network")])
+    assert (len(row.session_ms), len(network.session_ms), len(runner.loaded)) == (1, 2, 3)
+    assert (len(row.rounds_ms), len(network.rounds_ms)) == (2, 4)
+    assert len({options["timing_cache"] for options in runner.loaded}) == 1
+    assert runner.loaded[0]["timing_cache"].startswith(str(tmp_path / "cache"))
+    assert row.clock == "device_event"
+
+
+def test_a_round_that_scatters_or_an_engine_short_of_memory_is_not_calm_and_said(tmp_path: Path) -> None:
+    runner = CpuRunner()
+    measured = device(runner, tmp_path)
+    runner.samples = [1.0, 1.01, 0.99, 1.0]
+    assert measured.measure([job()])[0].accepted == (True, True)
+    runner.warnings = ["skipped_tactics: 2 tactics were passed over because memory was short"]
+    short = measured.measure([job()])[0]
+    assert (short.accepted, short.source) == ((False, False), runner.warnings[0])
+    runner.warnings, runner.samples, runner.is_bound = [], [1.0, 1.2, 0.9, 1.0], True
+    noisy = measured.measure([job()])[0]
+    assert (noisy.accepted, noisy.latency_ms) == ((False, False), 1.0)
+    assert noisy.source == "queueing takes about as long as the inference, with a CUDA graph"
+
+
+def test_a_failed_build_is_a_result_of_its_kind(tmp_path: Path) -> None:
+    class Hanging(CpuRunner):
+        def load(self, model_path: str, options: dict[str, Any]) -> CpuSession:
+            raise BoardError(
+                "hung", f"building {Path(model_path).name}: did not return within {options['timeout_s']:g} s"
+            )
+
+    failed = device(Hanging(), tmp_path).measure([job()])[0]
+    assert failed.error == "hung: building model.onnx: did not return within 1800 s"
+
+
+def test_the_precision_of_a_job_is_asked_for(tmp_path: Path) -> None:
+    runner = CpuRunner()
+    device(runner, tmp_path).measure([job("row", "int8"), job("row", "none")])
+    assert [options["precision"] for options in runner.loaded] == ["int8", "none"]
+
+
+def test_layers_come_with_what_the_runtime_says_of_them(tmp_path: Path) -> None:
+    found = device(CpuRunner(), tmp_path).layer_times(mean_model(), "fp32")
+    assert found == [LayerTime("a", 0.5, "m", "Reformat REFORMAT")]
+
+
+def test_without_a_runtime_the_device_says_what_is_missing_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setattr("nas.devices.board.trtexec.PLACES", ())
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DeviceError) as missing:
+        open_device("tensorrt")
+    assert "tensorrt: the Python module tensorrt cannot be imported" in str(missing.value)
+    assert "trtexec: trtexec was not found" in str(missing.value)
