@@ -233,6 +233,8 @@ def _rows(
                 accepted=(network.is_stable,),
                 session_ms=(latency,),
                 source=source,
+                energy_mj=None,  # that of the whole network: a profile tells times only
+                energy_std_mj=None,
             )
         )
     return rows

@@ -69,7 +69,9 @@ class Profiled(SimulatedDevice):
                 return m
             ms = self._network_ms
             calm = (not self._unstable,) * len(m.accepted)
-            return replace(m, latency_ms=ms, rounds_ms=((ms,),) * len(m.accepted), session_ms=(ms,), accepted=calm)
+            energy = {"energy_mj": 5.0, "energy_std_mj": 0.1}
+            samples = ((ms,),) * len(m.accepted)
+            return replace(m, latency_ms=ms, rounds_ms=samples, session_ms=(ms,), accepted=calm, **energy)
 
         found = [changed(m) for m in super().measure(jobs, None, progress)]
         for m in found:
@@ -146,6 +148,7 @@ def test_rows_add_up_to_the_time_of_their_network_and_say_where_they_are_from(tm
     first = covering_plan(space).networks[0]
     row = table.rows[expand(first)[0].key]
     assert row.source.startswith("covering: median of ") and "networks, the last r" in row.source
+    assert row.energy_mj is None  # that of the network is not its blocks'
     assert len(table.networks) == device.profiled == told[-1].total  # evidence for the correction, too
     # every network took 1 ms: each estimate of one whose rows are from it alone is 1 ms
     last = covering_plan(space).networks[-1]
