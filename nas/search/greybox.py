@@ -48,6 +48,7 @@ PRIOR_POINTS = 4.0  # weight of the standardised variance 1 beside the observati
 JITTER = 1e-8
 SIZE_VARIANCE = 1.0  # of the part of a network's size beside the signal of variance 1, where it is taken
 SIZE_DRAWS = 4096  # random networks from whose latency the size of options is told
+MANY_POINTS = 150  # from which on a candidate, whose cost grows with their square, is dear
 START_WINDOW = 15  # networks next to the latency aimed at, of which the start takes the largest
 OUTLIER_SPREADS = 4.0  # a network this many times (q90 - median) below the median tells only that it is bad
 
@@ -101,7 +102,7 @@ class Effort:
         parents: best candidates that breed beside the front.
         climbs: rounds after these, in which all networks that differ from the best ones in one gene join; fewer where
             none of them is better.
-        climbers: best candidates whose neighbours join.
+        climbers: best candidates whose neighbours join, half as many once the model sees `MANY_POINTS`.
         model_points: scored networks that the model sees at most.
     """
 
@@ -1018,8 +1019,9 @@ def _modelled(
         parents = np.concatenate([near, best])
         children = _new(bred(problem, parents, rng, effort.children), np.concatenate([codes, hashes(pool.genotypes)]))
         pool = pool.united(Pool.of(problem, model, fronts, children))
+    climbers = effort.climbers if len(seen.accuracies) < MANY_POINTS else (effort.climbers + 1) // 2
     for _ in range(effort.climbs):
-        best = pool.genotypes[np.argsort(-pool.values, kind="stable")[: effort.climbers]]
+        best = pool.genotypes[np.argsort(-pool.values, kind="stable")[:climbers]]
         beside = _new(neighbours(problem, best), np.concatenate([codes, hashes(pool.genotypes)]))
         before = pool.values.max(initial=-np.inf)
         pool = pool.united(Pool.of(problem, model, fronts, beside))
