@@ -102,7 +102,7 @@ class Effort:
         parents: best candidates that breed beside the front.
         climbs: rounds after these, in which all networks that differ from the best ones in one gene join; fewer where
             none of them is better.
-        climbers: best candidates whose neighbours join, half as many once the model sees `MANY_POINTS`.
+        climbers: best candidates whose neighbours join, a third once the model sees `MANY_POINTS`.
         model_points: scored networks that the model sees at most.
     """
 
@@ -1019,7 +1019,7 @@ def _modelled(
         parents = np.concatenate([near, best])
         children = _new(bred(problem, parents, rng, effort.children), np.concatenate([codes, hashes(pool.genotypes)]))
         pool = pool.united(Pool.of(problem, model, fronts, children))
-    climbers = effort.climbers if len(seen.accuracies) < MANY_POINTS else (effort.climbers + 1) // 2
+    climbers = effort.climbers if len(seen.accuracies) < MANY_POINTS else (effort.climbers + 2) // 3
     for _ in range(effort.climbs):
         best = pool.genotypes[np.argsort(-pool.values, kind="stable")[:climbers]]
         beside = _new(neighbours(problem, best), np.concatenate([codes, hashes(pool.genotypes)]))
