@@ -46,6 +46,10 @@ VARIANCE_SPREAD = 1.0  # the same of a variance around its best value in the gri
 RELEVANCE_STEPS = 25
 PRIOR_POINTS = 4.0  # weight of the standardised variance 1 beside the observations when the signal variance is set
 JITTER = 1e-8
+SIZE_VARIANCE = 1.0  # of the part of a network's size beside the signal of variance 1, where it is taken
+SIZE_DRAWS = 4096  # random networks from whose latency the size of options is told
+MANY_POINTS = 150  # from which on a candidate, whose cost grows with their square, is dear
+START_WINDOW = 15  # networks next to the latency aimed at, of which the start takes the largest
 OUTLIER_SPREADS = 4.0  # a network this many times (q90 - median) below the median tells only that it is bad
 
 
@@ -96,15 +100,20 @@ class Effort:
         children: networks bred in each round of the local search.
         rounds: rounds of the local search.
         parents: best candidates that breed beside the front.
+        climbs: rounds after these, in which all networks that differ from the best ones in one gene join; fewer where
+            none of them is better.
+        climbers: best candidates whose neighbours join, a third once the model sees `MANY_POINTS`.
         model_points: scored networks that the model sees at most.
     """
 
     start: int = 10
     random: int = 300
     draws: int = 4096
-    children: int = 900
-    rounds: int = 3
+    children: int = 600
+    rounds: int = 2
     parents: int = 60
+    climbs: int = 6
+    climbers: int = 8
     model_points: int = 700
 
 
@@ -139,7 +148,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hyperparameters:
-    """Kernel of standardised accuracies, a sum of three parts that are 1 for equal networks; see `kernel`.
+    """Kernel of standardised accuracies: three parts that are 1 for equal networks, and one of size; see `kernel`.
 
     Attributes:
         linear: variance of what genes add one by one.
@@ -149,6 +158,8 @@ class Hyperparameters:
         noise: variance of one training at the median accuracy.
         headroom: how far above the best accuracy its ceiling lies, in units of `Scale`; infinite: no ceiling.
         relevance: weight of each gene, [G], mean 1; None: all alike.
+        size: variance of what a network's size adds.
+        option_sizes: see `option_sizes`; None where `size` is 0.
     """
 
     linear: float
@@ -158,10 +169,12 @@ class Hyperparameters:
     noise: float
     headroom: float = np.inf
     relevance: FloatArray | None = None
+    size: float = 0.0
+    option_sizes: FloatArray | None = None
 
     @property
     def prior(self) -> float:
-        """Variance of a standardised accuracy before anything is known."""
+        """Variance of a standardised accuracy before anything is known, but for the part of the size."""
         return self.linear + self.pair + self.rbf
 
 
@@ -173,20 +186,24 @@ class Features:
         shares: columns whose products sum up to the weight of the genes in which two networks agree, [N, C].
         codes: ordered genes as index / (choices - 1), others as columns at distance 1 from each other, [N, K].
         norms: squared length of the rows of `codes`, [N].
+        size: of the networks, [N]; 0 where it is not used.
     """
 
     shares: NDArray[np.float32]
     codes: FloatArray
     norms: FloatArray
+    size: FloatArray
 
     def at(self, rows: IntArray | BoolArray | slice) -> Features:
         """Some rows."""
-        return Features(self.shares[rows], self.codes[rows], self.norms[rows])
+        return Features(self.shares[rows], self.codes[rows], self.norms[rows], self.size[rows])
 
 
 def joined(parts: list[Features]) -> Features:
     """All rows of several."""
-    return Features(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("shares", "codes", "norms")))
+    return Features(
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("shares", "codes", "norms", "size"))
+    )
 
 
 def encode(
@@ -194,8 +211,13 @@ def encode(
     cardinalities: tuple[int, ...],
     ordinal: tuple[bool, ...],
     relevance: FloatArray | None = None,
+    option_sizes: FloatArray | None = None,
 ) -> Features:
-    """Features of genotypes [N, G]; `relevance` [G] are the weights of the genes, all 1 unless given."""
+    """Features of genotypes [N, G].
+
+    `relevance` [G] are the weights of the genes, all 1 unless given, `option_sizes` [sum of choices] those that are
+    summed up to the size of a network, which is 0 unless they are given.
+    """
     weights = np.ones(len(cardinalities)) if relevance is None else relevance
     offsets = np.cumsum((0, *cardinalities[:-1]))
     one_hot = np.zeros((len(genotypes), sum(cardinalities)), np.float32)
@@ -209,7 +231,37 @@ def encode(
         [genotypes[:, ordered] * (roots[ordered] / steps), one_hot[:, nominal] * (by_choice[nominal] / np.sqrt(2.0))],
         axis=1,
     )
-    return Features(one_hot * by_choice.astype(np.float32), codes, (codes**2).sum(axis=1))
+    size = np.zeros(len(genotypes)) if option_sizes is None else option_sizes[genotypes + offsets].sum(axis=1)
+    return Features(one_hot * by_choice.astype(np.float32), codes, (codes**2).sum(axis=1), size)
+
+
+def option_sizes(problem: GreyBoxProblem) -> FloatArray:
+    """How large each option of each gene makes a network, [sum of choices]; a network's size is the sum of its own.
+
+    Options count as larger the more latency they cost on average over random networks, in equal steps within a gene;
+    sizes have mean 0 and variance 1 over these. What costs time is in a space because it is worth some accuracy, and a
+    network that is large for its latency has its options where they are cheap. On all five spaces of
+    `benchmarks.samplers`, three of them published tables, networks of the same latency are the more accurate the larger
+    they are: correlation 0.23 to 0.52.
+    """
+    sizes = problem.cardinalities
+    offsets = np.cumsum((0, *sizes[:-1]))
+    drawn = problem.canonical(np.random.default_rng(0).integers(0, sizes, size=(SIZE_DRAWS, len(sizes))))
+    ms, _ = problem.latency(drawn)
+    known = np.isfinite(ms).all(axis=1) & (ms > 0).all(axis=1)
+    drawn, cost = drawn[known], np.log(ms[known]).mean(axis=1)
+    result = np.zeros(sum(sizes))
+    for gene, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+        counts = np.bincount(drawn[:, gene], minlength=size)
+        seen = np.flatnonzero(counts)
+        if len(seen) > 1:
+            mean = np.bincount(drawn[:, gene], cost, size)[seen] / counts[seen]
+            result[offset + seen[np.argsort(mean, kind="stable")]] = np.linspace(-0.5, 0.5, len(seen))
+    if not result.any():
+        return result
+    totals = result[drawn + offsets].sum(axis=1)
+    result -= totals.mean() / len(sizes)
+    return result / max(float(totals.std()), 1e-12)
 
 
 def typical_distance(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> float:
@@ -236,7 +288,8 @@ def _squared_distances(a: Features, b: Features) -> FloatArray:
 def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArray:
     """Covariance of the standardised accuracies of two lists of networks, [N, M], without noise.
 
-    `linear` * s + `pair` * s^2 + `rbf` * exp(-d^2 / (2 `length`^2)) with s the share of the genes that agree.
+    `linear` * s + `pair` * s^2 + `rbf` * exp(-d^2 / (2 `length`^2)) + `size` * z z' with s the share of the genes that
+    agree and z, z' the sizes of both.
     """
     result = _squared_distances(a, b)
     result *= -0.5 / h.length**2
@@ -244,7 +297,14 @@ def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArr
     result *= h.rbf
     shared = _shared(a, b, genes)
     result += shared * (h.linear + h.pair * shared) if h.pair else h.linear * shared
+    if h.size:
+        result += h.size * np.outer(a.size, b.size)
     return result
+
+
+def prior_variance(features: Features, h: Hyperparameters) -> FloatArray:
+    """Of each network's standardised accuracy, [N]."""
+    return h.prior + h.size * features.size**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,13 +374,22 @@ def log_marginal_likelihood(covariance: FloatArray, observed: FloatArray) -> flo
 def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
     """The headroom and then the point of the grid with the largest marginal likelihood, and the genes' relevance there.
 
-    Three steps, each from the best of the one before: headrooms on a coarse grid, the grid, `fit_relevance`.
+    Three steps, each from the best of the one before: headrooms on a coarse grid, the grid, `fit_relevance`. While
+    fewer networks are trained than there are genes, the size of networks is a part of the kernel where it is more
+    likely with it than without; later on genes have effects of their own, which that part would draw together.
     """
     seen = scored.at(spread_rows(len(scored.accuracies), MAX_FIT_POINTS))
     coarse = (LINEAR_SHARES[::2], PAIR_SHARES[1:2], LENGTHS[1:2], NOISES[1::2])
-    found = [_best_of_grid(problem, seen, headroom, *coarse) for headroom in HEADROOMS]
-    headroom = max(found, key=lambda pair: pair[0])[1].headroom
-    _, best = _best_of_grid(problem, seen, headroom, LINEAR_SHARES, PAIR_SHARES, LENGTHS, NOISES)
+    is_early = len(scored.accuracies) < len(problem.cardinalities)
+    sizes = (None, option_sizes(problem)) if is_early else (None,)
+    found = [
+        (*_best_of_grid(problem, seen, headroom, *coarse, of_options), of_options)
+        for headroom, of_options in itertools.product(HEADROOMS, sizes)
+    ]
+    _, coarse_best, of_options = max(found, key=lambda one: one[0])
+    _, best = _best_of_grid(
+        problem, seen, coarse_best.headroom, LINEAR_SHARES, PAIR_SHARES, LENGTHS, NOISES, of_options
+    )
     return fit_relevance(problem, seen, best)
 
 
@@ -332,13 +401,16 @@ def _best_of_grid(
     pair_shares: tuple[float, ...],
     lengths: tuple[float, ...],
     noises: tuple[float, ...],
+    of_options: FloatArray | None,
 ) -> tuple[float, Hyperparameters]:
     """The logarithm of the largest marginal likelihood, but for a constant, and where it is.
 
     The signal variance has a closed form for each shape of the kernel (ibid., exercise 5.6; here with a prior that is
     worth `PRIOR_POINTS` observations), so that only shares, length and noise are searched.
     """
-    features = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
+    features = encode(scored.genotypes, problem.cardinalities, problem.ordinal, None, of_options)
+    by_size = SIZE_VARIANCE * np.outer(features.size, features.size)
+    size = 0.0 if of_options is None else SIZE_VARIANCE
     shared, squared = _shared(features, features, len(problem.cardinalities)), _squared_distances(features, features)
     unit = typical_distance(problem.cardinalities, problem.ordinal)
     observed, _, noise_shape, log_density = standardised(scored.accuracies, headroom, least_ceiling(problem))
@@ -349,7 +421,7 @@ def _best_of_grid(
             continue  # nothing is smooth, so all lengths are alike
         rest = pair_share * shared**2 + (1 - pair_share) * np.exp(squared * (-0.5 / (length * unit) ** 2))
         for linear, noise in itertools.product(linear_shares, noises):
-            covariance = linear * shared + (1 - linear) * rest
+            covariance = linear * shared + (1 - linear) * rest + by_size
             covariance[np.diag_indices(count)] += noise * noise_shape + JITTER
             factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
             half = solve_triangular(factor, observed, lower=True, check_finite=False)
@@ -359,7 +431,14 @@ def _best_of_grid(
                 best_value = value
                 pair, smooth = (1 - linear) * pair_share, (1 - linear) * (1 - pair_share)
                 best = Hyperparameters(
-                    linear * signal, pair * signal, smooth * signal, length * unit, noise * signal, headroom
+                    linear * signal,
+                    pair * signal,
+                    smooth * signal,
+                    length * unit,
+                    noise * signal,
+                    headroom,
+                    size=size * signal,
+                    option_sizes=of_options,
                 )
     return float(best_value), best
 
@@ -373,7 +452,8 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
     least = least_ceiling(problem)
     observed, _, noise_shape, _ = standardised(scored.accuracies, start.headroom, least)
     genes, count = len(problem.cardinalities), len(observed)
-    plain = encode(scored.genotypes, problem.cardinalities, problem.ordinal)
+    plain = encode(scored.genotypes, problem.cardinalities, problem.ordinal, None, start.option_sizes)
+    by_size = start.size * np.outer(plain.size, plain.size)
     share_genes, code_genes = _columns(problem.cardinalities, problem.ordinal)
     columns = plain.shares.astype(np.float64)
     variances = np.array([start.linear, start.pair, start.rbf, start.noise])
@@ -393,7 +473,7 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
         norms = (codes**2).sum(axis=1)
         squared = np.maximum(norms[:, None] + norms - 2 * codes @ codes.T, 0.0)
         smooth = np.exp(squared * (-0.5 / start.length**2))
-        covariance = shared * (linear + pair * shared) + rbf * smooth
+        covariance = shared * (linear + pair * shared) + rbf * smooth + by_size
         covariance[np.diag_indices(count)] += noise * noise_shape + JITTER
         factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
         inverse = cho_solve((factor, True), np.eye(count), check_finite=False)
@@ -473,6 +553,11 @@ def spread_rows(count: int, most: int) -> IntArray:
     return np.linspace(0, count - 1, most).round().astype(np.int64)
 
 
+def encoded(problem: GreyBoxProblem, genotypes: IntArray, h: Hyperparameters) -> Features:
+    """Features of genotypes [N, G] for a kernel with these hyper-parameters."""
+    return encode(genotypes, problem.cardinalities, problem.ordinal, h.relevance, h.option_sizes)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """Posterior of a Gaussian process over accuracy, and of networks that are being trained.
@@ -503,7 +588,7 @@ def fit_model(
     observed, scale, noise_shape, _ = standardised(scored.accuracies, hyperparameters.headroom, least_ceiling(problem))
     pending = scored.genotypes[:0] if pending is None else pending
     genotypes = np.concatenate([scored.genotypes, pending])
-    features = encode(genotypes, problem.cardinalities, problem.ordinal, hyperparameters.relevance)
+    features = encoded(problem, genotypes, hyperparameters)
     genes = len(problem.cardinalities)
     covariance = kernel(features, features, genes, hyperparameters)
     noise = hyperparameters.noise * np.append(noise_shape, np.ones(len(pending)))
@@ -534,7 +619,7 @@ def predict(model: Model, features: Features) -> tuple[FloatArray, FloatArray, F
     cross = kernel(model.known, features, model.genes, model.hyperparameters)
     mean = model.weights @ cross[: len(model.weights)]
     white = solve_triangular(model.factor, cross, lower=True, overwrite_b=True, check_finite=False)
-    variance = model.hyperparameters.prior - np.einsum("nm,nm->m", white, white)
+    variance = prior_variance(features, model.hyperparameters) - np.einsum("nm,nm->m", white, white)
     return mean, np.sqrt(np.maximum(variance, 1e-12)), white
 
 
@@ -729,6 +814,17 @@ def bred(problem: GreyBoxProblem, base: IntArray, rng: np.random.Generator, coun
     return mutated(problem, np.where(crossed, others, parents), rng)
 
 
+def neighbours(problem: GreyBoxProblem, genotypes: IntArray) -> IntArray:
+    """All canonical genotypes that come of genotypes [N, G] by another option of one gene, [M, G]."""
+    changed = [genotypes[:0]]
+    for gene, size in enumerate(problem.cardinalities):
+        for option in range(size):
+            rows = genotypes[genotypes[:, gene] != option].copy()
+            rows[:, gene] = option
+            changed.append(rows)
+    return problem.canonical(np.concatenate(changed))
+
+
 def random_within(
     problem: GreyBoxProblem, rng: np.random.Generator, count: int, draws: int, near: IntArray | None = None
 ) -> IntArray:
@@ -771,7 +867,8 @@ def start_spread(
     """At most `count` networks spread evenly over latency, none of `taken` [T, G] among them, [N, G].
 
     The latency of each is aimed at by a low-discrepancy sequence whose place is the number of those taken, on the
-    devices in turn, between the lowest that was drawn and the budget.
+    devices in turn, between the lowest that was drawn and the budget; of the `START_WINDOW` networks nearest to it the
+    largest is taken, see `option_sizes`.
     """
     effort = effort or Effort()
     rng = np.random.default_rng(list(seed))
@@ -779,6 +876,7 @@ def start_spread(
     known = latencies(problem, drawn)
     chosen: list[int] = []
     golden = (np.sqrt(5) - 1) / 2
+    size = encode(drawn, problem.cardinalities, problem.ordinal, None, option_sizes(problem)).size
     shift = np.random.default_rng(list(seed[:1])).random()
     for place in range(len(taken), len(taken) + count):
         device = place % len(problem.budgets_ms)
@@ -790,7 +888,8 @@ def start_spread(
         ms = np.nan_to_num(known.ms[usable, device], nan=np.inf)
         low = float(ms.min())
         aim = low + (problem.budgets_ms[device] - low) * ((shift + golden * (place // len(problem.budgets_ms))) % 1)
-        chosen.append(int(usable[np.abs(ms - aim).argmin()]))
+        near = usable[np.argsort(np.abs(ms - aim), kind="stable")[:START_WINDOW]]
+        chosen.append(int(near[size[near].argmax()]))
     return drawn[chosen]
 
 
@@ -920,6 +1019,14 @@ def _modelled(
         parents = np.concatenate([near, best])
         children = _new(bred(problem, parents, rng, effort.children), np.concatenate([codes, hashes(pool.genotypes)]))
         pool = pool.united(Pool.of(problem, model, fronts, children))
+    climbers = effort.climbers if len(seen.accuracies) < MANY_POINTS else (effort.climbers + 2) // 3
+    for _ in range(effort.climbs):
+        best = pool.genotypes[np.argsort(-pool.values, kind="stable")[:climbers]]
+        beside = _new(neighbours(problem, best), np.concatenate([codes, hashes(pool.genotypes)]))
+        before = pool.values.max(initial=-np.inf)
+        pool = pool.united(Pool.of(problem, model, fronts, beside))
+        if pool.values.max(initial=-np.inf) <= before:
+            break
     return best_batch(problem, model, fronts, pool, count)
 
 
@@ -951,8 +1058,7 @@ class Pool:
         known = latencies(problem, genotypes)
         keep = known.within.any(axis=1)
         known = known.at(keep)
-        relevance = model.hyperparameters.relevance
-        features = encode(genotypes[keep], problem.cardinalities, problem.ordinal, relevance)
+        features = encoded(problem, genotypes[keep], model.hyperparameters)
         mean, deviation, white = predict(model, features)
         values = improvement(problem, model, fronts, known, mean, deviation)
         return Pool(genotypes[keep], features, known, mean, deviation, white, values)

@@ -24,7 +24,7 @@ from nas.search.greybox import (
     Pool,
     Scored,
     best_batch,
-    encode,
+    encoded,
     fit_hyperparameters,
     fit_model,
     hashes,
@@ -102,7 +102,7 @@ def _screen(
     model = fit_model(problem, few, chosen)
     doubt = float(np.sqrt(chosen.pair + chosen.rbf))
     trained = model.known.at(slice(len(model.weights)))
-    promising = encode(fronts.genotypes, problem.cardinalities, problem.ordinal, chosen.relevance)
+    promising = encoded(problem, fronts.genotypes, chosen)
     base = on_a_front(problem, replace(fronts, accuracies=predict_accuracy(model, promising)))
     parents = fronts.genotypes[base] if len(base) else seen.genotypes
     codes = hashes(taken)
@@ -117,7 +117,7 @@ def _screen(
         known = latencies(problem, rows)
         inside = np.flatnonzero(known.within.any(axis=1))
         rows, known = rows[inside], known.at(inside)
-        features = encode(rows, problem.cardinalities, problem.ordinal, chosen.relevance)
+        features = encoded(problem, rows, chosen)
         mean = kernel(features, trained, model.genes, chosen) @ model.weights
         values = improvement(problem, model, fronts, known, mean, np.full(len(rows), doubt))
         best = np.argsort(-values, kind="stable")[: 2 * KEPT]

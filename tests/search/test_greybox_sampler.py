@@ -174,7 +174,7 @@ def test_a_trial_that_breaks_a_constraint_does_not_shade_its_neighbours() -> Non
         for _ in range(10):
             trial = study.ask(SPACE)
             trial.set_constraint("memory", excess if trial.number == 9 else -1.0)
-            study.tell(trial, (top1(trial.params) + 0.3 * (trial.number == 9), latency_ms(trial.params)))
+            study.tell(trial, (top1(trial.params) + 0.1 * (trial.number == 9), latency_ms(trial.params)))
     assert free.ask(SPACE).params != bound.ask(SPACE).params
 
 
