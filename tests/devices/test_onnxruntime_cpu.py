@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -248,3 +251,10 @@ def test_the_deviation_of_a_latency_is_the_gap_between_its_two_fastest_sessions(
     m = device.measure([MeasureJob("n", "network", "fp32", mean_model(), 1)])[0]
     assert replace(m, session_ms=(3.0, 1.0, 1.25)).std_ms == 0.25
     assert replace(m, session_ms=(1.0,)).std_ms == 0.0
+
+
+def test_the_runtime_notes_nothing_in_the_home_of_its_user(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / ".cache")}
+    subprocess.run([sys.executable, "-c", "import nas.devices.onnxruntime_cpu"], check=True, env=environment)
+    assert list(tmp_path.rglob("*")) == []
