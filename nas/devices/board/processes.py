@@ -1,6 +1,7 @@
 """Programs that the agent starts on a board: they get a time limit, and end when the agent does, however that ends."""
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -13,13 +14,16 @@ _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)  # opened here: between fork and exec of a process with threads it may not be
 
 
-def end_with_parent() -> None:
-    """Called in a process that was just started: the kernel ends it when the thread that started it is gone."""
+def end_with_parent(parent: int) -> None:
+    """Called in a process that was just started: the kernel ends it when the thread that started it is gone.
+
+    `parent`: id of the process that started it. It may well be 1, in a container.
+    """
     try:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except AttributeError:  # not Linux
         return
-    if os.getppid() == 1:  # it was gone already
+    if os.getppid() != parent:  # it was gone already
         os._exit(1)
 
 
@@ -31,11 +35,14 @@ def start(argv: List[str], **streams: Any) -> "subprocess.Popen[bytes]":
         streams: `stdin`, `stdout`, `stderr`, `cwd` and `env` of `subprocess.Popen`.
 
     Raises:
-        BoardError: there is no such program, or it may not be run.
+        BoardError: there is no such program, it may not be run, or there is no memory for another process.
     """
+    parent = os.getpid()
     try:
-        return subprocess.Popen(argv, preexec_fn=end_with_parent, start_new_session=True, **streams)
+        return subprocess.Popen(argv, preexec_fn=lambda: end_with_parent(parent), start_new_session=True, **streams)
     except OSError as e:
+        if e.errno == errno.ENOMEM:  # what is wrong is the board now, not the program
+            raise BoardError("out_of_memory", "no memory to start %s" % argv[0]) from e
         raise BoardError("not_found", "%s cannot be started: %s" % (argv[0], e.strerror or e)) from e
 
 
