@@ -5,11 +5,11 @@ import errno
 import os
 import signal
 import subprocess
-import threading
 from typing import Any, Dict, List, Optional, Tuple
 
 from .errors import BoardError
 
+END_S = 5.0  # a program that was killed is gone at once, but for what it waits for in the kernel
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)  # opened here: between fork and exec of a process with threads it may not be
 
@@ -50,9 +50,12 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     """Ends a program and everything in its process group at once; nothing happens where it has ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except OSError:  # all of them have ended
+    except OSError:  # all of them have ended, or they belong to another user, as what sudo starts
         pass
-    process.wait()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:  # it cannot be ended from here, and nobody waits for it
+        pass
 
 
 def run(
@@ -68,20 +71,14 @@ def run(
     """
     pipe = subprocess.PIPE
     process = start(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
-    is_late = []  # type: List[bool]
-
-    def stop() -> None:
-        is_late.append(True)
-        end(process)
-
-    timer = threading.Timer(timeout_s, stop)
-    timer.start()
     try:
-        out, err = process.communicate(stdin)
+        out, err = process.communicate(stdin, timeout=timeout_s)
+    except subprocess.TimeoutExpired as e:
+        raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s)) from e
     finally:
-        timer.cancel()
-        if process.poll() is None:
+        if process.returncode is None:
             end(process)
-    if is_late:
-        raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s))
+        for stream in (process.stdin, process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
     return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
