@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import subprocess
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 from .errors import BoardError
 
@@ -58,10 +58,8 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         pass
 
 
-def run(
-    argv: List[str], timeout_s: float, stdin: bytes = b"", env: Optional[Dict[str, str]] = None
-) -> Tuple[int, str, str]:
-    """Runs a program to its end.
+def run(argv: List[str], timeout_s: float) -> Tuple[int, str, str]:
+    """Runs a program to its end, with nothing to read.
 
     Returns:
         Exit status (negative: the signal that ended it), what it wrote to its output, and to its error output.
@@ -70,15 +68,15 @@ def run(
         BoardError: it cannot be started, or did not end within `timeout_s` and was ended.
     """
     pipe = subprocess.PIPE
-    process = start(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
+    process = start(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
     try:
-        out, err = process.communicate(stdin, timeout=timeout_s)
+        out, err = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as e:
         raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s)) from e
     finally:
         if process.returncode is None:
             end(process)
-        for stream in (process.stdin, process.stdout, process.stderr):
+        for stream in (process.stdout, process.stderr):
             if stream is not None:
                 stream.close()
     return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
