@@ -21,6 +21,9 @@ from nas.core.errors import NasError, StorageError, UsageError
 from nas.core.jsonio import to_plain
 
 HIDDEN_NAMES = ("localhost", "root")  # say nothing about anybody
+# What ssh says of the machine behind an alias: ann@10.0.0.5, "connect to host 10.0.0.5 port 22", "hostname board.lan:".
+_LOGIN = re.compile(r"[\w.+-]+@[\w.-]+")
+_PEER = re.compile(r"(?<=\bhostname )[\w.%-]+|[\w.:%-]+(?= port \d)")
 
 
 def state_checks(state: Mapping[str, Any], by_hand: str) -> Iterator[Check]:
@@ -180,10 +183,10 @@ host.json    the machine that the doctor ran on
 
 
 def hidden(text: str, names: Sequence[str]) -> str:
-    """Text without secrets and without names, each as a whole word."""
+    """Text without secrets, logins, addresses that ssh tells, and names, each as a whole word."""
     from nas.report.redact import HIDDEN, redacted
 
-    text = redacted(text)
+    text = _PEER.sub(HIDDEN, _LOGIN.sub(f"{HIDDEN}@{HIDDEN}", redacted(text)))
     for name in sorted(set(names), key=len, reverse=True):
         text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", HIDDEN, text)
     return text

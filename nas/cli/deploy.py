@@ -78,7 +78,10 @@ def command(
         )
         if is_board and not no_copy:
             from nas.devices.address import parse_address
+            from nas.devices.remote import RemoteDevice
 
+            if isinstance(target, RemoteDevice):
+                target.close()  # what its agent holds of the memory of the GPU is for the package's scripts now
             with Ssh(parse_address(device).ssh) as ssh:
                 done = run_on_board(done, ssh, to or board_folder(done.package.manifest), reporter.say)
     _show(console, done, str(opened.folder))

@@ -173,9 +173,7 @@ def check_extras() -> Check:
         except importlib.metadata.PackageNotFoundError:
             found[name] = ""
     text = ", ".join(f"{name} {version or 'not installed'}" for name, version in found.items())
-    return Check(
-        "extras", "OK", f"{text} (optional; no device of this version needs them)", details={"versions": found}
-    )
+    return Check("extras", "OK", f"{text} (optional: for the device tensorrt)", details={"versions": found})
 
 
 def check_processors() -> Check:

@@ -29,7 +29,6 @@ class Silicon:
     name: str
     sm: tuple[int, int]
     dla: Mapping[str, int] = field(default_factory=dict)
-    is_sparse: bool = False
 
 
 # Thor counts as 11.0 under CUDA 13 and as 10.1 before.
@@ -37,10 +36,8 @@ SILICON = {
     "tegra210": Silicon("Jetson Nano, TX1", (5, 3)),
     "tegra186": Silicon("Jetson TX2", (6, 2)),
     "tegra194": Silicon("Jetson Xavier", (7, 2), {"": 2}),
-    "tegra234": Silicon(
-        "Jetson Orin", (8, 7), {"Orin Nano": 0, "Orin NX 8GB": 1, "Orin NX 16GB": 2, "AGX Orin": 2}, is_sparse=True
-    ),
-    "tegra264": Silicon("Jetson Thor", (11, 0), is_sparse=True),
+    "tegra234": Silicon("Jetson Orin", (8, 7), {"Orin Nano": 0, "Orin NX 8GB": 1, "Orin NX 16GB": 2, "AGX Orin": 2}),
+    "tegra264": Silicon("Jetson Thor", (11, 0)),
 }
 
 
@@ -66,7 +63,6 @@ class Capability:
     max_opset: int
     rewrites: tuple[Rewrite, ...]
     dla_cores: int | None
-    is_sparse: bool
 
     def offered(self, precisions: tuple[Precision, ...]) -> tuple[Precision, ...]:
         """Those of `precisions` that the board can do."""
@@ -109,7 +105,6 @@ def capability_of(soc: str, tensorrt: str, module: str = "") -> Capability:
         max_opset=_max_opset(version),
         rewrites=tuple(rewrites),
         dla_cores=_dla_cores(silicon, version, module),
-        is_sparse=silicon.is_sparse,
     )
 
 

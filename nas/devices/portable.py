@@ -11,10 +11,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from nas.devices.base import MeasureJob
 
-# Newer definitions that only took in further types of tensors, which the models of this project do not have (onnx,
-# docs/Changelog.md): operator -> the operator set whose definition they have used since.
 PRECISION_KEY = "precision"  # in the metadata of a model: what it is to be built in
 OURS = "nas"  # what the writers of this project call themselves
+
+# Newer definitions that only took in further types of tensors, which the models of this project do not have (onnx,
+# docs/Changelog.md): operator -> the operator set whose definition they have used since.
 _MORE_TYPES_ONLY = {"Add": 13, "Mul": 13, "Relu": 13, "Identity": 13, "If": 13, "GreaterOrEqual": 12}
 
 # Format versions with the operator sets that came with them (onnx, docs/Versioning.md); newer ones stay as they are.

@@ -38,7 +38,7 @@ from nas.devices.base import (
     OnResult,
     layer_times_of,
 )
-from nas.devices.board.sensors import identity
+from nas.devices.board.state import identity
 from nas.devices.capability import SILICON, Capability, capability_of, version_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
@@ -276,16 +276,19 @@ class RemoteDevice:
         """Whether the runtime cannot read HardSwish: TensorRT before 8.4."""
         return self._runner.runtime == "tensorrt" and version_of(self._runner.version) < (8, 4)
 
-    def _portable(self, model: bytes, rows: int) -> bytes:
-        """A model as this runtime takes it; `rows`: its batch, where the runtime wants a fixed one."""
-        fixed = None if self._runner.dynamic_batch else rows
+    def _portable(self, model: bytes) -> bytes:
+        """A model as this runtime takes it: an open batch is 1 where the runtime wants a fixed one, as it is deployed.
+
+        An engine for all images that are to be run at once would not fit into the memory of a board.
+        """
+        fixed = None if self._runner.dynamic_batch else 1
         return portable_model(model, fixed, splits_hard_swish=self._splits)
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs for raw images, computed on the board; see `Device.run`."""
         if not len(images):
             raise DeviceError("no images were given to run")
-        model = self._portable(model, len(images))
+        model = self._portable(model)
         kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
         data = np.ascontiguousarray(images, dtype=kind).tobytes()
         files = {_sha256(model): model, _sha256(data): data}
@@ -382,7 +385,7 @@ class RemoteDevice:
 
     def _sent(self, job: MeasureJob) -> tuple[Message, dict[str, bytes]]:
         """A job as it travels, and the files that it needs."""
-        model = self._portable(job.model, 1)
+        model = self._portable(job.model)
         feeds = feed_bytes(job)
         files = {_sha256(model): model, **{_sha256(data): data for data in feeds.values()}}
         described = {
@@ -395,7 +398,13 @@ class RemoteDevice:
         return described, files
 
     def _request(self, operation: str, plan: Message) -> Message:
-        request = {"op": operation, "runner": self._runner.name, "threads": self._address.threads}
+        runner = self._runner
+        request = {
+            "op": operation,
+            "runner": runner.name,
+            "version": runner.version,
+            "threads": self._address.threads,
+        }
         return {**request, "plan": plan} if plan else request
 
     def _plan(self, kind: JobKind) -> Message:

@@ -7,6 +7,7 @@ connections of one `Ssh` share the first one (ControlMaster) through a socket in
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -150,7 +151,8 @@ class Ssh:
         """Ends the shared connection and removes its folder."""
         if (self._folder / "s").exists():
             exit_argv = [*self._options(), "-O", "exit", "--", self.address.destination]
-            subprocess.run(exit_argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # nothing goes on without its socket either
+                subprocess.run(exit_argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=10, check=False)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def argv(self, command: str) -> list[str]:

@@ -24,8 +24,8 @@ from nas.devices.board import loader
 from nas.devices.board.errors import BoardError
 from nas.devices.board.lines import LineReader, LineWriter
 from nas.devices.board.rounds import Plan
-from nas.devices.board.sensors import governor, identity
 from nas.devices.board.serve import Agent
+from nas.devices.board.state import identity, read_state
 from nas.devices.board.store import Folder
 from nas.devices.board.worker_process import WorkerProcess
 from nas.testing import requires_package
@@ -260,6 +260,12 @@ def test_a_board_that_does_not_stay_in_one_state_is_told(board: Board) -> None:
     assert "the board did not stay in one state: boot_id: '5', then '6'" in result["error"]["message"]
 
 
+def test_a_board_that_did_not_stay_in_one_state_is_measured_by_the_next_program(board: Board) -> None:
+    board.states = [{"boot_id": str(n)} for n in range(8)]  # the last one then stays
+    assert board.measure(b"good")["good"]["error"]["kind"] == "state_changed"
+    assert board.measure(b"good")["good"]["error"] is None, "the same batch again, on a board that is steady now"
+
+
 def test_a_batch_goes_on_where_it_was_and_a_torn_line_is_measured_again(board: Board) -> None:
     first = board.measure(b"one", b"two", b"three", alive=1)
     path = Path(board.folder.batch("0123456789"))
@@ -314,9 +320,28 @@ def test_layers_of_a_model_are_told(board: Board) -> None:
     assert told[-1]["layers"] == [{"name": "conv", "median_ms": 0.25, "metadata": "7 runs"}]
 
 
+def test_many_short_steps_are_signs_of_life(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.devices.board.serve.TELL_EVERY_S", 0.0)
+    name = board.put(b"good")
+    more = {"images": board.put(bytes(12 * 5)), "shape": [5, 3], "precision": "fp16", "limit_s": 60}
+    told = board.ask("run", sha256=name, runner="scripted", **more)
+    assert len(told[-1]["data"]) == 5 * 4
+    assert sum("progress" in message for message in told) >= 5, "a host takes an agent that says nothing for cut off"
+
+
+def test_a_model_is_not_guilty_of_a_host_that_went_away(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(message: dict[str, Any], data: bytes = b"") -> None:  # noqa: ARG001
+        raise BrokenPipeError
+
+    monkeypatch.setattr(board.agent, "_send", gone)
+    with pytest.raises(BrokenPipeError):
+        board.measure(b"good", b"other good")
+    assert Path(board.folder.batch("0123456789")).read_bytes() == b"", "a failure that never was meets the next program"
+
+
 def test_another_host_waits_until_the_board_is_free(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.devices.board.store.WAIT_FOR_BOARD_S", 0.5)
-    holder = json.dumps({"client": "other", "since": "noon"})
+    holder = json.dumps({"client": "other", "since": "noon", "pid": 4711})
     lock = "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); f.write(sys.argv[2]); "
     argv = [sys.executable, "-c", lock + "f.flush(); print(1, flush=True); time.sleep(60)", board.folder.lock, holder]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as other:
@@ -325,7 +350,7 @@ def test_another_host_waits_until_the_board_is_free(board: Board, monkeypatch: p
         told = board.ask("measure", batch="0" * 8, runner="scripted", plan=PLAN, jobs=jobs)
         other.kill()
     assert told[0] == {"progress": 0.0, "waiting": "another program measures on this board since noon"}
-    assert told[-1]["kind"] == "busy"
+    assert told[-1]["kind"] == "busy" and told[-1]["error"].endswith("end it on the board: kill 4711")
     assert board.measure(b"good")["good"]["error"] is None
 
 
@@ -338,8 +363,8 @@ def test_a_worker_that_hangs_ends_with_its_agent_when_that_is_killed(tmp_path: P
     agent = (
         "import json, sys\nfrom nas.devices.board.worker_process import WorkerProcess\n"
         "worker = WorkerProcess([sys.executable, '-u', sys.argv[1]])\n"
-        "worker.ask({'op': 'describe'}, print)\nprint('ready', flush=True)\n"
-        "worker.ask(json.loads(sys.argv[2]), print)\n"
+        "worker.ask({'op': 'describe'}, lambda _: None)\nprint('ready', flush=True)\n"
+        "worker.ask(json.loads(sys.argv[2]), lambda _: None)\n"
     )
     argv = [sys.executable, "-c", agent, str(runner), json.dumps(asked)]
 
@@ -366,9 +391,11 @@ def test_files_that_nobody_used_for_long_are_removed(board: Board) -> None:
     os.utime(board.folder.blob(old), (1, 1))
     stale = Path(board.folder.root) / "work-left"
     stale.mkdir()
-    os.utime(stale, (1, 1))
+    for folder in (stale, board.folder.work):
+        os.utime(folder, (1, 1))
     board.folder.tidy(time.time())
     assert not board.folder.has(old) and board.folder.has(new) and not stale.exists()
+    assert Path(board.folder.work).is_dir(), "of an agent that lives"
 
 
 def test_a_line_that_is_no_object_is_refused(tmp_path: Path) -> None:
@@ -383,7 +410,8 @@ def test_the_governor_is_part_of_what_may_not_change(tmp_path: Path) -> None:
     path = tmp_path / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
     path.parent.mkdir(parents=True)
     path.write_text("performance\n")
-    assert governor(str(tmp_path)) == "performance" and governor(str(tmp_path / "nothing")) is None
+    assert read_state(str(tmp_path))["governor"] == "performance"
+    assert read_state(str(tmp_path / "nothing"))["governor"] is None
     state = {"boot_id": "abc", "power_mode": {"id": 0, "name": "MAXN"}, "governor": "performance", "python": "3.6.9"}
     assert identity(state) == {
         "boot_id": "abc",

@@ -143,6 +143,21 @@ def test_names_that_are_hidden_are_whole_words() -> None:
     assert hidden("ann@board.lan annotates board.lanes", ["ann", "board.lan"]) == "***@*** annotates board.lanes"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ssh: connect to host 10.0.0.5 port 22: Connection refused",
+        "ann@10.0.0.5: Permission denied (publickey)",
+        "Could not resolve hostname board.lan: Name or service not known",
+        "Connection closed by 10.0.0.5 port 22",
+    ],
+)
+def test_what_ssh_says_of_the_machine_behind_an_alias_is_hidden(said: str) -> None:
+    told = hidden(said, names_of("ssh:myboard"))
+    assert not re.search(r"10\.0\.0\.5|ann|board\.lan", told) and "***" in told
+    assert said.rpartition(":")[2].split()[-1] in told, "what went wrong is still there"
+
+
 def test_a_mistyped_device_is_the_users_mistake() -> None:
     assert run(["doctor", "--device", "cpux"]) == 2
 

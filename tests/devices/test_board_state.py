@@ -13,9 +13,9 @@ from fake_board.tools import install_board_tools, runner_in
 from fake_board.tree import BOARDS, BOOT_ID, NANO, ORIN_NANO_SUPER, THOR, FakeBoard, put, write_board
 
 from nas.devices.board.errors import BoardError
-from nas.devices.board.sensors import identity
 from nas.devices.board.state import (
     are_locked,
+    identity,
     parse_current_mode,
     parse_power_modes,
     read_rails,

@@ -230,6 +230,7 @@ def test_skipped_tactics_are_a_warning_of_the_session(program: str, tmp_path: Pa
         ({"code": 137, "err": SKIPPED}, "killed", "dmesg.*1 tactics were skipped"),
         ({"code": -11}, "build_failed", "signal 11"),
         ({"code": 1, "err": "[E] Unknown option: --fp16 "}, "unsupported", "does not know --fp16"),
+        ({"code": 1, "err": "OSError: [Errno 28] No space left on device"}, "disk_full", "no space left on this board"),
         ({"plan": b""}, "build_failed", "wrote no engine"),
         (
             {"raises": BoardError("hung", "trtexec did not return within 5 s")},

@@ -14,8 +14,7 @@ from fake_board.tree import NANO, ORIN_NANO_SUPER, THOR, put, set_rails, write_b
 from nas.devices.board.energy import PowerSampler, of_rounds, total_power
 from nas.devices.board.errors import BoardError
 from nas.devices.board.power import change, mode_of
-from nas.devices.board.sensors import identity
-from nas.devices.board.state import read_rails, read_state
+from nas.devices.board.state import identity, read_rails, read_state
 from nas.devices.board.watch import Watch, marks
 
 GPU = "sys/class/devfreq/17000000.gpu"

@@ -9,10 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from fake_board.tools import VERSIONS, calls_of, install_trtexec
 
 from nas.cli.main import run
+from nas.core.errors import DeviceError
 from nas.devices.address import parse_address
 from nas.devices.base import MeasureJob
 from nas.devices.remote import SLOW_START, RemoteDevice
@@ -85,6 +88,17 @@ def test_a_build_that_the_kernel_kills_is_told_as_such(server: SshServer) -> Non
         assert raw["error"]["kind"] in ("killed", "out_of_memory"), raw["error"]
     finally:
         device.close()
+
+
+def test_images_are_run_through_an_engine_of_one_image_as_it_is_deployed(server: SshServer) -> None:
+    device, program = board(server, "8.5")
+    try:
+        with pytest.raises(DeviceError, match="trtexec gives no exact outputs"):
+            device.run(mean_model(None), np.zeros((5, 3, 8, 8), np.float32))
+    finally:
+        device.close()
+    (built,) = [x.partition("=")[2] for call in calls_of(program) for x in call if x.startswith("--onnx=")]
+    assert [d.dim_value for d in onnx.load(built).graph.input[0].type.tensor_type.shape.dim] == [1, 3, 8, 8]
 
 
 def test_layers_of_an_engine_come_back(server: SshServer) -> None:

@@ -50,7 +50,6 @@ class Runtime(object):
     """
 
     name = ""
-    has_graphs = True
 
     def version(self) -> int:
         """Version of the runtime: 12060 is 12.6."""
@@ -332,7 +331,6 @@ class PyCuda(Runtime):
     """CUDA through pycuda, which has no graph functions."""
 
     name = "pycuda"
-    has_graphs = False
 
     def __init__(self, driver: Any) -> None:
         """`driver`: the module pycuda.driver, with a context."""

@@ -8,6 +8,7 @@ Source of the rails to take: jetson_stats (jtop/core/power.py). VDD_IN (TX2, Xav
 """
 
 import bisect
+import statistics
 import threading
 import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
@@ -108,14 +109,9 @@ def of_rounds(energies: List[Optional[float]]) -> Optional[Dict[str, float]]:
     The spread is 1.4826 times the median deviation from the median, which is the standard deviation of a normal
     distribution and does not follow one odd round. It is 0 for a single round.
     """
-    values = sorted(v for v in energies if v is not None)
+    values = [v for v in energies if v is not None]
     if not values:
         return None
-    middle = _median(values)
-    spread = 1.4826 * _median(sorted(abs(v - middle) for v in values))
+    middle = statistics.median(values)
+    spread = 1.4826 * statistics.median(abs(v - middle) for v in values)
     return {"mj": middle, "std_mj": spread, "rounds": float(len(values))}
-
-
-def _median(ordered: List[float]) -> float:
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

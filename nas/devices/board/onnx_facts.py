@@ -4,21 +4,21 @@ Only the few fields that are needed are read from the protocol buffer (onnx.prot
 graph = 7 of a model; node = 1, initializer = 5, input = 11, output = 12 of a graph.
 """
 
-from typing import Any, Dict, Iterator, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, Iterator, List, Set, Tuple, Union
 
 from .errors import BoardError
 
-# TensorProto.DataType -> our name and bytes of one element.
+# TensorProto.DataType -> our name.
 TYPES = {
-    1: ("float32", 4),
-    2: ("uint8", 1),
-    3: ("int8", 1),
-    6: ("int32", 4),
-    7: ("int64", 8),
-    9: ("bool", 1),
-    10: ("float16", 2),
-    11: ("float64", 8),
-    16: ("bfloat16", 2),
+    1: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    16: "bfloat16",
 }
 _FLOAT16, _BFLOAT16 = 10, 16
 
@@ -111,7 +111,7 @@ def _value(data: Any) -> Dict[str, Any]:
                             kind = int(part)
                         elif inner == 2:
                             shape = [_size(dim) for n, dim in _fields(part) if n == 1]
-    return {"name": name, "dtype": TYPES.get(kind, ("type %d" % kind, 0))[0], "shape": shape}
+    return {"name": name, "dtype": TYPES.get(kind, "type %d" % kind), "shape": shape}
 
 
 def _size(dim: Any) -> int:
@@ -154,8 +154,3 @@ def _varint(data: Any, place: int) -> Tuple[int, int]:
         shift += 7
         if shift > 63:
             raise ValueError("no protocol buffer")
-
-
-def dtype_bytes(dtype: str) -> Optional[int]:
-    """Bytes of one element of a dtype; None where it is not one of ours."""
-    return dict(TYPES.values()).get(dtype)

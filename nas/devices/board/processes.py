@@ -1,25 +1,29 @@
 """Programs that the agent starts on a board: they get a time limit, and end when the agent does, however that ends."""
 
 import ctypes
+import errno
 import os
 import signal
 import subprocess
-import threading
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 from .errors import BoardError
 
+END_S = 5.0  # a program that was killed is gone at once, but for what it waits for in the kernel
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)  # opened here: between fork and exec of a process with threads it may not be
 
 
-def end_with_parent() -> None:
-    """Called in a process that was just started: the kernel ends it when the thread that started it is gone."""
+def end_with_parent(parent: int) -> None:
+    """Called in a process that was just started: the kernel ends it when the thread that started it is gone.
+
+    `parent`: id of the process that started it. It may well be 1, in a container.
+    """
     try:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     except AttributeError:  # not Linux
         return
-    if os.getppid() == 1:  # it was gone already
+    if os.getppid() != parent:  # it was gone already
         os._exit(1)
 
 
@@ -31,11 +35,14 @@ def start(argv: List[str], **streams: Any) -> "subprocess.Popen[bytes]":
         streams: `stdin`, `stdout`, `stderr`, `cwd` and `env` of `subprocess.Popen`.
 
     Raises:
-        BoardError: there is no such program, or it may not be run.
+        BoardError: there is no such program, it may not be run, or there is no memory for another process.
     """
+    parent = os.getpid()
     try:
-        return subprocess.Popen(argv, preexec_fn=end_with_parent, start_new_session=True, **streams)
+        return subprocess.Popen(argv, preexec_fn=lambda: end_with_parent(parent), start_new_session=True, **streams)
     except OSError as e:
+        if e.errno == errno.ENOMEM:  # what is wrong is the board now, not the program
+            raise BoardError("out_of_memory", "no memory to start %s" % argv[0]) from e
         raise BoardError("not_found", "%s cannot be started: %s" % (argv[0], e.strerror or e)) from e
 
 
@@ -43,15 +50,16 @@ def end(process: "subprocess.Popen[bytes]") -> None:
     """Ends a program and everything in its process group at once; nothing happens where it has ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except OSError:  # all of them have ended
+    except OSError:  # all of them have ended, or they belong to another user, as what sudo starts
         pass
-    process.wait()
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:  # it cannot be ended from here, and nobody waits for it
+        pass
 
 
-def run(
-    argv: List[str], timeout_s: float, stdin: bytes = b"", env: Optional[Dict[str, str]] = None
-) -> Tuple[int, str, str]:
-    """Runs a program to its end.
+def run(argv: List[str], timeout_s: float) -> Tuple[int, str, str]:
+    """Runs a program to its end, with nothing to read.
 
     Returns:
         Exit status (negative: the signal that ended it), what it wrote to its output, and to its error output.
@@ -60,21 +68,15 @@ def run(
         BoardError: it cannot be started, or did not end within `timeout_s` and was ended.
     """
     pipe = subprocess.PIPE
-    process = start(argv, stdin=pipe, stdout=pipe, stderr=pipe, env=env)
-    is_late = []  # type: List[bool]
-
-    def stop() -> None:
-        is_late.append(True)
-        end(process)
-
-    timer = threading.Timer(timeout_s, stop)
-    timer.start()
+    process = start(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
     try:
-        out, err = process.communicate(stdin)
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired as e:
+        raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s)) from e
     finally:
-        timer.cancel()
-        if process.poll() is None:
+        if process.returncode is None:
             end(process)
-    if is_late:
-        raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s))
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
     return process.returncode, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")

@@ -34,8 +34,7 @@ from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .power import change
 from .rounds import Plan
-from .sensors import governor, identity
-from .state import read_state
+from .state import identity, read_state
 from .store import Batch, BoardLock, Folder
 from .worker_process import WorkerProcess
 
@@ -224,6 +223,8 @@ class Agent(object):
 
     def _asked(self, request: Dict[str, Any], op: str, **more: Any) -> Dict[str, Any]:
         reference = request.get("reference")
+        # of one version: trtexec may refuse to build with the cache of another, as after an update of JetPack
+        cache = "%s %s" % (request["runner"], request.get("version", ""))
         return dict(
             more,
             op=op,
@@ -231,7 +232,7 @@ class Agent(object):
             threads=int(request.get("threads", 1)),
             reference=None if reference is None else self._there(reference),
             work=self._folder.work,
-            timing_cache=os.path.join(self._folder.root, "timing-cache-%s.bin" % _plain(str(request["runner"]))),
+            timing_cache=os.path.join(self._folder.root, "timing-cache-%s.bin" % _plain(cache)),
         )
 
     def _job(self, index: int, job: Dict[str, Any]) -> Dict[str, Any]:
@@ -302,7 +303,8 @@ def _reader_thread(reader: LineReader, folder: Folder, requests: "queue.Queue[An
             requests.put(request)
     except (BoardError, OSError):  # the host speaks another language, or is gone
         pass
-    ended()
+    finally:  # also after a request that nobody thought of: without this thread the end of the stream is never seen
+        ended()
 
 
 def _received(reader: LineReader, folder: Folder, request: Dict[str, Any]) -> Optional[Dict[str, str]]:
@@ -338,11 +340,6 @@ def _received(reader: LineReader, folder: Folder, request: Dict[str, Any]) -> Op
     return None if failed is None else {"kind": failed.kind, "message": failed.message}
 
 
-def known_state() -> Dict[str, Any]:
-    """The state of this board now: all that it tells of itself, and its processor's governor."""
-    return dict(read_state(), governor=governor())
-
-
 def serve(command: List[str], name: str) -> None:
     """Serves the host that holds the other end of standard input and output, until it lets go.
 
@@ -359,13 +356,13 @@ def serve(command: List[str], name: str) -> None:
     requests = queue.Queue()  # type: queue.Queue[Any]
 
     def ended() -> None:
-        worker.end()
+        worker.close()
         folder.close()
         os._exit(0)  # the main thread may be in the middle of anything
 
     reading = threading.Thread(target=_reader_thread, args=(LineReader(0), folder, requests, ended), daemon=True)
     reading.start()
-    agent = Agent(folder, worker, writer.send, known_state, name)
+    agent = Agent(folder, worker, writer.send, read_state, name)
     try:
         while True:
             agent.answer(requests.get())

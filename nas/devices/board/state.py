@@ -160,7 +160,8 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         run: starts programs.
 
     Returns:
-        board, module, part_number, soc, jetpack, l4t, cuda, python, kernel, boot_id: texts or None.
+        board, module, part_number, soc, jetpack, l4t, cuda, python, kernel, boot_id, governor (how the clock of the
+        processor is chosen): texts or None.
         power_mode: {"id", "name"} or None; power_modes: list of {"id", "name"}; power_mode_default: id or None.
         clocks: gpu_mhz, gpu_min_mhz, gpu_max_mhz, gpu_governor, cpu_mhz, cpu_min_mhz, cpu_max_mhz (lists over the
         cores that are on), emc_mhz, emc_max_mhz. clocks_locked: bool, or None where nothing tells.
@@ -172,6 +173,7 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     """
     tree = Tree(root)
     record = _identity(tree, run)
+    record["governor"] = tree.text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
     record.update(_power_modes(tree, run))
     record.update(snapshot(root, tree))
     record["clocks_locked"] = are_locked(record["clocks"])
@@ -181,6 +183,21 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     record["unknown"] = tree.unknown
     record["problems"] = _problems(record)
     return record
+
+
+def identity(state: Dict[str, Any]) -> Dict[str, Any]:
+    """The part of a state record that may not change while something is measured.
+
+    Returns:
+        `boot_id`, `power_mode` (its name), `governor`, `clocks_locked`; None for what the board does not tell.
+    """
+    mode = state.get("power_mode")
+    return {
+        "boot_id": state.get("boot_id"),
+        "power_mode": mode.get("name") if isinstance(mode, dict) else mode,
+        "governor": state.get("governor"),
+        "clocks_locked": state.get("clocks_locked"),
+    }
 
 
 def snapshot(root: str = "/", tree: Optional[Tree] = None) -> Dict[str, Any]:

@@ -16,6 +16,9 @@ KEEP_S = 24 * 3600.0  # models and unacknowledged batches that nobody used for s
 WAIT_FOR_BOARD_S = 600.0  # another host may be measuring
 TELL_WAITING_S = 5.0
 
+# Errors of the board and not of a model: kept in a batch they would meet every later program that asks for the same.
+_PASSING = ("state_changed", "disk_full")
+
 _SHA256 = re.compile("[0-9a-f]{64}")
 _BATCH = re.compile("[0-9a-f]{8,64}")
 
@@ -29,7 +32,7 @@ class Folder(object):
         self.lock = os.path.join(root, "measuring.lock")
         for path in (root, self.blobs, self.batches):
             os.makedirs(path, 0o700, exist_ok=True)
-        self.work = tempfile.mkdtemp(prefix="work-", dir=root)
+        self.work = tempfile.mkdtemp(prefix="work-%d-" % os.getpid(), dir=root)
 
     def blob(self, sha256: Any) -> str:
         """Path of a file by its content.
@@ -65,7 +68,7 @@ class Folder(object):
         for folder in (self.root, self.blobs, self.batches):
             for name in os.listdir(folder):
                 path = os.path.join(folder, name)
-                if folder == self.root and not name.startswith("work-"):
+                if folder == self.root and (not name.startswith("work-") or _is_used(name)):
                     continue
                 try:
                     if now_s - os.stat(path).st_mtime < KEEP_S:
@@ -82,11 +85,20 @@ class Folder(object):
         shutil.rmtree(self.work, ignore_errors=True)
 
 
+def _is_used(name: str) -> bool:
+    """Whether the agent lives whose scratch folder this is: it may wait for a day while a search trains."""
+    owner = re.match(r"work-(\d+)-", name)
+    return owner is not None and os.path.exists("/proc/" + owner.group(1))
+
+
 class Batch(object):
     """The results of a batch on disk: appended one by one, a torn last line is left out when they are read again."""
 
     def __init__(self, path: str, jobs: List[Dict[str, Any]], state: Dict[str, Any]) -> None:
-        """Reads what an earlier connection measured in the same power mode and with the same clocks."""
+        """Reads what an earlier connection measured in the same power mode and with the same clocks.
+
+        What failed for want of space or of a steady board is not among it: it is measured again.
+        """
         self._path = path
         keys = {job["index"]: job["key"] for job in jobs}
         self.found = []  # type: List[Dict[str, Any]]
@@ -96,7 +108,7 @@ class Batch(object):
             same = all(told.get(name) == state[name] for name in state if name != "boot_id")
             if not isinstance(index, int) or index in self.indices or result.get("key") != keys.get(index):
                 continue
-            if same:
+            if same and (result.get("error") or {}).get("kind") not in _PASSING:
                 self.indices.add(index)
                 self.found.append(result)
         staged = path + ".new"
@@ -134,7 +146,11 @@ class BoardLock(object):
             now_s = time.monotonic()
             if now_s > until_s:
                 os.close(self._fd)
-                raise BoardError("busy", "another program measures on this board since %s" % holder.get("since"))
+                raise BoardError(
+                    "busy",
+                    "another program measures on this board since %s. If nobody misses it, end it on the board: kill %s"
+                    % (holder.get("since"), holder.get("pid")),
+                )
             if now_s - told_s > TELL_WAITING_S:
                 told_s = now_s
                 self._waiting("another program measures on this board since %s" % holder.get("since"))

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import processes
 from .cuda import find_cuda
-from .errors import BoardError
+from .errors import BoardError, as_board_error
 from .onnx_facts import onnx_facts
 from .trtexec import effective_precision, is_weak
 from .trtexec_output import failure_of, layers_of, skipped_tactics
@@ -702,6 +702,7 @@ def main() -> None:
         told = build(import_tensorrt(), request)
     except BoardError as e:
         told = {"kind": e.kind, "error": e.message, "warnings": []}
-    except MemoryError as e:
-        told = {"kind": "out_of_memory", "error": "no memory left: %s" % e, "warnings": []}
+    except (MemoryError, OSError) as e:  # such as a full disk, which says nothing about the model
+        error = as_board_error(e, "not_found")
+        told = {"kind": error.kind, "error": error.message, "warnings": []}
     _write(request["report"], json.dumps(told).encode("utf-8"))

@@ -26,6 +26,7 @@ _MEMORY = re.compile(
     r"requested amount of gpu memory|cannot allocate",
     re.IGNORECASE,
 )
+_NO_SPACE = "No space left on device"  # strerror(ENOSPC)
 _SERIOUS = re.compile(r"\berror\b|FAILED|Unknown option|Could not|terminate called", re.IGNORECASE)
 _UNKNOWN_OPTION = re.compile(r"Unknown option:? +(--?[\w-]+)")
 _DROPPED_MS = ("8.0", "8.2", "8.4")  # `--exportTimes` of these holds the queries of the warm-up, too
@@ -209,6 +210,8 @@ def failure_of(text: str, returncode: int, what: str) -> BoardError:
         )
     if any(_MEMORY.search(line) for line in marked + loud):
         return BoardError("out_of_memory", "%s: out of memory: %s%s" % (what, said, more))
+    if _NO_SPACE in text:
+        return BoardError("disk_full", "%s: no space left on this board: %s" % (what, said))
     if unknown_options(text):
         return BoardError("unsupported", "%s: this trtexec does not know %s" % (what, unknown_options(text)[0]))
     ended = "signal %d" % -returncode if returncode < 0 else "exit code %d" % returncode

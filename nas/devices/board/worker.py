@@ -30,7 +30,7 @@ def main(runners: Optional[List[Any]] = None) -> None:
     Args:
         runners: what to measure with, by default all that there are.
     """
-    end_with_parent()
+    end_with_parent(os.getppid())
     os.putenv("ORT_DISABLE_TELEMETRY", "1")  # newer ONNX Runtimes note their use in files of the home
     out = os.dup(1)
     os.dup2(2, 1)  # what a runtime prints must not come between the messages

@@ -20,6 +20,7 @@ class WorkerProcess(object):
         self._command = command
         self._process = None  # type: Optional[subprocess.Popen[bytes]]
         self._reader = None  # type: Optional[LineReader]
+        self._is_closed = False
         self.key = ""  # of the model with which something is being done
 
     def ask(self, request: Dict[str, Any], during: Callable[[Dict[str, Any]], None]) -> Dict[str, Any]:
@@ -31,6 +32,7 @@ class WorkerProcess(object):
 
         Raises:
             BoardError: what the worker answered; `hung` or `killed` where it did not.
+            BrokenPipeError: `during` found nobody who listens, or `close` was called: nothing is wrong with the model.
         """
         self.key = ""
         process, reader = self._started()
@@ -38,20 +40,22 @@ class WorkerProcess(object):
         try:
             if process.stdin is not None:
                 LineWriter(process.stdin.fileno()).send(request)
+        except OSError as e:  # it ended before it took the request
+            raise self._ended() from e
+        try:
             while True:
                 message = _next_message(reader, limit_s + GRACE_S, lambda: during({}))
                 if message is None:
                     raise self._ended()
                 if "at" in message:
                     self.key, limit_s = message["at"], message["limit_s"]
+                    during(message)  # many short steps leave no pause in which `_next_message` would call it
                 elif "step" in message:
                     during(message)
                 elif "failed" in message:
                     raise BoardError(message["failed"]["kind"], message["failed"]["message"])
                 else:
                     return message
-        except OSError as e:  # it ended before it took the request
-            raise self._ended() from e
         except BoardError as e:
             if e.kind in ("hung", "truncated") and self._process is not None:
                 self.end()
@@ -69,7 +73,13 @@ class WorkerProcess(object):
                     except OSError:  # what was not written yet has no reader any more
                         pass
 
+    def close(self) -> None:
+        """Ends the process for good: whoever waits for its answer gets none, and takes no model for guilty."""
+        self._is_closed = True
+        self.end()
+
     def _started(self) -> Any:
+        self._refuse_when_closed()
         if self._process is None or self._process.poll() is not None:
             self.end()
             pipe = subprocess.PIPE
@@ -77,7 +87,12 @@ class WorkerProcess(object):
             self._reader = LineReader(self._process.stdout.fileno()) if self._process.stdout else None
         return self._process, self._reader
 
+    def _refuse_when_closed(self) -> None:
+        if self._is_closed:
+            raise BrokenPipeError("the agent ends")
+
     def _ended(self) -> BoardError:
+        self._refuse_when_closed()
         process = self._process
         if process is None:
             return BoardError("killed", "the process that runs models was ended")
@@ -105,4 +120,6 @@ def _next_message(reader: LineReader, limit_s: float, beat: Callable[[], None]) 
                 raise
             if left_s <= BEAT_S:
                 raise BoardError("hung", "did not return within %g s" % (limit_s - GRACE_S)) from e
-            beat()
+        except OSError:  # `end` closed it from another thread
+            return None
+        beat()
