@@ -12,7 +12,7 @@ from nas.devices.base import Device
 DEVICE_NAMES = ("cpu",)
 OTHER_NAMES = ("tensorrt",)  # where there is such a runtime
 
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # newer ONNX Runtimes note their use in files of the home
+os.putenv("ORT_DISABLE_TELEMETRY", "1")  # newer ONNX Runtimes note their use in files of the home
 
 
 def open_device(name: str, say: Callable[[str], None] = lambda _: None) -> Device:
