@@ -95,7 +95,7 @@ def capability_of(soc: str, tensorrt: str, module: str = "") -> Capability:
         )
     without = {p: why for p in _ORDER if (why := _why_not(p, silicon, version))}
     rewrites = []
-    if version < (8, 4):
+    if not reads_hard_swish(version):
         rewrites.append(
             Rewrite("HardSwish", "HardSigmoid, Mul", f"the parser of TensorRT {tensorrt} has no importer for it")
         )
@@ -118,6 +118,11 @@ def version_of(text: str) -> Version:
     if found is None:
         raise DeviceError(f"version of TensorRT: expected numbers such as 10.3.0, got {text!r}")
     return tuple(map(int, found[0].split(".")))
+
+
+def reads_hard_swish(version: Version) -> bool:
+    """Whether the ONNX parser of this TensorRT has an importer for HardSwish."""
+    return version >= (8, 4)
 
 
 _ORDER: tuple[BoardPrecision, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4")

@@ -39,7 +39,7 @@ from nas.devices.base import (
     layer_times_of,
 )
 from nas.devices.board.state import identity
-from nas.devices.capability import SILICON, Capability, capability_of, version_of
+from nas.devices.capability import SILICON, Capability, capability_of, reads_hard_swish, version_of
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
@@ -273,8 +273,8 @@ class RemoteDevice:
 
     @property
     def _splits(self) -> bool:
-        """Whether the runtime cannot read HardSwish: TensorRT before 8.4."""
-        return self._runner.runtime == "tensorrt" and version_of(self._runner.version) < (8, 4)
+        """Whether the runtime cannot read HardSwish."""
+        return self._runner.runtime == "tensorrt" and not reads_hard_swish(version_of(self._runner.version))
 
     def _portable(self, model: bytes) -> bytes:
         """A model as this runtime takes it: an open batch is 1 where the runtime wants a fixed one, as it is deployed.

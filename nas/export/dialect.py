@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -113,18 +113,7 @@ TRT_8_4 = Dialect(
     ir_version=8,
 )
 # JetPack 4.6: the parser of TensorRT 8.0 and 8.2 ends at opset 13, in which hard-swish is HardSigmoid and Mul.
-TRT_8_0 = Dialect(
-    "tensorrt-8.0",
-    ("fp32", "fp16", "int8"),
-    "int8",
-    symmetric=True,
-    pair_before=frozenset(),
-    pairs_at="inputs",
-    weights="floats",
-    integer_bias=False,
-    opset=13,
-    ir_version=7,
-)
+TRT_8_0 = replace(TRT_8_4, name="tensorrt-8.0", opset=13, ir_version=7)
 # Strongly typed, the only kind that TensorRT 11 knows: types are in the graph, scales of the type of their float side,
 # which ONNX allows for float16 from opset 19 on.
 TRT_10_13 = Dialect(
