@@ -35,6 +35,7 @@ import numpy as np
 
 from nas.core.errors import RecordError
 from nas.devices.base import CalmReport, JobKind
+from nas.devices.board import errors
 from nas.devices.board.rounds import is_calm
 
 Run = Callable[[], object]
@@ -505,8 +506,7 @@ def _guarded(subject: Subject, step: Callable[[], None]) -> None:
 
 def one_line(error: BaseException) -> str:
     """Type and message of an exception in one line of bounded length."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 500 else text[:497] + "..."
+    return errors.one_line(f"{type(error).__name__}: {error}")
 
 
 def session_value(attempts: Sequence[Attempt], settings: ProtocolSettings) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from nas.core.errors import UsageError
 from nas.core.records import ConvSpec, DeviceProfile, LayerSpec, Precision
+from nas.devices.capability import reads_hard_swish
 
 FloatType = Literal["float32", "float16"]
 
@@ -163,7 +164,7 @@ def tensorrt_dialect(version: str) -> Dialect:
     number = (int(found[1]), int(found[2])) if found else (0, 0)
     if number < (8, 0):
         raise UsageError(f"TensorRT {version!r}: graphs can be written for TensorRT 8.0 and newer, such as 8.2 or 10.3")
-    if number < (8, 4):
+    if not reads_hard_swish(number):
         return TRT_8_0
     return TRT_8_4 if number < (10, 13) else TRT_10_13
 

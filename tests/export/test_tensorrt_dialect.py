@@ -24,7 +24,7 @@ from test_export_graph import torch_logits
 
 from nas.compress.calibrate import calibrate
 from nas.core.errors import RecordError, UsageError
-from nas.core.records import Candidate, ConvSpec, QuantSpec
+from nas.core.records import Candidate, ConvSpec, Precision, QuantSpec
 from nas.core.walk import expand
 from nas.devices.portable import portable_model, precision_of
 from nas.export.check import tensorrt_problems
@@ -304,11 +304,11 @@ def run_chain(segments: list, images: np.ndarray) -> tuple[np.ndarray, list[int]
 CHAINS = [(0.2, 0.25), (0.3, 0.4), (0.5, 0.2), (2.0, 0.3), (0.3, 2.0), (2.0, 2.0), (0.3, 0.0), (0.0, 0.5), (1.0, 1.0)]
 
 
-@pytest.mark.parametrize("dialect", [ORT, *TENSORRT], ids=lambda d: d.name)
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_chain_of_segments_answers_as_the_if_form_on_every_path(dialect: Dialect, precision: str) -> None:
-    if precision not in dialect.precisions:
-        pytest.skip(f"{dialect.name} has no {precision}")
+@pytest.mark.parametrize(
+    ("dialect", "precision"),
+    [pytest.param(d, p, id=f"{d.name}-{p}") for d in (ORT, *TENSORRT) for p in d.precisions],
+)
+def test_a_chain_of_segments_answers_as_the_if_form_on_every_path(dialect: Dialect, precision: Precision) -> None:
     base = wide_candidate("fp32")
     weights = folded_weights(settled(base, 3))
     quant = calibrated(base, weights)
