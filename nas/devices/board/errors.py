@@ -33,8 +33,8 @@ class BoardError(Exception):
 
 def one_line(text: str, limit: int = 500) -> str:
     """A message without line breaks, control characters and lone surrogates, of bounded length."""
-    clean = "".join(c if c.isprintable() else " " for c in text)
-    joined = " ".join(clean.split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    told = text.encode("utf-8", "backslashreplace").decode("utf-8")  # first: a lone surrogate is not printable either
+    joined = " ".join("".join(c if c.isprintable() else " " for c in told).split())
     return joined if len(joined) <= limit else joined[: limit - 3] + "..."
 
 
