@@ -16,14 +16,26 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from nas.core.errors import InterruptedRunError, StorageError
-from nas.core.jsonio import read_record, write_bytes, write_record
+from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import folded_weights
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
+from nas.recipe.pruning import (
+    IMPORTANCE_FILE,
+    Progress,
+    PrunedStudent,
+    importance_file,
+    importance_of,
+    prune_student,
+    read_importance,
+    unfolded_student,
+    write_importance,
+)
 from nas.recipe.records import FinishedStudent, read_logits, read_scored, write_scored
+from nas.recipe.settings import ImportanceKind, PruneSettings
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
 from nas.train.settings import DistillSettings
@@ -33,6 +45,7 @@ FINISHED_SCHEMA = 1
 WEIGHTS_FILE = "weights.safetensors"
 QUANT_FILE = "quant.json"
 RECORD_FILE = "finished.json"
+PARENT = "parent-"  # before the names of a parent's files, in the folder of the student that is cut from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +53,9 @@ class FinishJob:
     """One student to finish, as a worker process receives it.
 
     `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
-    is that of the device's runtime.
+    is that of the device's runtime. With `importance` how much each channel matters is kept beside the weights, for a
+    student that is cut from this one. Such a student has `parent`, the `arch_id` of the one that it is cut from, whose
+    files `adopt_parent` has placed in its folder, and `prune`.
     """
 
     candidate: Candidate
@@ -52,6 +67,14 @@ class FinishJob:
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
     dialect: str = ORT.name
+    importance: ImportanceKind | None = None
+    parent: str = ""
+    prune: PruneSettings | None = None
+
+    @property
+    def pruning(self) -> str:
+        """What decides the weights of a pruned student beside those of its parent; empty where none is cut."""
+        return "" if self.prune is None else content_hash([self.parent, self.prune, self.distill, self.seed])
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:
@@ -70,26 +93,76 @@ def finish_student(job: FinishJob) -> FinishedStudent:
     folder = Path(job.folder)
     architecture = job.candidate.architecture
     context = open_context(job.context, architecture.resolution)
-    record_file = folder / RECORD_FILE
-    if record_file.exists():
-        finished = read_record(FinishedStudent, record_file)
-    else:
-        finished = _train(job, architecture, context, folder)
+    finished = _known(job, folder) or _train(job, architecture, context, folder)
+    if job.importance is not None and not (folder / importance_file(job.importance)).exists():
+        student = unfolded_student(architecture, load_finished(folder)[0], context.targets)
+        found = importance_of(student, job.importance, context.targets, job.distill)
+        write_importance(folder / importance_file(job.importance), found)
     _write_deployed(job, architecture, context, folder)
     return finished
 
 
-def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Path) -> FinishedStudent:
-    student = new_student(architecture, job.seed)
+def _known(job: FinishJob, folder: Path) -> FinishedStudent | None:
+    """The record that lies there. One that came about in another way, pruned or not, is removed with its files."""
+    if not (folder / RECORD_FILE).exists():
+        return None
+    finished = read_record(FinishedStudent, folder / RECORD_FILE)
+    if finished.pruning == job.pruning:
+        return finished
+    for pattern in (RECORD_FILE, "final-*", "prune-*.ckpt", "finish.ckpt", "importance-*"):  # the record first
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    return None
 
+
+def adopt_parent(parent: Path, folder: Path, kind: ImportanceKind) -> None:
+    """Copies what pruning needs of a finished student, its importance of a kind too, into the folder of a narrower one.
+
+    Raises:
+        StorageError: the parent's files cannot be read, or the copies not be written.
+    """
+    names = {WEIGHTS_FILE: WEIGHTS_FILE, importance_file(kind): IMPORTANCE_FILE, RECORD_FILE: RECORD_FILE}
+    for name, copy in names.items():
+        try:
+            write_bytes(folder / f"{PARENT}{copy}", (parent / name).read_bytes())
+        except OSError as e:
+            raise StorageError(f"{parent / name}: cannot be read: {e}. Delete {parent} and run again") from e
+
+
+def _pruned(job: FinishJob, settings: PruneSettings, context: Context, folder: Path, told: Progress) -> PrunedStudent:
+    """The narrower student, from what `adopt_parent` has placed."""
+    return prune_student(
+        read_record(FinishedStudent, folder / f"{PARENT}{RECORD_FILE}").candidate,
+        _read_weights(folder / f"{PARENT}{WEIGHTS_FILE}"),
+        read_importance(folder / f"{PARENT}{IMPORTANCE_FILE}"),
+        job.candidate.architecture,
+        context.targets,
+        job.distill,
+        settings,
+        seed=job.seed,
+        checkpoint=folder / f"prune-{job.pruning}",
+        progress=told,
+    )
+
+
+def _distilled(job: FinishJob, context: Context, folder: Path, told: Progress) -> PrunedStudent:
+    """A new student, distilled over the whole schedule."""
+    student = new_student(job.candidate.architecture, job.seed)
+    checkpoint = folder / "finish.ckpt"
+    history = train_student(student, context.targets, job.distill, seed=job.seed, checkpoint=checkpoint, progress=told)
+    return PrunedStudent(student, len(history.epochs), history.cpu_s)
+
+
+def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Path) -> FinishedStudent:
     def stop_when_told(_: EpochRecord) -> None:
         if Path(job.stop_file).exists():
             raise InterruptedRunError("stopped at the end of an epoch")
 
-    checkpoint = folder / "finish.ckpt"
-    history = train_student(
-        student, context.targets, job.distill, seed=job.seed, checkpoint=checkpoint, progress=stop_when_told
-    )
+    if job.prune is None:
+        trained = _distilled(job, context, folder, stop_when_told)
+    else:
+        trained = _pruned(job, job.prune, context, folder, stop_when_told)
+    student = trained.student
     weights = folded_weights(student)
     write_bytes(folder / WEIGHTS_FILE, save(weights))
     started = time.thread_time()
@@ -102,17 +175,18 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         ("final-test-fp32", context.test, context.test_labels),
     ):
         logits = predict_logits(student, images, context.mean, context.std)
-        write_scored(
-            folder, architecture, epochs=len(history.epochs), cost_s=0.0, logits=logits, labels=labels, name=name
-        )
+        write_scored(folder, architecture, epochs=trained.epochs, cost_s=0.0, logits=logits, labels=labels, name=name)
     finished = FinishedStudent(
         FINISHED_SCHEMA,
         architecture,
-        len(history.epochs),
-        history.cpu_s + time.thread_time() - started,
+        trained.epochs,
+        trained.cpu_s + time.thread_time() - started,
+        job.parent,
+        job.pruning,
     )
     write_record(folder / RECORD_FILE, finished)
-    checkpoint.unlink(missing_ok=True)
+    for checkpoint in (folder / "finish.ckpt", *folder.glob("prune-*.ckpt")):
+        checkpoint.unlink(missing_ok=True)
     return finished
 
 
@@ -138,11 +212,14 @@ def load_finished(folder: Path) -> tuple[Mapping[str, NDArray[np.float32]], Quan
     Raises:
         StorageError: a file is missing or damaged.
     """
+    return _read_weights(folder / WEIGHTS_FILE), read_record(QuantSpec, folder / QUANT_FILE)
+
+
+def _read_weights(path: Path) -> Mapping[str, NDArray[np.float32]]:
     try:
-        weights = load_file(folder / WEIGHTS_FILE)
+        return load_file(path)
     except Exception as e:  # safetensors raises its own and OSError alike
-        raise StorageError(f"{folder / WEIGHTS_FILE}: cannot be read: {e}. Delete the folder and run again") from e
-    return weights, read_record(QuantSpec, folder / QUANT_FILE)
+        raise StorageError(f"{path}: cannot be read: {e}. Delete the folder and run again") from e
 
 
 def finished_logits(folder: Path, split: str, precisions: tuple[Precision, ...]) -> NDArray[np.float32]:

@@ -20,13 +20,16 @@ from nas.core.records import Candidate
 class FinishedStudent:
     """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
 
-    `epochs` and `cost_s` (CPU seconds) are those of the distillation.
+    `epochs` and `cost_s` (CPU seconds) are those of the distillation. `parent` is the `arch_id` of the finished student
+    that it was cut from, and `pruning` says how; both are empty where it was distilled from new weights.
     """
 
     schema: int
     candidate: Candidate
     epochs: int
     cost_s: float
+    parent: str = ""
+    pruning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

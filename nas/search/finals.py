@@ -47,6 +47,7 @@ from nas.recipe.finish import (
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.folder import MeasuredExit, TrialRecord
+from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
@@ -169,7 +170,7 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
 def finish(
     parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
 ) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
-    """Distils all finalists in worker processes, the longest first.
+    """Distils all finalists in worker processes, the longest first; then the narrower students that are cut from them.
 
     Raises:
         InterruptedRunError: the run was asked to stop; every epoch is kept.
@@ -187,23 +188,34 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
+            settings.prune_importance if settings.prune else None,
         )
         for candidate in finalists
     ]
-    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
-    done: list[FinishedStudent] = []
-    failed: list[FailedCandidate] = []
-    parts.reporter.progress("full distillation", 0, len(jobs), f"{distill.epochs} epochs each")
-    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
-        if isinstance(result.value, JobFailure):
-            failed.append(FailedCandidate(result.job.candidate.id, "full distillation", result.value.reason))
-        else:
-            done.append(result.value)
-        parts.reporter.progress(
-            "full distillation", len(done) + len(failed), len(jobs), f"{distill.epochs} epochs each"
-        )
+    done, failed = _finish_all(parts, jobs, "full distillation", distill.epochs)
     if not done:
         raise TrainingError(f"not one of {len(jobs)} finalists could be trained; the first: {failed[0].reason}")
+    if settings.prune:
+        epochs = distill.epochs if settings.prune_mode == "joint" else settings.prune_epochs
+        pruned, lost = _finish_all(parts, pruned_jobs(parts, done, settings), "pruning", epochs)
+        done, failed = [*done, *pruned], [*failed, *lost]
+    return [student for _, student in done], failed
+
+
+def _finish_all(
+    parts: SearchParts, jobs: Sequence[FinishJob], stage: str, epochs: int
+) -> tuple[list[tuple[FinishJob, FinishedStudent]], list[FailedCandidate]]:
+    """Students that came to their end with their jobs, and those that did not."""
+    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
+    done: list[tuple[FinishJob, FinishedStudent]] = []
+    failed: list[FailedCandidate] = []
+    parts.reporter.progress(stage, 0, len(jobs), f"{epochs} epochs each")
+    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
+        if isinstance(result.value, JobFailure):
+            failed.append(FailedCandidate(result.job.candidate.id, stage, result.value.reason))
+        else:
+            done.append((result.job, result.value))
+        parts.reporter.progress(stage, len(done) + len(failed), len(jobs), f"{epochs} epochs each")
     return done, failed
 
 
