@@ -5,7 +5,7 @@ distilled further, cut on the way, trained from new weights for as many epochs a
 the parent and its pruning together. `uniform` cuts the same share of every block. `longer` is the parent distilled
 further without a cut. All of them are jobs of `nas search`; with --folder a run that was stopped goes on.
 
-Run: python -m benchmarks.pruning [--experiment FILE] [--set KEY=VALUE] [--share 0.3] [--seeds 3] [--folder DIR] [--json]
+Run: python -m benchmarks.pruning [--set KEY=VALUE] [--share 0.3] [--seeds 3] [--folder DIR] [--table] [--json]
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def _report(args: Any, bench: Bench, settings: PruneSettings, seeds: list[dict[s
         )
     cost = "ms from a table" if args.table else "MACs"
     title = (
-        f"{bench.experiment.name}, {args.share:g} of the expansion channels by {cost}, {settings.epochs} epochs after the "
-        f"cut at {settings.lr:g} lr, parent of {bench.experiment.distill.epochs} epochs, {len(seeds)} seeds, test split"
+        f"{bench.experiment.name}, {args.share:g} of the expansion channels by {cost}, {settings.epochs} epochs after "
+        f"the cut at {settings.lr:g} lr, parent of {bench.experiment.distill.epochs} epochs, {len(seeds)} seeds, on test"
     )
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     document = {"options": shown, "costs": cost, "summary": summary, "seeds": seeds}

@@ -130,8 +130,9 @@ def choose_widths(
 ) -> dict[str, int]:
     """Widths of all blocks with at least `share` fewer expansion channels, cut where it costs the least importance.
 
-    The step with the least importance lost for the cost saved is taken until so many channels are gone; the last step
-    is the one that loses the least of all that get there. Fewer go where blocks come to an end before.
+    The step with the least importance lost for the cost saved is taken until so many channels are gone. Of those that
+    get there the last one is chosen likewise, but what it saves counts only for the channels that were still to go.
+    Fewer go where blocks come to an end before.
 
     Args:
         importance: of each block's channels.
@@ -165,7 +166,8 @@ def choose_widths(
             break
         best = min(steps, key=lambda step: step.lost / step.saved)
         if best.channels >= missing:
-            best = min((step for step in steps if step.channels >= missing), key=lambda step: step.lost)
+            enough = (step for step in steps if step.channels >= missing)
+            best = min(enough, key=lambda step: step.lost * step.channels / step.saved)
         widths[best.name] = best.width
         missing -= best.channels
     return widths

@@ -168,7 +168,8 @@ def _keep_importance(
         return
     largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=all_exits(space.unpruned)).architecture
     mine = targets[largest.resolution]
-    student = inherited_student(open_supernet(str(folder)), largest, mine.images[0], mine.mean, mine.std)
+    images = mine.images[0][: distill.recalibration_images]
+    student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
     widths: dict[str, set[int]] = {}
     for slot in space.unpruned.slots():
         found = {layer.expanded_channels for layer in slot.layers if layer is not None and layer.has_expand}

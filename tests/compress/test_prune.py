@@ -62,7 +62,7 @@ def test_least_important_channels_are_counted_first() -> None:
     assert choose_widths(blocks, costs, 0.25) == {"a": 2, "b": 4}
 
 
-def test_last_step_is_the_one_that_loses_least_of_those_that_get_there() -> None:
+def test_last_step_takes_no_more_channels_than_it_is_worth() -> None:
     blocks = {"large": importance(*[1.0] * 16), "small": importance(*[1.2] * 4)}
     costs = {"large": {16: 16.0, 4: 4.0}, "small": {4: 4.0, 3: 3.0}}
     assert choose_widths(blocks, costs, 0.05) == {"large": 16, "small": 3}

@@ -144,7 +144,7 @@ def test_importance_is_read_as_it_was_written(student: Student, context: Context
             np.testing.assert_array_equal(again[name].squeeze, block.squeeze)
     assert read_shared(tmp_path / "b").trained == {"stages.0.0": (8, 12)}
     (tmp_path / "a").write_bytes(b"torn")
-    with pytest.raises(StorageError, match="a: cannot be read: .* and run again"):
+    with pytest.raises(StorageError, match=r"a: cannot be read: .* and run again"):
         read_importance(tmp_path / "a")
 
 

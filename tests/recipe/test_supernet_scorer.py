@@ -254,7 +254,9 @@ def test_pruned_block_keeps_the_important_channels_of_the_shared_weights(
     assert not np.array_equal(kept, np.arange(12))  # which the first channels would not tell apart
     whole = space.decode(space.largest())
     found = [
-        predict_logits(inherited_student(supernet, whole, targets[8].images[0], MEAN, STD, i), targets[8].images[1], MEAN, STD)
+        predict_logits(
+            inherited_student(supernet, whole, targets[8].images[0], MEAN, STD, i), targets[8].images[1], MEAN, STD
+        )
         for i in (importance, None)
     ]
     np.testing.assert_array_equal(*found)

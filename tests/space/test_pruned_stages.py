@@ -115,7 +115,10 @@ def test_network_that_is_pruned_otherwise_is_not_in_the_space(space: SearchSpace
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        (0.8, r"stages\[0\] \(a\): prune: 0.8 is out of range; expected a share of the expanded channels from 0 to 0.75"),
+        (
+            0.8,
+            r"stages\[0\] \(a\): prune: 0.8 is out of range; expected a share of the expanded channels from 0 to 0.75",
+        ),
         ("half", r"stages\[0\] \(a\): prune: expected a share of the expanded channels, got str 'half'"),
     ],
 )

@@ -44,8 +44,8 @@ def _rows_as_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 def network(classes: int = 10) -> Candidate:
     """Two blocks that expand, of 64 and of 40 channels."""
     stages = (
-        StageConfig((BlockConfig(4, 64, 8, stride=2),)),
-        StageConfig((BlockConfig(8, 40, 12, stride=2, use_se=True),)),
+        StageConfig((BlockConfig(4, 64, 24, stride=2),)),
+        StageConfig((BlockConfig(24, 40, 12, stride=2, use_se=True),)),
     )
     return Candidate(16, classes, StemConfig(4), stages, HeadConfig(), (ExitConfig(0, 4),))
 
@@ -53,12 +53,12 @@ def network(classes: int = 10) -> Candidate:
 def test_widths_that_are_measured_close_in_on_the_steps(prepared: Prepared, tmp_path: Path) -> None:
     (tmp_path / "tables").mkdir()
     predictor = prepared.parts(tmp_path, device=Stepped()).predictor
-    costs = width_costs(predictor, network(), 12)
-    assert {name: len(own) for name, own in costs.items()} == {"stages.0.0": 12, "stages.1.0": 12}
+    costs = width_costs(predictor, network(), 13)
+    assert {name: len(own) for name, own in costs.items()} == {"stages.0.0": 13, "stages.1.0": 13}
     edges = useful_widths(costs["stages.0.0"])
     assert set(edges) >= {64, 60, 48}  # 64 channels are computed as 72
     assert min(edges) <= 24
-    assert 8 not in costs["stages.1.0"]  # as many as its input has: it would not expand
+    assert 24 not in costs["stages.1.0"]  # as many as its input has: it would not expand
     few = width_costs(predictor, network(), 2)
     assert {name: sorted(own) for name, own in few.items()} == {"stages.0.0": [16, 64], "stages.1.0": [10, 40]}
 
@@ -82,7 +82,7 @@ def test_a_narrower_student_is_a_job_of_its_own(prepared: Prepared, tmp_path: Pa
     write_importance(home / "importance-taylor.safetensors", blocks)
     for name in ("weights.safetensors", "finished.json"):
         (home / name).write_text(name)
-    job = FinishJob(parent, "c", str(home), "s", parts.plan.distill, 0, 16, (), importance="taylor")
+    job = FinishJob(parent, "c", str(home), "s", prepared.inputs.experiment.distill, 0, 16, (), importance="taylor")
     student = FinishedStudent(1, parent, 2, 1.0)
     settings = FinishSettings(prune=(0.3, 0.5, 0.501), prune_epochs=5)
     jobs = pruned_jobs(parts, [(job, student)], settings)
