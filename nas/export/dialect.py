@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nas.core.errors import UsageError
 from nas.core.records import ConvSpec, DeviceProfile, LayerSpec, Precision
@@ -71,6 +72,26 @@ class Dialect:
         half[too_small] = np.nextafter(half[too_small], np.float16(np.inf))
         return half
 
+    def weight_scales(
+        self, weight: NDArray[np.float32], bias: NDArray[np.float32], input_scale: np.floating
+    ) -> NDArray[np.floating]:
+        """Scale of each output channel [out] of an int8 convolution: symmetric, narrow range (-127..127).
+
+        For an int32 bias it differs from max|w| / 127 where a channel has nearly no weights but a bias (batch norm
+        folded into a dead channel): the scale grows until the bias fits.
+
+        Args:
+            weight: [out, in / groups, k, k].
+            bias: [out].
+            input_scale: scale of the convolution's input.
+        """
+        largest: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), np.float32(1e-8))
+        if not self.integer_bias:
+            return self.scales(largest / 127.0)
+        fitting = np.abs(bias) / (np.float32(input_scale) * np.float32(_INT32_LIMIT))
+        scales: NDArray[np.float32] = np.maximum(largest / np.float32(127), fitting)
+        return scales
+
     def is_integer(self, layer: LayerSpec, spec: ConvSpec) -> bool:
         """True for the convolutions of an int8 layer that are computed in int8.
 
@@ -93,6 +114,7 @@ class Dialect:
         return is_multiple and (layer.kind == "stem" or out_channels >= 16 or in_channels >= 16)
 
 
+_INT32_LIMIT = 2.0**30  # a bias stays a factor of two below the int32 range: the sum of products is added to it
 # The least scale in float16: half of its subnormal numbers above 0 still have four bits below it.
 _SMALLEST_HALF_SCALE = 2.0**-20
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
+from nas.recipe.settings import QatSettings
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
@@ -188,12 +189,18 @@ class FinishSettings:
     `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
     on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
     package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
+    `qat_epochs`: epochs of quantization-aware training of each precision with int8 that loses more than
+    `qat_least_loss` (ratio; -1: always) on validation as it was calibrated, at one of its exits; 0: none. What it gives is kept
+    only where it is better on validation. `qat_lr`: its highest learning rate as a share of `distill.lr`.
     """
 
     students: int = 8
     calibration_images: int = 128
     exit_loss: float = 0.0
     int8_loss: float = 0.02
+    qat_epochs: int = 2
+    qat_lr: float = 0.1
+    qat_least_loss: float = 0.002
 
     def __post_init__(self) -> None:
         if self.students < 1:
@@ -203,6 +210,12 @@ class FinishSettings:
         for name in ("exit_loss", "int8_loss"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
+        _ = self.qat  # its own checks
+
+    @property
+    def qat(self) -> QatSettings:
+        """The settings of quantization-aware training."""
+        return QatSettings(self.qat_epochs, self.qat_lr, self.qat_least_loss)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def made(finished: Path, tmp_path: Path) -> MadeRun:
         real = next(
             p
             for p in outcome.points
-            if p.precision == precision and not p.candidate.exits and outcome.sources[p.id] == bodies[number]
+            if p.precision == precision and not p.candidate.exits and _body(outcome, p) == bodies[number]
         )
         provenance = "predicted" if name == "guess" else "measured"
         points[name] = replace(
@@ -112,13 +112,18 @@ def made(finished: Path, tmp_path: Path) -> MadeRun:
     return MadeRun(path, points, write_experiment(tmp_path, finished / "cache", finished / "tables"))
 
 
+def _body(outcome: Outcome, point: Point) -> PointSource:
+    """Where a point comes from, whatever its precision."""
+    return replace(outcome.sources[point.id], precisions=())
+
+
 def _different_bodies(outcome: Outcome) -> list[PointSource]:
     """Three students without exits that are different networks; the first two are of different architectures."""
     first, *others = [p for p in outcome.points if p.precision == "fp32" and not p.candidate.exits]
     keys = {network_key(first.candidate, "plain")}
-    found = [outcome.sources[first.id]]
+    found = [_body(outcome, first)]
     for point in others:
-        source, key = outcome.sources[point.id], network_key(point.candidate, "plain")
+        source, key = _body(outcome, point), network_key(point.candidate, "plain")
         if key not in keys and (len(found) > 1 or source.student != found[0].student):
             keys.add(key)
             found.append(source)
