@@ -56,6 +56,11 @@ class QuantRules(Protocol):
         """The bias of an int8 convolution is int32."""
         ...
 
+    @property
+    def weight_limit(self) -> int:
+        """Largest integer of a weight."""
+        ...
+
     def scale_and_zero_point(self, lo: float, hi: float) -> tuple[np.floating[Any], int]:
         """Of a tensor with values in lo..hi."""
         ...
@@ -220,11 +225,14 @@ class FakeQuantNetwork(nn.Module):
         if x.scale is None:
             raise RecordError(f"{base}: input {x.name!r} of an int8 convolution is not quantized")
         scales = self.rules.weight_scales(weight.detach().numpy(), bias.detach().numpy(), x.scale).astype(np.float32)
-        integers = _rounded(weight / torch.from_numpy(scales).view(-1, 1, 1, 1), -127, 127)
+        limit = self.rules.weight_limit
+        integers = _rounded(weight / torch.from_numpy(scales).view(-1, 1, 1, 1), -limit, limit)
         # Exactly the float32 product, as in the graph: the integer kernel knows no other scale of its bias.
         step = torch.from_numpy(np.float32(x.scale) * scales)
         if not self.rules.integer_bias:
-            return _Map(base, _convolved(x.values, integers, None, spec) * step.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1))
+            return _Map(
+                base, _convolved(x.values, integers, None, spec) * step.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+            )
         wide = bias.double() / step.double()
         steps = (wide + (wide.round() - wide).detach()).float()
         return _Map(base, _convolved(x.values, integers, steps, spec), step.view(1, -1, 1, 1))

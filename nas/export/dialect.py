@@ -32,6 +32,7 @@ class Dialect:
         weights: of int8 convolutions: "integers": int8 initializer, DequantizeLinear; "floats": float32 initializer,
             QuantizeLinear, DequantizeLinear.
         integer_bias: the bias of an int8 convolution is int32 (else float).
+        weight_limit: largest integer of a weight, and negated the smallest.
         half_floats: fp16 layers, and what int8 layers leave in float, have float16 tensors, weights and scales in the
             graph. Else the graph is float32 there and the runtime is told to use half precision when it builds.
         opset: of the ONNX file.
@@ -46,6 +47,7 @@ class Dialect:
     pairs_at: Literal["outputs", "inputs"] = "outputs"
     weights: Literal["integers", "floats"] = "integers"
     integer_bias: bool = True
+    weight_limit: int = 127
     half_floats: bool = False
     opset: int = 17
     ir_version: int = 9
@@ -75,9 +77,9 @@ class Dialect:
     def weight_scales(
         self, weight: NDArray[np.float32], bias: NDArray[np.float32], input_scale: np.floating
     ) -> NDArray[np.floating]:
-        """Scale of each output channel [out] of an int8 convolution: symmetric, narrow range (-127..127).
+        """Scale of each output channel [out] of an int8 convolution: symmetric, -limit..limit.
 
-        For an int32 bias it differs from max|w| / 127 where a channel has nearly no weights but a bias (batch norm
+        For an int32 bias it differs from max|w| / limit where a channel has nearly no weights but a bias (batch norm
         folded into a dead channel): the scale grows until the bias fits.
 
         Args:
@@ -87,9 +89,9 @@ class Dialect:
         """
         largest: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), np.float32(1e-8))
         if not self.integer_bias:
-            return self.scales(largest / 127.0)
+            return self.scales(largest / float(self.weight_limit))
         fitting = np.abs(bias) / (np.float32(input_scale) * np.float32(_INT32_LIMIT))
-        scales: NDArray[np.float32] = np.maximum(largest / np.float32(127), fitting)
+        scales: NDArray[np.float32] = np.maximum(largest / np.float32(self.weight_limit), fitting)
         return scales
 
     def is_integer(self, layer: LayerSpec, spec: ConvSpec) -> bool:

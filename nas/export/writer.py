@@ -319,7 +319,7 @@ class LayerWriter:
             integers = scope.node("QuantizeLinear", (source, *pair), f"{scope.tag}{base}.weight.q", axis=0)
         else:
             steps = weight / scale.astype(np.float32).reshape(-1, 1, 1, 1)
-            # the scale keeps them within -127..127
+            # the scale keeps them within the limit
             integers = scope.constant(f"{base}.weight.q", np.rint(steps, out=steps).astype(np.int8))
         return scope.node("DequantizeLinear", (integers, *pair), f"{scope.tag}{base}.weight.dq", axis=0)
 

@@ -86,7 +86,9 @@ def export_point(
             **view.provenance,
             "run": view.name,
             "student": point.id,
-            **({"steps": "; ".join(s.name + f" ({s.note})" * bool(s.note) for s in point.steps)} if point.steps else {}),
+            **(
+                {"steps": "; ".join(s.name + f" ({s.note})" * bool(s.note) for s in point.steps)} if point.steps else {}
+            ),
             "data set": "unnamed" if view.dataset is None else view.dataset.name,
         },
         dialect=written_for,

@@ -189,9 +189,10 @@ class FinishSettings:
     `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
     on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
     package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
-    `qat_epochs`: epochs of quantization-aware training of each precision with int8 that loses more than
-    `qat_least_loss` (ratio; -1: always) on validation as it was calibrated, at one of its exits; 0: none. What it gives is kept
-    only where it is better on validation. `qat_lr`: its highest learning rate as a share of `distill.lr`.
+    `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
+    only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
+    `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
+    -1: always.
     """
 
     students: int = 8

@@ -84,7 +84,9 @@ def test_ranges_follow_the_tensors_while_they_are_observed_and_stay_otherwise() 
     made.observes = True
     made(dark)
     second = made.ranges()
-    assert second.hi["image"] == pytest.approx(0.95 * first.hi["image"] + 0.05 * -min(m / s for m, s in zip(MEAN, STD, strict=True)))
+    assert second.hi["image"] == pytest.approx(
+        0.95 * first.hi["image"] + 0.05 * -min(m / s for m, s in zip(MEAN, STD, strict=True))
+    )
     assert second.hi.keys() == first.hi.keys()
 
 

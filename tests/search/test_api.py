@@ -10,11 +10,14 @@ from pathlib import Path
 from shlex import quote
 
 import numpy as np
+import onnx
 import pytest
+from onnx.numpy_helper import to_array
+from safetensors.numpy import save
 from search_examples import Notes, Zygote, write_experiment
 
 from nas.core.errors import BudgetError, InterruptedRunError, RunMismatchError, UsageError
-from nas.core.jsonio import file_sha256, read_record, write_record
+from nas.core.jsonio import file_sha256, read_record, write_bytes, write_record
 from nas.core.records import LatencyFigures
 from nas.core.run import BudgetPick, PackageView, Point, SplitAccuracy
 from nas.devices.base import MeasureJob
@@ -22,7 +25,7 @@ from nas.export.manifest import Manifest
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
-from nas.recipe.finish import finished_logits
+from nas.recipe.finish import finished_logits, load_finished
 from nas.recipe.records import write_scored
 from nas.search.api import export_student, run_search
 from nas.search.experiment import load_experiment
@@ -573,6 +576,27 @@ def test_the_result_of_a_real_search_keeps_its_rules(finished: Path) -> None:
     assert pick.on_front
     assert outcome.sources.keys() == {p.id for p in outcome.points}
     assert f"of {len(within)} measured settings whose worst latency keeps 0.0068 ms" in outcome.pick_reason
+
+
+def test_every_student_of_a_real_search_tells_its_steps_and_its_package_has_the_weights_of_its_precision(
+    finished: Path, made: MadeRun
+) -> None:
+    outcome = load_outcome(finished / "run")
+    for point in outcome.points:
+        steps = ["distil", "calibrate", "QAT"] if "int8" in point.candidate.precisions else ["distil"]
+        assert [s.name for s in point.steps] == steps, point.id
+    point = made.points["tail"]
+    home = made.path / "students" / point.arch_id
+    base, quant = load_finished(home)
+    write_bytes(home / "weights-int8.safetensors", save({name: 0.5 * value for name, value in base.items()}))
+    write_record(home / "quant-int8.json", quant)
+    package = export_student(made.path, Notes(), student="tail", device=made.device())
+    assert package.manifest.provenance["steps"].startswith("distil; calibrate; QAT (")
+    constants = {t.name: t for t in onnx.load(package.folder / "model.onnx").graph.initializer}
+    integers, scale = (to_array(constants[f"head.classifier.weight.{part}"]) for part in ("q", "scale"))
+    cut = load_outcome(made.path).sources["tail"].cut
+    origin = "head" if cut is None else f"exits.{cut}"
+    assert np.allclose(integers * scale[:, None, None, None], 0.5 * base[f"{origin}.classifier.weight"], atol=1e-2)
 
 
 def test_a_search_may_borrow_rows_of_another_device_state_and_says_so(

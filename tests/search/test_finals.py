@@ -392,7 +392,9 @@ def test_point_has_measured_latency_and_accuracy_of_both_splits(make: Make) -> N
 def test_each_precision_is_deployed_with_the_weights_that_were_trained_for_it(make: Make) -> None:
     parts = make()
     trained = FinishStep("QAT", 1, 0.9, 1.0, "kept", "int8")
-    student = replace(finished(parts, network(parts, exits=0), (0.9,)), steps=(FinishStep("distil", 2, 0.9, 6.5), trained))
+    student = replace(
+        finished(parts, network(parts, exits=0), (0.9,)), steps=(FinishStep("distil", 2, 0.9, 6.5), trained)
+    )
     folder = parts.folder.student(student.candidate.arch_id)
     (fp32, int8), _ = variants(parts, student, 0.02, {})
     before = [variant_models(parts, v, v.candidate) for v in (fp32, int8)]
