@@ -157,7 +157,7 @@ def _top1(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Accuracies and losses of rows of one kind over seeds, in points; parity is the worst of calibrated and trained."""
+    """Accuracies and losses of rows of one kind over seeds, in points; parity is the worse of calibrated, trained."""
     each = {
         "fp32": [100 * r.fp32_test for r in rows],
         "ptq_loss": [100 * (r.fp32_test - r.ptq.test) for r in rows],

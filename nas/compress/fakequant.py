@@ -5,7 +5,7 @@ folded, ranges by exponential average). Gradients pass rounding unchanged inside
 1308.3432). Differs:
 - Scales of weights follow the current weights at each step and get no gradient; batch norm is folded beforehand, so
   its statistics are constants of the program.
-- A quantized tensor is kept as the integers that the runtime holds, with the step that they count, not as their product.
+- A quantized tensor is kept as the integers that the runtime holds with the step that they count, not as their product.
   Sums of products of integers are exact in float32 below 2^24, in whatever order they are added, so convolutions and
   means come out as in an integer kernel, and only the one factor behind each sum is rounded.
 

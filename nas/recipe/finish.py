@@ -2,15 +2,15 @@
 
 One recipe and the same number of epochs for all finalists, so that their figures compare. Everything goes to files
 under the student's folder, the record last; a job that was killed goes on from its last epoch. The record tells the
-steps: `distil`, then for each precision `calibrate` and, where it was done, `QAT`. What quantization-aware training gives lies beside the float weights and serves its precision only, and it is kept only where
-it is better on search validation.
+steps: `distil`, then for each precision `calibrate` and, where it was done, `QAT`. What quantization-aware training
+gives lies beside the float weights and serves its precision only; it is kept only where it is better on validation.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ class FinishJob:
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
     dialect: str = ORT.name
-    qat: QatSettings = QatSettings()
+    qat: QatSettings = field(default_factory=QatSettings)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -85,7 +85,7 @@ class StandaloneSettings:
 
 @dataclass(frozen=True, slots=True)
 class QatSettings:
-    """Quantization-aware training of a finished student, once per int8 precision. The loss is that of `DistillSettings`.
+    """Quantization-aware training of a finished student, once per int8 precision; its loss is that of the distillation.
 
     Fields:
         epochs: passes over the training images; 0: none.

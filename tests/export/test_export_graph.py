@@ -29,7 +29,6 @@ from nas.export.graph import (
     random_weights,
     tensors_model,
 )
-from nas.export.writer import weight_scales
 from nas.models.student import Student, folded_weights
 
 
