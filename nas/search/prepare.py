@@ -223,7 +223,8 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
         **({"pruning": _pruning(finish)} if finish.prune else {}),
-        "calibration": f"{finish.calibration_images} images",
+        "calibration": f"{finish.calibration_images} images"
+        + (f", QAT of {finish.qat.epochs} epochs {content_hash(finish.qat)}" if finish.qat.epochs else ""),
         **_enqueued(inputs),
         **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),

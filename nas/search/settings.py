@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
-from nas.recipe.settings import ImportanceKind, PruneMode, PruneSettings
+from nas.recipe.settings import ImportanceKind, PruneMode, PruneSettings, QatSettings
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
@@ -190,6 +190,10 @@ class FinishSettings:
     `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
     on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
     package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
+    `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
+    only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
+    `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
+    -1: always.
 
     `prune`: shares of the expansion channels that finalists lose, such as [0.3]: each makes a further student of every
     finalist, narrower where that costs the least importance for the latency saved on the first device; none by default.
@@ -203,6 +207,9 @@ class FinishSettings:
     calibration_images: int = 128
     exit_loss: float = 0.0
     int8_loss: float = 0.02
+    qat_epochs: int = 2
+    qat_lr: float = 0.1
+    qat_least_loss: float = 0.002
     prune: tuple[float, ...] = ()
     prune_mode: PruneMode = "after"
     prune_importance: ImportanceKind = "taylor"
@@ -218,7 +225,8 @@ class FinishSettings:
         for name in ("exit_loss", "int8_loss"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
-        _ = self.pruning  # its own checks
+        _ = self.qat  # its own checks
+        _ = self.pruning
         for share in self.prune:
             if not 0 < share <= MOST_PRUNED:
                 raise ConfigError(f"finish.prune: a share must be above 0 and at most {MOST_PRUNED:g}, got {share:g}")
@@ -231,6 +239,11 @@ class FinishSettings:
     def pruning(self) -> PruneSettings:
         """How finalists are cut."""
         return PruneSettings(self.prune_mode, self.prune_importance, self.prune_epochs, self.prune_lr)
+
+    @property
+    def qat(self) -> QatSettings:
+        """The settings of quantization-aware training."""
+        return QatSettings(self.qat_epochs, self.qat_lr, self.qat_least_loss)
 
 
 @dataclass(frozen=True, slots=True)
