@@ -246,7 +246,7 @@ def _report(args: Any, bench: Bench, settings: PruneSettings, seeds: list[dict[s
     cost = "ms from a table" if args.table else "MACs"
     title = (
         f"{bench.experiment.name}, {args.share:g} of the expansion channels by {cost}, {settings.epochs} epochs after "
-        f"the cut at {settings.lr:g} lr, parent of {bench.experiment.distill.epochs} epochs, {len(seeds)} seeds, on test"
+        f"the cut, lr {settings.lr:g}, parent of {bench.experiment.distill.epochs} epochs, {len(seeds)} seeds, on test"
     )
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     document = {"options": shown, "costs": cost, "summary": summary, "seeds": seeds}
