@@ -130,7 +130,6 @@ def run_seed(bench: Bench, seed: int) -> dict[str, Any]:
     whole = unfolded_student(bench.parent, load_finished(parent)[0], context.targets)
     blind = {n: BlockImportance(rng.random(len(b.channels)), rng.random(len(b.squeeze))) for n, b in taylor.items()}
     by_size = importance_of(whole, "l1", context.targets, bench.experiment.distill)
-    own = with_widths(bench.parent, choose_widths(by_size, bench.costs, bench.share))
     alike = uniform(bench.parent, bench.share)
     arms: dict[str, tuple[Candidate, dict[str, BlockImportance], PruneMode]] = {
         "taylor": (narrow, taylor, "after"),
@@ -138,7 +137,6 @@ def run_seed(bench: Bench, seed: int) -> dict[str, Any]:
         "random": (narrow, blind, "after"),
         "joint": (narrow, taylor, "joint"),
         "uniform": (alike, taylor, "after"),
-        "l1_own": (own, by_size, "after"),
         "longer": (bench.parent, taylor, "after"),
     }
     figures: dict[str, Any] = {"parent": row(bench, "parent", seed)}
