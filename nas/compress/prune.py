@@ -2,7 +2,8 @@
 
 An expansion channel of an inverted residual is one output of `expand`, one filter of `depthwise`, one input of
 `se_reduce`, one output of `se_expand` and one input of `project`. Without it the block is an ordinary one with fewer
-expanded channels: the blocks around it do not change, and nothing is left behind that would have to be masked.
+expanded channels: the blocks around it do not change, and nothing is left behind that would have to be masked. The same
+holds of every block whose last convolutions run from a producer of the channels to `project`.
 
 Sources:
 - Molchanov et al. 2019, arXiv 1906.10771: importance of a channel is the squared first-order change of the loss when a
@@ -37,8 +38,9 @@ IntArray = NDArray[np.int64]
 LEAST_KEPT = 0.25  # share of a block's channels that stay whatever their importance
 LEAST_GAIN = 0.02  # a width is worth looking at when it makes its block this much cheaper; less is noise of measuring
 
+PRODUCERS = ("expand", "fused")  # convolutions whose outputs are the channels of a block
 # Which axis of which kernel a channel, or a hidden unit of squeeze-and-excitation, is.
-_OUTPUTS = {"expand": "channels", "depthwise": "channels", "se_reduce": "squeeze", "se_expand": "channels"}
+_OUTPUTS = {**dict.fromkeys((*PRODUCERS, "depthwise", "se_expand"), "channels"), "se_reduce": "squeeze"}
 _INPUTS = {"se_reduce": "channels", "se_expand": "squeeze", "project": "channels"}
 
 
@@ -56,15 +58,29 @@ class BlockImportance:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """Rising numbers of the channels and of the hidden units of a block that stay."""
+    """Rising numbers of the channels and of the hidden units of a block that stay; the convolutions that have them."""
 
     channels: IntArray
     squeeze: IntArray
+    units: tuple[str, ...]
+
+
+def channel_units(layer: LayerSpec) -> tuple[str, ...]:
+    """The convolutions that have the expansion channels of a block, from their producer to `project`; empty if none."""
+    names = [spec.name for spec in layer.convolutions]
+    first = next((i for i in reversed(range(len(names))) if names[i] in PRODUCERS), len(names))
+    return tuple(names[first:])
+
+
+def gated_unit(layer: LayerSpec) -> str:
+    """The convolution whose output are the channels as `project`, or squeeze-and-excitation, takes them."""
+    units = channel_units(layer)
+    return "depthwise" if "depthwise" in units else units[0]
 
 
 def prunable(candidate: Candidate) -> dict[str, LayerSpec]:
     """The blocks whose expansion can be narrowed, by name."""
-    return {layer.name: layer for layer in expand(candidate) if layer.has_expand}
+    return {layer.name: layer for layer in expand(candidate) if channel_units(layer)}
 
 
 def gate_importance(gradients: FloatArray) -> FloatArray:
@@ -75,8 +91,8 @@ def gate_importance(gradients: FloatArray) -> FloatArray:
 def l1_importance(candidate: Candidate, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, BlockImportance]:
     """Importance by the L1 norms of the kernels, batch norm folded in.
 
-    A channel's is the mean of the norms of its parts in `expand`, `depthwise` and `project`, each divided by the mean
-    over the block: norms say nothing across kernels of other sizes, so every block has mean 1.
+    A channel's is the mean of the norms of its parts in `project` and in what comes before squeeze-and-excitation, each
+    divided by the mean over the block: norms say nothing across kernels of other sizes, so every block has mean 1.
 
     Args:
         candidate: the network.
@@ -90,7 +106,9 @@ def l1_importance(candidate: Candidate, weights: Mapping[str, NDArray[np.float32
 
     result = {}
     for name, layer in prunable(candidate).items():
-        channels = (norms(f"{name}.expand", 0) + norms(f"{name}.depthwise", 0) + norms(f"{name}.project", 1)) / 3
+        before = [unit for unit in channel_units(layer) if unit in (*PRODUCERS, "depthwise")]
+        parts = [*(norms(f"{name}.{unit}", 0) for unit in before), norms(f"{name}.project", 1)]
+        channels = np.mean(parts, axis=0)
         squeeze = np.empty(0)
         if layer.use_se:
             squeeze = (norms(f"{name}.se_reduce", 0) + norms(f"{name}.se_expand", 1)) / 2
@@ -217,6 +235,7 @@ def kept_channels(importance: Mapping[str, BlockImportance], target: Candidate) 
         name: Kept(
             _most_important(importance[name].channels, layer.expanded_channels, name),
             _most_important(importance[name].squeeze, layer.squeeze_channels, f"{name}: squeeze"),
+            channel_units(layer),
         )
         for name, layer in prunable(target).items()
     }
@@ -243,7 +262,7 @@ def narrowed(arrays: Mapping[str, NDArray[np.generic]], kept: Mapping[str, Kept]
 def _sliced(name: str, array: NDArray[np.generic], kept: Mapping[str, Kept]) -> NDArray[np.generic]:
     parts = name.split(".")  # stages.0.1.expand.weight
     here = kept.get(".".join(parts[:3]))
-    if here is None or array.ndim == 0:
+    if here is None or parts[3] not in here.units or array.ndim == 0:
         return array
     numbers = {"channels": here.channels, "squeeze": here.squeeze}
     outputs, inputs = _OUTPUTS.get(parts[3]), _INPUTS.get(parts[3])

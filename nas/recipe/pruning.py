@@ -27,6 +27,7 @@ from nas.compress.prune import (
     BlockImportance,
     between,
     gate_importance,
+    gated_unit,
     kept_channels,
     l1_importance,
     narrowed,
@@ -35,7 +36,7 @@ from nas.compress.prune import (
 )
 from nas.core.errors import StorageError
 from nas.core.jsonio import write_bytes
-from nas.core.records import Candidate
+from nas.core.records import Candidate, LayerSpec
 from nas.models.student import ConvUnit, Student, folded_weights, module_name
 from nas.recipe.settings import ImportanceKind, PruneSettings
 from nas.train.evaluate import normalised, threads
@@ -128,8 +129,7 @@ def importance_of(
     """
     if kind == "l1":
         return l1_importance(student.candidate, folded_weights(student))
-    layers = {name: module_name(layer) for name, layer in prunable(student.candidate).items()}
-    units = {name: _gated(student.body[module]) for name, module in layers.items()}
+    units = {name: _gated(student, layer) for name, layer in prunable(student.candidate).items()}
     rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in own] for name, own in units.items()}
     was_training = student.training
     student.eval()  # the gate is closed in the network as it will answer
@@ -151,9 +151,10 @@ def importance_of(
     return result
 
 
-def _gated(block: nn.Module) -> list[ConvUnit]:
+def _gated(student: Student, layer: LayerSpec) -> list[ConvUnit]:
     """The units whose outputs are the channels of a block, and the hidden units of its squeeze-and-excitation."""
-    return [block.depthwise] if block.se_reduce is None else [block.depthwise, block.se_reduce]
+    block = student.body[module_name(layer)]
+    return [getattr(block, name) for name in (gated_unit(layer), *(("se_reduce",) if layer.use_se else ()))]
 
 
 def _gate_gradient(unit: ConvUnit) -> Tensor:

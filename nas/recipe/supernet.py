@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from nas.compress.prune import prunable
+from nas.compress.prune import channel_units, prunable
 from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes, write_record
 from nas.core.records import Candidate, ExitConfig
@@ -172,7 +172,7 @@ def _keep_importance(
     student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
     widths: dict[str, set[int]] = {}
     for slot in space.unpruned.slots():
-        found = {layer.expanded_channels for layer in slot.layers if layer is not None and layer.has_expand}
+        found = {layer.expanded_channels for layer in slot.layers if layer is not None and channel_units(layer)}
         widths.setdefault(slot.name, set()).update(found)
     trained = {name: tuple(sorted(found)) for name, found in widths.items() if found}
     write_shared(folder / IMPORTANCE_FILE, SharedImportance(importance_of(student, "taylor", mine, distill), trained))
