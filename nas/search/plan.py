@@ -35,6 +35,7 @@ TEACHER_ANSWERS = 80e9  # the same, forward only: 3,077 images per second
 STUDENT_TRAINING = 2.4e9  # distilling students of 0.4 to 4.4 M MACs from cached answers
 STUDENT_ANSWERS = 12e9  # the same, forward only
 
+QAT_EPOCH = 2.4  # epochs of distillation that one of quantization-aware training costs: 9 and 3.8 CPU seconds
 NETWORK_S = 0.8  # one whole network measured in several sessions: 0.2 tiny, 0.7-1.2 with megabytes of weights
 SCORE_OVERHEAD_S = 0.3  # extraction, batch norm, int8 ranges of one score
 SAMPLES = 64  # random networks of the space whose mean stands for the candidates
@@ -242,8 +243,12 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     networks = e.feedback.engines(e.search.rounds) * len(inputs.each)
     where = "the device" if len(inputs.each) == 1 else f"{len(inputs.each)} devices"
     phases.append(Phase("networks", f"{networks} whole networks on {where}", networks * NETWORK_S))
-    about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
-    phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
+    qat_epochs = e.finish.qat_epochs if "int8" in inputs.space.precisions else 0
+    epochs = e.distill.epochs + QAT_EPOCH * qat_epochs  # at most: QAT is done where calibration loses
+    about_s = e.finish.students * epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
+    what = f"{e.finish.students} students, {e.distill.epochs} epochs each"
+    what += f", up to {qat_epochs} more in int8" if qat_epochs else ""
+    phases.append(Phase("finalists", what, about_s))
     return tuple(phases)
 
 

@@ -210,7 +210,7 @@ class FinishSettings:
     int8_loss: float = 0.02
     qat_epochs: int = 2
     qat_lr: float = 0.1
-    qat_least_loss: float = 0.002
+    qat_least_loss: float = 0.005
     prune: tuple[float, ...] = ()
     prune_mode: PruneMode = "after"
     prune_importance: ImportanceKind = "taylor"

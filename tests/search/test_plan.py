@@ -168,7 +168,8 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     more = phases(0, 0, "search.workers=4")
     assert more["scores"].about_s == pytest.approx(plain["scores"].about_s / 2)
     assert more["finalists"].about_s == pytest.approx(plain["finalists"].about_s * 2 / 3)  # three students only
-    longer = phases(0, 0, "distill.epochs=4", "teacher.epochs=4", "supernet.steps=null", "supernet.cpu_seconds=7")
+    twice = ("distill.epochs=4", "teacher.epochs=4", "finish.qat_epochs=2")
+    longer = phases(0, 0, *twice, "supernet.steps=null", "supernet.cpu_seconds=7")
     assert longer["finalists"].about_s == pytest.approx(2 * plain["finalists"].about_s)
     assert longer["teacher"].about_s == pytest.approx(2 * plain["teacher"].about_s)
     assert longer["supernet"].about_s == pytest.approx(7 / 2)  # CPU seconds of two sub-networks side by side
