@@ -50,6 +50,25 @@ class SplitAccuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class FinishStep:
+    """One step on the way of a finalist, such as `distil` or `QAT`.
+
+    `top1` is the accuracy of the head behind it on search validation, `epochs` those of training in it (0: none),
+    `cpu_s` its CPU seconds, `note` what came of it, `precision` the one that it is for (empty: for all).
+    """
+
+    name: str
+    epochs: int
+    top1: float
+    cpu_s: float
+    note: str = ""
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        _ratio(f"step {self.name}", top1=self.top1)
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One student of the run: an architecture in one precision with one set of thresholds.
 

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save
 from nas.core.errors import InterruptedRunError, StorageError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
+from nas.core.run import FinishStep
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import folded_weights
@@ -40,7 +41,7 @@ class FinishJob:
     """One student to finish, as a worker process receives it.
 
     `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
-    is that of the device's runtime.
+    is that of the device's runtime. `before` are the steps that led to the answers of the context.
     """
 
     candidate: Candidate
@@ -52,6 +53,7 @@ class FinishJob:
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
     dialect: str = ORT.name
+    before: tuple[FinishStep, ...] = ()
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:
@@ -110,6 +112,7 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         architecture,
         len(history.epochs),
         history.cpu_s + time.thread_time() - started,
+        job.before,
     )
     write_record(folder / RECORD_FILE, finished)
     checkpoint.unlink(missing_ok=True)

@@ -14,19 +14,22 @@ import numpy as np
 from nas.core.errors import RecordError, StorageError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate
+from nas.core.run import FinishStep
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudent:
     """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
 
-    `epochs` and `cost_s` (CPU seconds) are those of the distillation.
+    `epochs` are those of the distillation, `cost_s` the CPU seconds of all its training; `steps` what it went through,
+    in order.
     """
 
     schema: int
     candidate: Candidate
     epochs: int
     cost_s: float
+    steps: tuple[FinishStep, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

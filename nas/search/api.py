@@ -43,6 +43,7 @@ from nas.latency.table import LatencyTable, difference_lines
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
+from nas.search.assistants import teach
 from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
@@ -416,7 +417,8 @@ def _finish(
     finalists = choose_finalists(parts, records, e.finish.students)
     if not finalists:
         raise _nothing_in_budget(parts, records)
-    students, failed = finish(parts, finalists, e.distill, e.finish)
+    lessons = teach(parts, finalists, e.distill, e.finish, teacher.macs)
+    students, failed = finish(parts, finalists, e.distill, e.finish, lessons.of)
     trial_of: dict[str, TrialRecord] = {}
     for record in records:
         trial_of.setdefault(record.candidate.arch_id, record)
@@ -429,7 +431,7 @@ def _finish(
     ]
     if parts.others:
         outcomes[0] = replace(outcomes[0], common=_common_pick(inputs, parts, found))
-    return outcomes, sum(s.cost_s for s in students)
+    return outcomes, lessons.cpu_s + sum(s.cost_s for s in students)
 
 
 def _outcome(
@@ -562,6 +564,7 @@ def _provenance(inputs: Inputs, teacher: Teacher, table: LatencyTable) -> dict[s
         **{f"version of {name}": version(name) for name in names},
         "python": platform.python_version(),
         "teacher's training": f"{teacher.cpu_s:.0f} CPU s",
+        **({"teacher's contributors": "; ".join(teacher.contributors)} if teacher.contributors else {}),
         **marks,
     }
 

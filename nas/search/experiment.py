@@ -1,6 +1,6 @@
 """The experiment file: what to search, for which deadline, on which data. One YAML file composes the parts' settings.
 
-What a run reads (`space`, `data.path`, `teacher.weights`) is taken from the file's folder when it is written there, and
+What a run reads (`space`, `data.path`, files of teachers) is taken from the file's folder when it is written there, and
 from the working directory when it is given with `--set`. Where results go (`run.*`) is always taken from the working
 directory. `~` is the home folder. `space` may also be the name of one of the spaces that come with the tool.
 """
@@ -38,7 +38,7 @@ from nas.search.settings import (
 from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
-INPUT_KEYS = ("space", "data.path", "teacher.weights")
+INPUT_KEYS = ("space", "data.path", "teacher.weights", "teacher.members.weights", "teacher.files.path")
 PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache", "run.foreign_table")
 SEEDS_KEY = "search.enqueue"  # entries of which some have paths
 TIME_KEYS = ("budget.ms", "budget.also_ms", "budget.total_ms", "budget.capture_ms")  # may have a unit: 800us
@@ -147,6 +147,8 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
         key, value = parse_set(text)
         if key == SEEDS_KEY:
             value = placed(value, partial(_path_below, Path(), "search.enqueue"))
+        for inside in (k.removeprefix(f"{key}.") for k in INPUT_KEYS if k.startswith(f"{key}.")):
+            _change_in(value, inside.split("."), partial(_below, Path(), f"{key}.{inside}"))
         _put(data, key, value, text)
         origins[key] = f"from --set {text}"
     if data.get("also_on", ()) is None:  # every entry is commented out
@@ -239,16 +241,22 @@ def _put(data: dict[str, Any], key: str, value: Any, text: str) -> None:
 
 
 def _change(data: dict[str, Any], key: str, change: Callable[[str], Any]) -> None:
-    """Replaces the text at a key path, where there is text, or a list with texts."""
-    *sections, last = key.split(".")
-    place: Any = data
-    for name in sections:
-        place = place.get(name) if isinstance(place, dict) else None
-    found = place.get(last) if isinstance(place, dict) else None
-    if isinstance(found, str):
-        place[last] = change(found)
-    elif isinstance(found, list):
-        place[last] = [change(v) if isinstance(v, str) else v for v in found]
+    """Replaces the text at a key path, where there is text, or a list with texts; of a list of sections in each."""
+    _change_in(data, key.split("."), change)
+
+
+def _change_in(place: Any, keys: Sequence[str], change: Callable[[str], Any]) -> None:
+    if isinstance(place, list):
+        for each in place:
+            _change_in(each, keys, change)
+    elif isinstance(place, dict) and len(keys) > 1:
+        _change_in(place.get(keys[0]), keys[1:], change)
+    elif isinstance(place, dict):
+        found = place.get(keys[0])
+        if isinstance(found, str):
+            place[keys[0]] = change(found)
+        elif isinstance(found, list):
+            place[keys[0]] = [change(v) if isinstance(v, str) else v for v in found]
 
 
 def _name_from(path: Path) -> str:

@@ -46,6 +46,7 @@ from nas.recipe.finish import (
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
+from nas.search.assistants import Lesson
 from nas.search.folder import MeasuredExit, TrialRecord
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
@@ -167,19 +168,25 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
 
 
 def finish(
-    parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
+    parts: SearchParts,
+    finalists: Sequence[Candidate],
+    distill: DistillSettings,
+    settings: FinishSettings,
+    lessons: Mapping[str, Lesson] | None = None,
 ) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
-    """Distils all finalists in worker processes, the longest first.
+    """Distils all finalists in worker processes, the longest first; those in `lessons` learn from an assistant.
 
     Raises:
         InterruptedRunError: the run was asked to stop; every epoch is kept.
         TrainingError: all of them failed.
     """
     mixes = scored_mixes(parts.folder.trials())
+    direct = Lesson(parts.plan.context, ())
+    taught = [(candidate, (lessons or {}).get(candidate.arch_id, direct)) for candidate in finalists]
     jobs = [
         FinishJob(
             candidate,
-            parts.plan.context,
+            lesson.context,
             str(parts.folder.student(candidate.arch_id)),
             parts.plan.stop_file,
             distill,
@@ -187,8 +194,9 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
+            lesson.steps,
         )
-        for candidate in finalists
+        for candidate, lesson in taught
     ]
     order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
     done: list[FinishedStudent] = []

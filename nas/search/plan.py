@@ -216,10 +216,14 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     macs = _mean_macs(inputs.space)
     phases = []
     teacher_macs = 0
-    if e.teacher.kind == "resnet":
-        teacher_macs = count_macs(ResNet(e.teacher.widths, e.teacher.blocks, dataset.num_classes, side), side)
-        about_s = e.teacher.epochs * images * teacher_macs / TEACHER_TRAINING / max(1, min(e.teacher.threads, 2))
-        phases.append(Phase("teacher", f"{e.teacher.epochs} epochs of {images} images, unless cached", about_s))
+    trained = [n.settings for n in e.teacher.networks if n.settings.kind == "resnet"]
+    if trained:
+        macs_of = [count_macs(ResNet(t.widths, t.blocks, dataset.num_classes, side), side) for t in trained]
+        teacher_macs = sum(macs_of)
+        about_s = images * sum(t.epochs * m for t, m in zip(trained, macs_of, strict=True)) / TEACHER_TRAINING
+        epochs = sum(t.epochs for t in trained)
+        what = f"{epochs} epochs of {images} images, unless cached"
+        phases.append(Phase("teacher", what, about_s / max(1, min(e.teacher.threads, 2))))
     about_s = e.distill.variants * images * teacher_macs / TEACHER_ANSWERS
     unless = "unless cached" if teacher_macs else "by a given teacher, whose time is not known beforehand"
     phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, {unless}", about_s))
