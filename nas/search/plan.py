@@ -246,6 +246,11 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     networks = e.feedback.engines(e.search.rounds) * len(inputs.each)
     where = "the device" if len(inputs.each) == 1 else f"{len(inputs.each)} devices"
     phases.append(Phase("networks", f"{networks} whole networks on {where}", networks * NETWORK_S))
+    if e.distill.assistants != 0:
+        count, largest = e.distill.assistants, total_macs(inputs.space.decode(inputs.space.largest()))
+        count = 1 if count == "auto" else count
+        about_s = count * e.distill.epochs * images * largest / STUDENT_TRAINING
+        phases.append(Phase("assistants", f"{count} at most, {e.distill.epochs} epochs each", about_s))
     about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
     phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
     return tuple(phases)
