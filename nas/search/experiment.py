@@ -38,7 +38,8 @@ from nas.search.settings import (
 from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
-INPUT_KEYS = ("space", "data.path", "teacher.weights", "teacher.members.weights", "teacher.files.path")
+INPUT_KEYS = ("space", "data.path", "teacher.weights")
+LISTED_INPUTS = ("teacher.members.weights", "teacher.files.path")  # of every entry of a list
 PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache", "run.foreign_table")
 SEEDS_KEY = "search.enqueue"  # entries of which some have paths
 TIME_KEYS = ("budget.ms", "budget.also_ms", "budget.total_ms", "budget.capture_ms")  # may have a unit: 800us
@@ -139,16 +140,17 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"{path}: expected keys such as space, budget, data; an example is written by: nas init")
     _drop_bare_headings(Experiment, data)
     data.setdefault("name", _name_from(path))
-    for key in PATH_KEYS:
-        _change(data, key, partial(_below, path.parent if key in INPUT_KEYS else Path(), key))
+    for key in (*PATH_KEYS, *LISTED_INPUTS):
+        is_input = key in (*INPUT_KEYS, *LISTED_INPUTS)
+        _change(data, key, partial(_below, path.parent if is_input else Path(), key))
     _place_seeds(data, path.parent)
     origins = {}
     for text in sets:
         key, value = parse_set(text)
         if key == SEEDS_KEY:
             value = placed(value, partial(_path_below, Path(), "search.enqueue"))
-        for inside in (k.removeprefix(f"{key}.") for k in INPUT_KEYS if k.startswith(f"{key}.")):
-            _change_in(value, inside.split("."), partial(_below, Path(), f"{key}.{inside}"))
+        for listed in (k for k in LISTED_INPUTS if k.startswith(f"{key}.")):
+            _change_in(value, [listed.rpartition(".")[2]], partial(_below, Path(), listed))
         _put(data, key, value, text)
         origins[key] = f"from --set {text}"
     if data.get("also_on", ()) is None:  # every entry is commented out
@@ -279,7 +281,7 @@ def _below(base: Path, key: str, text: str) -> str:
     Raises:
         ConfigError: it begins with the home folder of an unknown user.
     """
-    if key not in PATH_KEYS or not text or (key == "space" and _is_name(text)):
+    if key not in (*PATH_KEYS, *LISTED_INPUTS) or not text or (key == "space" and _is_name(text)):
         return text
     return _path_below(base, key, text)
 
@@ -321,7 +323,7 @@ def resolved_yaml(experiment: Experiment) -> str:
     data["run"]["dir"] = str(experiment.run_dir)
     if experiment.budget.total_ms is not None:
         del data["budget"]["ms"]  # what is left for the network is measured, and kept in the run folder
-    for key in PATH_KEYS:
+    for key in (*PATH_KEYS, *LISTED_INPUTS):
         _change(data, key, os.path.abspath)
     data["search"]["enqueue"] = placed(data["search"]["enqueue"], os.path.abspath)
     return f"# Settings of the run '{experiment.name}', defaults included.\n{dump_yaml(data)}"

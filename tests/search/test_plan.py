@@ -212,11 +212,13 @@ MATTERS = {
     "data.augment.quarter_turns=true data.augment.brightness=0.1 data.augment.contrast=0.1 data.augment.cutout=0.1",
     "teacher": "teacher.name=x teacher.weights=given.onnx teacher.pixels=unit teacher.resolution=32 "
     "teacher.widths=[9] teacher.blocks=2 teacher.epochs=3 teacher.batch_size=21 teacher.lr=0.1 "
-    "teacher.weight_decay=0.1 teacher.warmup=0.2 teacher.label_smoothing=0.1 teacher.seed=1",
+    "teacher.weight_decay=0.1 teacher.warmup=0.2 teacher.label_smoothing=0.1 teacher.seed=1 "
+    'teacher.members=[{"name":"a"}] teacher.files=[{"name":"a","path":"a.npy"}] teacher.weight=2.0 '
+    "teacher.average=logits",
     "distillation": "distill.epochs=3 distill.batch_size=21 distill.lr=0.1 distill.weight_decay=0.1 "
     "distill.warmup=0.2 distill.temperature=2.0 distill.alpha=0.5 distill.exit_weights=[0.1] "
     "distill.label_smoothing=0.1 distill.clip_norm=1.0 distill.ema=0.9 distill.variants=3 "
-    "distill.recalibration_images=21",
+    "distill.recalibration_images=21 distill.assistants=1",
     "scorer": "search.scorer=standalone supernet.steps=5 supernet.batch_size=12 supernet.random_subnets=2 "
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
     "supernet.clip_norm=1.0 supernet.seed=1",
@@ -237,7 +239,7 @@ MATTERS_NOT = (
 )
 # Have tests of their own, or enter with their section although they decide no result.
 OTHERS = (
-    {"space", "device", "data.name", "teacher.kind", "teacher.threads"}
+    {"space", "device", "data.name", "teacher.kind", "teacher.threads", "teacher.without"}
     | {
         f"budget.{name}"
         for name in ("capture_ms", "preprocess", "postprocess")  # parts of budget.total_ms
@@ -288,6 +290,22 @@ def test_the_scorer_that_is_used_decides_which_of_its_settings_matter(inputs: In
         ("supernet.steps=5", []),
     ):
         assert _changed(alone, _marks(inputs, "search.scorer=standalone", text)) == expected
+
+
+def test_a_contributor_that_is_left_out_shows_in_the_fingerprint_and_its_file_is_not_needed(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    files = f"teacher.files=[{{name: lab, path: {tmp_path / 'a.npy'}}}, {{name: us, path: {tmp_path / 'b.npy'}}}]"
+    for name in ("a.npy", "b.npy"):
+        (tmp_path / name).write_bytes(b"one")
+    both = _marks(inputs, files)["teacher"]
+    assert both.endswith(" with lab, us")
+    (tmp_path / "a.npy").write_bytes(b"another content")
+    assert _marks(inputs, files)["teacher"] != both
+    without = _marks(inputs, files, "teacher.without=[lab]")["teacher"]
+    assert without.endswith(" with us, without lab")
+    (tmp_path / "a.npy").unlink()
+    assert _marks(inputs, files, "teacher.without=[lab]")["teacher"] == without
 
 
 def test_the_content_of_given_weights_matters_and_not_their_name(inputs: Inputs, tmp_path: Path) -> None:
