@@ -26,7 +26,6 @@ from nas.train.settings import DistillSettings
 
 LARGE_GAP = 20.0  # teacher's multiply-adds over the student's, from which `auto` takes an assistant
 LEAST_STEP = 1.5  # an assistant has so many times the multiply-adds of its students, and its teacher of its own
-SIZES = 32  # networks between the smallest and the largest of the space among which the nearest is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +73,15 @@ def choose_assistants(
 
 
 def sizes_between(space: SearchSpace) -> list[Candidate]:
-    """Networks without exits from the smallest of the space to the largest, every choice growing alike."""
+    """Networks without exits from the smallest of the space to the largest, one choice at a time, all of them in step."""
     low, high = space.smallest(), space.largest()
     side = max(space.resolution)
-    found: dict[str, Candidate] = {}
-    for i in range(SIZES + 1):
-        genes = [a + round((b - a) * i / SIZES) for a, b in zip(low, high, strict=True)]
+    ways = enumerate(b - a for a, b in zip(low, high, strict=True))
+    steps = sorted(((k + 0.5) / abs(way), gene) for gene, way in ways for k in range(abs(way)))
+    genes, found = list(low), dict[str, Candidate]()
+    for gene in (None, *(gene for _, gene in steps)):
+        if gene is not None:
+            genes[gene] += 1 if high[gene] > low[gene] else -1
         network = replace(space.decode(genes).architecture, resolution=side, exits=())
         found[network.arch_id] = network
     return sorted(found.values(), key=total_macs)
