@@ -207,7 +207,7 @@ class DistillSettings:
         recalibration_images: training images from which batch norm is estimated when training stops.
         assistants: networks of middle size between the teacher and finalists that are much smaller (Mirzadeh et al.
             2020): each learns from the one before and teaches the next. A number of them, or `auto`: one where the
-            teacher is at least 20 times as large..
+            teacher is at least 20 times as large.
     """
 
     epochs: int = 24
