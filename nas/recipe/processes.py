@@ -67,7 +67,8 @@ class Processes:
         marks = flat[sum(sizes) : -NUMBERS].tolist()
         parts = zip(flat[: sum(sizes)].split(sizes), like, marks, strict=True)
         first, second = flat[-NUMBERS:].tolist()
-        return tuple(part.reshape(t.shape) if mark else None for part, t, mark in parts), (first, second)
+        tensors = (torch.empty_like(t).copy_(part.reshape(t.shape)) if mark else None for part, t, mark in parts)
+        return tuple(tensors), (first, second)
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def parse_set(text: str) -> tuple[str, Any]:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         names = [f"{key}.{name.name}" for name in dataclasses.fields(kind)]
         raise ConfigError(f"{where}: '{key}' is a section; set one of its keys: {', '.join(names)}")
-    options = typing.get_args(kind) or (kind,)
+    options = () if typing.get_origin(kind) is tuple else typing.get_args(kind) or (kind,)
     if str in options and not (type(None) in options and value in ("null", "")):
         return key, _below(Path(), key, value)
     return key, parse_yaml(value, where)
