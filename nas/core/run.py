@@ -77,7 +77,8 @@ class Point:
     share of images that do. `prediction` is what the estimate said before the network was measured. `threshold_curve`
     holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
     `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
-    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none.
+    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none;
+    `steps` are what its weights went through.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Point:
     cost_s: float = 0.0
     export_command: str = ""
     energy: EnergyFigures | None = None
+    steps: tuple[FinishStep, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"point {self.id}"

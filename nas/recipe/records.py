@@ -22,7 +22,8 @@ class FinishedStudent:
     """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
 
     `epochs` are those of the distillation, `cost_s` the CPU seconds of all its training; `steps` what it went through,
-    in order.
+    in order. `parent` is the `arch_id` of the finished student that it was cut from, and `pruning` says how; both are
+    empty where it was distilled from new weights.
     """
 
     schema: int
@@ -30,6 +31,8 @@ class FinishedStudent:
     epochs: int
     cost_s: float
     steps: tuple[FinishStep, ...] = ()
+    parent: str = ""
+    pruning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

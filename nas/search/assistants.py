@@ -74,6 +74,7 @@ def choose_assistants(
 
 def sizes_between(space: SearchSpace) -> list[Candidate]:
     """Networks without exits from the smallest of the space to the largest, one choice at a time, all in step."""
+    space = space.unpruned
     low, high = space.smallest(), space.largest()
     side = max(space.resolution)
     ways = enumerate(b - a for a, b in zip(low, high, strict=True))
