@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from nas.core.errors import ConfigError, did_you_mean
-from nas.core.records import Activation, Precision, make_divisible
+from nas.core.records import (
+    BLOCK_KINDS,
+    KINDS_WITH_EXPANSION,
+    KINDS_WITH_SE,
+    Activation,
+    BlockKind,
+    Precision,
+    make_divisible,
+)
 
 T = TypeVar("T")
 
@@ -41,9 +49,10 @@ class StemChoices:
 
 @dataclass(frozen=True, slots=True)
 class StageChoices:
-    """One stage of inverted residuals. `width`, `depth`, `use_se` and `activation` are chosen once per stage.
+    """One stage. `kind`, `width`, `depth`, `use_se` and `activation` are chosen once per stage.
 
-    `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block.
+    `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block. A kind that has no
+    expansion or no squeeze-and-excitation ignores that choice.
     """
 
     name: str
@@ -54,6 +63,7 @@ class StageChoices:
     expansion: tuple[float, ...]
     use_se: tuple[bool, ...]
     activation: tuple[Activation, ...]
+    kind: tuple[BlockKind, ...] = ("inverted_residual",)
 
     @property
     def max_depth(self) -> int:
@@ -91,13 +101,15 @@ class PrecisionChoices:
     per: Literal["network", "stage"] = "network"
 
 
-def expanded_channels(in_channels: int, expansion: float) -> int:
+def expanded_channels(in_channels: int, expansion: float, kind: BlockKind = "inverted_residual") -> int:
     """Channels between the first and the last convolution of a block; expansion 1 means no first convolution.
+
+    A kind that does not expand keeps the channels of the input.
 
     Rounded to a multiple of 8, so that factors with two or three digits give the published networks exactly
     (24 x 3.667 -> 88, 80 x 2.3 -> 184; Howard et al. 2019, Tables 1 and 2).
     """
-    return in_channels if expansion == 1 else make_divisible(in_channels * expansion)
+    return in_channels if expansion == 1 or kind not in KINDS_WITH_EXPANSION else make_divisible(in_channels * expansion)
 
 
 class Section:
@@ -237,7 +249,7 @@ def read_stem(data: Any, where: str) -> StemChoices:
     )
 
 
-STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation")
+STAGE_FIELDS = ("name", "kind", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation")
 
 
 def read_stage(data: Any, where: str) -> StageChoices:
@@ -245,18 +257,32 @@ def read_stage(data: Any, where: str) -> StageChoices:
     if isinstance(data, dict) and isinstance(data.get("name"), str):
         where = f"{where} ({data['name']})"
     section = Section(data, where, STAGE_FIELDS)
-    return StageChoices(
+    kinds = in_order(section.many("kind", name_of(BLOCK_KINDS, "kind of block"), "inverted_residual"), BLOCK_KINDS)
+    has_expansion = any(kind in KINDS_WITH_EXPANSION for kind in kinds)
+    stage = StageChoices(
         name=section.one("name", identifier),
         width=tuple(sorted(section.many("width", integer(1, MAX_CHANNELS, "channels")))),
         depth=tuple(sorted(section.many("depth", integer(1, MAX_DEPTH, "blocks")))),
         stride=section.one("stride", integer(1, 2, "pixels")),
         kernel_size=tuple(sorted(section.many("kernel_size", kernel))),
         expansion=tuple(
-            sorted(section.many("expansion", number(0.125, MAX_EXPANSION, "a factor of the block's input channels")))
+            sorted(
+                section.many(
+                    "expansion",
+                    number(0.125, MAX_EXPANSION, "a factor of the block's input channels"),
+                    None if has_expansion else 1.0,
+                )
+            )
         ),
         use_se=tuple(sorted(section.many("use_se", boolean, False))),
         activation=in_order(section.many("activation", name_of(ACTIVATIONS, "activation")), ACTIVATIONS),
+        kind=kinds,
     )
+    if not has_expansion and stage.expansion != (1.0,):
+        raise section.fail("expansion", f"kind {', '.join(kinds)} does not expand; leave it out")
+    if True in stage.use_se and not any(kind in KINDS_WITH_SE for kind in kinds):
+        raise section.fail("use_se", f"kind {', '.join(kinds)} has no squeeze-and-excitation; leave it out")
+    return stage
 
 
 def read_head(data: Any, where: str) -> HeadChoices:

@@ -21,6 +21,7 @@ import numpy as np
 from nas.core.errors import ConfigError, RecordError
 from nas.core.jsonio import content_hash, to_plain
 from nas.core.records import (
+    KINDS_WITH_SE,
     BlockConfig,
     Candidate,
     ExitConfig,
@@ -129,7 +130,7 @@ class SearchSpace:
             "in_channels": self.in_channels,
             "resolution": list(self.resolution),
             "stem": to_plain(self.stem),
-            "stages": to_plain(self.stages),
+            "stages": [_stage_plain(stage) for stage in self.stages],
             "head": to_plain(self.head),
             **({"exits": exits} if self.exits.after else {}),
             "precision": to_plain(self.precision),
@@ -177,12 +178,13 @@ class SearchSpace:
         stages = []
         for choices, sites in zip(self.stages, layout.stages, strict=True):
             width, stride = sites.width.of(genotype), choices.stride
-            use_se, activation = sites.use_se.of(genotype), sites.activation.of(genotype)
+            kind, activation = sites.kind.of(genotype), sites.activation.of(genotype)
+            use_se = sites.use_se.of(genotype) and kind in KINDS_WITH_SE
             blocks = []
             for block in sites.blocks[: sites.depth.of(genotype)]:
-                wide = expanded_channels(channels, block.expansion.of(genotype))
+                wide = expanded_channels(channels, block.expansion.of(genotype), kind)
                 kernel_size = block.kernel_size.of(genotype)
-                blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation))
+                blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation, kind))
                 channels, stride = width, 1
             stages.append(StageConfig(tuple(blocks), sites.precision.of(genotype)))
         head = HeadConfig(
@@ -226,13 +228,15 @@ class SearchSpace:
             unit, first = f"stages.{s}", stage.blocks[0]
             put(sites.depth, len(stage.blocks), f"{unit}: depth")
             put(sites.width, first.out_channels, f"{unit}: width")
-            put(sites.use_se, first.use_se, f"{unit}: use_se")
+            put(sites.kind, first.kind, f"{unit}: kind")
+            if first.kind in KINDS_WITH_SE:
+                put(sites.use_se, first.use_se, f"{unit}: use_se")
             put(sites.activation, first.activation, f"{unit}: activation")
             put(sites.precision, stage.precision, f"{unit}: precision")
             for b, (block, block_sites) in enumerate(zip(stage.blocks, sites.blocks, strict=False)):
                 put(block_sites.kernel_size, block.kernel_size, f"{unit}.{b}: kernel_size")
                 expansion = block_sites.expansion
-                wides = tuple(expanded_channels(block.in_channels, e) for e in expansion.choices)
+                wides = tuple(expanded_channels(block.in_channels, e, first.kind) for e in expansion.choices)
                 put(Site(wides, expansion.gene), block.expanded_channels, f"{unit}.{b}: expanded channels")
         put(layout.conv_channels, candidate.head.conv_channels, "head: conv_channels")
         put(layout.hidden_channels, candidate.head.hidden_channels, "head: hidden_channels")
@@ -359,6 +363,12 @@ class SearchSpace:
         return self._extremes[1]
 
 
+def _stage_plain(stage: StageChoices) -> dict[str, Any]:
+    """The fields of a stage; without the kind where it is the only one that spaces had before there were kinds."""
+    plain: dict[str, Any] = to_plain(stage)
+    return plain if stage.kind != ("inverted_residual",) else {k: v for k, v in plain.items() if k != "kind"}
+
+
 def _macs(layer: LayerSpec) -> float:
     return float(layer.macs)
 
@@ -443,8 +453,14 @@ def _require_genes(space: SearchSpace, where: str) -> None:
 
 
 def _require_shapes(space: SearchSpace, where: str) -> None:
-    """Sizes of maps depend on the resolution and the strides alone, so one network per resolution tells."""
+    """Sizes of maps depend on the resolution and the strides alone; so one network per resolution, kinds last, tells.
+
+    The last kind is attention wherever that is a choice, the only one that bounds the size of a map.
+    """
     genotype = [0] * len(space.genes)
+    for stage in space.layout.stages:
+        if stage.kind.gene is not None:
+            genotype[stage.kind.gene] = len(stage.kind.choices) - 1
     site = space.layout.resolution
     for index, resolution in enumerate(space.resolution):
         if site.gene is not None:
@@ -452,4 +468,4 @@ def _require_shapes(space: SearchSpace, where: str) -> None:
         try:
             expand(space._build(tuple(genotype)))
         except RecordError as e:
-            raise ConfigError(f"{where}: resolution: {resolution} px is too small: {e}") from e
+            raise ConfigError(f"{where}: resolution: {resolution} px does not fit: {e}") from e
