@@ -84,9 +84,7 @@ def main() -> None:
     ]
     for stage, kinds in document.get("front", {}).items():
         print(f"{stage}: " + ", ".join(f"{kind} {n}" for kind, n in kinds.items()))
-    report(
-        f"us on {device.profile.name}", ["kind", "map", "MACs", *precisions], lines, document, args.json
-    )
+    report(f"us on {device.profile.name}", ["kind", "map", "MACs", *precisions], lines, document, args.json)
 
 
 if __name__ == "__main__":

@@ -92,8 +92,9 @@ def describe(layer: LayerSpec) -> str:
     if layer.is_block:
         extras = [f", {layer.heads} heads over {layer.tokens} tokens"] * (layer.heads > 0)
         extras += [", squeeze-and-excitation"] * layer.use_se + [", skip connection"] * layer.has_residual
+        kernel, kind = f"{layer.kernel_size}x{layer.kernel_size}", layer.kind.replace("_", " ")
         return (
-            f"{layer.name}: {layer.kernel_size}x{layer.kernel_size} {layer.kind.replace('_', ' ')}, channels {layer.in_channels} -> "
+            f"{layer.name}: {kernel} {kind}, channels {layer.in_channels} -> "
             f"{layer.expanded_channels} -> {layer.out_channels}, {size}, {layer.activation}{''.join(extras)}, "
             f"{layer.precision}"
         )

@@ -109,7 +109,9 @@ def expanded_channels(in_channels: int, expansion: float, kind: BlockKind = "inv
     Rounded to a multiple of 8, so that factors with two or three digits give the published networks exactly
     (24 x 3.667 -> 88, 80 x 2.3 -> 184; Howard et al. 2019, Tables 1 and 2).
     """
-    return in_channels if expansion == 1 or kind not in KINDS_WITH_EXPANSION else make_divisible(in_channels * expansion)
+    return (
+        in_channels if expansion == 1 or kind not in KINDS_WITH_EXPANSION else make_divisible(in_channels * expansion)
+    )
 
 
 class Section:
@@ -249,7 +251,7 @@ def read_stem(data: Any, where: str) -> StemChoices:
     )
 
 
-STAGE_FIELDS = ("name", "kind", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation")
+STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation", "kind")
 
 
 def read_stage(data: Any, where: str) -> StageChoices:

@@ -65,8 +65,8 @@ def attention_map_kd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     expected = (student_map.shape[0], *student_map.shape[2:])
     if (teacher_map.shape[0], *teacher_map.shape[2:]) != expected:
         raise UsageError(
-            f"attention maps of {list(student_map.shape)} (student) and {list(teacher_map.shape)} (teacher): images and "
-            "tokens must be as many; use attention on maps of one size"
+            f"attention maps of {list(student_map.shape)} (student) and {list(teacher_map.shape)} (teacher): "
+            "images and tokens must be as many; use attention on maps of one size"
         )
     least = torch.finfo(student_map.dtype).tiny  # a probability may have been rounded to 0
     student = student_map.mean(dim=1).clamp_min(least).log()
