@@ -35,6 +35,8 @@ MAX_KERNEL = 31
 MAX_DEPTH = 32
 MAX_STAGES = 16
 MAX_EXPANSION = 32.0
+MAX_PRUNE = 0.75  # a quarter of the channels stays
+CHANNEL_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +53,9 @@ class StemChoices:
 class StageChoices:
     """One stage. `kind`, `width`, `depth`, `use_se` and `activation` are chosen once per stage.
 
-    `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block. A kind that has no
-    expansion or no squeeze-and-excitation ignores that choice.
+    `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block. `prune` is the share
+    of the expanded channels that all its blocks go without, chosen once per stage. A kind that has no expansion or no
+    squeeze-and-excitation ignores that choice.
     """
 
     name: str
@@ -63,6 +66,7 @@ class StageChoices:
     expansion: tuple[float, ...]
     use_se: tuple[bool, ...]
     activation: tuple[Activation, ...]
+    prune: tuple[float, ...] = (0.0,)
     kind: tuple[BlockKind, ...] = ("inverted_residual",)
 
     @property
@@ -112,6 +116,19 @@ def expanded_channels(in_channels: int, expansion: float, kind: BlockKind = "inv
     return (
         in_channels if expansion == 1 or kind not in KINDS_WITH_EXPANSION else make_divisible(in_channels * expansion)
     )
+
+
+def pruned_channels(in_channels: int, expansion: float, share: float, kind: BlockKind = "inverted_residual") -> int:
+    """Expanded channels of a block without a share of them: any number, as `expanded_channels` where the share is 0.
+
+    A block that does not expand loses none. Where as many would be left as its input has, which would make it another
+    kind of block, eight more are kept.
+    """
+    whole = expanded_channels(in_channels, expansion, kind)
+    if whole == in_channels:
+        return whole
+    left = max(1, round(whole * (1 - share)))
+    return min(whole, left + CHANNEL_GROUP) if left == in_channels else left
 
 
 class Section:
@@ -251,7 +268,7 @@ def read_stem(data: Any, where: str) -> StemChoices:
     )
 
 
-STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation", "kind")
+STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation", "prune", "kind")
 
 
 def read_stage(data: Any, where: str) -> StageChoices:
@@ -278,10 +295,17 @@ def read_stage(data: Any, where: str) -> StageChoices:
         ),
         use_se=tuple(sorted(section.many("use_se", boolean, False))),
         activation=in_order(section.many("activation", name_of(ACTIVATIONS, "activation")), ACTIVATIONS),
+        prune=tuple(sorted(section.many("prune", number(0, MAX_PRUNE, "a share of the expanded channels"), 0.0))),
         kind=kinds,
     )
     if not has_expansion and stage.expansion != (1.0,):
         raise section.fail("expansion", f"kind {', '.join(kinds)} does not expand; leave it out")
+    if stage.prune != (0.0,) and (len(kinds) > 1 or not has_expansion):
+        raise section.fail(
+            "prune",
+            "needs a stage of one kind that expands (importance is that of its channels); finalists of every space are "
+            "pruned by finish.prune",
+        )
     if True in stage.use_se and not any(kind in KINDS_WITH_SE for kind in kinds):
         raise section.fail("use_se", f"kind {', '.join(kinds)} has no squeeze-and-excitation; leave it out")
     return stage

@@ -214,6 +214,8 @@ def test_a_stage_of_one_kind_needs_no_field_that_the_kind_ignores() -> None:
     assert [block.expanded_channels for block in space.decode(space.smallest()).stages[0].blocks] == [8, 16]
     with pytest.raises(ConfigError, match=r"stages\[0\] \(a\): expansion: kind depthwise_separable does not expand"):
         space_from_plain(mixed_stage(kind="depthwise_separable", expansion=[2, 3]), "x", 5)
+    with pytest.raises(ConfigError, match="prune: needs a stage of one kind that expands"):
+        space_from_plain(mixed_stage(kind=["attention", "mlp"], expansion=2, prune=[0, 0.5]), "x", 5)
     with pytest.raises(ConfigError, match="use_se: kind mlp, attention has no squeeze-and-excitation; leave it out"):
         space_from_plain(mixed_stage(kind=["attention", "mlp"], expansion=2, use_se=True), "x", 5)
 
