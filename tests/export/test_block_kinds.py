@@ -6,14 +6,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from export_networks import kind_block, kind_candidate
 
 from nas.compress.calibrate import calibrate
 from nas.core.errors import RecordError
 from nas.core.records import (
     BLOCK_KINDS,
     HEAD_DIM,
-    KINDS_WITH_EXPANSION,
-    KINDS_WITH_SE,
     BlockConfig,
     BlockKind,
     Candidate,
@@ -32,22 +31,10 @@ MEAN, STD = (0.5,) * 3, (0.25,) * 3
 NEW = tuple(kind for kind in BLOCK_KINDS if kind != "inverted_residual")
 
 
-def _block(kind: BlockKind, c_in: int, c_out: int, stride: int) -> BlockConfig:
-    wide = 2 * c_in if kind in KINDS_WITH_EXPANSION else c_in
-    return BlockConfig(c_in, wide, c_out, 3, stride, kind in KINDS_WITH_SE, "hard_swish", kind)
-
-
-def _candidate(kind: BlockKind) -> Candidate:
-    """24 px: an inverted residual, then two blocks of the kind on maps of 3 px, the second one keeps the shape."""
-    first = StageConfig((BlockConfig(8, 16, 16, 3, 2),))
-    second = StageConfig((_block(kind, 16, 72, 2), _block(kind, 72, 72, 1)))
-    return Candidate(24, 5, StemConfig(8), (first, second), HeadConfig())
-
-
 def _student(kind: BlockKind) -> tuple[Student, torch.Tensor]:
     """A student whose batch norm knows some images [16, 3, 24, 24], 0-255, smooth as those of a camera."""
     torch.manual_seed(0)
-    student = Student(_candidate(kind))
+    student = Student(kind_candidate(kind))
     images = torch.nn.functional.interpolate(255 * torch.rand(16, 3, 4, 4), 24, mode="bilinear")
     for part in student.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
@@ -83,7 +70,7 @@ def test_torch_and_onnx_runtime_agree_on_a_kind_and_int8_is_near(kind: BlockKind
 def test_every_dialect_writes_a_kind_in_all_its_precisions(kind: BlockKind) -> None:
     for dialect in DIALECTS:
         for precision in dialect.precisions:
-            candidate = _candidate(kind).with_precision(precision)
+            candidate = kind_candidate(kind).with_precision(precision)
             weights, quant = random_weights(candidate, 0), nominal_quant(candidate)
             model = network_model(candidate, weights, MEAN, STD, quant=quant, dialect=dialect)
             onnx.checker.check_model(model, full_check=True)
@@ -112,12 +99,12 @@ def test_counted_work_is_what_torch_does(kind: BlockKind) -> None:
 
 @pytest.mark.parametrize("kind", NEW)
 def test_row_key_of_a_kind_reads_back(kind: BlockKind) -> None:
-    layer = expand(_candidate(kind))[-2]
+    layer = expand(kind_candidate(kind))[-2]
     assert layer_of_key(layer.key) == layer
 
 
 def test_all_convolutions_of_an_attention_block_are_integer_in_int8_and_its_products_float() -> None:
-    candidate = _candidate("attention").with_precision("int8")
+    candidate = kind_candidate("attention").with_precision("int8")
     weights, quant = random_weights(candidate, 0), nominal_quant(candidate)
     graph = onnx.load_from_string(network_model(candidate, weights, MEAN, STD, quant=quant)).graph
     dequantized = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
@@ -147,7 +134,7 @@ def test_each_pixel_is_a_token_that_sees_all_others() -> None:
 
 
 def test_attention_on_a_large_map_is_refused() -> None:
-    stage = StageConfig((_block("attention", 8, 16, 1),))
+    stage = StageConfig((kind_block("attention", 8, 16, 1),))
     with pytest.raises(RecordError, match=r"stages\.0\.0: attention on a map of 20 px would have 400 tokens; at most"):
         expand(Candidate(40, 5, StemConfig(8), (stage,), HeadConfig()))
 
