@@ -525,7 +525,7 @@ def _ofa_yaml(console: Console, table: LatencyTable, precision: str | None) -> s
     chosen = [x for x in layers if precision in (None, x.precision)]
     blocks = [x for x in chosen if x.kind == "inverted_residual"]
     if len(blocks) < len(chosen):
-        console.warn(f"{len(chosen) - len(blocks)} rows are no blocks and left out; --format json has all")
+        console.warn(f"{len(chosen) - len(blocks)} rows are no inverted residuals and left out; --format json has all")
     lines = [f"# ms per block without the overhead of a call ({table.overhead_ms:.4g} ms); {table.profile.name}"]
     for x in blocks:
         row = table.rows[x.key]

@@ -101,7 +101,8 @@ class Dialect:
         find_nodes_from_convs_to_exclude, commit a2fbac7): both channel counts of a group at least 16, or a dense
         convolution with one of them a multiple of 8 and one at least 16 (the first layer needs only the multiple), or
         a grouped one with a multiple of 8 channels and a kernel of at least 3. Squeeze-and-excitation and the last
-        linear layer stay float: at one pixel they are bound by their launch, and an exit is decided by logits.
+        linear layer stay float: at one pixel they are bound by their launch, and an exit is decided by logits. The
+        matrix products and the softmax of attention are no convolutions: they are float in every dialect.
         """
         if self.pairs_at == "outputs":
             return True

@@ -244,7 +244,7 @@ def test_exported_blocks_can_be_imported_again(tmp_path: Path, capsys: pytest.Ca
     folder = table(tmp_path / "t")
     assert run(["table", "export", str(folder), "--format", "ofa-yaml"]) == 0
     out, error = capsys.readouterr()
-    assert "1 rows are no blocks and left out" in error
+    assert "1 rows are no inverted residuals and left out" in error
     (tmp_path / "lut.yaml").write_text(out)
     args = ["--out", tmp_path / "back", "--precision", "fp32", "--board", "b", "--unit", "ms"]
     ok(capsys, "import", "ofa-yaml", tmp_path / "lut.yaml", *args)

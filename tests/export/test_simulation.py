@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from export_networks import MEAN, STD, random_candidate, small_candidate, smooth_images
+from export_networks import MEAN, STD, kind_candidate, random_candidate, small_candidate, smooth_images
 
 from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.errors import RecordError
-from nas.core.records import Candidate, QuantSpec
+from nas.core.records import BLOCK_KINDS, BlockKind, Candidate, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, Dialect
 from nas.export.graph import random_weights
@@ -49,6 +49,17 @@ def test_any_network_of_the_records_is_simulated(seed: int) -> None:
     candidate = random_candidate(np.random.default_rng(seed)).with_precision("int8")
     here, there = both(candidate, network(candidate, seed=seed))
     assert (here == there).all(axis=(0, 2)).mean() >= 0.92
+
+
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
+def test_every_kind_of_block_is_simulated(kind: BlockKind) -> None:
+    candidate = kind_candidate(kind).with_precision("int8")
+    here, there = both(candidate, network(candidate))
+    # Attention is float in both: its last bits differ, and now and then a step of what follows.
+    assert (here == there).all(axis=(0, 2)).mean() >= (0.92 if kind != "attention" else 0.0)
+    assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
+    here, there = both(candidate, network(candidate, TRT_8_4), TRT_8_4)
+    assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
 
 
 @pytest.mark.parametrize("dialect", [TRT_8_4, TRT_10_13], ids=lambda d: d.name)
