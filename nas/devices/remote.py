@@ -462,7 +462,7 @@ class RemoteDevice:
             "alive": settings.alive(kind),
             "hang_s": settings.hang_s,
             "build_s": BUILD_LIMIT_S if slow else settings.hang_s,
-            "transfers": int(kind in ("network", "segment")),
+            "whole": int(kind in ("network", "segment")),
         }
 
     def _asked(

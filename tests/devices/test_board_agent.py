@@ -54,7 +54,7 @@ PLAN: dict[str, Any] = {
     "alive": 8,
     "hang_s": 60.0,
     "build_s": 60.0,
-    "transfers": 0,
+    "whole": 0,
 }
 
 

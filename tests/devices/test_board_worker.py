@@ -17,7 +17,7 @@ from nas.devices.board.worker import Worker
 PLAN = {
     **dict.fromkeys(("warmup_runs", "gate_runs", "gate_cpu_share", "round_cpu_share", "calibration_checks"), 0),
     **{"sessions": 1, "rounds": 2, "round_ms": 10, "min_runs": 10, "max_runs": 10, "retries": 2, "wait_ms": 100},
-    **{"wait_round_ms": 1000, "wait_share": 20, "gate_drift": 2, "alive": 4, "hang_s": 30, "build_s": 60, "transfers": 1},
+    **{"wait_round_ms": 1000, "wait_share": 20, "gate_drift": 2, "alive": 4, "hang_s": 30, "build_s": 60, "whole": 1},
 }
 
 

@@ -151,30 +151,37 @@ def test_images_travel_part_by_part_and_none_stays(
 
 
 def slow_script(server: SshServer) -> Path:
-    """A script on the board that notes its process id and does not end."""
+    """Puts `slow.py` on the board, which does not end; the file in which it notes its process id."""
     path = server.home / "slow.py"
-    path.write_text("import os, time\nprint(os.getpid(), file=open('pid', 'w'), flush=True)\ntime.sleep(600)\n")
+    note = server.home / "pid"
+    path.write_text(f"import os, time\nprint(os.getpid(), file=open('{note}', 'w'), flush=True)\ntime.sleep(600)\n")
     path.chmod(0o644)
-    (server.home / "pid").unlink(missing_ok=True)
-    return path
+    note.unlink(missing_ok=True)
+    return note
+
+
+def process_of(note: Path) -> Path:
+    """The process that a script on the board noted."""
+    assert wait_until(lambda: note.exists() and note.read_text().strip() != "")
+    return Path("/proc") / note.read_text().strip()
 
 
 def test_a_script_on_the_board_ends_with_its_connection_and_keeps_others_waiting(server: SshServer) -> None:
     """As with Ctrl-C: what builds engines for minutes does not go on without anybody who wants them."""
-    slow_script(server)
+    note = slow_script(server)
     opened, said = RemoteDevice(parse_address(server.device_name()), settings=QUICK), []
     other = RemoteDevice(parse_address(server.device_name()), settings=QUICK, say=said.append)
-    running = threading.Thread(target=lambda: pytest.raises(DeviceError, opened.run_script, ".", "slow.py", [], 60.0))
+    home = str(server.home)
+    running = threading.Thread(target=lambda: pytest.raises(DeviceError, opened.run_script, home, "slow.py", [], 60.0))
     waiting = threading.Thread(target=lambda: other.measure([row("waits")]))
     running.start()
-    assert wait_until(lambda: (server.home / "pid").exists() and (server.home / "pid").read_text().strip() != "")
-    pid = int((server.home / "pid").read_text())
+    process = process_of(note)
     waiting.start()
     assert wait_until(lambda: any("waiting, another program measures on this board" in line for line in said)), said
-    assert Path(f"/proc/{pid}").exists()
+    assert process.exists()
     opened._patience_s = 0.0
     opened._connection.link.process.kill()
-    assert wait_until(lambda: not Path(f"/proc/{pid}").exists()), "it still runs"
+    assert wait_until(lambda: not process.exists()), "it still runs"
     running.join()
     waiting.join()
     for device in (opened, other):
@@ -182,11 +189,11 @@ def test_a_script_on_the_board_ends_with_its_connection_and_keeps_others_waiting
 
 
 def test_a_script_that_takes_too_long_is_ended(server: SshServer, device: RemoteDevice) -> None:
-    slow_script(server)
+    note = slow_script(server)
     with pytest.raises(RefusedRequestError, match=r"did not return within 1\.5 s"):
-        device.run_script(".", "slow.py", [], 1.5)
-    pid = int((server.home / "pid").read_text())
-    assert wait_until(lambda: not Path(f"/proc/{pid}").exists())
+        device.run_script(str(server.home), "slow.py", [], 1.5)
+    process = process_of(note)
+    assert wait_until(lambda: not process.exists())
 
 
 def with_jump(server: SshServer, *, proxy: str, known_hosts: Path) -> str:

@@ -143,6 +143,29 @@ def test_the_doctor_says_why_nothing_can_be_built(server: SshServer, capsys: pyt
     assert "Could not find any implementation for node" in checks[f"device {name} fp32"]["text"]
 
 
+def test_the_experiment_for_a_jetson_says_what_it_would_do_and_guesses_no_time_of_engines(
+    server: SshServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, program = board(server, "10.3")
+    device.close()
+    given = {
+        "device": server.device_name(python=program.parent / "python"),
+        "data.name": "defects",
+        "data.train_images": 200,
+        "run.dir": tmp_path / "run",
+        "run.tables": tmp_path / "tables",
+    }
+    sets = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    experiment = Path(__file__).parents[2] / "experiments" / "jetson.yaml"
+    assert run(["search", str(experiment), *sets, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "120 rows are to be measured, the others of 550 interpolated" in out
+    assert "without: latency table, networks. Each is an engine that the board builds" in out
+    phases = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert phases["networks"].endswith("unknown") and "about" in phases["scores"]
+    assert not (tmp_path / "tables").exists()
+
+
 def test_rows_are_filled_from_covering_networks_whose_layers_the_board_profiles(
     server: SshServer, tmp_path: Path
 ) -> None:

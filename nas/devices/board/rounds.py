@@ -37,8 +37,8 @@ class Plan(object):
 
     `sessions` fresh sessions of the runtime, each with `rounds` rounds of about `round_ms` and `min_runs` to `max_runs`
     runs. `gate_runs` of the reference network come before each round (0: none). A round that is not calm is repeated at
-    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last. `transfers`: 1 where
-    the copies of inputs and outputs are measured, too.
+    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last. `whole`: 1 where the
+    models are whole networks: few, so the copies of inputs and outputs are measured, and energy where that takes long.
 
     Raises:
         BoardError: a number is missing, not a number, or out of range.
@@ -63,7 +63,7 @@ class Plan(object):
         ("alive", 1, 1e4),
         ("hang_s", 0, 1e6),
         ("build_s", 0, 1e6),
-        ("transfers", 0, 1),
+        ("whole", 0, 1),
     )
 
     def __init__(self, told: Dict[str, Any]) -> None:
@@ -89,7 +89,7 @@ class Plan(object):
         self.alive = int(told["alive"])
         self.hang_s = float(told["hang_s"])
         self.build_s = float(told["build_s"])
-        self.transfers = bool(told["transfers"])
+        self.whole = bool(told["whole"])
 
 
 def is_calm(median_ms: float, cpu_share: float, best_ms: float, drift: float, least_share: float) -> bool:

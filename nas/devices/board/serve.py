@@ -228,7 +228,8 @@ class Agent(object):
             limit_s=request["limit_s"],
         )
         try:
-            outputs = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)["outputs"]
+            with self._locked():
+                outputs = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)["outputs"]
         finally:  # images are many, and hardly ever the same ones again
             self._folder.remove(request["images"])
         data = []

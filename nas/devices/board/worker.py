@@ -129,9 +129,10 @@ class Worker(object):
             )
             for subject, result in subjects:
                 self._at(subject.key, plan.hang_s)
-                if plan.transfers and subject.error is None and result["transfer_ms"] is None:
+                if plan.whole and subject.error is None and result["transfer_ms"] is None:
                     result["transfer_ms"] = _transfer_ms(subject, result)
-                if sampler.has_sensor and subject.error is None and result["energy"] is None:
+                is_cheap = plan.whole or hasattr(subject.session, "run_only")
+                if sampler.has_sensor and is_cheap and subject.error is None and result["energy"] is None:
                     result["energy"] = self._energy(subject, sampler, plan)
                 subject.session.close()
                 result["sessions"].append(subject.rounds)
@@ -168,7 +169,7 @@ class Worker(object):
                 if run_only is not None:
                     values.append(self._energy_in_place(run_only, sampler))
                 else:
-                    values.append(self._energy_of_program(subject, sampler))
+                    values.append(self._energy_of_program(subject, sampler, plan.hang_s))
         except Exception as e:  # as in `main`: the times before it are sound, and a note says what happened
             return {"mj": None, "why": as_board_error(e, "unsupported").message}
         finally:
@@ -183,7 +184,7 @@ class Worker(object):
             runs += ENERGY_RUNS
         return sampler.energy_mj(began_s, self._clock.seconds(), runs)
 
-    def _energy_of_program(self, subject: Subject, sampler: PowerSampler) -> Optional[float]:
+    def _energy_of_program(self, subject: Subject, sampler: PowerSampler, limit_s: float) -> Optional[float]:
         """Energy of an inference by a program that first loads an engine and does not say when its runs began.
 
         A long run and a short one load the same engine and warm up alike: what the long one takes more, its further
@@ -193,6 +194,7 @@ class Worker(object):
         more = int(ENERGY_PROGRAM_S * 1e3 / max(typical_ms, 1e-3))
         found = []
         for runs in (ENERGY_RUNS, ENERGY_RUNS + more):
+            self._at(subject.key, limit_s)
             began_s = self._clock.seconds()
             made = len(subject.session.time(runs, 0)["samples_ms"])
             energy_mj = sampler.energy_mj(began_s, self._clock.seconds(), 1)
