@@ -170,7 +170,7 @@ def test_another_interpreter_that_is_named_makes_the_environment_anew(tmp_path: 
     made = tmp_path / "made"
     for name in ("one", "two"):
         python = tmp_path / name
-        pip = f'\'#!/bin/sh\\necho "$@" >> {tmp_path}/pip\\n\''
+        pip = f"'#!/bin/sh\\necho \"$@\" >> {tmp_path}/pip\\n'"
         python.write_text(
             f'#!/bin/sh\n[ "$2" = venv ] || exit 0\necho {name} $3 >> {made}\nmkdir -p .venv/bin\n'
             f"printf {pip} > .venv/bin/python\nchmod +x .venv/bin/python\n",

@@ -82,7 +82,12 @@ _TOLERANCES = {
 _BATCH = 512
 _SCRIPTS = {"infer.py": "infer.py.txt", "parity.py": "parity.py.txt", "bench.py": "bench.py.txt"}
 _BOARD_SCRIPTS = {"build_engine.py": "build_engine.py.txt"}
-_DATA_FILES = ("labels.txt", "preprocess.json", "README.md", *(f"parity/{x}.npy" for x in ("images", "logits", "exits")))
+_DATA_FILES = (
+    "labels.txt",
+    "preprocess.json",
+    "README.md",
+    *(f"parity/{x}.npy" for x in ("images", "logits", "exits")),
+)
 _TOOLS = ("nas", "onnx", "onnxruntime", "numpy")
 
 

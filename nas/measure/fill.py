@@ -185,7 +185,9 @@ def fill(
             later = open_session(table, device, now=True)
             drift = later if drift is None else max(drift, later or 0.0)  # or slower, in the middle
             _measure(table, device, todo(more=False), write, tally)
-    return FillReport(len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started, table.again)
+    return FillReport(
+        len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started, table.again
+    )
 
 
 def fp32_mb(candidate: Candidate) -> float:

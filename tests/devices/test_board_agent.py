@@ -80,9 +80,7 @@ class Board:
         self.states: list[dict[str, Any]] = [{"boot_id": "a", "power_mode": {"id": 0, "name": "MAXN"}}]
         self.folder = Folder(str(folder))
         self.worker = WorkerProcess([sys.executable, "-u", str(RUNNER)])
-        self.agent = Agent(
-            self.folder, self.worker, self._take, self._state, lambda: identity(self._state()), "test"
-        )
+        self.agent = Agent(self.folder, self.worker, self._take, self._state, lambda: identity(self._state()), "test")
 
     def put(self, content: bytes) -> str:
         name = hashlib.sha256(content).hexdigest()

@@ -172,7 +172,12 @@ def test_a_script_on_the_board_ends_with_its_connection_and_keeps_others_waiting
     opened, said = RemoteDevice(parse_address(server.device_name()), settings=QUICK), []
     other = RemoteDevice(parse_address(server.device_name()), settings=QUICK, say=said.append)
     home = str(server.home)
-    running = threading.Thread(target=lambda: pytest.raises(DeviceError, opened.run_script, home, "slow.py", [], 60.0))
+
+    def run_until_cut() -> None:
+        with pytest.raises(LinkCutError):
+            opened.run_script(home, "slow.py", [], 60.0)
+
+    running = threading.Thread(target=run_until_cut)
     waiting = threading.Thread(target=lambda: other.measure([row("waits")]))
     running.start()
     process = process_of(note)

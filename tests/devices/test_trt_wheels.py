@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trt_examples import SHARED, tool, tools
 
 from nas.testing import skip
-from trt_examples import SHARED, tool, tools
 
 BOARD = Path(__file__).parents[2] / "nas" / "devices"
 RELEASES = ("8.6.1", "10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")

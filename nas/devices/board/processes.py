@@ -60,9 +60,7 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         pass
 
 
-def run(
-    argv: List[str], timeout_s: float, beat: Optional[Callable[[], None]] = None
-) -> Tuple[int, str, str]:
+def run(argv: List[str], timeout_s: float, beat: Optional[Callable[[], None]] = None) -> Tuple[int, str, str]:
     """Runs a program to its end, with nothing to read.
 
     Args:

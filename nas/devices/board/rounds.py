@@ -37,8 +37,8 @@ class Plan(object):
 
     `sessions` fresh sessions of the runtime, each with `rounds` rounds of about `round_ms` and `min_runs` to `max_runs`
     runs. `gate_runs` of the reference network come before each round (0: none). A round that is not calm is repeated at
-    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last. `whole`: 1 where the
-    models are whole networks: few, so the copies of inputs and outputs are measured, and energy where that takes long.
+    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last. `whole`: 1 where
+    the models are whole networks: few, so copies of inputs and outputs are measured, and energy where that takes long.
 
     Raises:
         BoardError: a number is missing, not a number, or out of range.

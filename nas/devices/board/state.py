@@ -171,7 +171,7 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         throttle: counters that only rise, and alarms. cooling: state of each device that cools by slowing down.
         rails: list of {"name", "mw"}. memory_mb: total, available, swap, swap_free.
         unknown: name in this record -> why it is None or incomplete.
-        tegrastats: a line of that program as it is, for people: its form changes from JetPack to JetPack; None elsewhere.
+        tegrastats: a line of that program as it is, for people (its form changes with JetPack); None elsewhere.
         problems: list of {"what", "why", "fix"}, each fix a command for the board.
     """
     tree = Tree(root)
@@ -208,7 +208,11 @@ def read_identity(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     """`identity` of the board now, without the rest of the record: it is asked for around each group of models."""
     tree = Tree(root)
     clocks = _clocks(tree)
-    record = {"boot_id": tree.text(BOOT_ID), "governor": tree.text(GOVERNOR) or None, "clocks_locked": are_locked(clocks)}
+    record = {
+        "boot_id": tree.text(BOOT_ID),
+        "governor": tree.text(GOVERNOR) or None,
+        "clocks_locked": are_locked(clocks),
+    }
     return identity(dict(record, **_power_modes(tree, run)))
 
 

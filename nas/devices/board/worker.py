@@ -248,7 +248,10 @@ class Worker(object):
     def _run(self, request: Dict[str, Any]) -> Dict[str, Any]:
         """Outputs for images of any number; what fails is not kept."""
         name = "%s %s %s %d" % (
-            request["runner"], request["path"], request.get("precision"), int(request.get("threads", 1))
+            request["runner"],
+            request["path"],
+            request.get("precision"),
+            int(request.get("threads", 1)),
         )
         limit_s = float(request["limit_s"])
         self._at("run", limit_s)
