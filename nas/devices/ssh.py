@@ -27,7 +27,6 @@ from nas.core.errors import DeviceError, UsageError
 CONNECT_TIMEOUT_S = 15
 ALIVE_INTERVAL_S, ALIVE_COUNT = 15, 3  # a link that is silent for so long is taken for cut
 _CONFIGS = (Path("~/.ssh/config"), Path("/etc/ssh/ssh_config"))  # what ssh reads where no file is named
-_ASKING = ("DISPLAY", "SSH_ASKPASS")  # variables by which a program without a terminal asks in a window
 _MOST_SOCKET_PATH = 80  # bytes; the kernel takes 108, and ssh adds 17 while it makes the socket
 
 _EVERYWHERE = (  # jump hosts are hosts, too
@@ -147,7 +146,7 @@ class Ssh:
             raise RemoteError(f"{address.shown}: config={address.config}: there is no such file")
         self.address = address
         self._program = program
-        self._environment = {name: value for name, value in os.environ.items() if name not in _ASKING}
+        os.putenv("SSH_ASKPASS_REQUIRE", "never")  # from OpenSSH 8.4 on: without a terminal it would ask in a window
         folder = tempfile.mkdtemp(prefix="nas-ssh-")
         if len(folder) + len("/s") > _MOST_SOCKET_PATH:
             Path(folder).rmdir()
@@ -188,7 +187,6 @@ class Ssh:
             stderr=pipe,
             bufsize=0,
             start_new_session=True,
-            env=self._environment,
         )
 
     def run(self, arguments: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> tuple[int, str, str]:
@@ -208,7 +206,6 @@ class Ssh:
                 timeout=timeout_s,
                 check=False,
                 start_new_session=True,  # as in `start`, and so without a terminal to ask on
-                env=self._environment,
             )
         except subprocess.TimeoutExpired as e:
             raise LinkCutError(f"{self.address.shown}: {arguments[0]} did not end within {timeout_s:g} s") from e

