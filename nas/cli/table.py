@@ -353,6 +353,7 @@ def _record(
         "spread": (high - low) / middle if samples and middle > 0 else None,
         "energy_mj": m.energy_mj,
         "energy_std_mj": m.energy_std_mj,
+        "transfer_ms": m.transfer_ms,
         "temperature_c": m.temperature_c,
         "clock_mhz": m.clock_mhz,
         "clock": m.clock,
@@ -396,7 +397,7 @@ def _totals(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "group": group,
             "precision": precision,
             "rows": len(found),
-            "failed": sum(r["latency_ms"] is None for r in found),
+            "failed": sum(r["error"] is not None for r in found),
             "samples": sum(r["samples"] for r in found),
             "sum_ms": sum(r["latency_ms"] or 0.0 for r in found),
         }

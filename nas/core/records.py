@@ -524,9 +524,10 @@ class Measurement:
 
     `key` is a layer key (row), a candidate id (network), or a candidate id with `#k` (segment k).
     `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm. `source` says what an imported
-    row was in the file it came from, and of which tables a merged one is the centre; empty where it was measured here.
+    row was in the file it came from, of which tables a merged one is the centre, and what a runtime warned of.
     `protocol` is the number of the measuring protocol. `energy_mj` is the energy of one inference from the power
     sensors of the device, its idle power included, `energy_std_mj` how far its rounds spread; None without a sensor.
+    `transfer_ms` are the copies of inputs and outputs to and from an accelerator, which are not in the latency.
     """
 
     key: str
@@ -546,6 +547,7 @@ class Measurement:
     protocol: int = MEASURING_PROTOCOL
     energy_mj: float | None = None
     energy_std_mj: float | None = None
+    transfer_ms: float | None = None
 
     def __post_init__(self) -> None:
         if (self.latency_ms is None) == (self.error is None):

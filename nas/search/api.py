@@ -40,6 +40,7 @@ from nas.export.manifest import Manifest
 from nas.export.package import Package
 from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
+from nas.measure.fill import pace_of
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
@@ -48,7 +49,7 @@ from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
-from nas.search.plan import missing_rows, phases_of, score_seconds
+from nas.search.plan import DeviceWork, missing_rows, phases_of, score_seconds
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
@@ -277,10 +278,17 @@ def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, repo
 
 def _tell_duration(inputs: Inputs, tables: Sequence[LatencyTable], folder: RunFolder, reporter: Reporter) -> None:
     e = inputs.experiment
-    missing = sum(len(missing_rows(inputs.space, t, e.search.trials, e.feedback.max_rows)) for t in tables)
+    work = [
+        DeviceWork(
+            len(missing_rows(inputs.space, t, e.search.trials, e.feedback.max_rows)), pace_of(t.profile.runtime, t)
+        )
+        for t in tables
+    ]
     scored = sum(record.state != "failed" for record in folder.trials())
-    about_s = sum(phase.about_s for phase in phases_of(inputs, missing, scored))
-    reporter.say(f"roughly {format_duration(about_s)} in all, less where results are cached; parts: --dry-run")
+    phases = phases_of(inputs, work, scored)
+    about_s = sum(phase.about_s or 0.0 for phase in phases)
+    engines = "" if all(p.about_s is not None for p in phases) else " and the engines, whose time nobody knows yet"
+    reporter.say(f"roughly {format_duration(about_s)}{engines} in all, less where results are cached; parts: --dry-run")
 
 
 def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
@@ -556,7 +564,7 @@ def _dataset_view(inputs: Inputs) -> DatasetView:
 
 
 def _provenance(inputs: Inputs, teacher: Teacher, table: LatencyTable) -> dict[str, str]:
-    names = ("nas", "torch", "optuna", "onnx", "onnxruntime", "numpy")
+    names = ("torch", "optuna", "onnx", "onnxruntime", "numpy")
     marks = fingerprint(inputs)
     if table.foreign is None:
         marks.pop(FOREIGN_MARK, None)  # only the first device borrows

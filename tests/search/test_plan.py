@@ -16,11 +16,11 @@ from nas.core.records import DeviceProfile
 from nas.core.walk import expand, total_macs
 from nas.devices.base import MeasureJob
 from nas.latency.interpolate import family_of
-from nas.measure.fill import fill
+from nas.measure.fill import Pace, fill, pace_of
 from nas.search.checked import key_paths
 from nas.search.experiment import Experiment, load_experiment
 from nas.search.folder import RunFolder
-from nas.search.plan import Phase, Plan, check_plan, phases_of, plan_search
+from nas.search.plan import DeviceWork, Phase, Plan, check_plan, phases_of, plan_search
 from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, scoring_plan, teacher_latency, worker_count
 from nas.testing import SimulatedDevice, mean_model
 from nas.train.teacher import Teacher
@@ -159,7 +159,8 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     def phases(missing: int = 0, scored: int = 0, *sets: str) -> dict[str, Phase]:
         file = Path(inputs.experiment.space).with_name("experiment.yaml")
         changed = replace(inputs, experiment=load_experiment(file, sets))
-        return {phase.name: phase for phase in phases_of(changed, missing, scored)}
+        work = [DeviceWork(missing, pace_of("ort", None))]
+        return {phase.name: phase for phase in phases_of(changed, work, scored)}
 
     plain = phases()
     assert phases(20)["latency table"].about_s == pytest.approx(2 * phases(10)["latency table"].about_s)
@@ -172,6 +173,12 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     assert longer["finalists"].about_s == pytest.approx(2 * plain["finalists"].about_s)
     assert longer["teacher"].about_s == pytest.approx(2 * plain["teacher"].about_s)
     assert longer["supernet"].about_s == pytest.approx(7 / 2)  # CPU seconds of two sub-networks side by side
+    engines = [DeviceWork(3, Pace(7.0, 20.0)), DeviceWork(2, Pace(None, None))]
+    known = {phase.name: phase for phase in phases_of(inputs, engines[:1], 0)}
+    networks = inputs.experiment.feedback.engines(inputs.experiment.search.rounds)
+    assert (known["latency table"].about_s, known["networks"].about_s) == (21.0, networks * 20.0)
+    unknown = Plan("r", "new", 0, "d", "t", 1, (), True, False, None, 1.0, phases_of(inputs, engines, 0), ())
+    assert unknown.unknown == ("latency table", "networks") and unknown.about_s > 0
     alone = phases(0, 0, "search.scorer=standalone")
     assert "supernet" not in alone
     assert alone["scores"].about_s > plain["scores"].about_s
