@@ -37,6 +37,7 @@ TEACHER_ANSWERS = 80e9  # the same, forward only: 3,077 images per second
 STUDENT_TRAINING = 2.4e9  # distilling students of 0.4 to 4.4 M MACs from cached answers
 STUDENT_ANSWERS = 12e9  # the same, forward only
 
+QAT_EPOCH = 2.4  # epochs of distillation that one of quantization-aware training costs: 9 and 3.8 CPU seconds
 SCORE_OVERHEAD_S = 0.3  # extraction, batch norm, int8 ranges of one score
 SAMPLES = 64  # random networks of the space whose mean stands for the candidates
 
@@ -270,8 +271,12 @@ def phases_of(inputs: Inputs, work: Sequence[DeviceWork], scored: int) -> tuple[
         count = 1 if count == "auto" else count
         assistant_s = count * e.distill.epochs * images * largest / STUDENT_TRAINING
         phases.append(Phase("assistants", f"{count} at most, {e.distill.epochs} epochs each", assistant_s))
-    about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
-    phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
+    qat_epochs = e.finish.qat_epochs if "int8" in inputs.space.precisions else 0
+    epochs = e.distill.epochs + QAT_EPOCH * qat_epochs  # at most: QAT is done where calibration loses
+    about_s = e.finish.students * epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
+    what = f"{e.finish.students} students, {e.distill.epochs} epochs each"
+    what += f", up to {qat_epochs} more in int8" if qat_epochs else ""
+    phases.append(Phase("finalists", what, about_s))
     return tuple(phases)
 
 

@@ -12,12 +12,12 @@ from nas.core.errors import RecordError
 from nas.core.records import BLOCK_KINDS, BlockKind, Candidate, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, Dialect
-from nas.export.graph import random_weights
-from nas.recipe.deployed import calibrated, deployed_logits
+from nas.export.graph import network_model, random_weights
+from nas.recipe.deployed import calibrated, deployed_logits, raw_pixels
 from nas.recipe.qat import raw_tensor, simulated_logits
 
 IMAGES = 100
-MIXES = {"int8": ("int8",) * 5, "mixed": ("fp32", "int8", "fp32", "int8", "int8"), "ends": ("int8", *("fp32",) * 4)}
+MIXES = {"int8": ("int8",) * 5, "inside": ("fp32", "int8", "int8", "fp32", "int8")}
 
 
 def network(candidate: Candidate, dialect: Dialect = ORT, seed: int = 0) -> FakeQuantNetwork:
@@ -29,10 +29,10 @@ def network(candidate: Candidate, dialect: Dialect = ORT, seed: int = 0) -> Fake
     )
 
 
-def both(candidate: Candidate, made: FakeQuantNetwork, dialect: Dialect = ORT) -> tuple[np.ndarray, np.ndarray]:
+def both(candidate: Candidate, made: FakeQuantNetwork) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the simulation and of the exported graph."""
     images = smooth_images(IMAGES, candidate.resolution, 1)
-    parts = made.weights(), made.ranges(), MEAN, STD, images, run_model, dialect
+    parts = made.weights(), made.ranges(), MEAN, STD, images, run_model
     return simulated_logits(made, images), deployed_logits(candidate, *parts)
 
 
@@ -42,6 +42,12 @@ def test_most_images_have_the_same_logits_to_the_last_bit_in_onnx_runtime(mix: s
     here, there = both(candidate, network(candidate))
     assert (here == there).all(axis=(0, 2)).mean() >= 0.92
     assert (here.argmax(2) == there.argmax(2)).mean() >= 0.999
+
+
+def test_float_heads_differ_by_rounding_only() -> None:
+    candidate = small_candidate().with_precision(("int8", "int8", "fp32", "int8", "fp32"))
+    here, there = both(candidate, network(candidate))
+    assert np.linalg.norm(here - there) < 1e-3 * np.linalg.norm(there)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,12 +68,17 @@ def test_every_kind_of_block_is_simulated(kind: BlockKind) -> None:
     assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
 
 
-@pytest.mark.parametrize("dialect", [TRT_8_4, TRT_10_13], ids=lambda d: d.name)
-def test_graphs_with_pairs_at_inputs_are_simulated(dialect: Dialect) -> None:
+@pytest.mark.parametrize(("dialect", "off"), [(TRT_8_4, 2e-3), (TRT_10_13, 0.03)], ids=["float32", "half floats"])
+def test_graphs_with_pairs_at_inputs_are_simulated(dialect: Dialect, off: float) -> None:
+    """What half floats round between two layers is not simulated."""
     candidate = small_candidate("int8")
-    here, there = both(candidate, network(candidate, dialect), dialect)
-    assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
-    assert (here.argmax(2) == there.argmax(2)).mean() > 0.97
+    made = network(candidate, dialect)
+    images = smooth_images(IMAGES, 32, 1)
+    graph = network_model(
+        candidate, made.weights(), MEAN, STD, quant=made.ranges(), form="logits", batch=None, dialect=dialect
+    )
+    here, there = simulated_logits(made, images), np.stack(run_model(graph, raw_pixels(images)))
+    assert np.linalg.norm(here - there) < off * np.linalg.norm(there)
 
 
 def test_trained_weights_and_ranges_are_what_is_exported() -> None:

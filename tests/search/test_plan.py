@@ -169,7 +169,8 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     more = phases(0, 0, "search.workers=4")
     assert more["scores"].about_s == pytest.approx(plain["scores"].about_s / 2)
     assert more["finalists"].about_s == pytest.approx(plain["finalists"].about_s * 2 / 3)  # three students only
-    longer = phases(0, 0, "distill.epochs=4", "teacher.epochs=4", "supernet.steps=null", "supernet.cpu_seconds=7")
+    twice = ("distill.epochs=4", "teacher.epochs=4", "finish.qat_epochs=2")
+    longer = phases(0, 0, *twice, "supernet.steps=null", "supernet.cpu_seconds=7")
     assert longer["finalists"].about_s == pytest.approx(2 * plain["finalists"].about_s)
     assert longer["teacher"].about_s == pytest.approx(2 * plain["teacher"].about_s)
     assert longer["supernet"].about_s == pytest.approx(7 / 2)  # CPU seconds of two sub-networks side by side
@@ -235,14 +236,16 @@ MATTERS = {
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
+    "pruning": "finish.prune=[0.3]",
     "calibration": "finish.calibration_images=17",
     "foreign table": "run.foreign_table=x",
     "also on": 'also_on=[{"device":"simulated:1","ms":0.01}]',
 }
-# Where results go, how many processes work, and what another scorer or data set would read.
+# Where results go, how many processes work, and what another scorer, data set or pruned student would read.
 MATTERS_NOT = (
     "name=other run.dir=x run.tables=x run.cache=x search.workers=7 standalone.rungs=[1,3] standalone.keep=0.9 "
-    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false"
+    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false "
+    "finish.prune_mode=joint finish.prune_importance=l1 finish.prune_epochs=3 finish.prune_lr=0.1 finish.prune_rows=4"
 )
 # Have tests of their own, or enter with their section although they decide no result.
 OTHERS = (
@@ -313,6 +316,13 @@ def test_a_contributor_that_is_left_out_shows_in_the_fingerprint_and_its_file_is
     assert without.endswith(" with us, without lab")
     (tmp_path / "a.npy").unlink()
     assert _marks(inputs, files, "teacher.without=[lab]")["teacher"] == without
+
+
+def test_how_students_are_pruned_matters_where_they_are(inputs: Inputs) -> None:
+    pruned = _marks(inputs, "finish.prune=[0.3]")
+    for text in MATTERS_NOT.split():
+        expected = ["pruning"] if text.startswith("finish.prune_") else []
+        assert _changed(pruned, _marks(inputs, "finish.prune=[0.3]", text)) == expected, text
 
 
 def test_the_content_of_given_weights_matters_and_not_their_name(inputs: Inputs, tmp_path: Path) -> None:
