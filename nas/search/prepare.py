@@ -175,9 +175,7 @@ def _pictures(inputs: Inputs) -> list[bytes | np.ndarray]:
 
 
 def _pruning(finish: FinishSettings) -> str:
-    how = (
-        "cut on the way" if finish.prune_mode == "joint" else f"{finish.prune_epochs} epochs at {finish.prune_lr:g} lr"
-    )
+    how = f"{finish.prune_mode}, {finish.prune_epochs} epochs, lr {finish.prune_lr:g}"
     shares = ", ".join(f"{share:g}" for share in finish.prune)
     return f"{shares} of the channels by {finish.prune_importance}, {how}, {finish.prune_rows} widths a block"
 

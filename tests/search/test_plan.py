@@ -227,14 +227,16 @@ MATTERS = {
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
+    "pruning": "finish.prune=[0.3]",
     "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1",
     "foreign table": "run.foreign_table=x",
     "also on": 'also_on=[{"device":"simulated:1","ms":0.01}]',
 }
-# Where results go, how many processes work, and what another scorer or data set would read.
+# Where results go, how many processes work, and what another scorer, data set or pruned student would read.
 MATTERS_NOT = (
     "name=other run.dir=x run.tables=x run.cache=x search.workers=7 standalone.rungs=[1,3] standalone.keep=0.9 "
-    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false"
+    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false "
+    "finish.prune_mode=joint finish.prune_importance=l1 finish.prune_epochs=3 finish.prune_lr=0.1 finish.prune_rows=4"
 )
 # Have tests of their own, or enter with their section although they decide no result.
 OTHERS = (
@@ -289,6 +291,13 @@ def test_the_scorer_that_is_used_decides_which_of_its_settings_matter(inputs: In
         ("supernet.steps=5", []),
     ):
         assert _changed(alone, _marks(inputs, "search.scorer=standalone", text)) == expected
+
+
+def test_how_students_are_pruned_matters_where_they_are(inputs: Inputs) -> None:
+    pruned = _marks(inputs, "finish.prune=[0.3]")
+    for text in MATTERS_NOT.split():
+        expected = ["pruning"] if text.startswith("finish.prune_") else []
+        assert _changed(pruned, _marks(inputs, "finish.prune=[0.3]", text)) == expected, text
 
 
 def test_the_content_of_given_weights_matters_and_not_their_name(inputs: Inputs, tmp_path: Path) -> None:
