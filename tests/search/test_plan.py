@@ -237,7 +237,7 @@ MATTERS = {
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
     "pruning": "finish.prune=[0.3]",
-    "calibration": "finish.calibration_images=17",
+    "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1",
     "foreign table": "run.foreign_table=x",
     "also on": 'also_on=[{"device":"simulated:1","ms":0.01}]',
 }
