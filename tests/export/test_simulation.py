@@ -30,11 +30,11 @@ def network(candidate: Candidate, dialect: Dialect = ORT, seed: int = 0) -> Fake
     )
 
 
-def both(candidate: Candidate, made: FakeQuantNetwork) -> tuple[np.ndarray, np.ndarray]:
+def both(candidate: Candidate, made: FakeQuantNetwork, dialect: Dialect = ORT) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the simulation and of the exported graph."""
     images = smooth_images(IMAGES, candidate.resolution, 1)
     parts = made.weights(), made.ranges(), MEAN, STD, images, run_model
-    return simulated_logits(made, images), deployed_logits(candidate, *parts)
+    return simulated_logits(made, images), deployed_logits(candidate, *parts, dialect)
 
 
 @pytest.mark.parametrize("mix", MIXES)
