@@ -560,7 +560,7 @@ def test_a_finished_run_shows_its_students_each_with_the_command_that_exports_it
     assert (view.teacher.latency_ms or 0) > 0
     assert view.dataset is not None
     assert (view.dataset.train_images, view.dataset.val_images, view.dataset.test_images) == (40, 40, 30)
-    assert {"seed", "space", "version of nas"} <= view.provenance.keys()
+    assert {"seed", "space", "program"} <= view.provenance.keys()
     assert min(view.wall_s, view.cpu_s) > 0
     assert sum(i.accuracy for i in view.importances) == pytest.approx(1.0)
 
