@@ -62,7 +62,7 @@ from nas.train.losses import student_loss
 from nas.train.settings import DistillSettings
 from nas.train.targets import Targets
 
-SUPERNET_SCHEMA = 2
+SUPERNET_SCHEMA = 3
 RECORD_FILE = "supernet.json"
 WEIGHTS_FILE = "weights.safetensors"
 CHECKPOINT_FILE = "supernet.ckpt"
@@ -302,7 +302,8 @@ class _Training:
         parts = self._parts(work, list(zip(self._subnets(step), shares, strict=False)), parameters)
         for i, parameter in enumerate(parameters):  # always in the order of the sub-networks, so that sums are equal
             given = [g for part in parts if (g := part.gradients[i]) is not None]
-            parameter.grad = torch.stack(given).sum(0) if given else None
+            # In the layout of the weights: the fused optimizer walks over memory and mixes up elements otherwise.
+            parameter.grad = torch.empty_like(parameter).copy_(torch.stack(given).sum(0)) if given else None
         nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         self.optimizer.step()
         self.loss = statistics.fmean(part.loss for part in parts)
