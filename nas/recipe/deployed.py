@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nas.compress.calibrate import calibrate
 from nas.core.records import Candidate, QuantSpec
-from nas.export.dialect import ORT, TRT_10_13, Dialect
+from nas.export.dialect import ORT, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, tensors_model
 
 Run = Callable[[bytes, NDArray[np.float32]], Sequence[NDArray[np.generic]]]
@@ -47,9 +47,9 @@ def deployed_logits(
     """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3].
 
     For TensorRT the graph is the one with half floats, whatever the version: a weakly typed builder chooses them too,
-    but does not say so in its graph.
+    but does not say so in its graph. bf16 layers are rounded to it, because the host has no such convolutions.
     """
-    written_for = ORT if dialect is ORT else TRT_10_13
+    written_for = ORT if dialect is ORT else TRT_10_13_ANSWERS
     model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None, dialect=written_for)
     parts = []
     for start in range(0, len(images), RUN_BATCH):

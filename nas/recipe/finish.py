@@ -24,6 +24,7 @@ from nas.models.student import folded_weights
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
 from nas.recipe.records import FinishedStudent, read_logits, read_scored, write_scored
+from nas.recipe.sensitivity import IMAGES, keep_sensitivity, kept_sensitivity, sensitivity
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
 from nas.train.settings import DistillSettings
@@ -40,7 +41,7 @@ class FinishJob:
     """One student to finish, as a worker process receives it.
 
     `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
-    is that of the device's runtime.
+    is that of the device's runtime. `sensitivity`: precisions in which every part is tried alone; none: no such table.
     """
 
     candidate: Candidate
@@ -52,6 +53,7 @@ class FinishJob:
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
     dialect: str = ORT.name
+    sensitivity: tuple[Precision, ...] = ()
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:
@@ -76,6 +78,7 @@ def finish_student(job: FinishJob) -> FinishedStudent:
     else:
         finished = _train(job, architecture, context, folder)
     _write_deployed(job, architecture, context, folder)
+    _write_sensitivity(job, architecture, context, folder)
     return finished
 
 
@@ -130,6 +133,17 @@ def _write_deployed(job: FinishJob, architecture: Candidate, context: Context, f
                     candidate, weights, quant, context.mean, context.std, images, run_model, dialect_named(job.dialect)
                 )
                 write_scored(folder, candidate, epochs=0, cost_s=0.0, logits=logits, labels=labels, name=name)
+
+
+def _write_sensitivity(job: FinishJob, architecture: Candidate, context: Context, folder: Path) -> None:
+    if not job.sensitivity or kept_sensitivity(folder) is not None:
+        return
+    weights, quant = load_finished(folder)
+    images, dialect = context.val[:IMAGES], dialect_named(job.dialect)
+    table = sensitivity(
+        architecture, weights, quant, context.mean, context.std, images, run_model, job.sensitivity, dialect
+    )
+    keep_sensitivity(folder, table)
 
 
 def load_finished(folder: Path) -> tuple[Mapping[str, NDArray[np.float32]], QuantSpec]:

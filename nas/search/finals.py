@@ -47,6 +47,15 @@ from nas.recipe.finish import (
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.folder import MeasuredExit, TrialRecord
+from nas.search.precision import (
+    Mixes,
+    all_mixes,
+    deployments,
+    finish_in_mixes,
+    measure_mixes,
+    mixable,
+    scored_mixes,
+)
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
@@ -176,6 +185,7 @@ def finish(
         TrainingError: all of them failed.
     """
     mixes = scored_mixes(parts.folder.trials())
+    tried = mixable(parts) if settings.precision_ladder else ()
     jobs = [
         FinishJob(
             candidate,
@@ -187,6 +197,7 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
+            tried if len(tried) > 1 else (),
         )
         for candidate in finalists
     ]
@@ -204,26 +215,11 @@ def finish(
         )
     if not done:
         raise TrainingError(f"not one of {len(jobs)} finalists could be trained; the first: {failed[0].reason}")
+    if len(tried) > 1:
+        measure_mixes(parts, [s.candidate for s in done])
+        done, lost = finish_in_mixes(parts, jobs, done, settings)
+        failed += lost
     return done, failed
-
-
-Mixes = Mapping[str, Sequence[tuple[Precision, ...]]]
-
-
-def scored_mixes(records: Sequence[TrialRecord]) -> Mixes:
-    """Precisions, layer by layer, in which each architecture was scored to the end; from all trials, read once."""
-    found: dict[str, list[tuple[Precision, ...]]] = {}
-    for record in records:
-        if record.state == "complete":
-            found.setdefault(record.candidate.arch_id, []).append(record.candidate.precisions)
-    return found
-
-
-def deployments(space: SearchSpace, architecture: Candidate, mixes: Mixes) -> list[tuple[Precision, ...]]:
-    """Precisions in which a finished student is tried: each one throughout, and the mixes that the search scored."""
-    layers = len(architecture.stages) + 2
-    uniform: list[tuple[Precision, ...]] = [(p,) * layers for p in space.precisions]
-    return list(dict.fromkeys([*uniform, *mixes.get(architecture.arch_id, ())]))
 
 
 def variants(
@@ -245,7 +241,7 @@ def variants(
         kept = [loss <= int8_loss for loss in lost]
         if not kept[-1]:
             reason = (
-                f"{candidate.precision_label} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
+                f"{candidate.precision_text} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
                 f"(limit {100 * int8_loss:.1f})"
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
@@ -307,7 +303,7 @@ def build_points(
     """
     everything: list[Variant] = []
     refused: list[FailedCandidate] = []
-    mixes = scored_mixes(parts.folder.trials())
+    mixes = all_mixes(parts, students, settings)
     for student in students:
         found, bad = variants(parts, student, settings.int8_loss, mixes)
         everything += found
