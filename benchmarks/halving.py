@@ -58,7 +58,6 @@ from nas.search.scoring import ScoringPlan
 from nas.search.select import front_indices, hypervolume
 from nas.search.study import KnownLatency, Proposer, Scored
 from nas.train.loop import epochs_from_plain, read_checkpoint
-from nas.train.trainer import new_student, train_student
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 REFERENCE_TOP1 = 0.5  # the stricter of two references of the hypervolume

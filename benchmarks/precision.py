@@ -220,7 +220,13 @@ def main(arguments: list[str]) -> int:
         return e.exit_code
     records, summary = figures(solved, kept, chosen.repeats)
     rows = [
-        [r["network"], r["precisions"], *(1e3 * r["ms"][k] for k in (*CHOICES, "chosen")), r["predicted"], r["speed_up"]]
+        [
+            r["network"],
+            r["precisions"],
+            *(1e3 * r["ms"][k] for k in (*CHOICES, "chosen")),
+            r["predicted"],
+            r["speed_up"],
+        ]
         for r in sorted(records, key=lambda r: -r["speed_up"])
     ]
     columns = ("network", "chosen precision", *(f"{p}, us" for p in CHOICES), "chosen, us", "predicted", "measured")

@@ -2,8 +2,8 @@
 
 The parts are the stem, each stage and the head. Latency is the corrected estimate of the whole network, changes of
 precision included. What precisions cost is a sum over the parts (LANA, arXiv 2107.10624, scores operators like that;
-here there are so few parts that all assignments are looked at, and no solver is needed). Where there are too many, those
-stay that no other with the same last precision beats in the sums of both.
+here there are so few parts that all assignments are looked at, and no solver is needed). Where there are too many,
+those stay that no other with the same last precision beats in the sums of both.
 
 All assignments of a network are estimated by one correction, that of mixed networks, so that what is wrong with a row
 is wrong for all of them and cancels in the comparison.

@@ -108,9 +108,7 @@ def candidate_sensitivity(job: ScoreJob, choices: tuple[Precision, ...]) -> Sens
     context = open_context(job.context, job.candidate.resolution)
     _, weights = _float_student(_of_architecture(job))
     quant, images, dialect = _ranges(job, context, weights), context.val[:IMAGES], dialect_named(job.dialect)
-    return sensitivity(
-        job.candidate, weights, quant, context.mean, context.std, images, run_model, choices, dialect
-    )
+    return sensitivity(job.candidate, weights, quant, context.mean, context.std, images, run_model, choices, dialect)
 
 
 def _of_architecture(job: ScoreJob) -> ScoreJob:

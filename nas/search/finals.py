@@ -14,7 +14,7 @@ import numpy as np
 
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
-from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
+from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement
 from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
@@ -60,7 +60,6 @@ from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
-from nas.space.space import SearchSpace
 from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points

@@ -115,7 +115,7 @@ def test_bf16_graphs_are_valid_and_hold_bfloat16_weights(mix: tuple[Precision, .
         row = onnx.load_from_string(layer_model(layer, dialect=TRT_10_13))
         onnx.checker.check_model(row, full_check=True)
         assert tensorrt_problems(row, TRT_10_13) == [], layer.key
-    with pytest.raises(UsageError, match="precision 'bf16' does not exist in dialect 'tensorrt-8.4'"):
+    with pytest.raises(UsageError, match=r"precision 'bf16' does not exist in dialect 'tensorrt-8\.4'"):
         graph_of(TRT_8_4, base.with_precision("bf16"))
 
 

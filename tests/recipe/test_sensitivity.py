@@ -1,5 +1,6 @@
 """What each part of a student loses in each precision: only that part is changed, and the losses are those measured."""
 
+# ruff: noqa: F811 - fixtures of the scores are taken by name
 from __future__ import annotations
 
 from dataclasses import replace
@@ -7,7 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_score import IMAGES, candidate, context, context_file, dataset, folder, inherited, job, space, supernet  # noqa: F401
+from test_score import (  # noqa: F401
+    IMAGES,
+    candidate,
+    context,
+    context_file,
+    dataset,
+    folder,
+    inherited,
+    job,
+    space,
+    supernet,
+)
 
 from nas.core.errors import RecordError
 from nas.core.jsonio import read_record
@@ -77,12 +89,10 @@ def test_ranges_and_student_are_made_once_for_all_precisions_of_an_architecture(
 def test_the_score_of_a_precision_does_not_depend_on_which_was_scored_before(
     inherited: ScoreJob, tmp_path: Path
 ) -> None:
-    job = replace(inherited, candidate=inherited.candidate.with_precision("int8"))
-    after = replace(job, students=str(tmp_path / "other"))
-    score(replace(after, candidate=job.candidate.with_precision("fp32")))
-    found = [read_logits(folder(j), score(j)) for j in (job, after)]
+    first = replace(inherited, candidate=inherited.candidate.with_precision("int8"))
+    after = replace(first, students=str(tmp_path / "other"))
+    score(replace(after, candidate=first.candidate.with_precision("fp32")))
+    found = [read_logits(folder(j), score(j)) for j in (first, after)]
     np.testing.assert_array_equal(*found)
-    kept = [read_record(QuantSpec, p) for j in (job, after) for p in folder(j).glob("ranges-*.json")]
+    kept = [read_record(QuantSpec, p) for j in (first, after) for p in folder(j).glob("ranges-*.json")]
     assert len(kept) == 2 and kept[0] == kept[1]
-
-

@@ -1,4 +1,4 @@
-"""Precision chosen by the tool: seeds of the study, mixes of the finalists, and that changes of precision are charged."""
+"""Precision chosen by the tool: seeds of the study, mixes of the finalists, the charge for changes of precision."""
 
 # ruff: noqa: F811 - fixtures of the rounds are taken by name
 from __future__ import annotations
