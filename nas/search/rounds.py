@@ -385,8 +385,8 @@ def _proposed(
 ) -> tuple[Batch | None, dict[int, int]]:
     """A batch of new candidates, and the sampler's number of each trial that it proposed.
 
-    The user's own candidates come first, then the ends of the space, and in the second batch those of the ladder and mixes of
-    precisions. None when there is no new candidate inside the budget.
+    The user's own candidates come first, then the ends of the space, and in the second batch those of the ladder and
+    mixes of precisions. None when there is no new candidate inside the budget.
     """
     first = len(records)
     asked: dict[int, int] = {}

@@ -353,6 +353,8 @@ def test_a_chain_of_segments_answers_as_the_if_form_on_every_path(dialect: Diale
     weights = folded_weights(settled(base, 3))
     quant = calibrated(base, weights)
     images = network_input(IMAGES[:24])
+    if precision == "bf16":  # ONNX Runtime has no such convolutions
+        dialect = replace(dialect, rounds_bf16=True)
     taken = set()
     for thresholds in CHAINS:
         candidate = base.with_thresholds(thresholds).with_precision(precision)
