@@ -93,16 +93,16 @@ class Assignments:
     def ladder(self, count: int, limits_ms: Sequence[float] = (), margin_std: float = 1.0) -> list[Precisions]:
         """A few mixed ones worth trying, different from each other.
 
-        The fastest; the one that costs least under each latency limit; then steps of the front between the fastest and
-        the fastest uniform one, evenly spread in latency. Those that are no faster than a uniform one that costs no
-        more are left out, within the margin.
+        The fastest; the one that costs least under each latency limit; then steps of the front, evenly spread in
+        latency, then its others. Those that are no faster than a uniform one that costs no more are left out, within
+        the margin.
         """
         front = self.front()
         wanted = [self.fastest(margin_std)]
         wanted += [i for ms in limits_ms if (i := self.cheapest_within(ms, margin_std)) is not None]
-        slowest_ms = max(float(self.ms[self.uniform].max()), float(self.ms[front[0]]))
-        for target_ms in np.linspace(self.ms[front[0]], slowest_ms, count + 1)[1:]:
+        for target_ms in np.linspace(self.ms[front[0]], self.ms[front[-1]], count + 1)[1:-1]:
             wanted += [i for i in reversed(front) if self.ms[i] <= target_ms][:1]
+        wanted += front
         kept = [i for i in dict.fromkeys(wanted) if i not in self.uniform and self._is_worth_it(i, margin_std)]
         return [self.precisions(i) for i in kept[:count]]
 
