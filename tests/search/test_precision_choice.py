@@ -38,8 +38,8 @@ class Choosy(SimulatedDevice):
     def latency_ms(self, job: MeasureJob) -> float:
         if job.kind == "overhead":
             return super().latency_ms(job)
-        is_slow = job.precision != "int8" or job.key.startswith("stem")
-        return 0.003 + job.macs / (1e5 if is_slow else 4e5)
+        macs_per_ms = 1e5 if job.precision != "int8" else 2e4 if job.key.startswith("stem") else 4e5
+        return 0.003 + job.macs / macs_per_ms
 
 
 @pytest.fixture(scope="module")
