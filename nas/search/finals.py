@@ -14,8 +14,8 @@ import numpy as np
 
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
-from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement
-from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
+from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
+from nas.core.run import FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
@@ -43,6 +43,7 @@ from nas.recipe.finish import (
     finish_student,
     finished_logits,
     load_finished,
+    precision_name,
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
@@ -51,11 +52,12 @@ from nas.search.precision import (
     Mixes,
     all_mixes,
     deployments,
-    finish_in_mixes,
     measure_mixes,
     mixable,
     scored_mixes,
+    solved_jobs,
 )
+from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
@@ -74,7 +76,8 @@ BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may
 class Variant:
     """One way to deploy a finished architecture: precision, and with exits, without, or cut behind one.
 
-    `logits` are float32 [E, N, K] of its own exits on search validation and test.
+    `logits` are float32 [E, N, K] of its own exits on search validation and test. `precisions` are those of the whole
+    student, whose weights these are.
     """
 
     student: FinishedStudent
@@ -82,6 +85,7 @@ class Variant:
     cut: int | None
     val_logits: np.ndarray
     test_logits: np.ndarray
+    precisions: tuple[Precision, ...] = ()
 
     @property
     def form(self) -> str:
@@ -177,7 +181,7 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
 def finish(
     parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
 ) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
-    """Distils all finalists in worker processes, the longest first.
+    """Distils all finalists in worker processes, the longest first; then the narrower students that are cut from them.
 
     Raises:
         InterruptedRunError: the run was asked to stop; every epoch is kept.
@@ -196,28 +200,43 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
-            tried if len(tried) > 1 else (),
+            settings.qat,
+            settings.prune_importance if settings.prune else None,
+            sensitivity=tried if len(tried) > 1 else (),
         )
         for candidate in finalists
     ]
-    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
-    done: list[FinishedStudent] = []
-    failed: list[FailedCandidate] = []
-    parts.reporter.progress("full distillation", 0, len(jobs), f"{distill.epochs} epochs each")
-    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
-        if isinstance(result.value, JobFailure):
-            failed.append(FailedCandidate(result.job.candidate.id, "full distillation", result.value.reason))
-        else:
-            done.append(result.value)
-        parts.reporter.progress(
-            "full distillation", len(done) + len(failed), len(jobs), f"{distill.epochs} epochs each"
-        )
+    done, failed = _finish_all(parts, jobs, "full distillation", distill.epochs)
     if not done:
         raise TrainingError(f"not one of {len(jobs)} finalists could be trained; the first: {failed[0].reason}")
+    if settings.prune:
+        epochs = distill.epochs if settings.prune_mode == "joint" else settings.prune_epochs
+        pruned, lost = _finish_all(parts, pruned_jobs(parts, done, settings), "pruning", epochs)
+        done, failed = [*done, *pruned], [*failed, *lost]
     if len(tried) > 1:
-        measure_mixes(parts, [s.candidate for s in done])
-        done, lost = finish_in_mixes(parts, jobs, done, settings)
-        failed += lost
+        measure_mixes(parts, [student.candidate for _, student in done])
+        again, lost = _finish_all(parts, solved_jobs(parts, done, settings), "solved precisions", settings.qat.epochs)
+        latest = {student.candidate.arch_id: student for _, student in again}
+        broken = {failure.id for failure in lost}
+        done = [(j, latest.get(s.candidate.arch_id, s)) for j, s in done if j.candidate.id not in broken]
+        failed = [*failed, *lost]
+    return [student for _, student in done], failed
+
+
+def _finish_all(
+    parts: SearchParts, jobs: Sequence[FinishJob], stage: str, epochs: int
+) -> tuple[list[tuple[FinishJob, FinishedStudent]], list[FailedCandidate]]:
+    """Students that came to their end with their jobs, and those that did not."""
+    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
+    done: list[tuple[FinishJob, FinishedStudent]] = []
+    failed: list[FailedCandidate] = []
+    parts.reporter.progress(stage, 0, len(jobs), f"{epochs} epochs each")
+    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
+        if isinstance(result.value, JobFailure):
+            failed.append(FailedCandidate(result.job.candidate.id, stage, result.value.reason))
+        else:
+            done.append((result.job, result.value))
+        parts.reporter.progress(stage, len(done) + len(failed), len(jobs), f"{epochs} epochs each")
     return done, failed
 
 
@@ -230,9 +249,16 @@ def variants(
     """
     folder = parts.folder.student(student.candidate.arch_id)
     labels = parts.labels
-    result: list[Variant] = []
+    found: dict[tuple[Candidate, int | None], Variant] = {}
     refused: list[FailedCandidate] = []
     full = finished_logits(folder, "val", ("fp32",))
+
+    def add(variant: Variant) -> None:
+        """Mixes that are alike up to a cut give the same network, with other weights where one was retrained."""
+        known = found.setdefault((variant.candidate, variant.cut), variant)
+        if _right(variant.val_logits[-1], labels) > _right(known.val_logits[-1], labels):
+            found[variant.candidate, variant.cut] = variant
+
     for names in deployments(parts.space, student.candidate, mixes):
         candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
@@ -245,16 +271,22 @@ def variants(
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
         else:
-            result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
+            add(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:], names))
             if candidate.exits and all(kept):
-                result.append(Variant(student, candidate, None, val, test))
+                add(Variant(student, candidate, None, val, test, names))
         for k in range(len(candidate.exits)):
             cut = candidate.truncated(k)
             if kept[k]:
-                result.append(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1]))
+                add(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1], names))
             if cut.exits and all(kept[: k + 1]):
-                result.append(Variant(student, cut, k, val[: k + 1], test[: k + 1]))
-    return result, refused
+                add(Variant(student, cut, k, val[: k + 1], test[: k + 1], names))
+    return list(found.values()), refused
+
+
+def steps_of(student: FinishedStudent, precisions: tuple[Precision, ...]) -> tuple[FinishStep, ...]:
+    """What the weights of one precision of a student went through: its steps without those of other precisions."""
+    own = precision_name(precisions)
+    return tuple(s for s in student.steps if not s.precision or s.precision == own)
 
 
 def _right(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -271,7 +303,7 @@ def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -
         candidate: the variant's candidate, with thresholds where it has exits.
     """
     trained = variant.student.candidate
-    weights, quant = load_finished(parts.folder.student(trained.arch_id))
+    weights, quant = load_finished(parts.folder.student(trained.arch_id), variant.precisions)
     weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
     context = open_context(parts.plan.context, candidate.resolution)
     dialect = dialect_for(parts.predictor.device.profile)
@@ -334,7 +366,7 @@ def build_points(
             times = (predicted[k][i], measured[k].get(i))
             for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
-                sources[point.id] = PointSource(variant.student, variant.cut)
+                sources[point.id] = PointSource(variant.student, variant.cut, variant.precisions)
     found_on = zip(everywhere, points, unknown, broken, strict=True)
     return [
         DevicePoints(mark_front(list(own.values()), at.budget.of, at.search.energy), [*refused, *a, *b])
@@ -559,6 +591,7 @@ def _points(
                 is_finished=True,
                 model_bytes=None,
                 cost_s=variant.student.cost_s,
+                steps=steps_of(variant.student, variant.precisions),
             )
         )
     return points

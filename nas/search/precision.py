@@ -15,12 +15,10 @@ import numpy as np
 
 from nas.core.errors import MissingRowError
 from nas.core.records import Candidate, Precision
-from nas.core.run import FailedCandidate
 from nas.core.walk import expand
 from nas.export.dialect import dialect_for
 from nas.latency.precision import Assignments, assignments
-from nas.recipe.finish import FinishJob, finish_student
-from nas.recipe.pool import JobFailure
+from nas.recipe.finish import FinishJob
 from nas.recipe.records import FinishedStudent
 from nas.recipe.score import candidate_sensitivity
 from nas.recipe.sensitivity import Sensitivity, kept_sensitivity
@@ -101,28 +99,18 @@ def _solved(own: SearchParts, candidate: Candidate, table: Sensitivity | None) -
         return None
 
 
-def finish_in_mixes(
-    parts: SearchParts, jobs: Sequence[FinishJob], done: Sequence[FinishedStudent], settings: FinishSettings
-) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
-    """Adds the answers of finished students in the mixes that are solved for, which need their weights."""
-    mixes = all_mixes(parts, done, settings)
-    names = {
-        s.candidate.arch_id: tuple(p for p in deployments(parts.space, s.candidate, mixes) if set(p) != {"fp32"})
-        for s in done
-    }
-    more = [
-        replace(job, precisions=names[job.candidate.arch_id])
-        for job in jobs
-        if not set(names.get(job.candidate.arch_id, ())).issubset(job.precisions)
-    ]
-    failed: dict[str, FailedCandidate] = {}
-    parts.reporter.progress("precisions of the finalists", 0, len(more))
-    for n, result in enumerate(parts.pool.map(finish_student, more, lambda: parts.stop.is_set), start=1):
-        if isinstance(result.value, JobFailure):
-            candidate = result.job.candidate
-            failed[candidate.arch_id] = FailedCandidate(candidate.id, "full distillation", result.value.reason)
-        parts.reporter.progress("precisions of the finalists", n, len(more))
-    return [s for s in done if s.candidate.arch_id not in failed], list(failed.values())
+def solved_jobs(
+    parts: SearchParts, done: Sequence[tuple[FinishJob, FinishedStudent]], settings: FinishSettings
+) -> list[FinishJob]:
+    """The jobs that add the mixes which are solved for to finished students: that needs their weights."""
+    mixes = all_mixes(parts, [student for _, student in done], settings)
+    jobs = []
+    for job, student in done:
+        names = deployments(parts.space, student.candidate, mixes)
+        new = [p for p in names if set(p) != {"fp32"} and p not in job.precisions]
+        if new:
+            jobs.append(replace(job, precisions=(*job.precisions, *new)))
+    return jobs
 
 
 def scored_mixes(records: Sequence[TrialRecord]) -> Mixes:
