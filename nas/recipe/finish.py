@@ -39,7 +39,7 @@ from nas.recipe.pruning import (
 )
 from nas.recipe.qat import train_quantized
 from nas.recipe.records import FinishedStudent, read_logits, read_scored, top1_per_exit, write_scored
-from nas.recipe.sensitivity import IMAGES, SENSITIVITY_FILE, keep_sensitivity, kept_sensitivity, sensitivity
+from nas.recipe.sensitivity import IMAGES, keep_sensitivity, kept_sensitivity, sensitivity
 from nas.recipe.settings import ImportanceKind, PruneSettings, QatSettings
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
