@@ -62,8 +62,8 @@ class FinishJob:
     `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
     is that of the device's runtime. With `importance` how much each channel matters is kept beside the weights, for a
     student that is cut from this one. Such a student has `parent`, the `arch_id` of the one that it is cut from, whose
-    files `adopt_parent` has placed in its folder, and `prune`. `sensitivity`: precisions in which every part is tried
-    alone; none: no such table is kept.
+    files `adopt_parent` has placed in its folder, and `prune`. `before` are the steps that led to the answers of the
+    context. `sensitivity`: precisions in which every part is tried alone; none: no such table is kept.
     """
 
     candidate: Candidate
@@ -79,6 +79,7 @@ class FinishJob:
     importance: ImportanceKind | None = None
     parent: str = ""
     prune: PruneSettings | None = None
+    before: tuple[FinishStep, ...] = ()
     sensitivity: tuple[Precision, ...] = ()
 
     @property
@@ -216,7 +217,8 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
     if job.prune is not None:
         name, note = "prune", f"cut from {job.parent}, {job.prune.importance}, {job.prune.mode}"
     step = FinishStep(name, epochs, scored.top1[-1], cost_s, note)
-    finished = FinishedStudent(FINISHED_SCHEMA, architecture, epochs, cost_s, (step,), job.parent, job.pruning)
+    steps = (*job.before, step)
+    finished = FinishedStudent(FINISHED_SCHEMA, architecture, epochs, cost_s, steps, job.parent, job.pruning)
     write_record(folder / RECORD_FILE, finished)
     for checkpoint in (folder / "finish.ckpt", *folder.glob("prune-*.ckpt")):
         checkpoint.unlink(missing_ok=True)
