@@ -239,7 +239,7 @@ class Candidate:
 
         texts = []
         for precision, parts in by_precision.items():
-            words = []
+            words: list[str] = []
             for part in parts:
                 if part - 1 in parts and part not in (1, last):  # goes on from the stage before
                     words[-1] = f"{words[-1].partition('-')[0]}-{named(part)}"

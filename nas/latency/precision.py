@@ -26,6 +26,7 @@ from nas.latency.table import LatencyTable
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+_State = tuple[float, float, tuple[int, ...]]  # sums of latency and cost, and the choices that lead there
 Precisions = tuple[Precision, ...]  # of the stem, each stage and the head
 
 MOST = 2**16  # assignments that are all estimated: some tenths of a second
@@ -200,13 +201,13 @@ def _unbeaten(slots: Sequence[_Slot], parts: int, table: LatencyTable, costs: Fl
     for slot in slots:
         ms[slot.genes[0]] += [table.net_ms(layer.key) for layer in slot.layers]
     # Per last precision, because what a change of precision costs depends on it alone.
-    alive: list[list[tuple[float, float, tuple[int, ...]]]] = [[(0.0, 0.0, ())]] + [[] for _ in range(count - 1)]
+    alive: list[list[_State]] = [[(0.0, 0.0, ())]]
     for part in range(parts):
         everything = [state for states in alive for state in states]
         alive = []
         for k in range(count):
             grown = sorted((a + ms[part, k], b + costs[part, k], (*before, k)) for a, b, before in everything)
-            kept: list[tuple[float, float, tuple[int, ...]]] = []
+            kept: list[_State] = []
             for state in grown:
                 if not kept or state[1] < kept[-1][1] - EQUAL:
                     kept.append(state)
