@@ -217,11 +217,13 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"
         + (f", a ladder of {s.ladder}" if s.ladder else "")
         + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else "")
+        + (f", {s.precision_seeds} architectures in solved precisions" if s.precision_seeds else "")
         + (", energy as an objective" if s.energy else ""),
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round"
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
-        "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
+        "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}"
+        + (f", {finish.precision_ladder} solved precisions" if finish.precision_ladder else ""),
         **({"pruning": _pruning(finish)} if finish.prune else {}),
         "calibration": f"{finish.calibration_images} images"
         + (f", QAT of {finish.qat.epochs} epochs {content_hash(finish.qat)}" if finish.qat.epochs else ""),

@@ -231,11 +231,11 @@ MATTERS = {
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
     "supernet.clip_norm=1.0 supernet.seed=1",
     "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random search.ladder=3 "
-    "search.predictor_candidates=9 search.energy=true",
+    "search.predictor_candidates=9 search.precision_seeds=2 search.energy=true",
     "enqueued": 'search.enqueue=[{"b.width":12}]',
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
-    "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
+    "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1 finish.precision_ladder=1",
     "pruning": "finish.prune=[0.3]",
     "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1",
     "foreign table": "run.foreign_table=x",
