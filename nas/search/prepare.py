@@ -33,6 +33,7 @@ from nas.search.seeds import resolve
 from nas.search.settings import BudgetSettings
 from nas.search.shared_jobs import version_of
 from nas.space.space import SearchSpace, load_space
+from nas.train.features import check_teacher_features, wanted_features
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
 
@@ -93,6 +94,7 @@ def load_inputs(
         raise ConfigError(
             f"teacher.weights: {given} is not a file. Give that of the teacher: --set teacher.weights=FILE"
         )
+    check_teacher_features(experiment.teacher, experiment.distill)
     draft = load_space(Path(experiment.space), 2)
     datasets: list[Dataset] = []
 
@@ -215,6 +217,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
         "calibration": f"{finish.calibration_images} images",
+        **({"robustness": f"at severities {list(finish.robustness)}"} if finish.robustness else {}),
         **_enqueued(inputs),
         **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),
@@ -274,6 +277,7 @@ def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> t
         cache,
         lambda done, total: reporter.progress("teacher's answers", done, total, "augmented copies"),
         seed=e.data.seed,
+        features=wanted_features(teacher, e.distill),
     )
     path = folder.path / "context.json"
     write_context(path, inputs.datasets, targets, cache, e.data.seed)

@@ -187,13 +187,16 @@ class FinishSettings:
     `students`: architectures finished. `calibration_images`: training images whose ranges int8 uses.
     `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
     on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
-    package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
+    package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good. `robustness`:
+    severities (1 to 5), such as [1, 3, 5], at which the finished students are judged on test images that are corrupted
+    by noise, blur, exposure, dark corners and JPEG, for a table in the report; none by default.
     """
 
     students: int = 8
     calibration_images: int = 128
     exit_loss: float = 0.0
     int8_loss: float = 0.02
+    robustness: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.students < 1:
@@ -203,6 +206,9 @@ class FinishSettings:
         for name in ("exit_loss", "int8_loss"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
+        severities = list(self.robustness)
+        if not set(severities) <= set(range(1, 6)) or severities != sorted(set(severities)):
+            raise ConfigError(f"finish.robustness: rising severities from 1 to 5 are needed, got {severities}")
 
 
 @dataclass(frozen=True, slots=True)
