@@ -15,6 +15,7 @@ import numpy as np
 from nas.core.errors import RunMismatchError
 from nas.core.jsonio import parse_json, read_text
 from nas.core.walk import expand, total_macs
+from nas.data.corruptions import CORRUPTIONS
 from nas.devices.base import Device
 from nas.latency.interpolate import spread_rows
 from nas.latency.table import LatencyTable
@@ -244,6 +245,10 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     phases.append(Phase("networks", f"{networks} whole networks on {where}", networks * NETWORK_S))
     about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
     phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
+    if e.finish.robustness:
+        each = len(CORRUPTIONS) * len(e.finish.robustness) * len(dataset.test) * macs / STUDENT_ANSWERS
+        what = f"{e.finish.students} students on test images with {len(CORRUPTIONS)} corruptions"
+        phases.append(Phase("robustness", what, e.finish.students * each))
     return tuple(phases)
 
 

@@ -78,6 +78,7 @@ def test_plan_of_a_new_run_has_every_row_to_measure_and_makes_nothing(inputs: In
         "scores",
         "networks",
         "finalists",
+        "robustness",
     ]
     assert _phase(plan, "latency table").what == f"{len(rows)} rows"
     assert _phase(plan, "scores").what == "10 of 10 candidates"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from train_examples import tiny_candidate, tiny_dataset, tiny_targets
 from nas.core.errors import ConfigError
 from nas.data import Dataset
 from nas.models.student import folded_weights
+from nas.recipe.context import context_parts, open_context, place_context, write_context
 from nas.train.evaluate import normalised, predict_logits
 from nas.train.features import (
     Adapters,
@@ -142,3 +144,16 @@ def test_hints_bring_the_students_maps_nearer_to_the_teachers(targets: Targets) 
 def test_a_loss_without_its_features_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ConfigError, match=r"distill\.hints: the cached targets hold no features"):
         train_student(new_student(tiny_candidate(), 0), tiny_targets(dataset), BOTH, seed=0)
+
+
+def test_features_travel_with_the_context_to_other_machines(
+    targets: Targets, dataset: Dataset, tmp_path: Path
+) -> None:
+    write_context(tmp_path / "context.json", (dataset,), targets, tmp_path / "cache", 0)
+    record, files = context_parts(tmp_path / "context.json")
+    (tmp_path / "there").mkdir()
+    for name, file in files.items():
+        shutil.copy(file, tmp_path / "there" / name)
+    opened = open_context(str(place_context(record, tmp_path / "there")), dataset.resolution).targets
+    assert opened.features.keys() == targets.features.keys()
+    assert all(np.array_equal(opened.features[name], kept) for name, kept in targets.features.items())
