@@ -163,13 +163,10 @@ class _Training:
                 share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
                 for group in self.optimizer.param_groups:
                     group["lr"] = settings.lr * share
-                index = np.sort(
-                    index
-                )  # the order inside a batch means nothing; a sorted gather reads the file forwards
-                logits, labels = (
-                    torch.from_numpy(targets.logits[variant][index]),
-                    torch.from_numpy(targets.labels[index]),
-                )
+                # The order inside a batch means nothing; a sorted gather reads the file forwards.
+                index = np.sort(index)
+                logits = torch.from_numpy(targets.logits[variant][index])
+                labels = torch.from_numpy(targets.labels[index])
                 outputs = self.student(normalised(targets.images[variant][index], targets.mean, targets.std))
                 teacher = {n: torch.from_numpy(f[variant][index]).float() for n, f in self.features.items()}
                 pairs = self.adapters.pairs(maps, teacher) if teacher else None
