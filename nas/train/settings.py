@@ -103,8 +103,9 @@ class DistillSettings:
         teacher_layers: layers of the teacher for these two, first to last, by their names in torch, such as ["layer2",
             "layer4"]; the last is compared with the student's last stage, the others evenly before. Empty: the end of
             every stage of the resnet; a torchvision teacher needs names.
-        dist_inter, dist_intra: weights of the relations of DIST (Huang et al. 2022) between the classes of an image and
-            between the images of a class; the paper has 2 and 2 with `alpha` 0; 0: off.
+        dist_inter: weight of the relations of DIST (Huang et al. 2022) between the classes of an image; the paper has 2
+            for this and the next with `alpha` 0; 0: off.
+        dist_intra: weight of its relations between the images of a class; 0: off.
         dist_temperature: T of the softmax of these relations.
         self_distillation: weight of what the early exits learn from the student's own head (Zhang et al. 2019) beside
             the teacher; 0: off.
