@@ -50,6 +50,25 @@ class SplitAccuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class FinishStep:
+    """One step on the way of a finalist, such as `distil` or `QAT`.
+
+    `top1` is the accuracy of the head behind it on search validation, `epochs` those of training in it (0: none),
+    `cpu_s` its CPU seconds, `note` what came of it, `precision` the one that it is for (empty: for all).
+    """
+
+    name: str
+    epochs: int
+    top1: float
+    cpu_s: float
+    note: str = ""
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        _ratio(f"step {self.name}", top1=self.top1)
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One student of the run: an architecture in one precision with one set of thresholds.
 
@@ -58,7 +77,8 @@ class Point:
     share of images that do. `prediction` is what the estimate said before the network was measured. `threshold_curve`
     holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
     `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
-    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none.
+    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none;
+    `steps` are what its weights went through.
     """
 
     id: str
@@ -79,6 +99,7 @@ class Point:
     cost_s: float = 0.0
     export_command: str = ""
     energy: EnergyFigures | None = None
+    steps: tuple[FinishStep, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"point {self.id}"

@@ -8,6 +8,10 @@ images: in a training of a minute or two, more steps and more images are worth m
 
 Everything at step t follows from (seed, t), and a checkpoint holds weights, optimizer and t, so a training that was
 killed ends with the same weights as one that was not.
+
+A space with pruned stages trains the shared weights of its unpruned networks, whose narrower ones have the first
+channels. A pruned block is then cut from the narrowest of those that is wide enough, by the importance that its
+channels have in the largest network, computed once after the training (`nas.recipe.pruning`).
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -27,12 +31,22 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from nas.compress.prune import channel_units, prunable
 from nas.core.errors import ConfigError, RunMismatchError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes, write_record
 from nas.core.records import Candidate, ExitConfig
 from nas.models.student import Student
 from nas.models.supernet import Supernet
 from nas.recipe.architecture import GeneDistribution, Genotype, SpaceLatency
+from nas.recipe.processes import Processes, Result
+from nas.recipe.pruning import (
+    IMPORTANCE_FILE,
+    SharedImportance,
+    importance_of,
+    narrowed_student,
+    read_shared,
+    write_shared,
+)
 from nas.recipe.settings import SupernetSettings
 from nas.space.space import SearchSpace
 from nas.train.evaluate import normalised, recalibrate_bn, threads
@@ -94,6 +108,7 @@ def train_supernet(
     *,
     workers: int = 1,
     progress: Callable[[SupernetStep], None] | None = None,
+    processes: Processes | None = None,
     latency: SpaceLatency | None = None,
 ) -> TrainedSupernet:
     """Trains the shared weights of a space, or gives the record of those that are there.
@@ -107,6 +122,7 @@ def train_supernet(
         folder: run_dir/supernet; gets `weights.safetensors` and `supernet.json`, and a checkpoint on the way.
         workers: threads that share the sub-networks of a step; the weights are the same for any number of them.
         progress: called after every step; when it raises, the steps so far are kept and the error goes on.
+        processes: those of torchrun that share the sub-networks of a step, all on one folder; None: this one alone.
         latency: of the layers of the space, needed where `settings.latency_weight` is above 0.
 
     Raises:
@@ -121,6 +137,7 @@ def train_supernet(
             "the rows be interpolated (--set feedback.max_rows=N), or set it to 0"
         )
     sampled = latency if settings.latency_weight else None
+    whole, space = space, space.unpruned
     key = content_hash(
         [
             SUPERNET_SCHEMA,
@@ -139,11 +156,21 @@ def train_supernet(
                 f"{folder}: this supernet belongs to another space, teacher, data set or settings. "
                 f"Delete the folder to train it anew, or undo the change"
             )
+        _keep_importance(whole, targets, distill, folder)
         return done
+    together = processes or Processes()
     with threads(1), ThreadPoolExecutor(workers, initializer=_start_thread) as pool:
-        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map, sampled)
+        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map, together, sampled)
         training.resume(folder / CHECKPOINT_FILE, key)
         training.run(folder / CHECKPOINT_FILE, key, progress)
+    if together.writes:
+        _write(training, folder, key, space)
+        _keep_importance(whole, targets, distill, folder)
+    together.wait()
+    return read_record(TrainedSupernet, folder / RECORD_FILE)
+
+
+def _write(training: _Training, folder: Path, key: str, space: SearchSpace) -> None:
     write_bytes(folder / WEIGHTS_FILE, save({n: p.contiguous() for n, p in training.net.state_dict().items()}))
     record = TrainedSupernet(
         SUPERNET_SCHEMA,
@@ -157,7 +184,24 @@ def train_supernet(
     )
     write_record(folder / RECORD_FILE, record)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    return record
+
+
+def _keep_importance(
+    space: SearchSpace, targets: Mapping[int, Targets], distill: DistillSettings, folder: Path
+) -> None:
+    """Writes how much each shared channel matters and in which widths each block was trained, for pruned stages."""
+    if not space.is_pruned or (folder / IMPORTANCE_FILE).exists():
+        return
+    largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=all_exits(space.unpruned)).architecture
+    mine = targets[largest.resolution]
+    images = mine.images[0][: distill.recalibration_images]
+    student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
+    widths: dict[str, set[int]] = {}
+    for slot in space.unpruned.slots():
+        found = {layer.expanded_channels for layer in slot.layers if layer is not None and channel_units(layer)}
+        widths.setdefault(slot.name, set()).update(found)
+    trained = {name: tuple(sorted(found)) for name, found in widths.items() if found}
+    write_shared(folder / IMPORTANCE_FILE, SharedImportance(importance_of(student, "taylor", mine, distill), trained))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,10 +229,10 @@ class _Training:
         distill: DistillSettings,
         settings: SupernetSettings,
         run: Callable[..., Iterable[_Gradients]],
+        processes: Processes,
         latency: SpaceLatency | None,
     ) -> None:
-        self._map = run
-        self._latency = latency
+        self._map, self._processes, self._latency = run, processes, latency
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
         self.exits = all_exits(space)
         self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
@@ -213,7 +257,7 @@ class _Training:
         """Goes on from a checkpoint, or plans the number of steps."""
         content = read_checkpoint(path, key)
         if content is None:
-            self.steps = self.settings.steps or self._planned()
+            self.steps = self._processes.agreed(self.settings.steps or self._planned())
             return
         self.step, self.steps, self.cpu_s = content["step"], content["steps"], content["cpu_s"]
         self.guard.first = content["first_loss"]
@@ -254,6 +298,8 @@ class _Training:
                     raise
 
     def _save(self, path: Path, key: str) -> None:
+        if not self._processes.writes:
+            return
         content = {
             "step": self.step,
             "steps": self.steps,
@@ -275,9 +321,10 @@ class _Training:
         networks = min(settings.networks_per_step, len(index) // 2)  # the last batch of an epoch may be a small one
         work = partial(self._gradients, variant=variant)
         shares = np.array_split(index, max(1, networks))
-        drawn = self._subnets(step)
-        parts = list(self._map(work, [candidate for candidate, _ in drawn], shares))
         parameters = list(self.net.parameters())
+        drawn = self._subnets(step)
+        given_to = list(zip([candidate for candidate, _ in drawn], shares, strict=False))
+        parts = self._parts(work, given_to, parameters)
         for i, parameter in enumerate(parameters):  # always in the order of the sub-networks, so that sums are equal
             given = [g for part in parts if (g := part.gradients[i]) is not None]
             parameter.grad = torch.stack(given).sum(0) if given else None
@@ -290,6 +337,27 @@ class _Training:
             self.genes.learn([g for g, _ in random], [loss for _, loss in random])
         here = threading.get_ident()
         return time.thread_time() - started + sum(part.cpu_s for part in parts if part.thread != here)
+
+    def _parts(
+        self,
+        work: Callable[[Candidate, np.ndarray], _Gradients],
+        shares: Sequence[tuple[Candidate, np.ndarray]],
+        parameters: Sequence[Tensor],
+    ) -> list[_Gradients]:
+        """What every sub-network of a step gives, computed by the threads of this process or by all processes."""
+        if self._processes.count == 1:
+            return list(self._map(work, *zip(*shares, strict=True)))
+
+        def one(number: int) -> Result:
+            part = work(*shares[number])
+            return part.gradients, (part.loss, part.cpu_s)
+
+        told = self._processes.share(one, len(shares), parameters)
+        here, rank, count = threading.get_ident(), self._processes.rank, self._processes.count
+        return [
+            _Gradients(loss, gradients, cpu_s, here if i % count == rank else 0)
+            for i, (gradients, (loss, cpu_s)) in enumerate(told)
+        ]
 
     def _gradients(self, candidate: Candidate, index: np.ndarray, variant: int) -> _Gradients:
         started = time.thread_time()
@@ -364,10 +432,38 @@ def _open(folder: Path, sha256: str) -> Supernet:
     return Supernet.from_weights(load(data))
 
 
+def shared_importance(folder: str) -> SharedImportance | None:
+    """How much each shared channel matters; None where the space has no pruned stages.
+
+    Raises:
+        StorageError: damaged; the message says what to do.
+    """
+    path = Path(folder) / IMPORTANCE_FILE
+    return read_shared(path) if path.exists() else None
+
+
 def inherited_student(
-    supernet: Supernet, candidate: Candidate, images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
+    supernet: Supernet,
+    candidate: Candidate,
+    images: np.ndarray,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    importance: SharedImportance | None = None,
 ) -> Student:
-    """A new student with copied weights and batch norm estimated on training images uint8 [N, H, W, 3], to evaluate."""
-    student = supernet.extract(candidate.architecture).to(memory_format=torch.channels_last)
+    """A new student with copied weights and batch norm estimated on training images uint8 [N, H, W, 3], to evaluate.
+
+    Args:
+        supernet: trained.
+        candidate: of the space, pruned blocks among them only with `importance`.
+        images, mean, std: for batch norm.
+        importance: which channels a pruned block keeps.
+    """
+    target = candidate.architecture
+    wide = target if importance is None else importance.widened(target)
+    student = supernet.extract(wide).to(memory_format=torch.channels_last)
+    if importance is not None and wide != target:
+        layers = prunable(wide)
+        own = {name: importance.blocks[name].first(layer) for name, layer in layers.items()}
+        student = narrowed_student(student, target, own)
     recalibrate_bn(student, images, mean, std)
     return student.eval()

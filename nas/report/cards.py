@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from nas.core.records import Candidate, EnergyFigures, LatencyFigures, LayerSpec
-from nas.core.run import Point, RunView, SplitAccuracy, TeacherView
+from nas.core.records import KEY_NAMES, Candidate, EnergyFigures, LatencyFigures, LayerSpec
+from nas.core.run import FinishStep, Point, RunView, SplitAccuracy, TeacherView
 from nas.core.units import format_bytes, format_count, format_duration, format_ms
 from nas.core.walk import expand
 from nas.report.tables import budget_latency_ms, format_number, format_spread, name_of, notes
@@ -42,7 +43,7 @@ def diagram(candidate: Candidate) -> list[dict[str, Any]]:
         }
     ]
     for layer in layers:
-        if layer.kind == "inverted_residual":
+        if layer.is_block:
             stage = int(layer.name.split(".")[1])
             if parts[-1].get("stage") != stage:
                 parts.append({"kind": "stage", "stage": stage, "title": f"Stage {stage + 1}", "blocks": []})
@@ -75,7 +76,8 @@ def _block(layer: LayerSpec, total_macs: int) -> dict[str, Any]:
         text, badges = f"{layer.kernel_size}x{layer.kernel_size} conv", [f"/{layer.stride}"] if layer.stride > 1 else []
     else:
         text = f"{layer.kernel_size}x{layer.kernel_size}  e{layer.expanded_channels}"
-        badges = [f"/{layer.stride}"] * (layer.stride > 1) + ["SE"] * layer.use_se
+        kinds = [KEY_NAMES[layer.kind]] * (layer.kind != "inverted_residual")
+        badges = kinds + [f"/{layer.stride}"] * (layer.stride > 1) + ["SE"] * layer.use_se
     return {
         "text": text,
         "badges": badges,
@@ -88,10 +90,12 @@ def _block(layer: LayerSpec, total_macs: int) -> dict[str, Any]:
 def describe(layer: LayerSpec) -> str:
     """A layer in words, for tooltips and for readers of the page that do not see the drawing."""
     size = f"{layer.in_size} px -> {layer.out_size} px" if layer.in_size != layer.out_size else f"{layer.out_size} px"
-    if layer.kind == "inverted_residual":
-        extras = [", squeeze-and-excitation"] * layer.use_se + [", skip connection"] * layer.has_residual
+    if layer.is_block:
+        extras = [f", {layer.heads} heads over {layer.tokens} tokens"] * (layer.heads > 0)
+        extras += [", squeeze-and-excitation"] * layer.use_se + [", skip connection"] * layer.has_residual
+        kernel, kind = f"{layer.kernel_size}x{layer.kernel_size}", layer.kind.replace("_", " ")
         return (
-            f"{layer.name}: {layer.kernel_size}x{layer.kernel_size} inverted residual, channels {layer.in_channels} -> "
+            f"{layer.name}: {kernel} {kind}, channels {layer.in_channels} -> "
             f"{layer.expanded_channels} -> {layer.out_channels}, {size}, {layer.activation}{''.join(extras)}, "
             f"{layer.precision}"
         )
@@ -165,12 +169,24 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         facts.append(("Weights", format_bytes(point.weight_bytes), "in this precision"))
     if point.cost_s > 0:
         facts.append(("Training", format_duration(point.cost_s), "CPU time"))
+    if point.steps:
+        facts.append(("Steps", ", ".join(step.name for step in point.steps), steps_text(point.steps)))
     if point.trial is not None:
         proposer = view.proposer_of(point)
         found = [f"found in round {point.round}"] * (point.round is not None)
         found += [f"proposed by {proposer}"] * bool(proposer)
         facts.append(("Trial", str(point.trial), ", ".join(found)))
     return facts
+
+
+def steps_text(steps: Sequence[FinishStep]) -> str:
+    """What a finalist went through, in words: epochs, accuracy on validation, CPU time and outcome of each step."""
+    parts = []
+    for step in steps:
+        epochs = f"{step.epochs} epochs, " if step.epochs else ""
+        note = f", {step.note}" if step.note else ""
+        parts.append(f"{step.name}: {epochs}{100 * step.top1:.1f} %, {format_duration(step.cpu_s)}{note}")
+    return "; ".join(parts) + " (accuracies on validation)"
 
 
 def _energy_fact(energy: EnergyFigures) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ import numpy as np
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
-from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
+from nas.core.run import FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
@@ -43,10 +43,13 @@ from nas.recipe.finish import (
     finish_student,
     finished_logits,
     load_finished,
+    precision_name,
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
+from nas.search.assistants import Lesson
 from nas.search.folder import MeasuredExit, TrialRecord
+from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
@@ -66,7 +69,8 @@ BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may
 class Variant:
     """One way to deploy a finished architecture: precision, and with exits, without, or cut behind one.
 
-    `logits` are float32 [E, N, K] of its own exits on search validation and test.
+    `logits` are float32 [E, N, K] of its own exits on search validation and test. `precisions` are those of the whole
+    student, whose weights these are.
     """
 
     student: FinishedStudent
@@ -74,6 +78,7 @@ class Variant:
     cut: int | None
     val_logits: np.ndarray
     test_logits: np.ndarray
+    precisions: tuple[Precision, ...] = ()
 
     @property
     def form(self) -> str:
@@ -167,19 +172,27 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
 
 
 def finish(
-    parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
+    parts: SearchParts,
+    finalists: Sequence[Candidate],
+    distill: DistillSettings,
+    settings: FinishSettings,
+    lessons: Mapping[str, Lesson] | None = None,
 ) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
-    """Distils all finalists in worker processes, the longest first.
+    """Distils all finalists in worker processes, the longest first; then the narrower students that are cut from them.
+
+    Those in `lessons`, by their `arch_id`, learn from an assistant instead of the teacher.
 
     Raises:
         InterruptedRunError: the run was asked to stop; every epoch is kept.
         TrainingError: all of them failed.
     """
     mixes = scored_mixes(parts.folder.trials())
+    direct = Lesson(parts.plan.context, ())
+    taught = [(candidate, (lessons or {}).get(candidate.arch_id, direct)) for candidate in finalists]
     jobs = [
         FinishJob(
             candidate,
-            parts.plan.context,
+            lesson.context,
             str(parts.folder.student(candidate.arch_id)),
             parts.plan.stop_file,
             distill,
@@ -187,23 +200,36 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
+            settings.qat,
+            settings.prune_importance if settings.prune else None,
+            before=lesson.steps,
         )
-        for candidate in finalists
+        for candidate, lesson in taught
     ]
-    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
-    done: list[FinishedStudent] = []
-    failed: list[FailedCandidate] = []
-    parts.reporter.progress("full distillation", 0, len(jobs), f"{distill.epochs} epochs each")
-    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
-        if isinstance(result.value, JobFailure):
-            failed.append(FailedCandidate(result.job.candidate.id, "full distillation", result.value.reason))
-        else:
-            done.append(result.value)
-        parts.reporter.progress(
-            "full distillation", len(done) + len(failed), len(jobs), f"{distill.epochs} epochs each"
-        )
+    done, failed = _finish_all(parts, jobs, "full distillation", distill.epochs)
     if not done:
         raise TrainingError(f"not one of {len(jobs)} finalists could be trained; the first: {failed[0].reason}")
+    if settings.prune:
+        epochs = distill.epochs if settings.prune_mode == "joint" else settings.prune_epochs
+        pruned, lost = _finish_all(parts, pruned_jobs(parts, done, settings), "pruning", epochs)
+        done, failed = [*done, *pruned], [*failed, *lost]
+    return [student for _, student in done], failed
+
+
+def _finish_all(
+    parts: SearchParts, jobs: Sequence[FinishJob], stage: str, epochs: int
+) -> tuple[list[tuple[FinishJob, FinishedStudent]], list[FailedCandidate]]:
+    """Students that came to their end with their jobs, and those that did not."""
+    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
+    done: list[tuple[FinishJob, FinishedStudent]] = []
+    failed: list[FailedCandidate] = []
+    parts.reporter.progress(stage, 0, len(jobs), f"{epochs} epochs each")
+    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
+        if isinstance(result.value, JobFailure):
+            failed.append(FailedCandidate(result.job.candidate.id, stage, result.value.reason))
+        else:
+            done.append((result.job, result.value))
+        parts.reporter.progress(stage, len(done) + len(failed), len(jobs), f"{epochs} epochs each")
     return done, failed
 
 
@@ -235,9 +261,16 @@ def variants(
     """
     folder = parts.folder.student(student.candidate.arch_id)
     labels = parts.labels
-    result: list[Variant] = []
+    found: dict[tuple[Candidate, int | None], Variant] = {}
     refused: list[FailedCandidate] = []
     full = finished_logits(folder, "val", ("fp32",))
+
+    def add(variant: Variant) -> None:
+        """Mixes that are alike up to a cut give the same network, with other weights where one was retrained."""
+        known = found.setdefault((variant.candidate, variant.cut), variant)
+        if _right(variant.val_logits[-1], labels) > _right(known.val_logits[-1], labels):
+            found[variant.candidate, variant.cut] = variant
+
     for names in deployments(parts.space, student.candidate, mixes):
         candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
@@ -250,16 +283,22 @@ def variants(
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
         else:
-            result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
+            add(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:], names))
             if candidate.exits and all(kept):
-                result.append(Variant(student, candidate, None, val, test))
+                add(Variant(student, candidate, None, val, test, names))
         for k in range(len(candidate.exits)):
             cut = candidate.truncated(k)
             if kept[k]:
-                result.append(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1]))
+                add(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1], names))
             if cut.exits and all(kept[: k + 1]):
-                result.append(Variant(student, cut, k, val[: k + 1], test[: k + 1]))
-    return result, refused
+                add(Variant(student, cut, k, val[: k + 1], test[: k + 1], names))
+    return list(found.values()), refused
+
+
+def steps_of(student: FinishedStudent, precisions: tuple[Precision, ...]) -> tuple[FinishStep, ...]:
+    """What the weights of one precision of a student went through: its steps without those of other precisions."""
+    own = precision_name(precisions)
+    return tuple(s for s in student.steps if not s.precision or s.precision == own)
 
 
 def _right(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -276,7 +315,7 @@ def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -
         candidate: the variant's candidate, with thresholds where it has exits.
     """
     trained = variant.student.candidate
-    weights, quant = load_finished(parts.folder.student(trained.arch_id))
+    weights, quant = load_finished(parts.folder.student(trained.arch_id), variant.precisions)
     weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
     context = open_context(parts.plan.context, candidate.resolution)
     dialect = dialect_for(parts.predictor.device.profile)
@@ -339,7 +378,7 @@ def build_points(
             times = (predicted[k][i], measured[k].get(i))
             for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
-                sources[point.id] = PointSource(variant.student, variant.cut)
+                sources[point.id] = PointSource(variant.student, variant.cut, variant.precisions)
     found_on = zip(everywhere, points, unknown, broken, strict=True)
     return [
         DevicePoints(mark_front(list(own.values()), at.budget.of, at.search.energy), [*refused, *a, *b])
@@ -564,6 +603,7 @@ def _points(
                 is_finished=True,
                 model_bytes=None,
                 cost_s=variant.student.cost_s,
+                steps=steps_of(variant.student, variant.precisions),
             )
         )
     return points

@@ -60,7 +60,7 @@ def export_point(
     """
     trained = source.student.candidate
     home = run_dir / "students" / trained.arch_id
-    weights, quant = load_finished(home)
+    weights, quant = load_finished(home, source.precisions)
     weights, quant = deployed_parts(trained, weights, quant, source.cut, keep_exits=bool(point.candidate.exits))
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
     full = finished_logits(home, "test", ("fp32",))
@@ -86,6 +86,9 @@ def export_point(
             **view.provenance,
             "run": view.name,
             "student": point.id,
+            **(
+                {"steps": "; ".join(s.name + f" ({s.note})" * bool(s.note) for s in point.steps)} if point.steps else {}
+            ),
             "data set": "unnamed" if view.dataset is None else view.dataset.name,
         },
         dialect=written_for,

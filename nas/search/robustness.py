@@ -75,7 +75,7 @@ def representatives(outcome: Outcome) -> list[Point]:
 def _row(parts: SearchParts, outcome: Outcome, point: Point, severities: Sequence[int]) -> RobustnessRow:
     candidate, source = point.candidate, outcome.sources[point.id]
     context = open_context(parts.plan.context, candidate.resolution)
-    weights, quant = load_finished(parts.folder.student(source.student.candidate.arch_id))
+    weights, quant = load_finished(parts.folder.student(source.student.candidate.arch_id), source.precisions)
     weights, quant = deployed_parts(
         source.student.candidate, weights, quant, source.cut, keep_exits=bool(candidate.exits)
     )

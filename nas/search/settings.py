@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
+from nas.recipe.settings import ImportanceKind, PruneMode, PruneSettings, QatSettings
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
 GeneValue = bool | int | float | str
 EnqueueEntry = str | dict[str, GeneValue]
+MOST_PRUNED = 0.7  # of the expansion channels; each block keeps a quarter of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,15 +189,36 @@ class FinishSettings:
     `students`: architectures finished. `calibration_images`: training images whose ranges int8 uses.
     `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
     on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
-    package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good. `robustness`:
-    severities (1 to 5), such as [1, 3, 5], at which the finished students are judged on test images that are corrupted
-    by noise, blur, exposure, dark corners and JPEG, for a table in the report; none by default.
+    package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
+    `robustness`: severities (1 to 5), such as [1, 3, 5], at which the finished students are judged on test images that
+    are corrupted by noise, blur, exposure, dark corners and JPEG, for a table in the report; none by default.
+    `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
+    only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
+    `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
+    -1: always.
+
+    `prune`: shares of the expansion channels that finalists lose, such as [0.3]: each makes a further student of every
+    finalist, narrower where that costs the least importance for the latency saved on the first device; none by default.
+    `prune_mode`: `after` cuts the finished weights, then distils; `joint` distils a new student as wide as the finalist
+    over the whole schedule and cuts it on the way. `prune_importance`: of the channels, by `taylor` (change of the
+    distillation loss) or `l1` (size of the kernels). `prune_epochs`: of distillation after the cut. `prune_lr`: highest
+    learning rate there as a share of `distill.lr`. `prune_rows`: widths of each block that are measured to find the
+    steps of its latency.
     """
 
     students: int = 8
     calibration_images: int = 128
     exit_loss: float = 0.0
     int8_loss: float = 0.02
+    qat_epochs: int = 2
+    qat_lr: float = 0.1
+    qat_least_loss: float = 0.005
+    prune: tuple[float, ...] = ()
+    prune_mode: PruneMode = "after"
+    prune_importance: ImportanceKind = "taylor"
+    prune_epochs: int = 8
+    prune_lr: float = 0.5
+    prune_rows: int = 8
     robustness: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -209,6 +232,25 @@ class FinishSettings:
         severities = list(self.robustness)
         if not set(severities) <= set(range(1, 6)) or severities != sorted(set(severities)):
             raise ConfigError(f"finish.robustness: rising severities from 1 to 5 are needed, got {severities}")
+        _ = self.qat  # its own checks
+        _ = self.pruning
+        for share in self.prune:
+            if not 0 < share <= MOST_PRUNED:
+                raise ConfigError(f"finish.prune: a share must be above 0 and at most {MOST_PRUNED:g}, got {share:g}")
+        if self.prune_rows < 2:
+            raise ConfigError(
+                f"finish.prune_rows must be at least 2, the full width and another, got {self.prune_rows}"
+            )
+
+    @property
+    def pruning(self) -> PruneSettings:
+        """How finalists are cut."""
+        return PruneSettings(self.prune_mode, self.prune_importance, self.prune_epochs, self.prune_lr)
+
+    @property
+    def qat(self) -> QatSettings:
+        """The settings of quantization-aware training."""
+        return QatSettings(self.qat_epochs, self.qat_lr, self.qat_least_loss)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import numpy as np
 from nas.core.errors import ConfigError, RecordError
 from nas.core.jsonio import content_hash, to_plain
 from nas.core.records import (
+    KINDS_WITH_SE,
     BlockConfig,
     Candidate,
     ExitConfig,
@@ -41,8 +42,8 @@ from nas.space.choices import (
     Section,
     StageChoices,
     StemChoices,
-    expanded_channels,
     integer,
+    pruned_channels,
     read_exits,
     read_head,
     read_precision,
@@ -51,7 +52,17 @@ from nas.space.choices import (
     shown,
     text,
 )
-from nas.space.layout import Canoniser, Gene, Genotype, Genotypes, Layout, Site, build_canoniser, build_layout
+from nas.space.layout import (
+    Canoniser,
+    Gene,
+    Genotype,
+    Genotypes,
+    Layout,
+    Site,
+    StageSites,
+    build_canoniser,
+    build_layout,
+)
 from nas.space.slots import Slot, build_slots, extreme_genotype
 from nas.space.yamlio import load_yaml
 
@@ -129,11 +140,23 @@ class SearchSpace:
             "in_channels": self.in_channels,
             "resolution": list(self.resolution),
             "stem": to_plain(self.stem),
-            "stages": to_plain(self.stages),
+            "stages": [_stage_plain(stage) for stage in self.stages],
             "head": to_plain(self.head),
             **({"exits": exits} if self.exits.after else {}),
             "precision": to_plain(self.precision),
         }
+
+    @cached_property
+    def unpruned(self) -> SearchSpace:
+        """The space in which every block has all of its expanded channels: what shared weights are trained for."""
+        if not self.is_pruned:
+            return self
+        return replace(self, stages=tuple(replace(stage, prune=(0.0,)) for stage in self.stages))
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a network may go without some of its expanded channels."""
+        return any(stage.prune != (0.0,) for stage in self.stages)
 
     def restricted(self, precisions: Iterable[Precision]) -> SearchSpace:
         """The space without the precisions that are not among these; `dropped` of the result names them.
@@ -177,12 +200,14 @@ class SearchSpace:
         stages = []
         for choices, sites in zip(self.stages, layout.stages, strict=True):
             width, stride = sites.width.of(genotype), choices.stride
-            use_se, activation = sites.use_se.of(genotype), sites.activation.of(genotype)
+            kind, activation = sites.kind.of(genotype), sites.activation.of(genotype)
+            use_se = sites.use_se.of(genotype) and kind in KINDS_WITH_SE
+            share = sites.prune.of(genotype)
             blocks = []
             for block in sites.blocks[: sites.depth.of(genotype)]:
-                wide = expanded_channels(channels, block.expansion.of(genotype))
+                wide = pruned_channels(channels, block.expansion.of(genotype), share, kind)
                 kernel_size = block.kernel_size.of(genotype)
-                blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation))
+                blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation, kind))
                 channels, stride = width, 1
             stages.append(StageConfig(tuple(blocks), sites.precision.of(genotype)))
         head = HeadConfig(
@@ -226,13 +251,17 @@ class SearchSpace:
             unit, first = f"stages.{s}", stage.blocks[0]
             put(sites.depth, len(stage.blocks), f"{unit}: depth")
             put(sites.width, first.out_channels, f"{unit}: width")
-            put(sites.use_se, first.use_se, f"{unit}: use_se")
+            put(sites.kind, first.kind, f"{unit}: kind")
+            if first.kind in KINDS_WITH_SE:
+                put(sites.use_se, first.use_se, f"{unit}: use_se")
             put(sites.activation, first.activation, f"{unit}: activation")
             put(sites.precision, stage.precision, f"{unit}: precision")
+            share = _share_of(stage, sites)
+            put(sites.prune, share, f"{unit}: prune")
             for b, (block, block_sites) in enumerate(zip(stage.blocks, sites.blocks, strict=False)):
                 put(block_sites.kernel_size, block.kernel_size, f"{unit}.{b}: kernel_size")
                 expansion = block_sites.expansion
-                wides = tuple(expanded_channels(block.in_channels, e) for e in expansion.choices)
+                wides = tuple(pruned_channels(block.in_channels, e, share, first.kind) for e in expansion.choices)
                 put(Site(wides, expansion.gene), block.expanded_channels, f"{unit}.{b}: expanded channels")
         put(layout.conv_channels, candidate.head.conv_channels, "head: conv_channels")
         put(layout.hidden_channels, candidate.head.hidden_channels, "head: hidden_channels")
@@ -359,6 +388,26 @@ class SearchSpace:
         return self._extremes[1]
 
 
+def _share_of(stage: StageConfig, sites: StageSites) -> float:
+    """The first share with which every block of a stage has its channels; the first of all where none has."""
+
+    def fits(share: float) -> bool:
+        return all(
+            block.expanded_channels
+            in {pruned_channels(block.in_channels, e, share, block.kind) for e in own.expansion.choices}
+            for block, own in zip(stage.blocks, sites.blocks, strict=False)
+        )
+
+    return next((share for share in sites.prune.choices if fits(share)), sites.prune.choices[0])
+
+
+def _stage_plain(stage: StageChoices) -> dict[str, Any]:
+    """The fields of a stage; without `prune` and `kind` where they are what they are in files that do not name them."""
+    plain: dict[str, Any] = to_plain(stage)
+    idle = {"prune": stage.prune == (0.0,), "kind": stage.kind == ("inverted_residual",)}
+    return {key: value for key, value in plain.items() if not idle.get(key, False)}
+
+
 def _macs(layer: LayerSpec) -> float:
     return float(layer.macs)
 
@@ -440,11 +489,19 @@ def _require_genes(space: SearchSpace, where: str) -> None:
         raise ConfigError(
             f"{where}: holds one network only; give at least one field two choices, such as depth: [1, 2]"
         )
+    if not space.unpruned.genes:
+        raise ConfigError(f"{where}: prune is the only choice; give another field two choices, such as depth: [1, 2]")
 
 
 def _require_shapes(space: SearchSpace, where: str) -> None:
-    """Sizes of maps depend on the resolution and the strides alone, so one network per resolution tells."""
+    """Sizes of maps depend on the resolution and the strides alone; so one network per resolution, kinds last, tells.
+
+    The last kind is attention wherever that is a choice, the only one that bounds the size of a map.
+    """
     genotype = [0] * len(space.genes)
+    for stage in space.layout.stages:
+        if stage.kind.gene is not None:
+            genotype[stage.kind.gene] = len(stage.kind.choices) - 1
     site = space.layout.resolution
     for index, resolution in enumerate(space.resolution):
         if site.gene is not None:
@@ -452,4 +509,4 @@ def _require_shapes(space: SearchSpace, where: str) -> None:
         try:
             expand(space._build(tuple(genotype)))
         except RecordError as e:
-            raise ConfigError(f"{where}: resolution: {resolution} px is too small: {e}") from e
+            raise ConfigError(f"{where}: resolution: {resolution} px does not fit: {e}") from e

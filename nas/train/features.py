@@ -32,7 +32,14 @@ def check_teacher_features(teacher: TeacherSettings, distill: DistillSettings) -
     Raises:
         ConfigError: names the setting and what to change.
     """
+    networks = [network.settings for network in teacher.networks]
     for name in distill.feature_losses:
+        if len(networks) > 1:
+            raise ConfigError(
+                f"distill.{name}: {len(networks)} networks teach together, and this loss needs the feature maps of "
+                f"one. Keep one of teacher.members, or switch the loss off: --set distill.{name}=0"
+            )
+        teacher = networks[0]
         if teacher.kind not in ("resnet", "torchvision"):
             raise ConfigError(
                 f"distill.{name}: a teacher of kind {teacher.kind!r} gives logits only, this loss needs its feature "

@@ -146,9 +146,7 @@ def test_a_loss_without_its_features_is_refused(dataset: Dataset) -> None:
         train_student(new_student(tiny_candidate(), 0), tiny_targets(dataset), BOTH, seed=0)
 
 
-def test_features_travel_with_the_context_to_other_machines(
-    targets: Targets, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_features_travel_with_the_context_to_other_machines(targets: Targets, dataset: Dataset, tmp_path: Path) -> None:
     write_context(tmp_path / "context.json", (dataset,), targets, tmp_path / "cache", 0)
     record, files = context_parts(tmp_path / "context.json")
     (tmp_path / "there").mkdir()
