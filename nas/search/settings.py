@@ -197,6 +197,8 @@ class FinishSettings:
     `precision_ladder`: mixes of precisions, one for the stem, each stage and the head, that each finalist is tried in
     beside every precision throughout and the mixes that the search scored: solved for exactly from the table and from
     what each part loses in each precision, also where the space has one precision for the whole network; 0: none.
+    `robustness`: severities (1 to 5), such as [1, 3, 5], at which the finished students are judged on test images that
+    are corrupted by noise, blur, exposure, dark corners and JPEG, for a table in the report; none by default.
     `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
     only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
     `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
@@ -225,6 +227,7 @@ class FinishSettings:
     prune_epochs: int = 8
     prune_lr: float = 0.5
     prune_rows: int = 8
+    robustness: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.students < 1:
@@ -236,6 +239,9 @@ class FinishSettings:
         for name in ("exit_loss", "int8_loss"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
+        severities = list(self.robustness)
+        if not set(severities) <= set(range(1, 6)) or severities != sorted(set(severities)):
+            raise ConfigError(f"finish.robustness: rising severities from 1 to 5 are needed, got {severities}")
         _ = self.qat  # its own checks
         _ = self.pruning
         for share in self.prune:

@@ -220,7 +220,7 @@ def test_damaged_weights_are_named(straight: Path, tmp_path: Path) -> None:
 
 def test_record_is_readable(straight: Path) -> None:
     record = json.loads((straight / "supernet.json").read_text())
-    assert set(record) == {"schema", "key", "space", "steps", "loss", "cpu_s", "weights_sha256"}
+    assert set(record) == {"schema", "key", "space", "steps", "loss", "cpu_s", "weights_sha256", "expected_ms"}
 
 
 @pytest.mark.parametrize(
