@@ -23,7 +23,7 @@ from torch.nn import functional
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, ConvSpec, LayerKind, LayerSpec
 from nas.core.walk import expand
-from nas.models.student import BN_EPS, Student, module_name
+from nas.models.student import BN_EPS, Student, branch_input, module_name
 
 
 class SlotLike(Protocol):
@@ -152,7 +152,7 @@ class Supernet(nn.Module):
             raise RecordError(f"not the weights of a supernet: {str(e).splitlines()[0]}") from e
         return net
 
-    def forward(self, x: Tensor, candidate: Candidate) -> list[Tensor]:
+    def forward(self, x: Tensor, candidate: Candidate, exit_gradient: float = 1.0) -> list[Tensor]:
         outputs = []
         for layer, place in _placed(candidate):
             units = {spec.name: (self._unit(unit), spec) for unit, spec in _units(place, layer)}
@@ -161,7 +161,7 @@ class Supernet(nn.Module):
             elif layer.kind == "stem":
                 x = _apply(x, units, "conv")
             else:
-                outputs.append(_head(x, units))
+                outputs.append(_head(branch_input(x, exit_gradient) if layer.kind == "exit_head" else x, units))
         return outputs
 
     def _unit(self, unit: str) -> SharedConv:

@@ -7,7 +7,7 @@ under the student's folder, the record last; a job that was killed goes on from 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from safetensors.numpy import load_file, save
 from nas.core.errors import InterruptedRunError, StorageError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
+from nas.core.run import ExitConfidence
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import folded_weights
+from nas.recipe.confidence import confidence_figures, fitted_temperatures, with_temperatures
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
 from nas.recipe.records import FinishedStudent, read_logits, read_scored, write_scored
@@ -40,7 +42,7 @@ class FinishJob:
     """One student to finish, as a worker process receives it.
 
     `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
-    is that of the device's runtime.
+    is that of the device's runtime. `calibrate_confidence`: a temperature per exit goes into the weights.
     """
 
     candidate: Candidate
@@ -52,6 +54,7 @@ class FinishJob:
     calibration_images: int
     precisions: tuple[tuple[Precision, ...], ...]
     dialect: str = ORT.name
+    calibrate_confidence: bool = True
 
 
 def precision_name(precisions: tuple[Precision, ...]) -> str:
@@ -61,7 +64,7 @@ def precision_name(precisions: tuple[Precision, ...]) -> str:
 
 
 def finish_student(job: FinishJob) -> FinishedStudent:
-    """Distils in full, calibrates, and writes logits on the search validation split and on the test split.
+    """Distils in full, calibrates, and writes logits on search validation, on test and on the images for thresholds.
 
     Raises:
         TrainingError: the training diverged or learnt nothing.
@@ -91,25 +94,39 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         student, context.targets, job.distill, seed=job.seed, checkpoint=checkpoint, progress=stop_when_told
     )
     weights = folded_weights(student)
-    write_bytes(folder / WEIGHTS_FILE, save(weights))
     started = time.thread_time()
     quant = calibrated(
         architecture, weights, context.mean, context.std, context.sample[: job.calibration_images], run_model
     )
+    logits = {
+        name: predict_logits(student, images, context.mean, context.std)
+        for name, (images, _) in context.splits.items()
+    }
+    confidence: tuple[ExitConfidence, ...] = ()
+    if job.calibrate_confidence:
+        temperatures = fitted_temperatures(logits.get("solve", logits["val"]), np.asarray(context.solve_labels))
+        confidence = confidence_figures(temperatures, logits["test"], np.asarray(context.test_labels))
+        weights, quant = with_temperatures(weights, quant, temperatures)
+        each = np.array(temperatures, np.float32)[:, None, None]
+        logits = {name: own / each for name, own in logits.items()}
+    write_bytes(folder / WEIGHTS_FILE, save(weights))
     write_record(folder / QUANT_FILE, quant)
-    for name, images, labels in (
-        ("final-val-fp32", context.val, context.val_labels),
-        ("final-test-fp32", context.test, context.test_labels),
-    ):
-        logits = predict_logits(student, images, context.mean, context.std)
+    for name, (_, labels) in context.splits.items():
         write_scored(
-            folder, architecture, epochs=len(history.epochs), cost_s=0.0, logits=logits, labels=labels, name=name
+            folder,
+            architecture,
+            epochs=len(history.epochs),
+            cost_s=0.0,
+            logits=logits[name],
+            labels=labels,
+            name=f"final-{name}-fp32",
         )
     finished = FinishedStudent(
         FINISHED_SCHEMA,
         architecture,
         len(history.epochs),
         history.cpu_s + time.thread_time() - started,
+        confidence,
     )
     write_record(folder / RECORD_FILE, finished)
     checkpoint.unlink(missing_ok=True)
@@ -120,10 +137,7 @@ def _write_deployed(job: FinishJob, architecture: Candidate, context: Context, f
     weights, quant = load_finished(folder)
     for precisions in job.precisions:
         candidate = architecture.with_precision(precisions)
-        for split, images, labels in (
-            ("val", context.val, context.val_labels),
-            ("test", context.test, context.test_labels),
-        ):
+        for split, (images, labels) in context.splits.items():
             name = f"final-{split}-{precision_name(precisions)}"
             if read_scored(folder, name) is None:
                 logits = deployed_logits(
@@ -146,7 +160,7 @@ def load_finished(folder: Path) -> tuple[Mapping[str, NDArray[np.float32]], Quan
 
 
 def finished_logits(folder: Path, split: str, precisions: tuple[Precision, ...]) -> NDArray[np.float32]:
-    """Logits float32 [E, N, K] of a finished student on `val` or `test`.
+    """Logits float32 [E, N, K] of a finished student on `val`, `test` or, where the data set has it, `solve`.
 
     Raises:
         StorageError: the file is missing or damaged.
@@ -158,21 +172,28 @@ def finished_logits(folder: Path, split: str, precisions: tuple[Precision, ...])
     return read_logits(folder, scored)
 
 
+def kept_exits(trained: Candidate, deployed: Candidate) -> tuple[int, ...]:
+    """Indices of the exits of a trained student that a deployed form of it has."""
+    places = {e.after_stage for e in deployed.exits}
+    return tuple(k for k, e in enumerate(trained.exits) if e.after_stage in places)
+
+
 def deployed_parts(
     candidate: Candidate,
     weights: Mapping[str, NDArray[np.float32]],
     quant: QuantSpec,
     cut: int | None,
-    keep_exits: bool,
+    kept: Sequence[int],
 ) -> tuple[dict[str, NDArray[np.float32]], QuantSpec]:
-    """Weights and ranges of a finished student deployed without its exits, or cut behind one.
+    """Weights and ranges of a finished student deployed with some of its exits, or cut behind one.
 
     Args:
         candidate: the student as it was trained.
         weights, quant: of `load_finished`; names begin with the layer's name.
         cut: index of the exit whose head becomes the head (as in `Candidate.truncated`), None: the whole network.
-        keep_exits: whether exit heads (those before the cut) stay.
+        kept: indices of the exits before the cut that stay, rising (`kept_exits`).
     """
+    places = {str(k): f"exits.{i}" for i, k in enumerate(kept)}
 
     def new_name(name: str) -> str | None:
         part, _, rest = name.partition(".")
@@ -180,7 +201,7 @@ def deployed_parts(
             number, _, tail = rest.partition(".")
             if cut is not None and int(number) == cut:
                 return f"head.{tail}"
-            return name if keep_exits and (cut is None or int(number) < cut) else None
+            return f"{places[number]}.{tail}" if number in places else None
         if cut is not None:
             last = candidate.exits[cut].after_stage
             if part == "head" or (part == "stages" and int(rest.partition(".")[0]) > last):

@@ -14,19 +14,22 @@ import numpy as np
 from nas.core.errors import RecordError, StorageError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate
+from nas.core.run import ExitConfidence
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudent:
     """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
 
-    `epochs` and `cost_s` (CPU seconds) are those of the distillation.
+    `epochs` and `cost_s` (CPU seconds) are those of the distillation. `confidence` has one entry per exit, the head
+    last, where confidences were calibrated: the temperatures are in the weights and the logits already.
     """
 
     schema: int
     candidate: Candidate
     epochs: int
     cost_s: float
+    confidence: tuple[ExitConfidence, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

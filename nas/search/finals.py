@@ -15,11 +15,11 @@ import numpy as np
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
-from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
+from nas.core.run import ExitConfidence, FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
-from nas.export.forms import exits_form
+from nas.export.forms import Artefact, exits_form
 from nas.export.graph import forced_exit, network_model, segment_models
 from nas.latency.energy import EnergyEstimate, EnergyEstimator, has_energy
 from nas.latency.energy import figures as energy_figures
@@ -28,6 +28,7 @@ from nas.latency.exits import (
     ThresholdSetting,
     ThresholdSweep,
     evaluate_thresholds,
+    read_target,
     solve_for_deadline,
     solve_for_loss,
     sweep,
@@ -36,12 +37,14 @@ from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
 from nas.latency.table import deviation_ms
 from nas.measure.fill import state_check
+from nas.measure.stream import evenly, measured_stream, stream_timer, warn_if_off
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishJob,
     deployed_parts,
     finish_student,
     finished_logits,
+    kept_exits,
     load_finished,
 )
 from nas.recipe.pool import JobFailure
@@ -59,6 +62,7 @@ CURVE_POINTS = 40
 WORTHWHILE = 0.97  # a threshold setting that costs accuracy becomes a point only when it is this much faster
 NEAR_FRONT = 1.25  # a network whose prediction is this much behind the front may still be on it
 MAX_MEASURED = 40
+MOST_FREE_EXITS = 3  # of these every choice is looked at, of more exits all or none
 BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may miss when it is measured
 
 
@@ -66,7 +70,8 @@ BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may
 class Variant:
     """One way to deploy a finished architecture: precision, and with exits, without, or cut behind one.
 
-    `logits` are float32 [E, N, K] of its own exits on search validation and test.
+    `logits` are float32 [E, N, K] of its own exits on search validation and test; `solve_logits` on the images that
+    thresholds are solved on, with their labels.
     """
 
     student: FinishedStudent
@@ -74,10 +79,21 @@ class Variant:
     cut: int | None
     val_logits: np.ndarray
     test_logits: np.ndarray
+    solve_logits: np.ndarray
+    solve_labels: np.ndarray
 
     @property
     def form(self) -> str:
         return "if" if self.candidate.exits else "plain"
+
+    @property
+    def confidence(self) -> tuple[ExitConfidence, ...]:
+        """Calibration of its own exits, the head last; empty where confidences were not calibrated."""
+        known, trained = self.student.confidence, self.student.candidate
+        if not known:
+            return ()
+        last = len(trained.exits) if self.cut is None else self.cut
+        return tuple(known[k] for k in (*kept_exits(trained, self.candidate), last))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -187,6 +203,7 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
+            settings.calibrate_confidence,
         )
         for candidate in finalists
     ]
@@ -229,18 +246,22 @@ def deployments(space: SearchSpace, architecture: Candidate, mixes: Mixes) -> li
 def variants(
     parts: SearchParts, student: FinishedStudent, int8_loss: float, mixes: Mixes
 ) -> tuple[list[Variant], list[FailedCandidate]]:
-    """Every way to deploy a student; what loses more than `int8_loss` at one of its exits against fp32 is refused.
+    """Every way to deploy a student: with any of its exits, and cut behind each of them.
 
-    The loss is counted on search validation.
+    What loses more than `int8_loss` at one of its exits against fp32 is refused, counted on search validation.
     """
     folder = parts.folder.student(student.candidate.arch_id)
     labels = parts.labels
     result: list[Variant] = []
     refused: list[FailedCandidate] = []
     full = finished_logits(folder, "val", ("fp32",))
+    context = open_context(parts.plan.context, student.candidate.resolution)
+    own_solve = "solve" in context.splits
+    solve_labels = np.asarray(context.solve_labels) if own_solve else labels
     for names in deployments(parts.space, student.candidate, mixes):
         candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
+        solve = finished_logits(folder, "solve", names) if own_solve else val
         lost = [_right(a, labels) - _right(b, labels) for a, b in zip(full, val, strict=True)]
         kept = [loss <= int8_loss for loss in lost]
         if not kept[-1]:
@@ -249,27 +270,31 @@ def variants(
                 f"(limit {100 * int8_loss:.1f})"
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
-        else:
-            result.append(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:]))
-            if candidate.exits and all(kept):
-                result.append(Variant(student, candidate, None, val, test))
-        for k in range(len(candidate.exits)):
-            cut = candidate.truncated(k)
-            if kept[k]:
-                result.append(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1]))
-            if cut.exits and all(kept[: k + 1]):
-                result.append(Variant(student, cut, k, val[: k + 1], test[: k + 1]))
+        for cut in (None, *range(len(candidate.exits))):
+            last, whole = (len(kept) - 1, candidate) if cut is None else (cut, candidate.truncated(cut))
+            for places in _choices_of_exits(last):
+                rows = [*places, last]
+                if all(kept[k] for k in rows):
+                    own = replace(whole, exits=tuple(whole.exits[k] for k in places))
+                    result.append(Variant(student, own, cut, val[rows], test[rows], solve[rows], solve_labels))
     return result, refused
+
+
+def _choices_of_exits(count: int) -> list[tuple[int, ...]]:
+    """Which of the first exits are deployed: an exit that few images take may cost more than it saves."""
+    if count > MOST_FREE_EXITS:
+        return [(), tuple(range(count))]
+    return [places for size in range(count + 1) for places in itertools.combinations(range(count), size)]
 
 
 def _right(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(1) == labels).mean())
 
 
-def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -> tuple[bytes, ...]:
-    """The ONNX bytes that would be deployed: static batch 1, normalisation inside.
+def variant_artefact(parts: SearchParts, variant: Variant, candidate: Candidate) -> Artefact:
+    """What would be deployed: static batch 1, normalisation inside.
 
-    With exits one model of form `if` on ONNX Runtime, else one for each segment; without exits one of form `plain`.
+    With exits one model of form `if` on ONNX Runtime, else a chain of segments; without exits one of form `plain`.
 
     Args:
         variant: gives weights and ranges.
@@ -277,14 +302,13 @@ def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -
     """
     trained = variant.student.candidate
     weights, quant = load_finished(parts.folder.student(trained.arch_id))
-    weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
+    weights, quant = deployed_parts(trained, weights, quant, variant.cut, kept_exits(trained, candidate))
     context = open_context(parts.plan.context, candidate.resolution)
     dialect = dialect_for(parts.predictor.device.profile)
     if candidate.exits and exits_form(dialect) == "segments":
-        chain = segment_models(candidate, weights, context.mean, context.std, quant=quant, dialect=dialect)
-        return tuple(segment.model for segment in chain)
+        return segment_models(candidate, weights, context.mean, context.std, quant=quant, dialect=dialect)
     form = "if" if candidate.exits else "plain"
-    return (network_model(candidate, weights, context.mean, context.std, quant=quant, form=form, dialect=dialect),)
+    return network_model(candidate, weights, context.mean, context.std, quant=quant, form=form, dialect=dialect)
 
 
 def build_points(
@@ -326,13 +350,14 @@ def build_points(
     energies = [_energies(own, everything) for own in everywhere]
     points: list[dict[str, Point]] = [{} for _ in everywhere]
     sources: dict[str, PointSource] = {}
+    owners: dict[str, int] = {}
     for i, variant in enumerate(everything):
         able = [k for k, estimates in enumerate(predicted) if i in estimates]
         by_thresholds: dict[tuple[float, ...], ThresholdSetting] = {}
         for k in able:
             now = measured[k].get(i, predicted[k][i])
             budget = everywhere[k].budget
-            for setting in _best_settings(variant.val_logits, split_labels[0], now, settings, budget):
+            for setting in _best_settings(variant.solve_logits, variant.solve_labels, now, settings, budget):
                 by_thresholds.setdefault(setting.thresholds, setting)
         for k in able:
             wanted = by_thresholds.values()
@@ -340,11 +365,39 @@ def build_points(
             for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
                 sources[point.id] = PointSource(variant.student, variant.cut)
-    found_on = zip(everywhere, points, unknown, broken, strict=True)
-    return [
-        DevicePoints(mark_front(list(own.values()), at.budget.of, at.search.energy), [*refused, *a, *b])
-        for at, own, a, b in found_on
-    ], sources
+                owners[point.id] = i
+    variant_of = {id_: everything[i] for id_, i in owners.items()}
+    result = []
+    for at, own, a, b in zip(everywhere, points, unknown, broken, strict=True):
+        front = mark_front(list(own.values()), at.budget.of, at.search.energy)
+        result.append(DevicePoints(_with_streams(at, front, variant_of, settings.stream_images), [*refused, *a, *b]))
+    return result, sources
+
+
+def _with_streams(
+    parts: SearchParts, points: Sequence[Point], variant_of: Mapping[str, Variant], images: int
+) -> list[Point]:
+    """The same points; those of the front with exits have a stream of test images measured, where the device can.
+
+    Results are kept in the run folder one by one.
+    """
+    device, reporter = parts.predictor.device, parts.reporter
+    wanted = [p for p in points if p.on_front and p.candidate.exits] if images and stream_timer(device) else []
+    known = parts.folder.streams()
+    for number, point in enumerate(wanted):
+        reporter.progress("streams of test images", number, len(wanted))
+        if point.id not in known:
+            context = open_context(parts.plan.context, point.candidate.resolution)
+            artefact = variant_artefact(parts, variant_of[point.id], point.candidate)
+            stream = measured_stream(device, point.id, artefact, evenly(context.test, images), point.exit_ms)
+            if stream is not None:
+                known[point.id] = stream
+                parts.folder.add_stream(point.id, stream)
+        if point.id in known:
+            warn_if_off(point.id, known[point.id], point.latency.expected_ms, reporter.warn)
+    if wanted:
+        reporter.progress("streams of test images", len(wanted), len(wanted))
+    return [replace(p, stream=known.get(p.id)) for p in points]
 
 
 def _predicted(
@@ -386,7 +439,7 @@ def _best_settings(
     budget: BudgetSettings,
 ) -> list[ThresholdSetting]:
     """Threshold settings that become points, distinct ones: no loss, the allowed loss and small steps beside them, and
-    the one that is most accurate within a deadline on the mean or the tail.
+    those for the targets of the settings, and the one that is most accurate within a deadline on the mean or the tail.
     """
     if len(estimate.exit_ms) == 1:
         right = int((logits[-1].argmax(1) == labels).sum())
@@ -397,9 +450,13 @@ def _best_settings(
         setting = solve_for_loss(swept, loss)
         if not kept or setting.expected_ms < WORTHWHILE * kept[-1].expected_ms:
             kept.append(setting)
-    kept += [s for s in _for_deadline(swept, estimate, budget) if s not in kept]
-    # Where no image reaches the head, the network cut behind the last exit that is used is a variant of its own.
-    return [s for s in kept if s.truncation is None]
+    targets = [read_target(text, "finish.exit_targets") for text in settings.exit_targets]
+    wanted = [target.solve(swept, estimate.exit_std_ms, budget.margin_std) for target in targets]
+    wanted += _for_deadline(swept, estimate, budget)
+    kept += [s for s in dict.fromkeys(wanted) if s is not None and s not in kept]
+    # Where no image reaches the head, the network cut behind the last exit that is used is a variant of its own, and
+    # where none leaves at an exit, that without it.
+    return [s for s in kept if s.truncation is None and not s.unused_exits]
 
 
 def _worth_measuring(
@@ -415,7 +472,9 @@ def _worth_measuring(
     latency: list[LatencyFigures] = []
     owner: list[int] = []
     for i, estimate in predicted.items():
-        for setting in _best_settings(everything[i].val_logits, parts.labels, estimate, settings, parts.budget):
+        for setting in _best_settings(
+            everything[i].solve_logits, everything[i].solve_labels, estimate, settings, parts.budget
+        ):
             top1.append(setting.top1)
             latency.append(figures(estimate, setting.shares))
             owner.append(i)
@@ -456,11 +515,11 @@ def _measure(
         if known.keys() >= set(own):
             continue
         candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
-        models = variant_models(parts, variant, candidate)
+        artefact = variant_artefact(parts, variant, candidate)
         macs = exit_macs(variant.candidate)
         for k, key in enumerate(own):
             if key not in known and key not in jobs:
-                forced = models[k] if is_chain else forced_exit(models[0], k) if candidate.exits else models[0]
+                forced = _path_model(artefact, k, bool(candidate.exits))
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
 
     def keep(m: Measurement) -> None:
@@ -490,6 +549,13 @@ def _measure(
     if chosen and not times:
         raise DeviceError(f"not one finished student could be measured; the first: {failed[0].reason}. Run: nas doctor")
     return times, failed
+
+
+def _path_model(artefact: Artefact, exit_index: int, has_exits: bool) -> bytes:
+    """The model that is measured for an exit: the whole one sent there, or the segment that ends there."""
+    if not isinstance(artefact, bytes):
+        return artefact[exit_index].model
+    return forced_exit(artefact, exit_index) if has_exits else artefact
 
 
 def _energies(parts: SearchParts, everything: Sequence[Variant]) -> dict[int, EnergyEstimate]:
@@ -543,7 +609,9 @@ def _points(
     points = []
     for setting in wanted:
         candidate = variant.candidate.with_thresholds(setting.thresholds)
-        latency = figures(estimate, setting.shares)
+        val_top1, shares, _ = evaluate_thresholds(variant.val_logits, val_labels, setting.thresholds, exit_ms)
+        shares = tuple(shares.tolist())
+        latency = figures(estimate, shares)
         if measured is not None:
             latency = replace(latency, provenance="measured")
         test_top1, _, _ = evaluate_thresholds(variant.test_logits, test_labels, setting.thresholds, exit_ms)
@@ -552,18 +620,19 @@ def _points(
                 id=_point_id(variant, candidate),
                 candidate=candidate,
                 latency=latency,
-                val=SplitAccuracy(setting.top1, len(val_labels), _each(variant.val_logits, val_labels)),
+                val=SplitAccuracy(val_top1, len(val_labels), _each(variant.val_logits, val_labels)),
                 test=SplitAccuracy(test_top1, len(test_labels), _each(variant.test_logits, test_labels)),
-                prediction=figures(predicted, setting.shares),
-                energy=None if energy is None else energy_figures(energy, setting.shares),
+                prediction=figures(predicted, shares),
+                energy=None if energy is None else energy_figures(energy, shares),
                 exit_ms=tuple(exit_ms),
-                exit_shares=setting.shares,
+                exit_shares=shares,
                 threshold_curve=curve,
                 trial=None if trial is None else trial.number,
                 round=None if trial is None else trial.round,
                 is_finished=True,
                 model_bytes=None,
                 cost_s=variant.student.cost_s,
+                confidence=variant.confidence,
             )
         )
     return points
@@ -571,7 +640,7 @@ def _points(
 
 def _point_id(variant: Variant, candidate: Candidate) -> str:
     """The candidate's id; of two students whose cut networks are alike each keeps its own."""
-    if variant.cut is None and candidate.exits:
+    if variant.cut is None and candidate.exits and len(candidate.exits) == len(variant.student.candidate.exits):
         return candidate.id
     origin = content_hash([variant.student.candidate.arch_id, variant.cut], 4)
     return f"{candidate.id}-{origin}"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
+from nas.latency.exits import read_target
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
@@ -188,14 +189,27 @@ class FinishSettings:
     `exit_loss`: accuracy (ratio) that early exits may cost on the validation split against the full network; a deadline
     on the mean or the tail may cost more. `int8_loss`: a precision that loses more on validation is refused, and a
     package whose test accuracy is this much (ratio) below fp32 with the same exits is not called good.
+    `exit_targets`: for what the thresholds of each finished student are solved besides, each a point of its own:
+    loss=RATIO, expected=TIME or p99=TIME, such as [loss=0.02, p99=2ms]; `nas export --exits` solves them afterwards.
+    `calibrate_confidence`: the logits of each exit are divided by a temperature that makes its probabilities honest on
+    the validation split (Guo et al. 2017, arXiv 1706.04599); it is inside the weights and costs nothing.
+    `stream_images`: test images that pass each student with exits on the front one by one on the device, to check its
+    expected latency; 0: none.
     """
 
     students: int = 8
     calibration_images: int = 128
     exit_loss: float = 0.0
     int8_loss: float = 0.02
+    exit_targets: tuple[str, ...] = ()
+    calibrate_confidence: bool = True
+    stream_images: int = 1000
 
     def __post_init__(self) -> None:
+        for text in self.exit_targets:
+            read_target(text, "finish.exit_targets")
+        if self.stream_images < 0:
+            raise ConfigError(f"finish.stream_images must not be negative, got {self.stream_images}")
         if self.students < 1:
             raise ConfigError(f"finish.students must be at least 1, got {self.students}")
         if self.calibration_images < 1:

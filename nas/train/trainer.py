@@ -146,7 +146,7 @@ def _one_epoch(
             group["lr"] = settings.lr * share
         index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
         target = torch.from_numpy(labels[index])
-        outputs = student(normalised(images[index], targets.mean, targets.std))
+        outputs = student(normalised(images[index], targets.mean, targets.std), settings.exit_gradient)
         loss = student_loss(outputs, torch.from_numpy(logits[index]), target, settings)
         value = loss.item()
         guard.step(value, epoch)

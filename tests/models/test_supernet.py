@@ -27,7 +27,7 @@ RICH: dict[str, Any] = {  # every kind of choice, on maps of a few pixels
          "use_se": [False, True], "activation": ["relu", "hard_swish"]},
     ],
     "head": {"conv_channels": [0, 12, 24], "hidden_channels": [0, 8, 16]},
-    "exits": {"after": ["a"], "max_count": 1},
+    "exits": {"after": ["a"], "max_count": 1, "hidden_channels": [0, 8], "conv_channels": [0, 6, 12]},
     "precision": {"choices": ["fp32", "int8"], "per": "stage"},
 }  # fmt: skip
 

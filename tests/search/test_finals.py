@@ -312,20 +312,21 @@ def test_setting_that_never_reaches_the_head_is_left_out() -> None:
 # Ways to deploy a student
 
 
-def test_student_can_be_deployed_whole_without_exits_and_cut_behind_each_exit(make: Make) -> None:
+def test_student_can_be_deployed_with_any_of_its_exits_and_cut_behind_each(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts), (0.5, 0.7, 0.9))
     found, refused = variants(parts, student, 0.02, {})
     assert refused == []
     kinds = [(v.candidate.precision_label, v.cut, len(v.candidate.stages), len(v.candidate.exits)) for v in found]
-    ways = [(None, 3, 0), (None, 3, 2), (0, 1, 0), (1, 2, 0), (1, 2, 1)]
+    ways = [(None, 3, 0), (None, 3, 1), (None, 3, 1), (None, 3, 2), (0, 1, 0), (1, 2, 0), (1, 2, 1)]
     assert kinds == [(precision, *way) for precision in ("fp32", "int8") for way in ways]
     for v in found:
         assert v.form == ("if" if v.candidate.exits else "plain")
         last = 2 if v.cut is None else v.cut
         assert len(v.val_logits) == len(v.test_logits) == len(v.candidate.exits) + 1
         assert (v.val_logits[-1].argmax(1) == parts.labels).mean() == pytest.approx((0.5, 0.7, 0.9)[last], abs=0.003)
-    assert found[4].candidate == student.candidate.truncated(1)
+    assert found[6].candidate == student.candidate.truncated(1)
+    assert [found[i].candidate.exits[0].after_stage for i in (1, 2)] == [0, 1]
 
 
 def test_int8_that_loses_too_much_is_refused_with_the_loss(make: Make) -> None:

@@ -68,7 +68,8 @@ def space_data(draw: st.DrawFn, most: int = 3, max_stages: int = 3) -> dict[str,
         data["exits"] = {
             "after": after,
             "max_count": draw(st.integers(1, len(after))),
-            "hidden_channels": draw(st.sampled_from([0, 8])),
+            "hidden_channels": draw(some(0, 8, most=most)),
+            "conv_channels": draw(some(0, 12, most=most)),
             "thresholds": draw(st.one_of(st.none(), some(0.5, 0.8, 1.0, most=most))),
         }
     return data
