@@ -1,8 +1,8 @@
 """Do early exits pay, and does a measured stream of images take what was expected of it?
 
 Per seed: single-exit students of rising size and exit students on the largest of their trunks are distilled with one
-recipe, deployed to ONNX Runtime and measured on this machine's processor; thresholds are solved on the validation split,
-figures are of the test split. `--ways` are settings of exits that are compared, each with the seeds of the others.
+recipe, deployed to ONNX Runtime and measured on this machine's processor; thresholds are solved on the validation
+split, figures are of the test split. `--ways` are settings of exits that are compared, all with the same seeds.
 
 (a) A stream of test images through the exported graph against what was expected of it: shares of the validation images
 times the measured latency of each exit.
@@ -121,9 +121,7 @@ def network(trunk: Trunk, classes: int, way: Way | None = None) -> Candidate:
         stages.append(StageConfig(tuple(blocks)))
     exits: tuple[ExitConfig, ...] = ()
     if way is not None:
-        exits = tuple(
-            ExitConfig(stage, way.hidden_channels, conv_channels=way.conv_channels) for stage in EXITS_AFTER
-        )
+        exits = tuple(ExitConfig(stage, way.hidden_channels, conv_channels=way.conv_channels) for stage in EXITS_AFTER)
     return Candidate(SIDE, classes, StemConfig(8), tuple(stages), HeadConfig(), exits)
 
 
@@ -216,7 +214,7 @@ def measured(
             forced = forced_exit(model, k) if candidate.exits else model
             jobs.append(MeasureJob(f"{own.name}#{k}", "network", "fp32", forced, macs[k]))
     by_key: dict[str, float] = {}
-    for m in device.measure(jobs, progress=lambda share: None):
+    for m in device.measure(jobs):
         if m.latency_ms is None:
             raise SystemExit(f"{m.key}: {m.error}")
         by_key[m.key] = m.latency_ms

@@ -85,8 +85,8 @@ class DataSettings:
         test_images: test images of the embedded set.
         val_share: share of the training images, taken class by class, that becomes the search-validation split of a
             set that brings none; also the share of the test split of a set that is not divided at all.
-        threshold_share: share of the search-validation images that scores no candidate and chooses none: exit thresholds
-            and temperatures are solved on it. 0: they are solved on the images that also choose.
+        threshold_share: share of the search-validation images that scores no candidate and chooses none: exit
+            thresholds and temperatures are solved on it. 0: they are solved on the images that also choose.
         seed: draws the embedded set and decides which images of other sets go to search validation.
         max_corrupt_share: largest share of unreadable files that is left out with a warning; more is an error.
         download: fetch the files of a torchvision set that are not in `path` yet.

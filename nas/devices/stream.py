@@ -99,7 +99,7 @@ def _placing(place: Callable[[int], object], turn: Iterator[int]) -> Run:
 def _samples(
     subjects: Sequence[Subject], gate: Gate, settings: ProtocolSettings
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Times of a session [A, N] and whether each was in a calm round; NaN where a block had fewer rounds than others."""
+    """Times of a session [A, N], and whether each was in a calm round; NaN where a block had fewer rounds."""
     rounds = max(len(subject.attempts) for subject in subjects)
     times, calm = [], []
     for subject in subjects:

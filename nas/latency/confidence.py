@@ -1,7 +1,7 @@
 """Confidences that mean what they say: one temperature per exit, and how far confidence and accuracy are apart.
 
 Guo et al. 2017, arXiv 1706.04599: temperature scaling (section 4.2) divides the logits by T > 0, chosen for the least
-negative log-likelihood on held-out images; the classes do not change. Expected calibration error: section 2, equation 3.
+negative log-likelihood on held-out images; classes do not change. Expected calibration error: section 2, equation 3.
 
 What it changes: a threshold then means the same at every exit and in every student, and a package's probability can be
 believed. What it does not: the trade-off of thresholds that are solved for. With two classes the order of the images at

@@ -81,9 +81,9 @@ def measured_stream(
 def stream_line(stream: StreamLatency, expected_ms: float) -> str:
     """What came of a stream, in a sentence."""
     return (
-        f"a stream of {stream.images} test images: mean {format_ms(stream.mean_ms)} ({100 * stream.off(expected_ms):+.1f} % "
-        f"against {format_ms(expected_ms)} expected; {100 * stream.error:+.1f} % against the sum over its own exits), "
-        f"99 % within {format_ms(stream.p99_ms)}"
+        f"a stream of {stream.images} test images: mean {format_ms(stream.mean_ms)} "
+        f"({100 * stream.off(expected_ms):+.1f} % against {format_ms(expected_ms)} expected; "
+        f"{100 * stream.error:+.1f} % against the sum over its own exits), 99 % within {format_ms(stream.p99_ms)}"
     )
 
 

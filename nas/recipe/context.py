@@ -24,7 +24,7 @@ CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are en
 
 @dataclass(frozen=True, slots=True)
 class ResolutionFiles:
-    """Arrays of one resolution: uint8 [N, H, W, 3]; `variants` is [V, N, H, W, 3]. `solve` is empty where it is `val`."""
+    """Arrays of one resolution: uint8 [N, H, W, 3]; `variants` [V, N, H, W, 3]; `solve` is empty where it is `val`."""
 
     resolution: int
     val: str
@@ -235,9 +235,7 @@ def place_context(record: ContextFile, folder: Path) -> Path:
         val_labels=here(record.val_labels),
         test_labels=here(record.test_labels),
         resolutions=tuple(
-            ResolutionFiles(
-                r.resolution, here(r.val), here(r.test), here(r.sample), here(r.variants), here(r.solve)
-            )
+            ResolutionFiles(r.resolution, here(r.val), here(r.test), here(r.sample), here(r.variants), here(r.solve))
             for r in record.resolutions
         ),
         solve_labels=here(record.solve_labels),

@@ -99,8 +99,7 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         architecture, weights, context.mean, context.std, context.sample[: job.calibration_images], run_model
     )
     logits = {
-        name: predict_logits(student, images, context.mean, context.std)
-        for name, (images, _) in context.splits.items()
+        name: predict_logits(student, images, context.mean, context.std) for name, (images, _) in context.splits.items()
     }
     confidence: tuple[ExitConfidence, ...] = ()
     if job.calibrate_confidence:

@@ -17,7 +17,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -317,9 +317,7 @@ def exit_heads(space: SearchSpace) -> dict[int, tuple[tuple[int, int], ...]]:
     }
 
 
-def all_exits(
-    heads: Mapping[int, Sequence[tuple[int, int]]], rng: np.random.Generator
-) -> tuple[ExitConfig, ...]:
+def all_exits(heads: Mapping[int, Sequence[tuple[int, int]]], rng: np.random.Generator) -> tuple[ExitConfig, ...]:
     """Every exit that a candidate may have, in order, each with one of its heads (of `exit_heads`)."""
     chosen = {stage: own[int(rng.integers(len(own)))] for stage, own in sorted(heads.items())}
     return tuple(ExitConfig(stage, hidden, conv_channels=conv) for stage, (conv, hidden) in chosen.items())

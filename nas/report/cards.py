@@ -183,8 +183,8 @@ def _stream_fact(stream: StreamLatency, expected_ms: float) -> tuple[str, str, s
     verdict = "" if abs(off) <= STREAM_TOLERANCE else f"; more than {100 * STREAM_TOLERANCE:.0f} % off"
     busy = "" if stream.is_calm else "; the machine was not calm"
     detail = (
-        f"{stream.images} test images one by one, {100 * off:+.1f} % against the expected latency{verdict}; 99 % within "
-        f"{format_ms(stream.p99_ms)}, typical runs {format_ms(stream.typical_ms)}{busy}"
+        f"{stream.images} test images one by one, {100 * off:+.1f} % against the expected latency{verdict}; 99 % "
+        f"within {format_ms(stream.p99_ms)}, typical runs {format_ms(stream.typical_ms)}{busy}"
     )
     return "Measured stream", format_ms(stream.mean_ms), detail
 

@@ -104,9 +104,7 @@ def export_point(
     )
 
 
-def _instruments(
-    device: Device, context: Context, point: Point, dialect: Dialect, stream_images: int
-) -> Instruments:
+def _instruments(device: Device, context: Context, point: Point, dialect: Dialect, stream_images: int) -> Instruments:
     is_here = dialect is dialect_for(device.profile)
     run = device.run if is_here else run_model  # ONNX Runtime computes the graphs of every dialect
 

@@ -73,8 +73,9 @@ class HeadChoices:
 class ExitChoices:
     """Early exits: a network has at most `max_count` of them, each after one of the stages named in `after`.
 
-    `hidden_channels` and `conv_channels` of its head are chosen for each exit; 0 leaves the layer out. `thresholds` is the grid (smallest softmax probability that leaves, 0-1) for thresholds as trial parameters; empty
-    where thresholds are only solved afterwards.
+    `hidden_channels` and `conv_channels` of its head are chosen for each exit; 0 leaves the layer out. `thresholds` is
+    the grid (smallest softmax probability that leaves, 0-1) for thresholds as trial parameters; empty where thresholds
+    are only solved afterwards.
     """
 
     after: tuple[str, ...] = ()

@@ -291,7 +291,7 @@ class SearchSpace:
         """`canonical` of each row of [N, G], as a new array.
 
         Genes of blocks beyond the depth become 0; expansions that round to the same channels become the first of them;
-        exits beyond the allowed number are dropped from the last stage on; heads and thresholds of absent ones become 0.
+        exits beyond the allowed number are dropped from the last stage on; genes of absent exits become 0.
 
         Raises:
             RecordError: the number of genes or an index does not fit.

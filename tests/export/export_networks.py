@@ -25,7 +25,7 @@ STD = (0.22, 0.23, 0.25)
 
 
 def small_candidate(precision: Precision = "fp32", thresholds: tuple[float | None, ...] = (0.5, 0.5)) -> Candidate:
-    """32 px, three stages: expansion 1 with relu, then SE with hard-swish, a residual, two exits, the second with a convolution."""
+    """32 px, three stages: expansion 1 with relu, SE with hard-swish, a residual; two exits, one with all layers."""
     stages = (
         StageConfig((BlockConfig(8, 8, 16, 3, 2),)),
         StageConfig(

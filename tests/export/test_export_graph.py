@@ -191,7 +191,8 @@ class TestIf:
         logits = torch_logits(student, images)
         e = np.exp(logits - logits.max(-1, keepdims=True))
         confidence = (e / e.sum(-1, keepdims=True)).max(-1)
-        thresholds = tuple(float(np.median(confidence[k])) + 1e-4 for k in range(2))
+        first = float(np.median(confidence[0])) + 1e-4
+        thresholds = (first, float(np.median(confidence[1][confidence[0] < first])) + 1e-4)
         candidate = candidate.with_thresholds(thresholds)
         model = network_model(candidate, folded_weights(student), MEAN, STD, form="if")
         out, index = run(model, network_input(images))

@@ -24,7 +24,7 @@ def test_temperature_undoes_a_factor_and_confidences_become_honest(factor: float
     logits, labels = honest(20_000)
     temperature = fit_temperature(factor * logits, labels)
     assert temperature == pytest.approx(factor, rel=0.04)
-    assert calibration_error(factor * logits / temperature, labels) < 0.01
+    assert calibration_error(factor * logits / temperature, labels) < 0.02
     if factor != 1.0:
         assert calibration_error(factor * logits, labels) > 0.05
 

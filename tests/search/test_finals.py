@@ -36,6 +36,7 @@ from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import write_scored
 from nas.search.finals import (
     _best_settings,
+    _measure,
     build_points,
     choose_finalists,
     deployments,
@@ -405,7 +406,7 @@ def test_point_with_exits_has_the_latency_of_the_exits_that_images_take(make: Ma
 def test_network_whose_head_is_not_reached_is_a_point_cut_there_with_its_other_exits(make: Make) -> None:
     parts = make()
     points, _, sources = built(parts, [finished(parts, network(parts), (0.6, 0.9, 0.9))])
-    assert not [p for p in points if len(p.candidate.stages) == 3 and p.candidate.exits]
+    assert not [p for p in points if len(p.candidate.stages) == 3 and 1 in [e.after_stage for e in p.candidate.exits]]
     cut = [p for p in points if len(p.candidate.stages) == 2 and len(p.candidate.exits) == 1]
     assert {sources[p.id].cut for p in cut} == {1}
     assert max(p.val.top1 for p in cut if p.val) == 0.9
@@ -482,7 +483,9 @@ def test_student_with_a_row_that_cannot_be_measured_is_a_failed_row(make: Make) 
     device.broken = set(layers)
     points, failed, _ = built(parts, students)
     assert {f.id for f in failed} == {
-        c.with_precision(p).id for c in (bad, replace(bad, exits=())) for p in ("fp32", "int8")
+        replace(bad, exits=exits).with_precision(p).id
+        for exits in ((), bad.exits[:1], bad.exits[1:], bad.exits)
+        for p in ("fp32", "int8")
     }
     assert all("k=7" in f.reason and "could not be measured" in f.reason for f in failed)
     assert any(p.on_front for p in points)
@@ -490,9 +493,10 @@ def test_student_with_a_row_that_cannot_be_measured_is_a_failed_row(make: Make) 
 
 def test_leaving_later_never_takes_less_time(make: Make) -> None:
     parts = make(Disordered())
-    points, _, _ = built(parts, [finished(parts, network(parts), (0.5, 0.7, 0.9))])
-    found = {p.exit_ms for p in points if len(p.candidate.exits) == 2 and p.latency.provenance == "measured"}
-    assert found == {(0.2, 0.2, 0.3)}
+    found, _ = variants(parts, finished(parts, network(parts), (0.5, 0.7, 0.9)), 0.02, {})
+    whole = next(i for i, v in enumerate(found) if len(v.candidate.exits) == 2)
+    times, failed = _measure(parts, found, [whole])
+    assert (times[whole].exit_ms, failed) == ((0.2, 0.2, 0.3), [])
 
 
 # The front
