@@ -50,9 +50,10 @@ from nas.recipe.finish import (
     FinishJob,
     deployed_parts,
     finish_student,
+    finished_confidence,
     finished_logits,
     kept_exits,
-    load_finished,
+    load_deployed,
 )
 from nas.recipe.records import FinishedStudent
 from nas.train.settings import DistillSettings, TeacherSettings
@@ -185,7 +186,7 @@ def logits_of(own: Deployed, split: str) -> np.ndarray:
 
 def model_of(own: Deployed, context: str, candidate: Candidate) -> bytes:
     """The exported graph; the candidate has thresholds where it has exits."""
-    weights, quant = load_finished(Path(own.folder))
+    weights, quant = load_deployed(Path(own.folder), FP32)
     weights, quant = deployed_parts(own.trained, weights, quant, own.cut, kept_exits(own.trained, candidate))
     data = open_context(context, SIDE)
     form = "if" if candidate.exits else "plain"
@@ -306,7 +307,8 @@ def one_seed(bench: Bench, seed: int, ways: Sequence[str], images: int, device: 
         everything += own
         way_of |= {d.name: name for d in own}
         confidence[name] = [
-            {"temperature": c.temperature, "before": c.error_before, "after": c.error_after} for c in student.confidence
+            {"temperature": c.temperature, "before": c.error_before, "after": c.error_after}
+            for c in finished_confidence(Path(folder), FP32)
         ]
     file = bench.folder / f"seed-{seed}" / "times.json"
     exit_ms = measured(device, everything, bench.context, file)

@@ -95,6 +95,25 @@ class StreamLatency:
 
 
 @dataclass(frozen=True, slots=True)
+class FinishStep:
+    """One step on the way of a finalist, such as `distil` or `QAT`.
+
+    `top1` is the accuracy of the head behind it on search validation, `epochs` those of training in it (0: none),
+    `cpu_s` its CPU seconds, `note` what came of it, `precision` the one that it is for (empty: for all).
+    """
+
+    name: str
+    epochs: int
+    top1: float
+    cpu_s: float
+    note: str = ""
+    precision: str = ""
+
+    def __post_init__(self) -> None:
+        _ratio(f"step {self.name}", top1=self.top1)
+
+
+@dataclass(frozen=True, slots=True)
 class Point:
     """One student of the run: an architecture in one precision with one set of thresholds.
 
@@ -103,9 +122,9 @@ class Point:
     share of images that do. `prediction` is what the estimate said before the network was measured. `threshold_curve`
     holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
     `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
-    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none.
-    `confidence` has one entry per exit, the head last, where confidences were calibrated; `stream` is None where no
-    stream of images was measured.
+    spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none;
+    `steps` are what its weights went through. `confidence` has one entry per exit, the head last, where confidences
+    were calibrated; `stream` is None where no stream of images was measured.
     """
 
     id: str
@@ -126,6 +145,7 @@ class Point:
     cost_s: float = 0.0
     export_command: str = ""
     energy: EnergyFigures | None = None
+    steps: tuple[FinishStep, ...] = ()
     confidence: tuple[ExitConfidence, ...] = ()
     stream: StreamLatency | None = None
 

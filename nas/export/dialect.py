@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nas.core.errors import UsageError
 from nas.core.records import ConvSpec, DeviceProfile, LayerSpec, Precision
@@ -31,6 +32,7 @@ class Dialect:
         weights: of int8 convolutions: "integers": int8 initializer, DequantizeLinear; "floats": float32 initializer,
             QuantizeLinear, DequantizeLinear.
         integer_bias: the bias of an int8 convolution is int32 (else float).
+        weight_limit: largest integer of a weight, and negated the smallest.
         half_floats: fp16 layers, and what int8 layers leave in float, have float16 tensors, weights and scales in the
             graph. Else the graph is float32 there and the runtime is told to use half precision when it builds.
         opset: of the ONNX file.
@@ -45,6 +47,7 @@ class Dialect:
     pairs_at: Literal["outputs", "inputs"] = "outputs"
     weights: Literal["integers", "floats"] = "integers"
     integer_bias: bool = True
+    weight_limit: int = 127
     half_floats: bool = False
     opset: int = 17
     ir_version: int = 9
@@ -71,6 +74,26 @@ class Dialect:
         half[too_small] = np.nextafter(half[too_small], np.float16(np.inf))
         return half
 
+    def weight_scales(
+        self, weight: NDArray[np.float32], bias: NDArray[np.float32], input_scale: np.floating
+    ) -> NDArray[np.floating]:
+        """Scale of each output channel [out] of an int8 convolution: symmetric, -limit..limit.
+
+        For an int32 bias it differs from max|w| / limit where a channel has nearly no weights but a bias (batch norm
+        folded into a dead channel): the scale grows until the bias fits.
+
+        Args:
+            weight: [out, in / groups, k, k].
+            bias: [out].
+            input_scale: scale of the convolution's input.
+        """
+        largest: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), np.float32(1e-8))
+        if not self.integer_bias:
+            return self.scales(largest / float(self.weight_limit))
+        fitting = np.abs(bias) / (np.float32(input_scale) * np.float32(_INT32_LIMIT))
+        scales: NDArray[np.float32] = np.maximum(largest / np.float32(self.weight_limit), fitting)
+        return scales
+
     def is_integer(self, layer: LayerSpec, spec: ConvSpec) -> bool:
         """True for the convolutions of an int8 layer that are computed in int8.
 
@@ -93,6 +116,7 @@ class Dialect:
         return is_multiple and (layer.kind == "stem" or out_channels >= 16 or in_channels >= 16)
 
 
+_INT32_LIMIT = 2.0**30  # a bias stays a factor of two below the int32 range: the sum of products is added to it
 # The least scale in float16: half of its subnormal numbers above 0 still have four bits below it.
 _SMALLEST_HALF_SCALE = 2.0**-20
 

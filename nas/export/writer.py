@@ -41,7 +41,6 @@ _ACTIVATION_OPS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _HARD_SWISH_OPSET = 14  # below it hard-swish is written as HardSigmoid and Mul
 _REDUCED_AXES_OPSET = 18  # from it on ReduceMax takes its axes as an input
-_INT32_LIMIT = 2.0**30  # a bias stays a factor of two below the int32 range: the sum of products is added to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +319,7 @@ class LayerWriter:
             integers = scope.node("QuantizeLinear", (source, *pair), f"{scope.tag}{base}.weight.q", axis=0)
         else:
             steps = weight / scale.astype(np.float32).reshape(-1, 1, 1, 1)
-            # the scale keeps them within -127..127
+            # the scale keeps them within the limit
             integers = scope.constant(f"{base}.weight.q", np.rint(steps, out=steps).astype(np.int8))
         return scope.node("DequantizeLinear", (integers, *pair), f"{scope.tag}{base}.weight.dq", axis=0)
 
@@ -355,33 +354,7 @@ class LayerWriter:
     ) -> NDArray[np.floating[Any]]:
         if x.scale is None:
             raise RecordError(f"{base}: input {x.name!r} of an int8 convolution is not quantized")
-        if self.dialect.integer_bias:
-            return weight_scales(weight, bias, np.float32(x.scale))
-        return self.dialect.scales(_largest(weight) / 127.0)
-
-
-def weight_scales(
-    weight: NDArray[np.float32], bias: NDArray[np.float32], input_scale: np.float32
-) -> NDArray[np.float32]:
-    """Scale of each output channel [out]: symmetric, narrow range (-127..127), for an int32 bias.
-
-    Differs from max|w| / 127 where a channel has nearly no weights but a bias (batch norm folded into a dead channel):
-    the scale grows until the int32 bias fits.
-
-    Args:
-        weight: [out, in / groups, k, k].
-        bias: [out].
-        input_scale: scale of the convolution's input.
-    """
-    fitting = np.abs(bias) / (input_scale * np.float32(_INT32_LIMIT))
-    scales: NDArray[np.float32] = np.maximum(_largest(weight) / np.float32(127), fitting)
-    return scales
-
-
-def _largest(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest absolute weight of each output channel, at least 1e-8."""
-    largest: NDArray[np.float32] = np.maximum(np.abs(weight).max(axis=(1, 2, 3)), np.float32(1e-8))
-    return largest
+        return self.dialect.weight_scales(weight, bias, x.scale)
 
 
 def _typed(values: NDArray[np.float32], kind: FloatType, name: str) -> NDArray[np.floating[Any]]:

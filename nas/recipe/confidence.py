@@ -7,6 +7,7 @@ classifier is the last layer, so weights, bias and ranges are divided alike, and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,15 @@ from numpy.typing import NDArray
 from nas.core.records import QuantSpec
 from nas.core.run import ExitConfidence
 from nas.latency.confidence import calibration_error, fit_temperature
+
+
+
+@dataclass(frozen=True, slots=True)
+class StudentConfidence:
+    """`confidence-<precision>.json`: calibration of each exit of a finished student, the head last."""
+
+    exits: tuple[ExitConfidence, ...]
+
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -33,10 +43,19 @@ def confidence_figures(
     )
 
 
+def divided(logits: NDArray[np.float32], temperatures: Sequence[float]) -> NDArray[np.float32]:
+    """Logits [E, N, K] divided by a temperature per exit; unchanged without any."""
+    if not temperatures:
+        return logits
+    return logits / np.array(temperatures, np.float32)[:, None, None]
+
+
 def with_temperatures(
     weights: Weights, quant: QuantSpec, temperatures: Sequence[float]
 ) -> tuple[dict[str, NDArray[np.float32]], QuantSpec]:
-    """The same student with its logits divided by a temperature per exit, the head last."""
+    """The same student with its logits divided by a temperature per exit, the head last; unchanged without any."""
+    if not temperatures:
+        return dict(weights), quant
     heads = {name: t for name, t in zip(_head_names(len(temperatures)), temperatures, strict=True)}
 
     def divisor(name: str) -> float:

@@ -34,6 +34,15 @@ def calibrated(
     return calibrate(run, model, names, raw_pixels(images))
 
 
+def computed_dialect(dialect: Dialect) -> Dialect:
+    """The dialect whose graph says what a device computes.
+
+    For TensorRT it is the one with half floats, whatever the version: a weakly typed builder chooses them too, but does
+    not say so in its graph.
+    """
+    return ORT if dialect is ORT else TRT_10_13
+
+
 def deployed_logits(
     candidate: Candidate,
     weights: Mapping[str, NDArray[np.float32]],
@@ -44,12 +53,8 @@ def deployed_logits(
     run: Run,
     dialect: Dialect = ORT,
 ) -> NDArray[np.float32]:
-    """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3].
-
-    For TensorRT the graph is the one with half floats, whatever the version: a weakly typed builder chooses them too,
-    but does not say so in its graph.
-    """
-    written_for = ORT if dialect is ORT else TRT_10_13
+    """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3]."""
+    written_for = computed_dialect(dialect)
     model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None, dialect=written_for)
     parts = []
     for start in range(0, len(images), RUN_BATCH):

@@ -14,22 +14,25 @@ import numpy as np
 from nas.core.errors import RecordError, StorageError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate
-from nas.core.run import ExitConfidence
+from nas.core.run import FinishStep
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudent:
     """A student distilled in full. Its files: weights with batch norm folded in, int8 ranges, logits per precision.
 
-    `epochs` and `cost_s` (CPU seconds) are those of the distillation. `confidence` has one entry per exit, the head
-    last, where confidences were calibrated: the temperatures are in the weights and the logits already.
+    `epochs` are those of the distillation, `cost_s` the CPU seconds of all its training; `steps` what it went through,
+    in order. `parent` is the `arch_id` of the finished student that it was cut from, and `pruning` says how; both are
+    empty where it was distilled from new weights.
     """
 
     schema: int
     candidate: Candidate
     epochs: int
     cost_s: float
-    confidence: tuple[ExitConfidence, ...] = ()
+    steps: tuple[FinishStep, ...] = ()
+    parent: str = ""
+    pruning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
 from nas.recipe.finish import precision_name
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
-from nas.recipe.supernet import inherited_student, open_supernet
+from nas.recipe.supernet import inherited_student, open_supernet, shared_importance
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
 from nas.train.settings import DistillSettings
@@ -100,7 +100,8 @@ def deployed_answers(job: ScoreJob, context: Context, student: Student, images: 
 
 def _inherited(job: ScoreJob, context: Context) -> Student:
     sample = context.sample[: job.images]
-    return inherited_student(open_supernet(job.supernet), job.candidate, sample, context.mean, context.std)
+    supernet, importance = open_supernet(job.supernet), shared_importance(job.supernet)
+    return inherited_student(supernet, job.candidate, sample, context.mean, context.std, importance)
 
 
 def _trained(job: ScoreJob, context: Context, folder: Path) -> Student:

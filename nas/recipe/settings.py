@@ -1,11 +1,16 @@
-"""Settings of the scorers that need no torch, so that an experiment file is checked in a blink."""
+"""Settings of scorers and of finishing that need no torch, so that an experiment file is checked in a blink."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from nas.core.errors import ConfigError
+from nas.train.settings import DistillSettings
+
+ImportanceKind = Literal["taylor", "l1"]
+PruneMode = Literal["after", "joint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +86,56 @@ class StandaloneSettings:
             raise ConfigError(f"standalone.rungs: rising numbers of epochs are needed, got {list(self.rungs)}")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"standalone.keep: must be above 0 and at most 1, got {self.keep}")
+
+
+@dataclass(frozen=True, slots=True)
+class QatSettings:
+    """Quantization-aware training of a finished student, once per int8 precision; its loss is that of the distillation.
+
+    Fields:
+        epochs: passes over the training images; 0: none.
+        lr: highest learning rate as a share of that of the distillation.
+        least_loss: it is done where post-training quantization loses more than this (ratio) at one of the exits on
+            search validation; -1: always.
+    """
+
+    epochs: int = 0
+    lr: float = 0.1
+    least_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 0:
+            raise ConfigError(f"finish.qat_epochs must be 0 or more, got {self.epochs}")
+        if not 0 < self.lr <= 1:
+            raise ConfigError(f"finish.qat_lr must be above 0 and at most 1, got {self.lr}")
+        if not -1 <= self.least_loss < 1:
+            raise ConfigError(f"finish.qat_least_loss must be a ratio from -1 to 1, got {self.least_loss}")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneSettings:
+    """How a finished student becomes a narrower one.
+
+    Fields:
+        mode: `after`: its weights are cut, then distilled for `epochs`; `joint`: a new student as wide as it is
+            distilled over the whole schedule, and narrower from step to step.
+        importance: what is cut: `taylor`: the channels whose absence changes the distillation loss the least; `l1`:
+            those with the smallest kernels.
+        epochs: of the distillation after the cut.
+        lr: highest learning rate of it, as a share of that of the distillation.
+    """
+
+    mode: PruneMode = "after"
+    importance: ImportanceKind = "taylor"
+    epochs: int = 8
+    lr: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ConfigError(f"finish.prune_epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.lr <= 1:
+            raise ConfigError(f"finish.prune_lr must be above 0 and at most 1, got {self.lr}")
+
+    def fine_tuning(self, distill: DistillSettings) -> DistillSettings:
+        """The recipe after the cut."""
+        return replace(distill, epochs=self.epochs, lr=self.lr * distill.lr)

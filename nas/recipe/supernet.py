@@ -9,6 +9,10 @@ gradients.
 
 Everything at step t follows from (seed, t), and a checkpoint holds weights, optimizer and t, so a training that was
 killed ends with the same weights as one that was not.
+
+A space with pruned stages trains the shared weights of its unpruned networks, whose narrower ones have the first
+channels. A pruned block is then cut from the narrowest of those that is wide enough, by the importance that its
+channels have in the largest network, computed once after the training (`nas.recipe.pruning`).
 """
 
 from __future__ import annotations
@@ -28,11 +32,20 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from nas.compress.prune import channel_units, prunable
 from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes, write_record
 from nas.core.records import Candidate, ExitConfig
 from nas.models.student import Student
 from nas.models.supernet import Supernet
+from nas.recipe.pruning import (
+    IMPORTANCE_FILE,
+    SharedImportance,
+    importance_of,
+    narrowed_student,
+    read_shared,
+    write_shared,
+)
 from nas.recipe.settings import SupernetSettings
 from nas.space.space import SearchSpace
 from nas.train.evaluate import normalised, recalibrate_bn, threads
@@ -109,6 +122,7 @@ def train_supernet(
         RunMismatchError: the folder holds the supernet of another space, teacher, data set or settings.
         StorageError: files that cannot be read or written.
     """
+    whole, space = space, space.unpruned
     key = content_hash(
         [
             SUPERNET_SCHEMA,
@@ -131,6 +145,7 @@ def train_supernet(
                 f"{folder}: this supernet belongs to another space, teacher, data set or settings. "
                 f"Delete the folder to train it anew, or undo the change"
             )
+        _keep_importance(whole, targets, distill, folder)
         return done
     with threads(1), ThreadPoolExecutor(workers, initializer=_start_thread) as pool:
         training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map)
@@ -148,7 +163,26 @@ def train_supernet(
     )
     write_record(folder / RECORD_FILE, record)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    _keep_importance(whole, targets, distill, folder)
     return record
+
+
+def _keep_importance(
+    space: SearchSpace, targets: Mapping[int, Targets], distill: DistillSettings, folder: Path
+) -> None:
+    """Writes how much each shared channel matters and in which widths each block was trained, for pruned stages."""
+    if not space.is_pruned or (folder / IMPORTANCE_FILE).exists():
+        return
+    largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=all_exits(space.unpruned)).architecture
+    mine = targets[largest.resolution]
+    images = mine.images[0][: distill.recalibration_images]
+    student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
+    widths: dict[str, set[int]] = {}
+    for slot in space.unpruned.slots():
+        found = {layer.expanded_channels for layer in slot.layers if layer is not None and channel_units(layer)}
+        widths.setdefault(slot.name, set()).update(found)
+    trained = {name: tuple(sorted(found)) for name, found in widths.items() if found}
+    write_shared(folder / IMPORTANCE_FILE, SharedImportance(importance_of(student, "taylor", mine, distill), trained))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -345,10 +379,38 @@ def _open(folder: Path, sha256: str) -> Supernet:
     return Supernet.from_weights(load(data))
 
 
+def shared_importance(folder: str) -> SharedImportance | None:
+    """How much each shared channel matters; None where the space has no pruned stages.
+
+    Raises:
+        StorageError: damaged; the message says what to do.
+    """
+    path = Path(folder) / IMPORTANCE_FILE
+    return read_shared(path) if path.exists() else None
+
+
 def inherited_student(
-    supernet: Supernet, candidate: Candidate, images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...]
+    supernet: Supernet,
+    candidate: Candidate,
+    images: np.ndarray,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    importance: SharedImportance | None = None,
 ) -> Student:
-    """A new student with copied weights and batch norm estimated on training images uint8 [N, H, W, 3], to evaluate."""
-    student = supernet.extract(candidate.architecture).to(memory_format=torch.channels_last)
+    """A new student with copied weights and batch norm estimated on training images uint8 [N, H, W, 3], to evaluate.
+
+    Args:
+        supernet: trained.
+        candidate: of the space, pruned blocks among them only with `importance`.
+        images, mean, std: for batch norm.
+        importance: which channels a pruned block keeps.
+    """
+    target = candidate.architecture
+    wide = target if importance is None else importance.widened(target)
+    student = supernet.extract(wide).to(memory_format=torch.channels_last)
+    if importance is not None and wide != target:
+        layers = prunable(wide)
+        own = {name: importance.blocks[name].first(layer) for name, layer in layers.items()}
+        student = narrowed_student(student, target, own)
     recalibrate_bn(student, images, mean, std)
     return student.eval()

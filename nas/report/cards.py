@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from nas.core.records import Candidate, EnergyFigures, LatencyFigures, LayerSpec
-from nas.core.run import STREAM_TOLERANCE, Point, RunView, SplitAccuracy, StreamLatency, TeacherView
+from nas.core.run import STREAM_TOLERANCE, FinishStep, Point, RunView, SplitAccuracy, StreamLatency, TeacherView
 from nas.core.units import format_bytes, format_count, format_duration, format_ms
 from nas.core.walk import expand
 from nas.report.tables import budget_latency_ms, format_number, format_spread, name_of, notes
@@ -170,6 +171,8 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         facts.append(("Weights", format_bytes(point.weight_bytes), "in this precision"))
     if point.cost_s > 0:
         facts.append(("Training", format_duration(point.cost_s), "CPU time"))
+    if point.steps:
+        facts.append(("Steps", ", ".join(step.name for step in point.steps), steps_text(point.steps)))
     if point.trial is not None:
         proposer = view.proposer_of(point)
         found = [f"found in round {point.round}"] * (point.round is not None)
@@ -187,6 +190,16 @@ def _stream_fact(stream: StreamLatency, expected_ms: float) -> tuple[str, str, s
         f"within {format_ms(stream.p99_ms)}, typical runs {format_ms(stream.typical_ms)}{busy}"
     )
     return "Measured stream", format_ms(stream.mean_ms), detail
+
+
+def steps_text(steps: Sequence[FinishStep]) -> str:
+    """What a finalist went through, in words: epochs, accuracy on validation, CPU time and outcome of each step."""
+    parts = []
+    for step in steps:
+        epochs = f"{step.epochs} epochs, " if step.epochs else ""
+        note = f", {step.note}" if step.note else ""
+        parts.append(f"{step.name}: {epochs}{100 * step.top1:.1f} %, {format_duration(step.cpu_s)}{note}")
+    return "; ".join(parts) + " (accuracies on validation)"
 
 
 def _energy_fact(energy: EnergyFigures) -> tuple[str, str, str]:

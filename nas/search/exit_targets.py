@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nas.core.errors import BudgetError, UsageError
-from nas.core.records import LatencyEstimate, Precision
+from nas.core.records import LatencyEstimate
 from nas.core.run import Point, SplitAccuracy
 from nas.latency.estimate import figures
 from nas.latency.exits import ExitTarget, evaluate_thresholds, sweep
@@ -28,12 +28,12 @@ def solved_point(run_dir: Path, point: Point, source: PointSource, target: ExitT
         margin_std: standard deviations that are kept free below a latency.
 
     Raises:
-        UsageError: the point has no exits, or its logits cannot be told from the run.
+        UsageError: the point has no exits.
         BudgetError: no thresholds reach the target.
     """
     if not point.candidate.exits:
         raise UsageError(f"student {point.id} has no early exits, so there are no thresholds to solve (--exits)")
-    names, home = _precisions(point, source), run_dir / "students" / source.student.candidate.arch_id
+    names, home = source.precisions, run_dir / "students" / source.student.candidate.arch_id
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
     trained = source.student.candidate
     rows = [*kept_exits(trained, point.candidate), len(trained.exits) if source.cut is None else source.cut]
@@ -69,12 +69,3 @@ def solved_point(run_dir: Path, point: Point, source: PointSource, target: ExitT
         energy=None,
         stream=None,
     )
-
-
-def _precisions(point: Point, source: PointSource) -> tuple[Precision, ...]:
-    """Precisions of the whole network that a point is, or was cut from."""
-    if source.cut is None:
-        return point.candidate.precisions
-    if point.candidate.precision_label == "mixed":
-        raise UsageError(f"student {point.id} was cut and is of mixed precision: its thresholds cannot be solved anew")
-    return source.student.candidate.with_precision(point.candidate.precisions[0]).precisions

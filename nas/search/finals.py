@@ -15,7 +15,7 @@ import numpy as np
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
-from nas.core.run import ExitConfidence, FailedCandidate, LatencyKind, Point, SplitAccuracy, latency_of
+from nas.core.run import ExitConfidence, FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
@@ -43,13 +43,16 @@ from nas.recipe.finish import (
     FinishJob,
     deployed_parts,
     finish_student,
+    finished_confidence,
     finished_logits,
     kept_exits,
-    load_finished,
+    load_deployed,
+    precision_name,
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.folder import MeasuredExit, TrialRecord
+from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
@@ -71,7 +74,8 @@ class Variant:
     """One way to deploy a finished architecture: precision, and with exits, without, or cut behind one.
 
     `logits` are float32 [E, N, K] of its own exits on search validation and test; `solve_logits` on the images that
-    thresholds are solved on, with their labels.
+    thresholds are solved on, with their labels. `precisions` are those of the whole student, whose weights these are;
+    `confidence` is the calibration of its own exits, the head last, empty where there is none.
     """
 
     student: FinishedStudent
@@ -81,19 +85,12 @@ class Variant:
     test_logits: np.ndarray
     solve_logits: np.ndarray
     solve_labels: np.ndarray
+    precisions: tuple[Precision, ...] = ()
+    confidence: tuple[ExitConfidence, ...] = ()
 
     @property
     def form(self) -> str:
         return "if" if self.candidate.exits else "plain"
-
-    @property
-    def confidence(self) -> tuple[ExitConfidence, ...]:
-        """Calibration of its own exits, the head last; empty where confidences were not calibrated."""
-        known, trained = self.student.confidence, self.student.candidate
-        if not known:
-            return ()
-        last = len(trained.exits) if self.cut is None else self.cut
-        return tuple(known[k] for k in (*kept_exits(trained, self.candidate), last))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -185,7 +182,7 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
 def finish(
     parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
 ) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
-    """Distils all finalists in worker processes, the longest first.
+    """Distils all finalists in worker processes, the longest first; then the narrower students that are cut from them.
 
     Raises:
         InterruptedRunError: the run was asked to stop; every epoch is kept.
@@ -203,24 +200,36 @@ def finish(
             settings.calibration_images,
             tuple(names for names in deployments(parts.space, candidate, mixes) if set(names) != {"fp32"}),
             parts.plan.dialect,
-            settings.calibrate_confidence,
+            settings.qat,
+            settings.prune_importance if settings.prune else None,
+            calibrate_confidence=settings.calibrate_confidence,
         )
         for candidate in finalists
     ]
-    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
-    done: list[FinishedStudent] = []
-    failed: list[FailedCandidate] = []
-    parts.reporter.progress("full distillation", 0, len(jobs), f"{distill.epochs} epochs each")
-    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
-        if isinstance(result.value, JobFailure):
-            failed.append(FailedCandidate(result.job.candidate.id, "full distillation", result.value.reason))
-        else:
-            done.append(result.value)
-        parts.reporter.progress(
-            "full distillation", len(done) + len(failed), len(jobs), f"{distill.epochs} epochs each"
-        )
+    done, failed = _finish_all(parts, jobs, "full distillation", distill.epochs)
     if not done:
         raise TrainingError(f"not one of {len(jobs)} finalists could be trained; the first: {failed[0].reason}")
+    if settings.prune:
+        epochs = distill.epochs if settings.prune_mode == "joint" else settings.prune_epochs
+        pruned, lost = _finish_all(parts, pruned_jobs(parts, done, settings), "pruning", epochs)
+        done, failed = [*done, *pruned], [*failed, *lost]
+    return [student for _, student in done], failed
+
+
+def _finish_all(
+    parts: SearchParts, jobs: Sequence[FinishJob], stage: str, epochs: int
+) -> tuple[list[tuple[FinishJob, FinishedStudent]], list[FailedCandidate]]:
+    """Students that came to their end with their jobs, and those that did not."""
+    order = sorted(jobs, key=lambda j: -sum(layer for layer in exit_macs(j.candidate)))
+    done: list[tuple[FinishJob, FinishedStudent]] = []
+    failed: list[FailedCandidate] = []
+    parts.reporter.progress(stage, 0, len(jobs), f"{epochs} epochs each")
+    for result in parts.pool.map(finish_student, order, lambda: parts.stop.is_set):
+        if isinstance(result.value, JobFailure):
+            failed.append(FailedCandidate(result.job.candidate.id, stage, result.value.reason))
+        else:
+            done.append((result.job, result.value))
+        parts.reporter.progress(stage, len(done) + len(failed), len(jobs), f"{epochs} epochs each")
     return done, failed
 
 
@@ -246,22 +255,30 @@ def deployments(space: SearchSpace, architecture: Candidate, mixes: Mixes) -> li
 def variants(
     parts: SearchParts, student: FinishedStudent, int8_loss: float, mixes: Mixes
 ) -> tuple[list[Variant], list[FailedCandidate]]:
-    """Every way to deploy a student: with any of its exits, and cut behind each of them.
+    """Every way to deploy a student; what loses more than `int8_loss` at one of its exits against fp32 is refused.
 
-    What loses more than `int8_loss` at one of its exits against fp32 is refused, counted on search validation.
+    The loss is counted on search validation.
     """
     folder = parts.folder.student(student.candidate.arch_id)
     labels = parts.labels
-    result: list[Variant] = []
+    found: dict[tuple[Candidate, int | None], Variant] = {}
     refused: list[FailedCandidate] = []
     full = finished_logits(folder, "val", ("fp32",))
     context = open_context(parts.plan.context, student.candidate.resolution)
     own_solve = "solve" in context.splits
     solve_labels = np.asarray(context.solve_labels) if own_solve else labels
+
+    def add(variant: Variant) -> None:
+        """Mixes that are alike up to a cut give the same network, with other weights where one was retrained."""
+        known = found.setdefault((variant.candidate, variant.cut), variant)
+        if _right(variant.val_logits[-1], labels) > _right(known.val_logits[-1], labels):
+            found[variant.candidate, variant.cut] = variant
+
     for names in deployments(parts.space, student.candidate, mixes):
         candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
         solve = finished_logits(folder, "solve", names) if own_solve else val
+        sure = finished_confidence(folder, names)
         lost = [_right(a, labels) - _right(b, labels) for a, b in zip(full, val, strict=True)]
         kept = [loss <= int8_loss for loss in lost]
         if not kept[-1]:
@@ -276,8 +293,9 @@ def variants(
                 rows = [*places, last]
                 if all(kept[k] for k in rows):
                     own = replace(whole, exits=tuple(whole.exits[k] for k in places))
-                    result.append(Variant(student, own, cut, val[rows], test[rows], solve[rows], solve_labels))
-    return result, refused
+                    answers = (val[rows], test[rows], solve[rows], solve_labels)
+                    add(Variant(student, own, cut, *answers, names, tuple(sure[k] for k in rows if sure)))
+    return list(found.values()), refused
 
 
 def _choices_of_exits(count: int) -> list[tuple[int, ...]]:
@@ -285,6 +303,12 @@ def _choices_of_exits(count: int) -> list[tuple[int, ...]]:
     if count > MOST_FREE_EXITS:
         return [(), tuple(range(count))]
     return [places for size in range(count + 1) for places in itertools.combinations(range(count), size)]
+
+
+def steps_of(student: FinishedStudent, precisions: tuple[Precision, ...]) -> tuple[FinishStep, ...]:
+    """What the weights of one precision of a student went through: its steps without those of other precisions."""
+    own = precision_name(precisions)
+    return tuple(s for s in student.steps if not s.precision or s.precision == own)
 
 
 def _right(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -301,7 +325,7 @@ def variant_artefact(parts: SearchParts, variant: Variant, candidate: Candidate)
         candidate: the variant's candidate, with thresholds where it has exits.
     """
     trained = variant.student.candidate
-    weights, quant = load_finished(parts.folder.student(trained.arch_id))
+    weights, quant = load_deployed(parts.folder.student(trained.arch_id), variant.precisions)
     weights, quant = deployed_parts(trained, weights, quant, variant.cut, kept_exits(trained, candidate))
     context = open_context(parts.plan.context, candidate.resolution)
     dialect = dialect_for(parts.predictor.device.profile)
@@ -364,7 +388,7 @@ def build_points(
             times = (predicted[k][i], measured[k].get(i))
             for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
-                sources[point.id] = PointSource(variant.student, variant.cut)
+                sources[point.id] = PointSource(variant.student, variant.cut, variant.precisions)
                 owners[point.id] = i
     variant_of = {id_: everything[i] for id_, i in owners.items()}
     result = []
@@ -609,8 +633,8 @@ def _points(
     points = []
     for setting in wanted:
         candidate = variant.candidate.with_thresholds(setting.thresholds)
-        val_top1, shares, _ = evaluate_thresholds(variant.val_logits, val_labels, setting.thresholds, exit_ms)
-        shares = tuple(shares.tolist())
+        val_top1, found, _ = evaluate_thresholds(variant.val_logits, val_labels, setting.thresholds, exit_ms)
+        shares = tuple(found.tolist())
         latency = figures(estimate, shares)
         if measured is not None:
             latency = replace(latency, provenance="measured")
@@ -632,6 +656,7 @@ def _points(
                 is_finished=True,
                 model_bytes=None,
                 cost_s=variant.student.cost_s,
+                steps=steps_of(variant.student, variant.precisions),
                 confidence=variant.confidence,
             )
         )

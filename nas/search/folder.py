@@ -419,7 +419,11 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 # What a score means. Of these, a changed space spoils only scores from weights that the space shares.
 SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
-FINISHED_FILES = ("finished.json", "final-*", "quant.json", "weights.safetensors", "finish.ckpt")
+FINISHED_FILES = (
+    *("finished.json", "final-*", "quant.json", "weights.safetensors", "finish.ckpt"),
+    *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt"),
+    *("importance-*", "parent-*", "prune-*.ckpt"),
+)
 
 
 def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:

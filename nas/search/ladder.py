@@ -189,7 +189,11 @@ def network_parts(
 
 
 def _scopes(space: SearchSpace) -> dict[int, tuple[int, ...]]:
-    """Genes that decide what stands in a canonical genotype for the kernel or expansion of a block."""
+    """Genes that decide what stands in a canonical genotype for the kernel or expansion of a block.
+
+    Where a stage may be pruned, all of its expansions decide together which share it is; that is left out here: of two
+    genotypes for one network the ladder then weighs one or the other.
+    """
     found: dict[int, tuple[int, ...]] = {}
     width = space.layout.stem_channels
     for stage in space.layout.stages:
@@ -197,7 +201,7 @@ def _scopes(space: SearchSpace) -> dict[int, tuple[int, ...]]:
             if block.kernel_size.gene is not None and stage.depth.gene is not None:
                 found[block.kernel_size.gene] = (stage.depth.gene,)
             if block.expansion.gene is not None:
-                above = (stage.depth.gene, width.gene)
+                above = (stage.depth.gene, width.gene, stage.prune.gene)
                 found[block.expansion.gene] = tuple(dict.fromkeys(g for g in above if g is not None))
             width = stage.width
     return found

@@ -21,7 +21,7 @@ from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.measure.stream import evenly, measured_stream
 from nas.recipe.context import Context, open_context
-from nas.recipe.finish import deployed_parts, finished_logits, kept_exits, load_finished
+from nas.recipe.finish import deployed_parts, finished_logits, kept_exits, load_deployed
 from nas.search.view import PointSource
 
 PARITY_IMAGES = 16
@@ -63,7 +63,7 @@ def export_point(
     """
     trained = source.student.candidate
     home, kept = run_dir / "students" / trained.arch_id, kept_exits(trained, point.candidate)
-    weights, quant = load_finished(home)
+    weights, quant = load_deployed(home, source.precisions)
     weights, quant = deployed_parts(trained, weights, quant, source.cut, kept)
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
     full = finished_logits(home, "test", ("fp32",))
@@ -88,6 +88,9 @@ def export_point(
             **view.provenance,
             "run": view.name,
             "student": point.id,
+            **(
+                {"steps": "; ".join(s.name + f" ({s.note})" * bool(s.note) for s in point.steps)} if point.steps else {}
+            ),
             "data set": "unnamed" if view.dataset is None else view.dataset.name,
         },
         dialect=written_for,

@@ -30,7 +30,7 @@ from nas.search.predictor import knows_every_row
 from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
 from nas.search.seeds import resolve
-from nas.search.settings import BudgetSettings
+from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.shared_jobs import version_of
 from nas.space.space import SearchSpace, load_space
 from nas.train.targets import Targets, make_targets
@@ -174,6 +174,14 @@ def _pictures(inputs: Inputs) -> list[bytes | np.ndarray]:
     return [train.images[i] for i in chosen]
 
 
+def _pruning(finish: FinishSettings) -> str:
+    how = (
+        "cut on the way" if finish.prune_mode == "joint" else f"{finish.prune_epochs} epochs at {finish.prune_lr:g} lr"
+    )
+    shares = ", ".join(f"{share:g}" for share in finish.prune)
+    return f"{shares} of the channels by {finish.prune_importance}, {how}, {finish.prune_rows} widths a block"
+
+
 def _deadline(budget: BudgetSettings) -> str:
     if budget.total_ms is None:
         return f"{', '.join(f'{ms:g}' for ms in budget.all_ms)} ms"
@@ -214,7 +222,9 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
-        "calibration": f"{finish.calibration_images} images",
+        **({"pruning": _pruning(finish)} if finish.prune else {}),
+        "calibration": f"{finish.calibration_images} images"
+        + (f", QAT of {finish.qat.epochs} epochs {content_hash(finish.qat)}" if finish.qat.epochs else ""),
         **_enqueued(inputs),
         **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),

@@ -9,11 +9,13 @@ from typing import Any, Literal
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
 from nas.latency.exits import read_target
+from nas.recipe.settings import ImportanceKind, PruneMode, PruneSettings, QatSettings
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
 GeneValue = bool | int | float | str
 EnqueueEntry = str | dict[str, GeneValue]
+MOST_PRUNED = 0.7  # of the expansion channels; each block keeps a quarter of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +197,18 @@ class FinishSettings:
     the validation split (Guo et al. 2017, arXiv 1706.04599); it is inside the weights and costs nothing.
     `stream_images`: test images that pass each student with exits on the front one by one on the device, to check its
     expected latency; 0: none.
+
+    `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
+    only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
+    `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
+    -1: always.
+
+    `prune`: shares of the expansion channels that finalists lose, such as [0.3]: each makes a further student of every
+    finalist, narrower where that costs the least importance for the latency saved on the first device; none by default.
+    `prune_mode`: `after`: the finished weights are cut, then distilled for `prune_epochs`; `joint`: a new student as
+    wide as the finalist is distilled over the whole schedule and cut on the way. `prune_importance`: `taylor` (change
+    of the distillation loss) or `l1` (size of the kernels). `prune_lr`: highest learning rate after the cut as a share
+    of `distill.lr`. `prune_rows`: widths of each block that are measured to find the steps of its latency.
     """
 
     students: int = 8
@@ -204,6 +218,15 @@ class FinishSettings:
     exit_targets: tuple[str, ...] = ()
     calibrate_confidence: bool = True
     stream_images: int = 1000
+    qat_epochs: int = 2
+    qat_lr: float = 0.1
+    qat_least_loss: float = 0.002
+    prune: tuple[float, ...] = ()
+    prune_mode: PruneMode = "after"
+    prune_importance: ImportanceKind = "taylor"
+    prune_epochs: int = 8
+    prune_lr: float = 0.5
+    prune_rows: int = 8
 
     def __post_init__(self) -> None:
         for text in self.exit_targets:
@@ -217,6 +240,25 @@ class FinishSettings:
         for name in ("exit_loss", "int8_loss"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
+        _ = self.qat  # its own checks
+        _ = self.pruning
+        for share in self.prune:
+            if not 0 < share <= MOST_PRUNED:
+                raise ConfigError(f"finish.prune: a share must be above 0 and at most {MOST_PRUNED:g}, got {share:g}")
+        if self.prune_rows < 2:
+            raise ConfigError(
+                f"finish.prune_rows must be at least 2, the full width and another, got {self.prune_rows}"
+            )
+
+    @property
+    def pruning(self) -> PruneSettings:
+        """How finalists are cut."""
+        return PruneSettings(self.prune_mode, self.prune_importance, self.prune_epochs, self.prune_lr)
+
+    @property
+    def qat(self) -> QatSettings:
+        """The settings of quantization-aware training."""
+        return QatSettings(self.qat_epochs, self.qat_lr, self.qat_least_loss)
 
 
 @dataclass(frozen=True, slots=True)

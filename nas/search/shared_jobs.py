@@ -21,6 +21,7 @@ from nas.core.jsonio import content_hash, file_sha256, read_record
 from nas.core.records import Candidate
 from nas.recipe.context import ContextFile, context_parts, place_context
 from nas.recipe.finish import RECORD_FILE, FinishJob, precision_name
+from nas.recipe.pruning import IMPORTANCE_FILE, importance_file
 from nas.recipe.records import FinishedStudent, ScoredStudent, read_scored
 from nas.recipe.score import ScoreJob, student_folder
 from nas.recipe.supernet import RECORD_FILE as SUPERNET_RECORD
@@ -142,9 +143,12 @@ def known_result(job: Job) -> Result | None:
         known = read_scored(folder, job.name)
         return None if known is None else replace(known, cost_s=0.0)
     names = [f"final-{split}-{precision_name(p)}.json" for p in job.precisions for split in ("val", "test")]
+    if job.importance is not None:
+        names.append(importance_file(job.importance))
     if not all((folder / name).exists() for name in (RECORD_FILE, *names)):
         return None
-    return read_record(FinishedStudent, folder / RECORD_FILE)
+    finished = read_record(FinishedStudent, folder / RECORD_FILE)
+    return finished if finished.pruning == job.pruning else None
 
 
 def read_result(job: Job) -> Result:
@@ -186,7 +190,12 @@ def context_bundle(path: Path, upload: Callable[[Path], FileRef]) -> Bundle:
 
 def supernet_bundle(folder: Path, upload: Callable[[Path], FileRef]) -> Bundle:
     """Uploads trained shared weights."""
-    return Bundle(_uploaded({name: folder / name for name in (SUPERNET_RECORD, SUPERNET_WEIGHTS)}, upload))
+    return Bundle(_uploaded({path.name: path for path in _supernet_files(folder)}, upload))
+
+
+def _supernet_files(folder: Path) -> list[Path]:
+    names = (SUPERNET_RECORD, SUPERNET_WEIGHTS, IMPORTANCE_FILE)
+    return [folder / name for name in names if name != IMPORTANCE_FILE or (folder / name).exists()]
 
 
 def _uploaded(files: Mapping[str, Path], upload: Callable[[Path], FileRef]) -> tuple[FileRef, ...]:
@@ -201,7 +210,7 @@ def context_key(path: Path) -> str:
 
 def supernet_key(folder: Path) -> str:
     """Key of shared weights by their content."""
-    return content_hash({name: file_sha256(folder / name) for name in (SUPERNET_RECORD, SUPERNET_WEIGHTS)})
+    return content_hash({path.name: file_sha256(path) for path in _supernet_files(folder)})
 
 
 def place_bundle(bundle: Bundle, key: str, artifacts: Artifacts, cache: Path) -> str:

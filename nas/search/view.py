@@ -13,7 +13,7 @@ from shlex import quote
 
 from nas.core.errors import RunMismatchError, UsageError
 from nas.core.jsonio import from_plain, parse_json, read_record, read_text
-from nas.core.records import DeviceProfile
+from nas.core.records import DeviceProfile, Precision
 from nas.core.run import (
     FOREIGN_MARK,
     AccuracyFit,
@@ -45,10 +45,14 @@ PIPELINE_FILE = "pipeline.json"
 
 @dataclass(frozen=True, slots=True)
 class PointSource:
-    """Which trained student a point comes from, and behind which of its exits it was cut (None: not cut)."""
+    """Which trained student a point comes from, and behind which of its exits it was cut (None: not cut).
+
+    `precisions` are those of the whole student, before the cut: they name its weights.
+    """
 
     student: FinishedStudent
     cut: int | None
+    precisions: tuple[Precision, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ MAX_KERNEL = 31
 MAX_DEPTH = 32
 MAX_STAGES = 16
 MAX_EXPANSION = 32.0
+MAX_PRUNE = 0.75  # a quarter of the channels stays
+CHANNEL_GROUP = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class StemChoices:
 class StageChoices:
     """One stage of inverted residuals. `width`, `depth`, `use_se` and `activation` are chosen once per stage.
 
-    `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block.
+    `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block. `prune` is the share
+    of the expanded channels that all its blocks go without, chosen once per stage.
     """
 
     name: str
@@ -54,6 +57,7 @@ class StageChoices:
     expansion: tuple[float, ...]
     use_se: tuple[bool, ...]
     activation: tuple[Activation, ...]
+    prune: tuple[float, ...] = (0.0,)
 
     @property
     def max_depth(self) -> int:
@@ -100,6 +104,19 @@ def expanded_channels(in_channels: int, expansion: float) -> int:
     (24 x 3.667 -> 88, 80 x 2.3 -> 184; Howard et al. 2019, Tables 1 and 2).
     """
     return in_channels if expansion == 1 else make_divisible(in_channels * expansion)
+
+
+def pruned_channels(in_channels: int, expansion: float, share: float) -> int:
+    """Expanded channels of a block without a share of them: any number, as `expanded_channels` where the share is 0.
+
+    A block that does not expand loses none. Where as many would be left as its input has, which would make it another
+    kind of block, eight more are kept.
+    """
+    whole = expanded_channels(in_channels, expansion)
+    if whole == in_channels:
+        return whole
+    left = max(1, round(whole * (1 - share)))
+    return min(whole, left + CHANNEL_GROUP) if left == in_channels else left
 
 
 class Section:
@@ -239,7 +256,7 @@ def read_stem(data: Any, where: str) -> StemChoices:
     )
 
 
-STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation")
+STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation", "prune")
 
 
 def read_stage(data: Any, where: str) -> StageChoices:
@@ -258,6 +275,7 @@ def read_stage(data: Any, where: str) -> StageChoices:
         ),
         use_se=tuple(sorted(section.many("use_se", boolean, False))),
         activation=in_order(section.many("activation", name_of(ACTIVATIONS, "activation")), ACTIVATIONS),
+        prune=tuple(sorted(section.many("prune", number(0, MAX_PRUNE, "a share of the expanded channels"), 0.0))),
     )
 
 

@@ -10,7 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.core.records import Activation, Precision
-from nas.space.choices import ExitChoices, HeadChoices, PrecisionChoices, StageChoices, StemChoices, expanded_channels
+from nas.space.choices import (
+    ExitChoices,
+    HeadChoices,
+    PrecisionChoices,
+    StageChoices,
+    StemChoices,
+    expanded_channels,
+    pruned_channels,
+)
 
 Genotype = tuple[int, ...]
 Genotypes = npt.NDArray[np.int64]  # [N, G], one genotype in each row
@@ -57,6 +65,7 @@ class StageSites:
     use_se: Site[bool]
     activation: Site[Activation]
     precision: Site[Precision]
+    prune: Site[float]
     blocks: tuple[BlockSites, ...]
 
 
@@ -120,6 +129,7 @@ def build_layout(
             site(f"{stage.name}.use_se", stage.use_se),
             site(f"{stage.name}.activation", stage.activation),
             precision_site(stage.name),
+            site(f"{stage.name}.prune", stage.prune),
             tuple(
                 BlockSites(
                     site(f"{stage.name}.{b}.kernel_size", stage.kernel_size),
@@ -154,6 +164,55 @@ def build_layout(
 
 
 @dataclass(frozen=True, slots=True)
+class PrunedStage:
+    """The rule of a stage whose blocks may be pruned: the same channels come from one share and one expansion only.
+
+    Of all shares with which every block that is there can have its channels the first is taken; of all expansions that
+    give them with this share the first as well.
+
+    `tables`, one for each block: [width of the input, share, expansion, other share] -> the first expansion that gives
+    the same channels with the other share, -1 where none does.
+    """
+
+    prune: Site[float]
+    depth: Site[int]
+    blocks: tuple[tuple[Site[float], Site[int]], ...]  # expansion, width of the input
+    tables: tuple[npt.NDArray[np.int64], ...]
+
+    def __call__(self, genotypes: Genotypes) -> None:
+        """Changes genotypes [N, G] in place."""
+        share, rows = self.prune.column(genotypes), np.arange(len(genotypes))
+        depth = np.array(self.depth.choices)[self.depth.column(genotypes)]
+        fits = np.ones((len(genotypes), len(self.prune.choices)), bool)
+        found = []
+        for b, ((expansion, width), table) in enumerate(zip(self.blocks, self.tables, strict=True)):
+            same = table[width.column(genotypes), share, expansion.column(genotypes)]
+            fits &= (same >= 0) | (depth <= b)[:, None]
+            found.append(same)
+        first = fits.argmax(axis=1)
+        if self.prune.gene is not None:
+            genotypes[:, self.prune.gene] = first
+        for (expansion, _), same in zip(self.blocks, found, strict=True):
+            if expansion.gene is not None:  # of a block that is not there the rules below set it to 0
+                genotypes[:, expansion.gene] = np.maximum(same[rows, first], 0)
+
+
+def _pruned_stage(stage: StageSites, input_width: Site[int]) -> PrunedStage:
+    blocks = tuple((block.expansion, stage.width if b else input_width) for b, block in enumerate(stage.blocks))
+    tables = []
+    for expansion, width in blocks:
+        channels = np.array(
+            [
+                [[pruned_channels(c, e, p) for e in expansion.choices] for p in stage.prune.choices]
+                for c in width.choices
+            ]
+        )
+        same = channels[:, :, :, None, None] == channels[:, None, None, :, :]  # [width, p, e, other p, other e]
+        tables.append(np.where(same.any(axis=-1), same.argmax(axis=-1), -1))
+    return PrunedStage(stage.prune, stage.depth, blocks, tuple(tables))
+
+
+@dataclass(frozen=True, slots=True)
 class Canoniser:
     """The rules that set inactive genes to 0, as arrays over many genotypes.
 
@@ -165,6 +224,7 @@ class Canoniser:
     parents: npt.NDArray[np.int64]
     active: npt.NDArray[np.int64]
     aliases: tuple[tuple[int, Site[int], npt.NDArray[np.int64]], ...]
+    pruned: tuple[PrunedStage, ...]
     exit_genes: npt.NDArray[np.int64]
     max_exits: int
 
@@ -175,6 +235,8 @@ class Canoniser:
             result[:, self.exit_genes] = present * (present.cumsum(axis=1) <= self.max_exits)
         for gene, width, table in self.aliases:
             result[:, gene] = table[width.column(result), result[:, gene]]
+        for rule in self.pruned:
+            rule(result)
         if len(self.genes):
             result[:, self.genes] *= self.active[np.arange(len(self.genes)), result[:, self.parents]]
         return result
@@ -184,13 +246,16 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
     """The rules of a layout, of whose exits a network has at most `max_exits`."""
     rules: list[tuple[int, int, list[int]]] = []
     aliases = []
+    pruned = []
     input_width = layout.stem_channels
     for stage in layout.stages:
+        if stage.prune.choices != (0.0,):
+            pruned.append(_pruned_stage(stage, input_width))
         for b, block in enumerate(stage.blocks):
             for gene in (block.kernel_size.gene, block.expansion.gene):
                 if gene is not None and stage.depth.gene is not None:
                     rules.append((gene, stage.depth.gene, [int(b < depth) for depth in stage.depth.choices]))
-            if block.expansion.gene is not None:
+            if block.expansion.gene is not None and stage.prune.choices == (0.0,):
                 rows = [[expanded_channels(c, e) for e in block.expansion.choices] for c in input_width.choices]
                 table = np.array([[row.index(wide) for wide in row] for row in rows], np.int64)
                 if (table != np.arange(table.shape[1])).any():
@@ -208,6 +273,7 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
         np.array([r[1] for r in rules], np.int64),
         active,
         tuple(aliases),
+        tuple(pruned),
         np.array([place.present for place in layout.exits], np.int64),
         max_exits,
     )

@@ -115,6 +115,7 @@ def _places(layout: Layout) -> list[_Place]:
                         stage.use_se,
                         stage.activation,
                         stage.precision,
+                        stage.prune,
                         block.kernel_size,
                         block.expansion,
                     ),

@@ -41,8 +41,8 @@ from nas.space.choices import (
     Section,
     StageChoices,
     StemChoices,
-    expanded_channels,
     integer,
+    pruned_channels,
     read_exits,
     read_head,
     read_precision,
@@ -51,7 +51,17 @@ from nas.space.choices import (
     shown,
     text,
 )
-from nas.space.layout import Canoniser, Gene, Genotype, Genotypes, Layout, Site, build_canoniser, build_layout
+from nas.space.layout import (
+    Canoniser,
+    Gene,
+    Genotype,
+    Genotypes,
+    Layout,
+    Site,
+    StageSites,
+    build_canoniser,
+    build_layout,
+)
 from nas.space.slots import Slot, build_slots, extreme_genotype
 from nas.space.yamlio import load_yaml
 
@@ -129,11 +139,23 @@ class SearchSpace:
             "in_channels": self.in_channels,
             "resolution": list(self.resolution),
             "stem": to_plain(self.stem),
-            "stages": to_plain(self.stages),
+            "stages": [_stage_plain(stage) for stage in self.stages],
             "head": to_plain(self.head),
             **({"exits": exits} if self.exits.after else {}),
             "precision": to_plain(self.precision),
         }
+
+    @cached_property
+    def unpruned(self) -> SearchSpace:
+        """The space in which every block has all of its expanded channels: what shared weights are trained for."""
+        if not self.is_pruned:
+            return self
+        return replace(self, stages=tuple(replace(stage, prune=(0.0,)) for stage in self.stages))
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether a network may go without some of its expanded channels."""
+        return any(stage.prune != (0.0,) for stage in self.stages)
 
     def restricted(self, precisions: Iterable[Precision]) -> SearchSpace:
         """The space without the precisions that are not among these; `dropped` of the result names them.
@@ -178,9 +200,10 @@ class SearchSpace:
         for choices, sites in zip(self.stages, layout.stages, strict=True):
             width, stride = sites.width.of(genotype), choices.stride
             use_se, activation = sites.use_se.of(genotype), sites.activation.of(genotype)
+            share = sites.prune.of(genotype)
             blocks = []
             for block in sites.blocks[: sites.depth.of(genotype)]:
-                wide = expanded_channels(channels, block.expansion.of(genotype))
+                wide = pruned_channels(channels, block.expansion.of(genotype), share)
                 kernel_size = block.kernel_size.of(genotype)
                 blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation))
                 channels, stride = width, 1
@@ -234,10 +257,12 @@ class SearchSpace:
             put(sites.use_se, first.use_se, f"{unit}: use_se")
             put(sites.activation, first.activation, f"{unit}: activation")
             put(sites.precision, stage.precision, f"{unit}: precision")
+            share = _share_of(stage, sites)
+            put(sites.prune, share, f"{unit}: prune")
             for b, (block, block_sites) in enumerate(zip(stage.blocks, sites.blocks, strict=False)):
                 put(block_sites.kernel_size, block.kernel_size, f"{unit}.{b}: kernel_size")
                 expansion = block_sites.expansion
-                wides = tuple(expanded_channels(block.in_channels, e) for e in expansion.choices)
+                wides = tuple(pruned_channels(block.in_channels, e, share) for e in expansion.choices)
                 put(Site(wides, expansion.gene), block.expanded_channels, f"{unit}.{b}: expanded channels")
         put(layout.conv_channels, candidate.head.conv_channels, "head: conv_channels")
         put(layout.hidden_channels, candidate.head.hidden_channels, "head: hidden_channels")
@@ -366,6 +391,24 @@ class SearchSpace:
         return self._extremes[1]
 
 
+def _share_of(stage: StageConfig, sites: StageSites) -> float:
+    """The first share with which every block of a stage has its channels; the first of all where none has."""
+
+    def fits(share: float) -> bool:
+        return all(
+            block.expanded_channels in {pruned_channels(block.in_channels, e, share) for e in own.expansion.choices}
+            for block, own in zip(stage.blocks, sites.blocks, strict=False)
+        )
+
+    return next((share for share in sites.prune.choices if fits(share)), sites.prune.choices[0])
+
+
+def _stage_plain(stage: StageChoices) -> dict[str, Any]:
+    """The fields of a stage; without `prune` where nothing is, as in files that do not name it."""
+    plain: dict[str, Any] = to_plain(stage)
+    return plain if stage.prune != (0.0,) else {key: value for key, value in plain.items() if key != "prune"}
+
+
 def _macs(layer: LayerSpec) -> float:
     return float(layer.macs)
 
@@ -447,6 +490,8 @@ def _require_genes(space: SearchSpace, where: str) -> None:
         raise ConfigError(
             f"{where}: holds one network only; give at least one field two choices, such as depth: [1, 2]"
         )
+    if not space.unpruned.genes:
+        raise ConfigError(f"{where}: prune is the only choice; give another field two choices, such as depth: [1, 2]")
 
 
 def _require_shapes(space: SearchSpace, where: str) -> None:

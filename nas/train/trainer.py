@@ -66,9 +66,11 @@ def train_student(
     settings: DistillSettings,
     *,
     seed: int,
+    start_epoch: int = 0,
     stop_epoch: int | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
+    is_trained: bool = False,
 ) -> History:
     """Trains `student` in place up to `stop_epoch`; it is ready for evaluation afterwards.
 
@@ -77,9 +79,11 @@ def train_student(
         targets: cached variants of the training images with the teacher's logits.
         settings: `settings.epochs` is the length of the learning rate's schedule, whatever `stop_epoch` is.
         seed: of the order of images and of the first variant.
+        start_epoch: epochs of the schedule that the student has behind it; the optimizer starts anew.
         stop_epoch: epochs in total after which to stop; None: the whole schedule.
         checkpoint: file that is written at every epoch's end and resumed from when it is there.
         progress: called after every epoch, its checkpoint written; may raise to stop.
+        is_trained: its weights were trained before, so a loss that does not fall is no failure.
 
     Raises:
         TrainingError: the loss is not finite, runs away, or does not fall.
@@ -87,7 +91,9 @@ def train_student(
         StorageError: the checkpoint cannot be read or written.
     """
     stop = settings.epochs if stop_epoch is None else min(stop_epoch, settings.epochs)
-    identity = content_hash([student.candidate.arch_id, settings, targets.key, seed])
+    identity = content_hash(
+        [student.candidate.arch_id, settings, targets.key, seed, *([start_epoch] if start_epoch else [])]
+    )
     student.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True)
     average = {name: p.detach().clone() for name, p in student.named_parameters()} if settings.ema else {}
@@ -99,9 +105,11 @@ def train_student(
         optimizer.load_state_dict(content["optimizer"])
         average = content["average"]
     with threads(1), _no_running_statistics(student):
-        for epoch in range(len(done), stop):
+        for epoch in range(start_epoch + len(done), stop):
             student.train()
             record = _one_epoch(student, targets, settings, seed, epoch, optimizer, average, guard)
+            if not is_trained:
+                guard.epoch(record.loss, epoch, settings.epochs)
             done.append(record)
             if checkpoint is not None:
                 content = {
@@ -159,7 +167,6 @@ def _one_epoch(
         loss_sum += value * len(index)
         right += int((outputs[-1].detach().argmax(1) == target).sum())
         seen += len(index)
-    guard.epoch(loss_sum / seen, epoch, settings.epochs)
     return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
 
 

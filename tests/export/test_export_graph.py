@@ -29,7 +29,6 @@ from nas.export.graph import (
     random_weights,
     tensors_model,
 )
-from nas.export.writer import weight_scales
 from nas.models.student import Student, folded_weights
 
 
@@ -355,7 +354,7 @@ def test_dead_channel_with_a_bias_does_not_overflow_int32() -> None:
     weight = np.zeros((2, 3, 1, 1), np.float32)
     weight[1] = 0.5
     bias = np.array([2.0, 0.1], np.float32)
-    scale = weight_scales(weight, bias, np.float32(0.01))
+    scale = ORT.weight_scales(weight, bias, np.float32(0.01))
     assert scale[1] == np.float32(0.5) / np.float32(127)
     assert abs(np.rint(bias / (np.float32(0.01) * scale))).max() <= 2**30 + 1
 

@@ -35,8 +35,10 @@ from nas.recipe.finish import (
     FinishJob,
     deployed_parts,
     finish_student,
+    finished_confidence,
     finished_logits,
     kept_exits,
+    load_deployed,
     load_finished,
     precision_name,
 )
@@ -181,21 +183,26 @@ def test_weights_and_ranges_are_those_of_the_trained_student(
     assert quant.images == 48
 
 
-def test_temperatures_are_in_weights_ranges_and_logits(finished: Path, context_file: Path, tmp_path: Path) -> None:
-    asked = replace(job(context_file, tmp_path / "student", FP32, INT8), calibrate_confidence=True)
-    record = finish_student(asked)
-    assert len(record.confidence) == 2
-    temperatures = np.array([c.temperature for c in record.confidence], np.float32)
-    assert (np.abs(np.log(temperatures)) > 0.05).all()  # this student is not calibrated by itself
-    for split in ("val", "test"):
-        for precisions in (FP32, INT8):  # integers stay what they were: only the last scale changes
-            plain = finished_logits(finished, split, precisions)
-            scaled = finished_logits(tmp_path / "student", split, precisions)
-            assert np.allclose(scaled, plain / temperatures[:, None, None], rtol=1e-4, atol=1e-5)
-    weights, _ = load_finished(tmp_path / "student")
-    bare, _ = load_finished(finished)
-    changed = {name for name in bare if not np.array_equal(bare[name], weights[name])}
-    assert changed == {f"{head}.classifier.{part}" for head in ("exits.0", "head") for part in ("weight", "bias")}
+def test_temperatures_are_in_what_is_deployed_and_not_in_what_is_trained_on(
+    finished: Path, context_file: Path, context: Context, tmp_path: Path
+) -> None:
+    folder = tmp_path / "student"
+    finish_student(replace(job(context_file, folder, FP32, INT8), calibrate_confidence=True))
+    for precisions in (FP32, INT8):
+        temperatures = [c.temperature for c in finished_confidence(folder, precisions)]
+        assert len(temperatures) == 2 and all(abs(np.log(t)) > 0.05 for t in temperatures)
+        scaled = finished_logits(folder, "test", precisions)
+        raw = finished_logits(finished, "test", precisions)
+        assert np.allclose(scaled, raw / np.array(temperatures, np.float32)[:, None, None], rtol=1e-5)
+        weights, quant = load_deployed(folder, precisions)  # integers stay what they were, only the last scale changes
+        model = network_model(
+            candidate().with_precision(precisions), weights, context.mean, context.std, quant=quant, form="logits",
+            batch=None,
+        )  # fmt: skip
+        assert np.allclose(np.stack(run_model(model, raw_pixels(context.test))), scaled, rtol=1e-4, atol=1e-4)
+    assert finished_confidence(finished, FP32) == ()
+    trained_on, _ = load_finished(folder)
+    assert all(np.array_equal(trained_on[name], value) for name, value in load_finished(finished)[0].items())
 
 
 @pytest.mark.parametrize("precisions", [FP32, INT8])

@@ -15,7 +15,15 @@ import torch
 from nas.core.errors import ConfigError, InterruptedRunError, RunMismatchError, StorageError
 from nas.core.records import Candidate
 from nas.recipe.settings import SupernetSettings
-from nas.recipe.supernet import SupernetStep, all_exits, exit_heads, inherited_student, open_supernet, train_supernet
+from nas.recipe.supernet import (
+    SupernetStep,
+    all_exits,
+    exit_heads,
+    inherited_student,
+    open_supernet,
+    shared_importance,
+    train_supernet,
+)
 from nas.space.space import SearchSpace, space_from_plain
 from nas.train.evaluate import predict_logits
 from nas.train.settings import DistillSettings
@@ -25,7 +33,7 @@ CLASSES = 3
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def _space(resolution: list[int]) -> SearchSpace:
+def _space(resolution: list[int], **each: Any) -> SearchSpace:
     stages: list[dict[str, Any]] = [
         {"name": "a", "width": [4, 8], "depth": 1, "stride": 2, "kernel_size": [3, 5], "expansion": 2},
         {"name": "b", "width": [4, 8], "depth": [1, 2], "stride": 1, "kernel_size": 3, "expansion": [1, 2]},
@@ -35,7 +43,7 @@ def _space(resolution: list[int]) -> SearchSpace:
         "source": "made for this test",
         "resolution": resolution,
         "stem": {"channels": 4, "activation": "relu"},
-        "stages": [{"activation": "relu", **stage} for stage in stages],
+        "stages": [{"activation": "relu", **stage, **each} for stage in stages],
         "head": {},
         "exits": {"after": ["a"], "max_count": 1, "hidden_channels": 4},
         "precision": {"choices": ["fp32"]},
@@ -220,3 +228,36 @@ def test_record_is_readable(straight: Path) -> None:
 def test_wrong_settings_are_named(field: str, value: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SupernetSettings(**{field: value})
+
+
+def test_pruned_block_keeps_the_important_channels_of_the_shared_weights(
+    targets: dict[int, Targets], straight: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(straight, tmp_path / "supernet")
+    space = _space([8], prune=[0, 0.25])
+    train_supernet(space, targets, LOSS, SHORT, folder)  # the weights are those of the unpruned space
+    assert _equal(_weights(folder), _weights(straight))
+    assert shared_importance(str(straight)) is None
+    importance = shared_importance(str(folder))
+    assert importance is not None
+    assert importance.trained == {"stages.0.0": (8,), "stages.1.0": (8, 16), "stages.1.1": (8, 16)}
+    genotype = list(space.largest())
+    for number, gene in enumerate(space.genes):
+        if gene.name.endswith(".prune"):
+            genotype[number] = 1
+    candidate = space.decode(genotype)
+    assert [b.expanded_channels for stage in candidate.stages for b in stage.blocks] == [6, 12, 12]
+    supernet = open_supernet(str(folder))
+    student = inherited_student(supernet, candidate, targets[8].images[0], MEAN, STD, importance)
+    kept = np.sort(np.argsort(-importance.blocks["stages.1.1"].channels, kind="stable")[:12])
+    shared = _weights(folder)["units.stages_1_1__project.weight"][:, kept]
+    assert torch.equal(student.body["stages_1_1"].project.conv.weight, shared)
+    assert not np.array_equal(kept, np.arange(12))  # which the first channels would not tell apart
+    whole = space.decode(space.largest())
+    found = [
+        predict_logits(
+            inherited_student(supernet, whole, targets[8].images[0], MEAN, STD, i), targets[8].images[1], MEAN, STD
+        )
+        for i in (importance, None)
+    ]
+    np.testing.assert_array_equal(*found)

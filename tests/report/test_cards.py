@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_run import made_candidate, made_view
 
-from nas.core.run import SplitAccuracy, TeacherView
+from nas.core.run import FinishStep, SplitAccuracy, TeacherView
 from nas.core.walk import expand
 from nas.report.cards import card, compared_with_teacher, confidence_of, diagram, interval, rule_of
 
@@ -95,3 +95,13 @@ def test_card_says_what_proposed_the_candidate_and_when() -> None:
     assert (fact["value"], fact["detail"]) == ("5", "found in round 1, proposed by greybox")
     (fact,) = (f for f in card(replace(view, trials=()), point)["facts"] if f["name"] == "Trial")
     assert fact["detail"] == "found in round 1"
+
+
+def test_card_tells_what_a_finalist_went_through() -> None:
+    view = made_view()
+    steps = (FinishStep("distil", 13, 0.931, 20.0), FinishStep("QAT", 2, 0.93, 8.0, "kept", "int8"))
+    (fact,) = (f for f in card(view, replace(view.points[0], steps=steps))["facts"] if f["name"] == "Steps")
+    assert fact["value"] == "distil, QAT"
+    assert fact["detail"].startswith("distil: 13 epochs, 93.1 %, 20")
+    assert "; QAT: 2 epochs, 93.0 %, 8" in fact["detail"] and ", kept (accuracies on" in fact["detail"]
+    assert not [f for f in card(view, view.points[0])["facts"] if f["name"] == "Steps"]

@@ -10,11 +10,14 @@ from pathlib import Path
 from shlex import quote
 
 import numpy as np
+import onnx
 import pytest
+from onnx.numpy_helper import to_array
+from safetensors.numpy import save
 from search_examples import Notes, Zygote, write_experiment
 
 from nas.core.errors import BudgetError, InterruptedRunError, RunMismatchError, UsageError
-from nas.core.jsonio import file_sha256, read_record, write_record
+from nas.core.jsonio import file_sha256, read_record, write_bytes, write_record
 from nas.core.records import LatencyFigures
 from nas.core.run import BudgetPick, PackageView, Point, SplitAccuracy
 from nas.devices.base import MeasureJob
@@ -23,7 +26,7 @@ from nas.latency.exits import ExitTarget, solve_for_loss, sweep
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
-from nas.recipe.finish import finished_logits
+from nas.recipe.finish import finished_logits, load_finished
 from nas.recipe.records import write_scored
 from nas.search.api import export_student, run_search
 from nas.search.exit_targets import solved_point
@@ -91,7 +94,7 @@ def made(finished: Path, tmp_path: Path) -> MadeRun:
         real = next(
             p
             for p in outcome.points
-            if p.precision == precision and not p.candidate.exits and outcome.sources[p.id] == bodies[number]
+            if p.precision == precision and not p.candidate.exits and _body(outcome, p) == bodies[number]
         )
         provenance = "predicted" if name == "guess" else "measured"
         points[name] = replace(
@@ -114,13 +117,18 @@ def made(finished: Path, tmp_path: Path) -> MadeRun:
     return MadeRun(path, points, write_experiment(tmp_path, finished / "cache", finished / "tables"))
 
 
+def _body(outcome: Outcome, point: Point) -> PointSource:
+    """Where a point comes from, whatever its precision."""
+    return replace(outcome.sources[point.id], precisions=())
+
+
 def _different_bodies(outcome: Outcome) -> list[PointSource]:
     """Three students without exits that are different networks; the first two are of different architectures."""
     first, *others = [p for p in outcome.points if p.precision == "fp32" and not p.candidate.exits]
     keys = {network_key(first.candidate, "plain")}
-    found = [outcome.sources[first.id]]
+    found = [_body(outcome, first)]
     for point in others:
-        source, key = outcome.sources[point.id], network_key(point.candidate, "plain")
+        source, key = _body(outcome, point), network_key(point.candidate, "plain")
         if key not in keys and (len(found) > 1 or source.student != found[0].student):
             keys.add(key)
             found.append(source)
@@ -592,6 +600,27 @@ def test_the_result_of_a_real_search_keeps_its_rules(finished: Path) -> None:
     assert pick.on_front
     assert outcome.sources.keys() == {p.id for p in outcome.points}
     assert f"of {len(within)} measured settings whose worst latency keeps 0.0068 ms" in outcome.pick_reason
+
+
+def test_every_student_of_a_real_search_tells_its_steps_and_its_package_has_the_weights_of_its_precision(
+    finished: Path, made: MadeRun
+) -> None:
+    outcome = load_outcome(finished / "run")
+    for point in outcome.points:
+        steps = ["distil", "calibrate", "QAT"] if "int8" in point.candidate.precisions else ["distil"]
+        assert [s.name for s in point.steps] == steps, point.id
+    point = made.points["tail"]
+    home = made.path / "students" / point.arch_id
+    base, quant = load_finished(home)
+    write_bytes(home / "weights-int8.safetensors", save({name: 0.5 * value for name, value in base.items()}))
+    write_record(home / "quant-int8.json", quant)
+    package = export_student(made.path, Notes(), student="tail", device=made.device())
+    assert package.manifest.provenance["steps"].startswith("distil; calibrate; QAT (")
+    constants = {t.name: t for t in onnx.load(package.folder / "model.onnx").graph.initializer}
+    integers, scale = (to_array(constants[f"head.classifier.weight.{part}"]) for part in ("q", "scale"))
+    cut = load_outcome(made.path).sources["tail"].cut
+    origin = "head" if cut is None else f"exits.{cut}"
+    assert np.allclose(integers * scale[:, None, None, None], 0.5 * base[f"{origin}.classifier.weight"], atol=1e-2)
 
 
 def test_a_search_may_borrow_rows_of_another_device_state_and_says_so(

@@ -23,16 +23,17 @@ from nas.core.records import (
     LatencyEstimate,
     LatencyFigures,
     Measurement,
+    Precision,
     StageConfig,
     StemConfig,
 )
-from nas.core.run import FailedCandidate, LatencyKind, Point, SplitAccuracy
+from nas.core.run import FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy
 from nas.core.walk import exit_macs
 from nas.devices.base import MeasureJob, OnProgress, OnResult, StreamJob, StreamTimes
 from nas.export.graph import nominal_quant, random_weights
 from nas.latency.estimate import figures
 from nas.latency.exits import evaluate_thresholds
-from nas.recipe.finish import FINISHED_SCHEMA, QUANT_FILE, WEIGHTS_FILE, FinishedStudent, FinishJob
+from nas.recipe.finish import FINISHED_SCHEMA, QUANT_FILE, WEIGHTS_FILE, FinishedStudent, FinishJob, precision_name
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import write_scored
 from nas.search.finals import (
@@ -45,6 +46,7 @@ from nas.search.finals import (
     finish,
     mark_front,
     scored_mixes,
+    variant_models,
     variants,
 )
 from nas.search.folder import TrialRecord
@@ -388,7 +390,38 @@ def test_point_has_measured_latency_and_accuracy_of_both_splits(make: Make) -> N
     assert whole.prediction is not None
     assert whole.prediction.provenance == "predicted"
     assert whole.prediction.worst_ms == pytest.approx(parts.predictor.estimate(whole.candidate).worst_ms)
-    assert sources[whole.id] == PointSource(student, None)
+    assert sources[whole.id] == PointSource(student, None, whole.candidate.precisions)
+
+
+def test_each_precision_is_deployed_with_the_weights_that_were_trained_for_it(make: Make) -> None:
+    parts = make()
+    trained = FinishStep("QAT", 1, 0.9, 1.0, "kept", "int8")
+    student = replace(
+        finished(parts, network(parts, exits=0), (0.9,)), steps=(FinishStep("distil", 2, 0.9, 6.5), trained)
+    )
+    folder = parts.folder.student(student.candidate.arch_id)
+    (fp32, int8), _ = variants(parts, student, 0.02, {})
+    before = [variant_models(parts, v, v.candidate) for v in (fp32, int8)]
+    write_bytes(folder / "weights-int8.safetensors", save(random_weights(student.candidate, 1)))
+    write_record(folder / "quant-int8.json", nominal_quant(student.candidate))
+    assert variant_models(parts, fp32, fp32.candidate) == before[0]
+    assert variant_models(parts, int8, int8.candidate) != before[1]
+    points, _, _ = built(parts, [student])
+    assert [[s.name for s in p.steps] for p in points] == [["distil"], ["distil", "QAT"]]
+
+
+def test_of_mixes_that_are_alike_up_to_a_cut_the_better_one_is_deployed(make: Make) -> None:
+    parts = make()
+    student = finished(parts, network(parts, exits=1), (0.7, 0.9))
+    folder, classes = parts.folder.student(student.candidate.arch_id), parts.space.num_classes
+    mix: tuple[Precision, ...] = ("int8", "int8", "int8", "int8", "fp32")
+    for split, labels in (("val", parts.labels), ("test", np.arange(TEST) % classes)):
+        logits = made_logits(labels, (0.8, 0.9), classes)
+        name = f"final-{split}-{precision_name(mix)}"
+        write_scored(folder, student.candidate, epochs=1, cost_s=0.0, logits=logits, labels=labels, name=name)
+    found, _ = variants(parts, student, 0.02, {student.candidate.arch_id: [mix]})
+    (cut,) = (v for v in found if v.cut == 0 and v.candidate.precision_label == "int8")
+    assert cut.precisions == mix
 
 
 def test_point_with_exits_has_the_latency_of_the_exits_that_images_take(make: Make) -> None:

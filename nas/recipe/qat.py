@@ -1,0 +1,160 @@
+"""Quantization-aware training: a finished student learns to live with the rounding of its int8 network.
+
+Source: Jacob et al. 2018, arXiv 1712.05877; with the teacher's cached logits as targets (Mishra and Marr 2018, arXiv
+1711.05852). It begins at post-training quantization, with a small learning rate, and forgets the optimizer of the
+distillation. Like it, it is the same whether or not the process was killed in between: every epoch leaves a checkpoint.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from nas.compress.fakequant import FakeQuantNetwork
+from nas.core.jsonio import content_hash
+from nas.core.records import Candidate, QuantSpec
+from nas.recipe.settings import QatSettings
+from nas.train.evaluate import EVAL_BATCH, threads
+from nas.train.loop import (
+    EpochRecord,
+    LossGuard,
+    batches,
+    epochs_from_plain,
+    epochs_to_plain,
+    lr_share,
+    parameter_groups,
+    read_checkpoint,
+    steps_per_epoch,
+    write_checkpoint,
+)
+from nas.train.losses import student_loss
+from nas.train.settings import DistillSettings
+from nas.train.targets import Targets
+
+WARMUP = 0.1  # share of the steps with a rising learning rate; a cosine to 0 follows
+FROZEN = 0.3  # share of the steps, the last ones, in which the ranges of the tensors stay as they are
+
+
+def train_quantized(
+    network: FakeQuantNetwork,
+    candidate: Candidate,
+    targets: Targets,
+    distill: DistillSettings,
+    settings: QatSettings,
+    *,
+    seed: int,
+    checkpoint: Path | None = None,
+    progress: Callable[[EpochRecord], None] | None = None,
+) -> tuple[EpochRecord, ...]:
+    """Trains weights and ranges of a network in place; the epochs, those before a restart included.
+
+    Args:
+        network: with the weights and ranges of post-training quantization.
+        candidate: what it was made from.
+        targets: cached variants of the training images with the teacher's logits.
+        distill: the recipe of the finished student: loss, batch, and the learning rate of which a share is taken.
+        settings: of this training.
+        seed: of the order of images and of the first variant.
+        checkpoint: file that is written at every epoch's end and resumed from when it is there.
+        progress: called after every epoch, its checkpoint written; may raise to stop.
+
+    Raises:
+        TrainingError: the loss is not finite or runs away.
+        RunMismatchError: the checkpoint belongs to another student, other settings, targets or seed.
+        StorageError: the checkpoint cannot be read or written.
+    """
+    identity = content_hash([candidate.with_thresholds((None,) * len(candidate.exits)), distill, settings])
+    identity = content_hash([identity, network.ranges(), targets.key, seed])
+    lr = settings.lr * distill.lr
+    optimizer = torch.optim.AdamW(parameter_groups(network, 0.0), lr=lr, fused=True)
+    guard = LossGuard(f"student {candidate.arch_id}, QAT", lr, "finish.qat_lr")
+    done: list[EpochRecord] = []
+    if checkpoint is not None and (content := read_checkpoint(checkpoint, identity)) is not None:
+        done, guard.first = epochs_from_plain(content["epochs"]), content["first_loss"]
+        network.load_state_dict(content["weights"])
+        network.set_ranges(QuantSpec(content["lo"], content["hi"], network.ranges().images))
+        optimizer.load_state_dict(content["optimizer"])
+    with threads(1):
+        for epoch in range(len(done), settings.epochs):
+            record = _one_epoch(network, targets, distill, settings, seed, epoch, optimizer, guard)
+            done.append(record)
+            if checkpoint is not None:
+                write_checkpoint(checkpoint, identity, _content(network, optimizer, done, guard))
+            if progress is not None:
+                progress(record)
+    network.observes = False
+    return tuple(done)
+
+
+def _content(
+    network: FakeQuantNetwork, optimizer: torch.optim.Optimizer, done: list[EpochRecord], guard: LossGuard
+) -> dict[str, Any]:
+    ranges = network.ranges()
+    return {
+        "weights": dict(network.state_dict()),
+        "lo": ranges.lo,
+        "hi": ranges.hi,
+        "optimizer": optimizer.state_dict(),
+        "epochs": epochs_to_plain(done),
+        "first_loss": guard.first,
+    }
+
+
+def _one_epoch(
+    network: FakeQuantNetwork,
+    targets: Targets,
+    distill: DistillSettings,
+    settings: QatSettings,
+    seed: int,
+    epoch: int,
+    optimizer: torch.optim.Optimizer,
+    guard: LossGuard,
+) -> EpochRecord:
+    started = time.thread_time()
+    variant = (epoch + seed) % targets.variants
+    images, logits, labels = targets.images[variant], targets.logits[variant], targets.labels
+    per_epoch = steps_per_epoch(len(labels), distill.batch_size)
+    steps = settings.epochs * per_epoch
+    loss_sum, right, seen = 0.0, 0, 0
+    parameters = list(network.parameters())
+    for i, index in enumerate(batches(len(labels), distill.batch_size, np.random.default_rng([seed, epoch]))):
+        step = epoch * per_epoch + i
+        network.observes = step < (1 - FROZEN) * steps
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * distill.lr * lr_share(step, steps, WARMUP)
+        index = np.sort(index)
+        target = torch.from_numpy(labels[index])
+        outputs = network(raw_tensor(images[index]))
+        loss = student_loss(outputs, torch.from_numpy(logits[index]), target, distill)
+        value = loss.item()
+        guard.step(value, epoch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, distill.clip_norm)
+        optimizer.step()
+        loss_sum += value * len(index)
+        right += int((outputs[-1].detach().argmax(1) == target).sum())
+        seen += len(index)
+    return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
+
+
+def raw_tensor(images: NDArray[np.uint8]) -> torch.Tensor:
+    """Raw pixels float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3]."""
+    return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
+
+
+def simulated_logits(network: FakeQuantNetwork, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Logits float32 [E, N, K] of the simulation, for uint8 images [N, H, W, 3]; one thread."""
+    network.observes = False
+    parts = []
+    with threads(1), torch.inference_mode():
+        for start in range(0, len(images), EVAL_BATCH):
+            parts.append(torch.stack(network(raw_tensor(images[start : start + EVAL_BATCH]))).numpy())
+    return np.concatenate(parts, axis=1)

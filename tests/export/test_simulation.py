@@ -1,0 +1,101 @@
+"""The int8 network in torch computes what ONNX Runtime computes from the graph that is written from its weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from export_networks import MEAN, STD, random_candidate, small_candidate, smooth_images
+
+from nas.compress.fakequant import FakeQuantNetwork
+from nas.core.errors import RecordError
+from nas.core.records import Candidate, QuantSpec
+from nas.devices.onnxruntime_cpu import run_model
+from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, Dialect
+from nas.export.graph import random_weights
+from nas.recipe.deployed import calibrated, deployed_logits
+from nas.recipe.qat import raw_tensor, simulated_logits
+
+IMAGES = 100
+MIXES = {"int8": ("int8",) * 5, "mixed": ("fp32", "int8", "fp32", "int8", "int8"), "ends": ("int8", *("fp32",) * 4)}
+
+
+def network(candidate: Candidate, dialect: Dialect = ORT, seed: int = 0) -> FakeQuantNetwork:
+    """With random weights and the ranges of a calibration."""
+    weights = random_weights(candidate, seed)
+    images = smooth_images(64, candidate.resolution, seed)
+    return FakeQuantNetwork(
+        candidate, weights, calibrated(candidate, weights, MEAN, STD, images, run_model), MEAN, STD, dialect
+    )
+
+
+def both(candidate: Candidate, made: FakeQuantNetwork, dialect: Dialect = ORT) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the simulation and of the exported graph."""
+    images = smooth_images(IMAGES, candidate.resolution, 1)
+    parts = made.weights(), made.ranges(), MEAN, STD, images, run_model, dialect
+    return simulated_logits(made, images), deployed_logits(candidate, *parts)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_most_images_have_the_same_logits_to_the_last_bit_in_onnx_runtime(mix: str) -> None:
+    candidate = small_candidate().with_precision(MIXES[mix])
+    here, there = both(candidate, network(candidate))
+    assert (here == there).all(axis=(0, 2)).mean() >= 0.92
+    assert (here.argmax(2) == there.argmax(2)).mean() >= 0.999
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_network_of_the_records_is_simulated(seed: int) -> None:
+    candidate = random_candidate(np.random.default_rng(seed)).with_precision("int8")
+    here, there = both(candidate, network(candidate, seed=seed))
+    assert (here == there).all(axis=(0, 2)).mean() >= 0.92
+
+
+@pytest.mark.parametrize("dialect", [TRT_8_4, TRT_10_13], ids=lambda d: d.name)
+def test_graphs_with_pairs_at_inputs_are_simulated(dialect: Dialect) -> None:
+    candidate = small_candidate("int8")
+    here, there = both(candidate, network(candidate, dialect), dialect)
+    assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
+    assert (here.argmax(2) == there.argmax(2)).mean() > 0.97
+
+
+def test_trained_weights_and_ranges_are_what_is_exported() -> None:
+    candidate = small_candidate("int8")
+    made = network(candidate)
+    before = made.weights()
+    made.observes = True
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-2)
+    for step in range(3):
+        sum(z.square().mean() for z in made(raw_tensor(smooth_images(8, 32, step)))).backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.parameters())
+        optimizer.step()
+    assert all(not np.array_equal(before[name], value) for name, value in made.weights().items())
+    here, there = both(candidate, made)
+    assert (here == there).all(axis=(0, 2)).mean() >= 0.92
+
+
+def test_ranges_follow_the_tensors_while_they_are_observed_and_stay_otherwise() -> None:
+    candidate = small_candidate("int8")
+    made = network(candidate)
+    first = made.ranges()
+    dark = raw_tensor(np.zeros((2, 32, 32, 3), np.uint8))
+    made(dark)
+    assert made.ranges() == first
+    made.observes = True
+    made(dark)
+    second = made.ranges()
+    assert second.hi["image"] == pytest.approx(
+        0.95 * first.hi["image"] + 0.05 * -min(m / s for m, s in zip(MEAN, STD, strict=True))
+    )
+    assert second.hi.keys() == first.hi.keys()
+
+
+def test_weights_and_ranges_of_another_candidate_are_refused() -> None:
+    candidate = small_candidate("int8")
+    made = network(candidate)
+    weights = made.weights()
+    with pytest.raises(RecordError, match=r"ranges have no tensor 'image'; calibrate"):
+        FakeQuantNetwork(candidate, weights, QuantSpec({}, {}, 0), MEAN, STD, ORT)(torch.zeros(1, 3, 32, 32))
+    del weights["head.classifier.bias"]
+    with pytest.raises(RecordError, match=r"weights have no 'head\.classifier\.bias'; they belong to another"):
+        FakeQuantNetwork(candidate, weights, made.ranges(), MEAN, STD, ORT)
