@@ -17,7 +17,6 @@ from nas.core.run import ExitConfidence
 from nas.latency.confidence import calibration_error, fit_temperature
 
 
-
 @dataclass(frozen=True, slots=True)
 class StudentConfidence:
     """`confidence-<precision>.json`: calibration of each exit of a finished student, the head last."""

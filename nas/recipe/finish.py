@@ -140,7 +140,17 @@ def _known(job: FinishJob, folder: Path) -> FinishedStudent | None:
     finished = read_record(FinishedStudent, folder / RECORD_FILE)
     if finished.pruning == job.pruning:
         return finished
-    own = (RECORD_FILE, "final-*", "weights*", "quant*", "confidence-*", "importance-*", "prune-*.ckpt", "finish.ckpt", "qat-*.ckpt")
+    own = (
+        RECORD_FILE,
+        "final-*",
+        "weights*",
+        "quant*",
+        "confidence-*",
+        "importance-*",
+        "prune-*.ckpt",
+        "finish.ckpt",
+        "qat-*.ckpt",
+    )
     for path in (path for pattern in own for path in folder.glob(pattern)):  # the record first
         path.unlink(missing_ok=True)
     return None
@@ -271,9 +281,7 @@ def _deploy(job: FinishJob, finished: FinishedStudent, candidate: Candidate, con
     return finished
 
 
-def _calibrate_confidence(
-    job: FinishJob, precisions: tuple[Precision, ...], context: Context, folder: Path
-) -> None:
+def _calibrate_confidence(job: FinishJob, precisions: tuple[Precision, ...], context: Context, folder: Path) -> None:
     """Fits the temperatures of a precision whose logits are there, and keeps them."""
     if not job.calibrate_confidence:
         return

@@ -421,7 +421,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
 FINISHED_FILES = (
     *("finished.json", "final-*", "quant.json", "weights.safetensors", "finish.ckpt"),
-    *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt"),
+    *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt", "confidence-*.json"),
     *("importance-*", "parent-*", "prune-*.ckpt"),
 )
 

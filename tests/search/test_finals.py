@@ -443,7 +443,7 @@ class Streaming(Working):
 
     streams = 0
 
-    def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
+    def stream_times(self, job: StreamJob, _: OnProgress | None = None) -> StreamTimes:
         self.streams += 1
         times = tuple(0.1 + 0.01 * i for i in range(len(job.images)))
         return StreamTimes(times, times, True)
