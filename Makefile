@@ -4,8 +4,11 @@
 PYTHON ?= python3
 VENV := .venv/bin
 STAMP := .venv/.nas-setup
+# The interpreter that was named, where it is another one than that of .venv: then .venv is made anew.
+NAMED := $(if $(filter-out file default undefined,$(origin PYTHON)),$(PYTHON))
+OTHER := $(if $(and $(wildcard $(STAMP)),$(NAMED)),$(if $(filter $(NAMED),$(shell cat $(STAMP))),,yes))
 
-.PHONY: help setup search test check bench clean
+.PHONY: another-interpreter help setup search test check bench clean
 
 help:
 	@echo "make search   set-up, then the default experiment to its end (experiments/quickstart.yaml)"
@@ -17,8 +20,8 @@ help:
 
 setup: $(STAMP)
 
-# Done again only when the dependencies change. An interrupted set-up leaves no stamp, so the next one completes it.
-$(STAMP): pyproject.toml constraints.txt
+# Done again only when the dependencies or the named interpreter change. An interrupted set-up leaves no stamp, so the next one completes it.
+$(STAMP): pyproject.toml constraints.txt $(if $(OTHER),another-interpreter)
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
 	  echo "error: '$(PYTHON)' was not found. Python 3.11 or newer is needed; name it: make setup PYTHON=/path/to/python3" >&2; exit 2; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -26,9 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "error: '$(PYTHON)' has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
 	@echo "setting up .venv (about two minutes, once)"
-	@"$(PYTHON)" -m venv .venv
+	@"$(PYTHON)" -m venv $(if $(OTHER),--clear )'.venv'
 	@"$(VENV)/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch "$(STAMP)"
+	@echo "$(PYTHON)" > "$(STAMP)"
 
 search: setup
 	@"$(VENV)/nas" search experiments/quickstart.yaml $(ARGS)

@@ -1,8 +1,8 @@
 """What does a finalist lose with fewer expansion channels, and is cutting it better than training the narrow network?
 
 For each seed one network is distilled in full (the parent), then at equal widths: cut by Taylor, L1 or at random and
-distilled further, cut on the way, trained from new weights for as many epochs as a finalist, and for the CPU seconds of
-the parent and its pruning together. `uniform` cuts the same share of every block. `longer` is the parent distilled
+distilled further, cut on the way, trained from new weights for as many epochs as a finalist, and at the cost of the
+parent and its pruning together. `uniform` cuts the same share of every block. `longer` is the parent distilled
 further without a cut. All of them are jobs of `nas search`; with --folder a run that was stopped goes on.
 
 Run: python -m benchmarks.pruning [--set KEY=VALUE] [--share 0.3] [--seeds 3] [--folder DIR] [--table] [--json]
@@ -154,14 +154,16 @@ def run_seed(bench: Bench, seed: int) -> dict[str, Any]:
 
 
 def from_scratch(bench: Bench, narrow: Candidate, seed: int) -> dict[str, Any]:
-    """The narrow network from new weights: as any finalist, and for the CPU seconds of parent and pruning together."""
+    """The narrow network from new weights: as any finalist, and at the cost of parent and pruning together.
+
+    Cost is multiply-adds times epochs: the CPU seconds of a machine that others use too differ by a third.
+    """
     bench.run("scratch", seed, bench.job("scratch", narrow, seed))
-    once = bench.finished("scratch", seed)
-    spent = bench.finished("parent", seed).cost_s + bench.finished("taylor", seed).cost_s
-    epochs = max(1, round(once.epochs * spent / once.cost_s))
-    distill = replace(bench.experiment.distill, epochs=epochs)
-    bench.run("scratch_equal", seed, bench.job("scratch_equal", narrow, seed, distill=distill))
-    return {arm: row(bench, arm, seed) for arm in ("scratch", "scratch_equal")}
+    spent = sum(total_macs(d.candidate) * d.epochs for d in (bench.finished(a, seed) for a in ("parent", "taylor")))
+    epochs = round(spent / total_macs(narrow))
+    arm, distill = f"scratch-{epochs}", replace(bench.experiment.distill, epochs=epochs)
+    bench.run(arm, seed, bench.job(arm, narrow, seed, distill=distill))
+    return {"scratch": row(bench, "scratch", seed), "scratch_equal": row(bench, arm, seed)}
 
 
 def row(bench: Bench, arm: str, seed: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import numpy as np
 import onnx
@@ -446,31 +446,32 @@ def _result(
     )
 
 
-def requires_path(path: Path, what: str) -> Path:
-    """`path` where it exists; otherwise the calling test is skipped, and the reason names what is missing."""
-    if not path.exists():
-        import pytest
+def skip(reason: str) -> NoReturn:
+    """Skips the calling test; every skip goes through here. `reason` names what is missing."""
+    import pytest
 
-        pytest.skip(f"{what} is not there: {path}")
+    pytest.skip(reason)
+
+
+def requires_path(path: Path, what: str) -> Path:
+    """`path` where it exists; otherwise the calling test is skipped."""
+    if not path.exists():
+        skip(f"{what} is not there: {path}")
     return path
 
 
 def requires_program(name: str, what: str) -> str:
-    """Path of a program; otherwise the calling test is skipped, and the reason names what is missing."""
+    """Path of a program; otherwise the calling test is skipped."""
     found = shutil.which(name)
     if found is None:
-        import pytest
-
-        pytest.skip(f"{what} needs the program {name}, which is not on PATH")
+        skip(f"{what} needs the program {name}, which is not on PATH")
     return found
 
 
 def requires_package(name: str, what: str) -> None:
-    """Skips the calling test where an optional package is not installed; the reason names it."""
+    """Skips the calling test where an optional package is not installed."""
     if importlib.util.find_spec(name) is None:
-        import pytest
-
-        pytest.skip(f"{what} needs the package {name}, which is not installed")
+        skip(f"{what} needs the package {name}, which is not installed")
 
 
 def requires_postgresql() -> Path:

@@ -164,3 +164,22 @@ def test_setup_refuses_an_old_or_missing_python_with_what_to_do(tmp_path: Path) 
         assert done.returncode == 2
         assert message in done.stderr
         assert not (copy / ".venv").exists()
+
+
+def test_another_interpreter_that_is_named_makes_the_environment_anew(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    for name in ("one", "two"):
+        python = tmp_path / name
+        pip = f"'#!/bin/sh\\necho \"$@\" >> {tmp_path}/pip\\n'"
+        python.write_text(
+            f'#!/bin/sh\n[ "$2" = venv ] || exit 0\necho {name} $3 >> {made}\nmkdir -p .venv/bin\n'
+            f"printf {pip} > .venv/bin/python\nchmod +x .venv/bin/python\n",
+            encoding="utf-8",
+        )
+        python.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    for named in ("PYTHON=./one", "PYTHON=./one", "ARGS=", "PYTHON=./two", "ARGS="):
+        done = subprocess.run(["make", "-C", str(tmp_path), "setup", named], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert made.read_text(encoding="utf-8") == "one .venv\ntwo --clear\n"

@@ -98,11 +98,9 @@ def capability_checks(state: Mapping[str, Any], runtime: str, version: str) -> I
 
     if runtime != "tensorrt" or state.get("soc") not in SILICON:
         return
-    can = capability_of(str(state["soc"]), version, str(state.get("module") or ""))
+    can = capability_of(str(state["soc"]), version)
     text = f"TensorRT {version}: {', '.join(can.precisions)}; ONNX up to opset {can.max_opset}"
     text += "".join(f"; {r.operator} is written as {r.instead}" for r in can.rewrites)
-    if can.dla_cores is not None:
-        text += f"; {can.dla_cores} DLA cores"
     without = "; ".join(f"no {p}: {why}" for p, why in can.without.items())
     yield Check("board can do", "OK", f"{text}. {without}" if without else text, area="device")
 

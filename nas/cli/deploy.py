@@ -52,7 +52,9 @@ def command(
     table cannot be written.
     """
     from nas.devices import open_device
-    from nas.devices.ssh import Ssh
+    from nas.devices.agent import packed_agent
+    from nas.devices.remote import RemoteDevice
+    from nas.export.package import check_scripts, verify_package
     from nas.latency.table import LatencyTable
     from nas.measure.deploy import board_folder, deploy, run_on_board
 
@@ -65,6 +67,8 @@ def command(
         raise UsageError(f"--device {device}: a package is deployed on one board at a time")
     with console.reporter() as reporter:
         target = open_device(device, console.warn)
+        if is_board and not no_copy:  # before anything is measured
+            check_scripts(verify_package(package).package, packed_agent().data)
         opened = LatencyTable.open(table or Path("latency_tables") / target.profile.name, target.profile)
         for line in opened.warnings:
             console.warn(line)
@@ -76,14 +80,10 @@ def command(
             of=of,
             progress=lambda what, share: reporter.progress(f"deploying: {what}", share, 1.0),
         )
-        if is_board and not no_copy:
-            from nas.devices.address import parse_address
-            from nas.devices.remote import RemoteDevice
-
-            if isinstance(target, RemoteDevice):
-                target.close()  # what its agent holds of the memory of the GPU is for the package's scripts now
-            with Ssh(parse_address(device).ssh) as ssh:
-                done = run_on_board(done, ssh, to or board_folder(done.package.manifest), reporter.say)
+        if isinstance(target, RemoteDevice):
+            if not no_copy:
+                done = run_on_board(done, target, to or board_folder(done.package.manifest), reporter.say)
+            target.close()
     _show(console, done, str(opened.folder))
     if not done.is_good:
         raise BudgetError(f"{package} is not good on {done.device.name}: {'; '.join(done.reasons)}")
@@ -99,6 +99,8 @@ def _show(console: Console, done: Deployment, table: str) -> None:
         name = "all layers" if path.exit_index == head else f"exit {path.exit_index}"
         rows.append([name, f"{100 * path.share:.0f} %", *times, str(path.samples), "yes" if path.is_stable else "no"])
     console.table(("path", "images", "latency", "median", "p95", "samples", "calm"), rows)
+    if done.transfer_ms is not None:
+        console.say(f"copying inputs and outputs takes another {format_ms(done.transfer_ms)}, which is in no latency")
     found = done.parity
     console.say(
         f"answers: same exit {100 * found.exit_agreement:.1f} %, same class {100 * found.top1_agreement:.1f} %, logits "
@@ -130,6 +132,7 @@ def _show(console: Console, done: Deployment, table: str) -> None:
             "figures": done.latency.figures,
             "median_figures": done.medians,
             "paths": done.latency.paths,
+            "transfer_ms": done.transfer_ms,
             "budget_ms": done.budget_ms,
             "budget_of": done.budget_of,
             "margin_ms": done.margin_ms,

@@ -347,10 +347,6 @@ def check_inference(device: Any, name: str, precision: Any) -> Check:
     if not (np.isfinite(first).all() and np.array_equal(first, second) and np.ptp(first, axis=0).max() > 0):
         return Check(title, "FAIL", "a small network gave wrong answers", "make setup", "device")
     text = f"a small network runs on {profile.board}, {profile.runtime} {profile.runtime_version}"
-    sums = profile.details.get("int8_sums", "exact")
-    if precision == "int8" and sums != "exact":
-        fix = "nothing to do: the accuracy of int8 students is measured here; it may differ on another CPU"
-        return Check(title, "WARN", f"{text}; int8 sums: {sums}", fix, "device")
     return Check(title, "OK", text, area="device", details={"device": profile.name})
 
 

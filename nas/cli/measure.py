@@ -66,7 +66,7 @@ def command(
     from nas.devices import open_device
     from nas.latency.table import LatencyTable
     from nas.measure.covering import fill_covering, mixed_ways
-    from nas.measure.fill import SECONDS_PER_ROW, fill, measure_streaming
+    from nas.measure.fill import fill, measure_streaming, pace_of
 
     if how == "covering" and space is None:
         raise UsageError("--how covering goes with --space NAME: the networks are from it")
@@ -95,8 +95,8 @@ def command(
             _covering_plan(console, document, loaded, missing, engine_s)
             return
     if dry_run:
-        # Known of ONNX Runtime only: how long an engine is built for depends on the board.
-        about_s = len(missing) * SECONDS_PER_ROW if target.profile.runtime == "ort" else None
+        row_s = pace_of(target.profile.runtime, None if is_new else opened).row_s
+        about_s = None if row_s is None else len(missing) * row_s
         about = "an engine for each" if about_s is None else f"about {format_duration(about_s)} on a calm machine"
         console.say(f"{len(missing)} rows to measure, {about}")
         console.result({**document, "about_s": about_s})

@@ -242,6 +242,14 @@ def _show_plan(console: Console, plan: Plan) -> None:
         console.say("nothing to do: this run is finished")
         return
     console.say()
-    rows = [[phase.name, phase.what, f"about {format_duration(phase.about_s)}"] for phase in plan.phases]
+    rows = [
+        [phase.name, phase.what, "unknown" if phase.about_s is None else f"about {format_duration(phase.about_s)}"]
+        for phase in plan.phases
+    ]
     console.table(("phase", "work", "roughly"), rows)
     console.say(f"roughly {format_duration(plan.about_s)} in all; other machines differ by a factor of two")
+    if plan.unknown:
+        console.say(
+            f"without: {', '.join(plan.unknown)}. Each is an engine that the board builds for seconds to many minutes; "
+            "how long is known after the first few: nas measure --device DEVICE --space NAME, stopped when you like"
+        )

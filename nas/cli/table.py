@@ -353,6 +353,7 @@ def _record(
         "spread": (high - low) / middle if samples and middle > 0 else None,
         "energy_mj": m.energy_mj,
         "energy_std_mj": m.energy_std_mj,
+        "transfer_ms": m.transfer_ms,
         "temperature_c": m.temperature_c,
         "clock_mhz": m.clock_mhz,
         "clock": m.clock,
@@ -396,7 +397,7 @@ def _totals(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "group": group,
             "precision": precision,
             "rows": len(found),
-            "failed": sum(r["latency_ms"] is None for r in found),
+            "failed": sum(r["error"] is not None for r in found),
             "samples": sum(r["samples"] for r in found),
             "sum_ms": sum(r["latency_ms"] or 0.0 for r in found),
         }
@@ -525,7 +526,7 @@ def _ofa_yaml(console: Console, table: LatencyTable, precision: str | None) -> s
     chosen = [x for x in layers if precision in (None, x.precision)]
     blocks = [x for x in chosen if x.kind == "inverted_residual"]
     if len(blocks) < len(chosen):
-        console.warn(f"{len(chosen) - len(blocks)} rows are no blocks and left out; --format json has all")
+        console.warn(f"{len(chosen) - len(blocks)} rows are no inverted residuals and left out; --format json has all")
     lines = [f"# ms per block without the overhead of a call ({table.overhead_ms:.4g} ms); {table.profile.name}"]
     for x in blocks:
         row = table.rows[x.key]

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, ConvSpec, LayerSpec, QuantSpec
 from nas.core.walk import expand
+from nas.models.student import Attention, attend
 
 RANGE_MOMENTUM = 0.05  # weight of a batch in the exponential average of the ranges
 
@@ -167,19 +168,25 @@ class FakeQuantNetwork(nn.Module):
         return self._quantized(x) if is_paired else x
 
     def _layer(self, x: _Map, layer: LayerSpec) -> _Map:
-        y = squeezed = x
-        for spec in layer.convolutions:
-            if spec.name == "se_reduce":
-                squeezed = self._conv(self._pool(y, layer), spec, layer)
-            elif spec.name == "se_expand":
-                y = self._product(y, self._conv(squeezed, spec, layer), layer)
-            else:
-                y = self._conv(y, spec, layer)
-        if not layer.has_residual:
-            return y
-        if layer.precision == "int8" and self.rules.pairs_at == "inputs":
-            x = self._quantized(x)
-        return self._between(_Map(f"{layer.name}.sum", x.real + y.real), layer)
+        for branch in layer.branches:
+            y = squeezed = x
+            for spec in branch.convolutions:
+                if spec.name == "se_reduce":
+                    squeezed = self._conv(self._pool(y, layer), spec, layer)
+                elif spec.name == "se_expand":
+                    y = self._product(y, self._conv(squeezed, spec, layer), layer)
+                else:
+                    y = self._conv(y, spec, layer)
+                if spec.name == "qkv":  # attention itself stays float
+                    mixed = attend(y.real, layer.heads, Attention())
+                    y = self._between(_Map(f"{layer.name}.attention", mixed), layer)
+            if not branch.has_skip:
+                x = y
+                continue
+            if layer.precision == "int8" and self.rules.pairs_at == "inputs":
+                x = self._quantized(x)
+            x = self._between(_Map(f"{layer.name}.{branch.sum}", x.real + y.real), layer)
+        return x
 
     def _head(self, x: _Map, layer: LayerSpec) -> Tensor:
         is_pooled = False

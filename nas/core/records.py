@@ -7,20 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nas.core.errors import RecordError
 from nas.core.jsonio import content_hash, to_plain
 
 Activation = Literal["relu", "hard_swish"]
 Precision = Literal["fp32", "fp16", "int8"]
-BlockKind = Literal["inverted_residual"]
-LayerKind = Literal["stem", "inverted_residual", "head", "exit_head"]
+BlockKind = Literal["inverted_residual", "fused_inverted_residual", "depthwise_separable", "mlp", "attention"]
+LayerKind = Literal["stem", BlockKind, "head", "exit_head"]
+SlotKind = Literal["stem", "block", "head", "exit_head"]  # what may stand in a place of a network
 ClockKind = Literal["thread_cpu", "wall", "device_event"]
 
 # How networks are measured. 2: behind a quiet memory, until four sessions agree (2026-11-28). What 1 measured lay
 # up to 24 % above the best that was seen of a network, where the host's memory was busy.
 MEASURING_PROTOCOL = 2
+
+BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
+KINDS_WITH_SE: tuple[BlockKind, ...] = ("inverted_residual", "fused_inverted_residual")
+KINDS_WITH_EXPANSION: tuple[BlockKind, ...] = ("inverted_residual", "fused_inverted_residual", "mlp", "attention")
+KINDS_WITHOUT_SKIP: tuple[BlockKind, ...] = ("depthwise_separable",)
+HEAD_DIM = 16  # channels of a query, a key and a value; Graham et al. 2021, LeViT (arXiv 2104.01136), D = 16
+HEAD_WIDTH = 32  # token channels for each head of attention
+MAX_TOKENS = 256  # the cost of attention grows with the square of the tokens: 256 are a map of 16 px
 
 PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
 
@@ -73,9 +82,22 @@ class StemConfig:
 
 @dataclass(frozen=True, slots=True)
 class BlockConfig:
-    """One inverted residual (Sandler et al. 2018, Howard et al. 2019): expand 1x1, depthwise, SE, project 1x1.
+    """One block; a skip connection where the shape stays, except in the depthwise-separable kind.
 
-    No expand convolution where `expanded_channels == in_channels`; a skip connection where the shape stays.
+    Kinds (k is the kernel, wide `expanded_channels`):
+        inverted_residual: expand 1x1 (none where wide is `in_channels`), depthwise k x k, SE, project 1x1. Sandler et
+            al. 2018 (arXiv 1801.04381), Howard et al. 2019 (arXiv 1905.02244).
+        fused_inverted_residual: dense k x k to wide, SE, project 1x1. Gupta and Tan 2019, EfficientNet-EdgeTPU; Tan and
+            Le 2021, EfficientNetV2 (arXiv 2104.00298), Figure 2; differs: also where wide is `in_channels`.
+        depthwise_separable: depthwise k x k, 1x1, an activation behind each; wide is `in_channels`. Howard et al. 2017,
+            MobileNet (arXiv 1704.04861), Figure 3.
+        mlp: depthwise k x k mixes the pixels of each channel, then a pointwise MLP (in, wide, out) the channels of each
+            pixel. Liu et al. 2022, ConvNeXt (arXiv 2201.03545), Figure 4; differs: batch norm, which folds.
+        attention: depthwise k x k and 1x1 (the local part), the map unfolded into one token for each pixel, multi-head
+            self-attention, an MLP with `wide` hidden channels, folded again. Mehta and Rastegari 2022, MobileViT (arXiv
+            2110.02178); differs: tokens are pixels, for the maps of late stages are small; the parts are fused by sums
+            as in MobileViTv2 (arXiv 2206.02680); batch norm in place of layer norm as in LeViT (arXiv 2104.01136), so
+            that all but the attention itself are convolutions that fold and quantise.
     """
 
     in_channels: int
@@ -93,10 +115,18 @@ class BlockConfig:
         )
         _kernel(self.kernel_size)
         _stride(self.stride)
+        if self.use_se and self.kind not in KINDS_WITH_SE:
+            raise RecordError(f"a block of kind {self.kind} has no squeeze-and-excitation: {', '.join(KINDS_WITH_SE)}")
+        if self.kind not in KINDS_WITH_EXPANSION and self.expanded_channels != self.in_channels:
+            raise RecordError(
+                f"a block of kind {self.kind} does not expand: expanded_channels must be {self.in_channels} "
+                f"(in_channels), got {self.expanded_channels}"
+            )
 
     @property
     def has_residual(self) -> bool:
-        return self.stride == 1 and self.in_channels == self.out_channels
+        has_skip = self.kind not in KINDS_WITHOUT_SKIP
+        return has_skip and self.stride == 1 and self.in_channels == self.out_channels
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,12 +305,27 @@ class LayerSpec:
     segment: int = field(default=0, compare=False)
 
     @property
+    def is_block(self) -> bool:
+        return self.kind in BLOCK_KINDS
+
+    @property
     def has_residual(self) -> bool:
-        return self.kind == "inverted_residual" and self.stride == 1 and self.in_channels == self.out_channels
+        has_skip = self.is_block and self.kind not in KINDS_WITHOUT_SKIP
+        return has_skip and self.stride == 1 and self.in_channels == self.out_channels
 
     @property
     def has_expand(self) -> bool:
         return self.kind == "inverted_residual" and self.expanded_channels != self.in_channels
+
+    @property
+    def heads(self) -> int:
+        """Heads of attention, each of HEAD_DIM channels; 0 where there is none."""
+        return max(1, self.out_channels // HEAD_WIDTH) if self.kind == "attention" else 0
+
+    @property
+    def tokens(self) -> int:
+        """Pixels that attend to each other; 0 where there is no attention."""
+        return self.out_size**2 if self.kind == "attention" else 0
 
     @property
     def squeeze_channels(self) -> int:
@@ -295,25 +340,25 @@ class LayerSpec:
     def key(self) -> str:
         """Readable key of the latency row: everything that decides the cost, nothing else."""
         parts = [
-            {"stem": "stem", "inverted_residual": "ir", "head": "head", "exit_head": "exit"}[self.kind],
+            KEY_NAMES[self.kind],
             f"in={self.in_channels}x{self.in_size}x{self.in_size}",
             f"out={self.out_channels}x{self.out_size}x{self.out_size}",
         ]
-        if self.kind in ("stem", "inverted_residual"):
+        if self.is_block or self.kind == "stem":
             parts += [f"k={self.kernel_size}", f"s={self.stride}"]
         # The first exit heads had no convolution, and rows that were measured keep their keys.
-        if self.kind in ("inverted_residual", "head") or (self.kind == "exit_head" and self.expanded_channels):
+        if self.is_block or self.kind == "head" or (self.kind == "exit_head" and self.expanded_channels):
             parts.append(f"e={self.expanded_channels}")
         if self.kind in ("head", "exit_head"):
             parts.append(f"h={self.hidden_channels}")
-        if self.kind == "inverted_residual":
+        if self.is_block:
             parts.append(f"se={int(self.use_se)}")
         return "|".join([*parts, f"act={self.activation}", self.precision])
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of one image."""
-        return sum(c.macs for c in self.convolutions)
+        """Multiply-adds of one image: of the convolutions and of the two matrix products of attention."""
+        return sum(c.macs for c in self.convolutions) + 2 * self.heads * HEAD_DIM * self.tokens**2
 
     @property
     def params(self) -> int:
@@ -328,36 +373,103 @@ class LayerSpec:
 
     @property
     def feature_bytes(self) -> int:
-        """Bytes of the feature maps that its convolutions write, in the layer's precision."""
-        return PRECISION_BYTES[self.precision] * sum(c.out_channels * c.size**2 for c in self.convolutions)
+        """Bytes of the feature maps that its convolutions write, in the layer's precision, and of attention's maps.
+
+        Attention itself stays in float where the precision is int8.
+        """
+        maps = PRECISION_BYTES[self.precision] * sum(c.out_channels * c.size**2 for c in self.convolutions)
+        float_bytes = PRECISION_BYTES["fp32" if self.precision == "int8" else self.precision]
+        return maps + float_bytes * self.heads * self.tokens**2
 
     @property
     def convolutions(self) -> tuple[ConvSpec, ...]:
         """The convolutions that the layer executes, in order; linear layers are 1x1 convolutions at one pixel."""
+        return tuple(spec for branch in self.branches for spec in branch.convolutions)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What the layer executes: chains of convolutions, one after the other, each around its skip connection.
+
+        In a chain, `se_reduce` takes the global mean, `se_expand` gives the factor of what was there before, and behind
+        `qkv` stands the attention.
+        """
         size_in, size_out, c_in, c_out = self.in_size, self.out_size, self.in_channels, self.out_channels
-        wide, act = self.expanded_channels, self.activation
-        if self.kind == "stem":
-            return (ConvSpec("conv", c_in, c_out, self.kernel_size, self.stride, 1, size_out, act, True),)
-        if self.kind == "inverted_residual":
-            result = []
-            if self.has_expand:
-                result.append(ConvSpec("expand", c_in, wide, 1, 1, 1, size_in, act, True))
-            result.append(ConvSpec("depthwise", wide, wide, self.kernel_size, self.stride, wide, size_out, act, True))
-            if self.use_se:
-                squeeze = self.squeeze_channels
-                result.append(ConvSpec("se_reduce", wide, squeeze, 1, 1, 1, 1, "relu", False))
-                result.append(ConvSpec("se_expand", squeeze, wide, 1, 1, 1, 1, "hard_sigmoid", False))
-            result.append(ConvSpec("project", wide, c_out, 1, 1, 1, size_out, "linear", True))
-            return tuple(result)
-        result = []
-        if wide:
-            result.append(ConvSpec("conv", c_in, wide, 1, 1, 1, size_in, act, True))
-            c_in = wide
-        if self.hidden_channels:
-            result.append(ConvSpec("hidden", c_in, self.hidden_channels, 1, 1, 1, 1, act, False))
-            c_in = self.hidden_channels
-        result.append(ConvSpec("classifier", c_in, c_out, 1, 1, 1, 1, "linear", False))
-        return tuple(result)
+        wide, act, k, s = self.expanded_channels, self.activation, self.kernel_size, self.stride
+        skip = self.has_residual
+        match self.kind:
+            case "stem":
+                return (Branch((ConvSpec("conv", c_in, c_out, k, s, 1, size_out, act, True),)),)
+            case "inverted_residual":
+                expand = (ConvSpec("expand", c_in, wide, 1, 1, 1, size_in, act, True),) if self.has_expand else ()
+                depthwise = ConvSpec("depthwise", wide, wide, k, s, wide, size_out, act, True)
+                project = ConvSpec("project", wide, c_out, 1, 1, 1, size_out, "linear", True)
+                return (Branch((*expand, depthwise, *self._squeeze_and_excitation(), project), skip),)
+            case "fused_inverted_residual":
+                fused = ConvSpec("fused", c_in, wide, k, s, 1, size_out, act, True)
+                project = ConvSpec("project", wide, c_out, 1, 1, 1, size_out, "linear", True)
+                return (Branch((fused, *self._squeeze_and_excitation(), project), skip),)
+            case "depthwise_separable":
+                depthwise = ConvSpec("depthwise", c_in, c_in, k, s, c_in, size_out, act, True)
+                return (Branch((depthwise, ConvSpec("pointwise", c_in, c_out, 1, 1, 1, size_out, act, True))),)
+            case "mlp":
+                depthwise = ConvSpec("depthwise", c_in, c_in, k, s, c_in, size_out, "linear", True)
+                hidden = ConvSpec("expand", c_in, wide, 1, 1, 1, size_out, act, True)
+                project = ConvSpec("project", wide, c_out, 1, 1, 1, size_out, "linear", True)
+                return (Branch((depthwise, hidden, project), skip),)
+            case "attention":
+                inner = self.heads * HEAD_DIM
+                local = ConvSpec("local", c_in, c_in, k, s, c_in, size_out, act, True)
+                enter = ConvSpec("enter", c_in, c_out, 1, 1, 1, size_out, "linear", True)
+                qkv = ConvSpec("qkv", c_out, 3 * inner, 1, 1, 1, size_out, "linear", True)
+                merge = ConvSpec("merge", inner, c_out, 1, 1, 1, size_out, "linear", True)
+                hidden = ConvSpec("expand", c_out, wide, 1, 1, 1, size_out, act, True)
+                project = ConvSpec("project", wide, c_out, 1, 1, 1, size_out, "linear", True)
+                return (
+                    Branch((local, enter), skip, "local_sum"),
+                    Branch((qkv, merge), True, "attention_sum"),
+                    Branch((hidden, project), True),
+                )
+            case "head" | "exit_head":
+                result = []
+                if wide:
+                    result.append(ConvSpec("conv", c_in, wide, 1, 1, 1, size_in, act, True))
+                    c_in = wide
+                if self.hidden_channels:
+                    result.append(ConvSpec("hidden", c_in, self.hidden_channels, 1, 1, 1, 1, act, False))
+                    c_in = self.hidden_channels
+                result.append(ConvSpec("classifier", c_in, c_out, 1, 1, 1, 1, "linear", False))
+                return (Branch(tuple(result)),)
+
+    def _squeeze_and_excitation(self) -> tuple[ConvSpec, ...]:
+        if not self.use_se:
+            return ()
+        squeeze, wide = self.squeeze_channels, self.expanded_channels
+        return (
+            ConvSpec("se_reduce", wide, squeeze, 1, 1, 1, 1, "relu", False),
+            ConvSpec("se_expand", squeeze, wide, 1, 1, 1, 1, "hard_sigmoid", False),
+        )
+
+
+# Words of row keys; those that are there stay as they are, for tables hold them.
+KEY_NAMES: dict[LayerKind, str] = {
+    "stem": "stem",
+    "inverted_residual": "ir",
+    "head": "head",
+    "exit_head": "exit",
+    "fused_inverted_residual": "fused",
+    "depthwise_separable": "ds",
+    "mlp": "mlp",
+    "attention": "att",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A chain of convolutions inside a layer; with `has_skip` its input is added to what it gives, as tensor `sum`."""
+
+    convolutions: tuple[ConvSpec, ...]
+    has_skip: bool = False
+    sum: str = "sum"
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,9 +538,10 @@ class Measurement:
 
     `key` is a layer key (row), a candidate id (network), or a candidate id with `#k` (segment k).
     `rounds_ms` holds the samples of each round; `accepted` says which rounds were calm. `source` says what an imported
-    row was in the file it came from, and of which tables a merged one is the centre; empty where it was measured here.
+    row was in the file it came from, of which tables a merged one is the centre, and what a runtime warned of.
     `protocol` is the number of the measuring protocol. `energy_mj` is the energy of one inference from the power
     sensors of the device, its idle power included, `energy_std_mj` how far its rounds spread; None without a sensor.
+    `transfer_ms` are the copies of inputs and outputs to and from an accelerator, which are not in the latency.
     """
 
     key: str
@@ -448,6 +561,7 @@ class Measurement:
     protocol: int = MEASURING_PROTOCOL
     energy_mj: float | None = None
     energy_std_mj: float | None = None
+    transfer_ms: float | None = None
 
     def __post_init__(self) -> None:
         if (self.latency_ms is None) == (self.error is None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nas.core.errors import RecordError
-from nas.core.records import Candidate, ExitConfig, LayerSpec
+from nas.core.records import MAX_TOKENS, Candidate, ExitConfig, LayerSpec
 
 
 def expand(candidate: Candidate) -> tuple[LayerSpec, ...]:
@@ -12,7 +12,7 @@ def expand(candidate: Candidate) -> tuple[LayerSpec, ...]:
     A convolution of kernel k and stride s turns a side of n pixels into ceil(n / s) (padding k // 2).
 
     Raises:
-        RecordError: the maps shrink below one pixel before the network ends.
+        RecordError: the maps shrink below one pixel before the network ends, or attention stands on too large a map.
     """
     layers: list[LayerSpec] = []
     stem = candidate.stem
@@ -43,7 +43,7 @@ def expand(candidate: Candidate) -> tuple[LayerSpec, ...]:
             out_size = _shrunk(size, block.stride, name)
             layers.append(
                 LayerSpec(
-                    kind="inverted_residual",
+                    kind=block.kind,
                     in_channels=block.in_channels,
                     in_size=size,
                     out_channels=block.out_channels,
@@ -59,6 +59,7 @@ def expand(candidate: Candidate) -> tuple[LayerSpec, ...]:
                     segment=segment,
                 )
             )
+            _check_tokens(layers[-1])
             size = out_size
         place = exits.get(s)
         if place is not None:
@@ -103,6 +104,14 @@ def _exit_head(candidate: Candidate, place: ExitConfig, size: int, segment: int)
         name=f"exits.{segment}",
         segment=segment,
     )
+
+
+def _check_tokens(layer: LayerSpec) -> None:
+    if layer.tokens > MAX_TOKENS:
+        raise RecordError(
+            f"{layer.name}: attention on a map of {layer.out_size} px would have {layer.tokens} tokens; at most "
+            f"{MAX_TOKENS} are allowed: use a later stage, a smaller resolution or another kind"
+        )
 
 
 def _shrunk(size: int, stride: int, name: str) -> int:

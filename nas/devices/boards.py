@@ -91,11 +91,6 @@ class Boards:
         """State of the boards, as the first one that is left tells it."""
         return next(iter((self._left or self._boards).values())).profile
 
-    @property
-    def lost(self) -> dict[str, str]:
-        """Boards that are used no more, each with the reason."""
-        return dict(self._lost)
-
     def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
         """Told to every board."""
         for board in self._boards.values():

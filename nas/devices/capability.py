@@ -1,16 +1,16 @@
-"""What a board can do with TensorRT: precisions, ONNX operators, DLA. It bounds the search space beforehand.
+"""What a board can do with TensorRT: precisions, ONNX operators. It bounds the search space beforehand.
 
 Two things decide: the silicon (by its SoC) and the version of TensorRT that JetPack brought. Sources: NVIDIA's support
 matrices and hardware tables; onnx-tensorrt docs/operators.md of each branch (opsets); ceccocats/tkDNN#26 and
 NVIDIA-AI-IOT/torch2trt#255 (int8 on a Nano is slower than fp16), wang-xinyu/tensorrtx#831 (TX2); NVIDIA/Isaac-GR00T#575
-(no fp8 engine on Orin); TensorRT 11.3.0 and 11.4.1 Jetson migration pages (DLA).
+(no fp8 engine on Orin). DLA cores are not used: they would need quantization and a table of their own.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from nas.core.errors import DeviceError
@@ -24,19 +24,18 @@ WITHOUT = "without_"  # begins the name of a detail of a profile that says why i
 
 @dataclass(frozen=True, slots=True)
 class Silicon:
-    """A SoC. `sm` is the compute capability of its GPU, `dla` the number of its DLA cores by module, `` for any."""
+    """A SoC. `sm` is the compute capability of its GPU."""
 
     name: str
     sm: tuple[int, int]
-    dla: Mapping[str, int] = field(default_factory=dict)
 
 
 # Thor counts as 11.0 under CUDA 13 and as 10.1 before.
 SILICON = {
     "tegra210": Silicon("Jetson Nano, TX1", (5, 3)),
     "tegra186": Silicon("Jetson TX2", (6, 2)),
-    "tegra194": Silicon("Jetson Xavier", (7, 2), {"": 2}),
-    "tegra234": Silicon("Jetson Orin", (8, 7), {"Orin Nano": 0, "Orin NX 8GB": 1, "Orin NX 16GB": 2, "AGX Orin": 2}),
+    "tegra194": Silicon("Jetson Xavier", (7, 2)),
+    "tegra234": Silicon("Jetson Orin", (8, 7)),
     "tegra264": Silicon("Jetson Thor", (11, 0)),
 }
 
@@ -55,14 +54,13 @@ class Capability:
     """What one board can do with one version of TensorRT.
 
     `precisions` can be built and are worth it; `without` says of every other one why not. `max_opset` is the newest
-    ONNX opset that the parser reads. `dla_cores` is None where nobody knows it of the module.
+    ONNX opset that the parser reads.
     """
 
     precisions: tuple[BoardPrecision, ...]
     without: Mapping[BoardPrecision, str]
     max_opset: int
     rewrites: tuple[Rewrite, ...]
-    dla_cores: int | None
 
     def offered(self, precisions: tuple[Precision, ...]) -> tuple[Precision, ...]:
         """Those of `precisions` that the board can do."""
@@ -73,13 +71,12 @@ class Capability:
         return {f"{WITHOUT}{p}": self.without[p] for p in precisions if p in self.without}
 
 
-def capability_of(soc: str, tensorrt: str, module: str = "") -> Capability:
+def capability_of(soc: str, tensorrt: str) -> Capability:
     """What a board can do.
 
     Args:
         soc: such as `tegra234`, from `board.state`.
         tensorrt: version of TensorRT, such as `10.3.0`.
-        module: name of the module from `board.state`, as far as it is known; decides the number of DLA cores.
 
     Raises:
         DeviceError: the SoC is unknown, the version cannot be read, or this TensorRT does not run on it.
@@ -102,9 +99,8 @@ def capability_of(soc: str, tensorrt: str, module: str = "") -> Capability:
     return Capability(
         precisions=tuple(p for p in _ORDER if p not in without),
         without=without,
-        max_opset=_max_opset(version),
+        max_opset=newest_opset(version),
         rewrites=tuple(rewrites),
-        dla_cores=_dla_cores(silicon, version, module),
     )
 
 
@@ -125,6 +121,11 @@ def reads_hard_swish(version: Version) -> bool:
     return version >= (8, 4)
 
 
+def newest_opset(version: Version) -> int:
+    """Newest opset of the ONNX parser of this TensorRT: 13 before 8.4, 17 from there on, 20 from 10.0 on."""
+    return 13 if version < (8, 4) else 17 if version < (10,) else 20
+
+
 _ORDER: tuple[BoardPrecision, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4")
 
 
@@ -140,17 +141,3 @@ def _why_not(precision: BoardPrecision, silicon: Silicon, version: Version) -> s
     if least_version is not None and version < least_version:
         return f"TensorRT {'.'.join(map(str, version))} cannot; it begins with {'.'.join(map(str, least_version))}"
     return ""
-
-
-def _max_opset(version: Version) -> int:
-    """Newest opset of the ONNX parser: 13 before 8.4, 17 from there on, 20 from 10.0 on."""
-    return 13 if version < (8, 4) else 17 if version < (10,) else 20
-
-
-def _dla_cores(silicon: Silicon, version: Version, module: str) -> int | None:
-    """DLA cores that this TensorRT can use: none from 10.8 on, and again on AGX Orin from 11.4.1 on."""
-    if not silicon.dla:
-        return 0
-    if version[:2] > (10, 7) and (version < (11, 4, 1) or "AGX Orin" not in module):
-        return 0
-    return next((cores for name, cores in silicon.dla.items() if name in module), None)

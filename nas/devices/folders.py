@@ -1,10 +1,10 @@
-"""Brings a folder to a host behind SSH and runs Python programs in it there."""
+"""Brings a folder to a host behind SSH."""
 
 from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from nas.core.errors import DeviceError
 from nas.devices.ssh import DiskFullError, Ssh
@@ -14,19 +14,20 @@ SEND_LIMIT_S = 600.0
 _RECEIVE = """
 import os, shutil, sys, tarfile
 target, mark = sys.argv[1:3]
-part, old = target + ".part", target + ".old"
+part, old = (target + ".%d.%s" % (os.getpid(), name) for name in ("part", "old"))
 if os.path.exists(target) and not os.path.isfile(os.path.join(target, mark)):
     sys.exit("%s is there and was not put there by this program; give another folder" % target)
-shutil.rmtree(part, ignore_errors=True)
-os.makedirs(part, 0o700)
-with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
-    for entry in archive:
-        archive.extract(entry, part)
-shutil.rmtree(old, ignore_errors=True)
-if os.path.exists(target):
-    os.rename(target, old)
-os.rename(part, target)
-shutil.rmtree(old, ignore_errors=True)
+try:
+    os.makedirs(part, 0o700)
+    with tarfile.open(fileobj=sys.stdin.buffer, mode="r|") as archive:
+        for entry in archive:
+            archive.extract(entry, part)
+    if os.path.exists(target):
+        os.rename(target, old)
+    os.rename(part, target)
+finally:
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 """
 
 
@@ -49,27 +50,12 @@ def send_folder(ssh: Ssh, files: Mapping[str, bytes], target: str, mark: str) ->
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode = len(data), 0o600
             archive.addfile(entry, io.BytesIO(data))
-    code, _, said = ssh.run(
-        [python_of(ssh), "-c", _RECEIVE, target, mark], stdin=buffer.getvalue(), timeout_s=SEND_LIMIT_S
-    )
+    python = ssh.address.python.removeprefix("~/")  # programs start in the home folder
+    code, _, said = ssh.run([python, "-c", _RECEIVE, target, mark], stdin=buffer.getvalue(), timeout_s=SEND_LIMIT_S)
     if code != 0:
         reason = last_line(said)
         kind = DiskFullError if "No space left" in said else DeviceError
         raise kind(f"{ssh.address.shown}: {target} cannot be written: {reason}")
-
-
-def run_script(ssh: Ssh, folder: str, script: str, options: Sequence[str], timeout_s: float) -> tuple[int, str, str]:
-    """Runs a Python script of a folder on a host: exit status, output, error output.
-
-    Raises:
-        RemoteError: the host cannot be used, or the script did not end in time.
-    """
-    return ssh.run([python_of(ssh), f"{folder}/{script}", *options], timeout_s=timeout_s)
-
-
-def python_of(ssh: Ssh) -> str:
-    """The interpreter as a program's name: programs start in the home folder, so ~/ is nothing."""
-    return ssh.address.python.removeprefix("~/")
 
 
 def last_line(said: str) -> str:

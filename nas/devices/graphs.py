@@ -37,6 +37,18 @@ def identity_model() -> bytes:
 
 
 @cache
+def confidence_model() -> bytes:
+    """What a segment of a chain computes for the host's decision: softmax of 10 logits and its maximum."""
+    nodes = [
+        helper.make_node("Softmax", ["logits"], ["softmax"], name="softmax", axis=1),
+        helper.make_node("ReduceMax", ["softmax"], ["output"], name="max", axes=[1], keepdims=0),
+    ]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 10])
+    surest = helper.make_tensor_value_info("output", TensorProto.FLOAT, [1])
+    return _bytes(helper.make_graph(nodes, "confidence", [logits], [surest]))
+
+
+@cache
 def gate_model() -> bytes:
     """The decision at an early exit alone: softmax of 10 logits, its maximum against a threshold, an `If`."""
 
@@ -161,9 +173,12 @@ def overhead_job() -> MeasureJob:
     return MeasureJob(OVERHEAD_KEY, "overhead", "none", identity_model(), 0)
 
 
-def gate_job() -> MeasureJob:
-    """The job whose result, less the overhead, is what one early exit costs beside its head."""
-    return MeasureJob(GATE_KEY, "overhead", "none", gate_model(), 0)
+def gate_job(*, in_graph: bool = True) -> MeasureJob:
+    """The job whose result, less the overhead, is what one early exit costs beside its head.
+
+    `in_graph`: the graph itself decides; else the host does, and what that takes is in no measurement of a graph.
+    """
+    return MeasureJob(GATE_KEY, "overhead", "none", gate_model() if in_graph else confidence_model(), 0)
 
 
 def reference_job() -> MeasureJob:

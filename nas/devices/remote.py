@@ -15,7 +15,8 @@ import os
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TypeVar
@@ -61,6 +62,7 @@ T = TypeVar("T")
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between tries to connect again, doubled each time
 PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a board boots in about a minute
 RUN_LIMIT_S = 600.0
+RUN_BYTES = 32 << 20  # of images that lie on the board at a time: a Nano has 4 GB of memory for everything
 BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
 JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
@@ -229,16 +231,6 @@ class RemoteDevice:
             progress(1.0)
         return [results[i] for i in range(len(jobs))]
 
-    def measure_raw(self, jobs: Sequence[MeasureJob], *, sessions: int = 1) -> list[Message]:
-        """What the board says about jobs of one kind, one record for each: samples of each round, energy, warnings.
-
-        Raises: as `measure`.
-        """
-        plan = {**self._plan(jobs[0].kind), "sessions": sessions}
-        found: dict[int, Message] = {}
-        self._raw(jobs, plan, lambda _: None, found.__setitem__)
-        return [found[i] for i in range(len(jobs))]
-
     def profile_layers(self, job: MeasureJob, runs: int = 100) -> Message:
         """Time of each layer of a model, as the runtime gives it: `layers`, `build_s`, `warnings`, `state`.
 
@@ -267,6 +259,40 @@ class RemoteDevice:
         self._state = told["state"]
         return told
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else measures on the board or deploys to it within; another program's work is waited for.
+
+        Raises:
+            RefusedRequestError: `busy`: it takes too long.
+        """
+        self._with_link(lambda link: link.ask({"op": "hold", "is_held": True}, on_message=self._waiting))
+        try:
+            yield
+        finally:
+            if self._connection.link is not None:  # with the connection the board is let go
+                self._with_link(lambda link: link.ask({"op": "hold", "is_held": False}))
+
+    def run_script(self, folder: str, script: str, options: Sequence[str], limit_s: float) -> tuple[int, str, str]:
+        """Runs a Python program that lies on the board, while nobody measures there; it ends with this connection.
+
+        Args:
+            folder: relative to the home folder there, or absolute.
+            script: its file.
+            options: its arguments.
+            limit_s: how long it may take.
+
+        Returns:
+            Exit status, output and error output.
+
+        Raises:
+            RemoteError: the board cannot be used.
+            RefusedRequestError: it did not end in time, or another program keeps the board.
+        """
+        request = {"op": "script", "folder": folder, "script": script, "options": list(options), "limit_s": limit_s}
+        told = self._with_link(lambda link: link.ask(request, on_message=self._waiting))
+        return int(told["code"]), str(told["out"]), str(told["err"])
+
     def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
         """Typical time of each layer of the engine that the board builds of a model; see `LayerTimer`."""
         return layer_times_of(self.profile_layers(MeasureJob("layers", "network", precision, model, 0))["layers"])
@@ -289,6 +315,11 @@ class RemoteDevice:
         if not len(images):
             raise DeviceError("no images were given to run")
         model = self._portable(model)
+        size = max(1, RUN_BYTES // images[0].nbytes)
+        parts = [self._run_part(model, images[start : start + size]) for start in range(0, len(images), size)]
+        return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+    def _run_part(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         kind = "<f2" if images.dtype == np.float16 else "<f4"  # feature maps between segments may be half floats
         data = np.ascontiguousarray(images, dtype=kind).tobytes()
         files = {_sha256(model): model, _sha256(data): data}
@@ -373,8 +404,7 @@ class RemoteDevice:
                     give(index, result)
             elif "progress" in message:
                 tell(float(message["progress"]))
-            if "waiting" in message:
-                self._say(f"{self._address.ssh.shown}: waiting, {message['waiting']}")
+            self._waiting(message)
 
         def ask(link: AgentLink) -> None:
             expected = [ms for ms in (self._expected_ms, self._best_ms) if ms is not None]
@@ -382,6 +412,10 @@ class RemoteDevice:
 
         self._with_link(ask)
         self._with_link(lambda link: link.ask({"op": "acknowledge", "batch": request["batch"]}))
+
+    def _waiting(self, message: Message) -> None:
+        if "waiting" in message:
+            self._say(f"{self._address.ssh.shown}: waiting, {message['waiting']}")
 
     def _sent(self, job: MeasureJob) -> tuple[Message, dict[str, bytes]]:
         """A job as it travels, and the files that it needs."""
@@ -428,6 +462,7 @@ class RemoteDevice:
             "alive": settings.alive(kind),
             "hang_s": settings.hang_s,
             "build_s": BUILD_LIMIT_S if slow else settings.hang_s,
+            "whole": int(kind in ("network", "segment")),
         }
 
     def _asked(
@@ -533,9 +568,12 @@ class RemoteDevice:
             return replace(empty, error=error)
         best = self._known_best(min((raw["best_ms"] for raw in raws if raw["best_ms"] is not None), default=None))
         energy = next((raw["energy"] for raw in raws if (raw.get("energy") or {}).get("mj")), None)
+        notes = tuple(dict.fromkeys(str(note) for raw in raws for note in raw["warnings"]))
+        # with tactics passed over it is another engine than the one that a board with free memory builds
+        is_whole = not any(note.startswith("skipped_tactics") for note in notes)
         attempts = [_attempt(r) for r in rounds]
         accepted = [
-            is_accepted(a, best, self._settings) and not r.get("throttled")
+            is_accepted(a, best, self._settings) and not r.get("throttled") and is_whole
             for a, r in zip(attempts, rounds, strict=True)
         ]
         return replace(
@@ -547,8 +585,10 @@ class RemoteDevice:
             session_ms=values,
             temperature_c=max((r["temperature_c"] for r in rounds if r.get("temperature_c") is not None), default=None),
             clock_mhz=min((r["clock_mhz"] for r in rounds if r.get("clock_mhz") is not None), default=None),
+            source="; ".join(notes),
             energy_mj=None if energy is None else float(energy["mj"]),
             energy_std_mj=None if energy is None else float(energy["std_mj"]),
+            transfer_ms=next((float(raw["transfer_ms"]) for raw in raws if raw["transfer_ms"] is not None), None),
         )
 
 
@@ -617,7 +657,7 @@ def _capability(runner: RemoteRunner, state: Message) -> Capability | None:
     """What the board can do with its TensorRT; None of another runtime, and of silicon that is not in our table."""
     if runner.runtime != "tensorrt" or state.get("soc") not in SILICON:
         return None
-    return capability_of(state["soc"], runner.version, str(state.get("module") or ""))
+    return capability_of(state["soc"], runner.version)
 
 
 def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:

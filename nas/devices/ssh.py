@@ -3,11 +3,16 @@
 Nothing is ever asked on the terminal (BatchMode), and what fails is told with the command that mends it. All
 connections of one `Ssh` share the first one (ControlMaster) through a socket in a private folder; nothing goes on after
 `close`.
+
+For a jump host (ProxyJump, -J) ssh starts another ssh, to which it hands its -F file and none of its -o options. So
+what has to hold there too stands in a file of ours, which includes the user's. Where a ProxyCommand starts a program
+that knows neither, that has no terminal and no askpass to ask with.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -21,14 +26,17 @@ from nas.core.errors import DeviceError, UsageError
 
 CONNECT_TIMEOUT_S = 15
 ALIVE_INTERVAL_S, ALIVE_COUNT = 15, 3  # a link that is silent for so long is taken for cut
+_CONFIGS = (Path("~/.ssh/config"), Path("/etc/ssh/ssh_config"))  # what ssh reads where no file is named
 _MOST_SOCKET_PATH = 80  # bytes; the kernel takes 108, and ssh adds 17 while it makes the socket
 
+_EVERYWHERE = (  # jump hosts are hosts, too
+    "BatchMode yes",
+    "StrictHostKeyChecking yes",
+    f"ConnectTimeout {CONNECT_TIMEOUT_S}",
+    f"ServerAliveInterval {ALIVE_INTERVAL_S}",
+    f"ServerAliveCountMax {ALIVE_COUNT}",
+)
 _OPTIONS = (
-    "BatchMode=yes",
-    "StrictHostKeyChecking=yes",
-    f"ConnectTimeout={CONNECT_TIMEOUT_S}",
-    f"ServerAliveInterval={ALIVE_INTERVAL_S}",
-    f"ServerAliveCountMax={ALIVE_COUNT}",
     "ControlMaster=auto",
     "ControlPersist=no",
     "ClearAllForwardings=yes",
@@ -126,6 +134,7 @@ class Ssh:
 
         Raises:
             NoSshError: there is no program `ssh` on this machine.
+            RemoteError: the configuration file of the address is not there.
         """
         program = shutil.which("ssh")
         if program is None:
@@ -133,13 +142,19 @@ class Ssh:
                 "this machine has no OpenSSH client (the program ssh is not on PATH). On Debian and Ubuntu: "
                 "sudo apt-get install openssh-client"
             )
+        if address.config is not None and not address.config.is_file():
+            raise RemoteError(f"{address.shown}: config={address.config}: there is no such file")
         self.address = address
         self._program = program
+        os.putenv("SSH_ASKPASS_REQUIRE", "never")  # from OpenSSH 8.4 on: without a terminal it would ask in a window
         folder = tempfile.mkdtemp(prefix="nas-ssh-")
         if len(folder) + len("/s") > _MOST_SOCKET_PATH:
             Path(folder).rmdir()
             folder = tempfile.mkdtemp(prefix="nas-ssh-", dir="/tmp")
         self._folder = Path(folder)  # mode 0700, as mkdtemp makes it
+        included = [address.config] if address.config is not None else _CONFIGS
+        lines = [*_EVERYWHERE, *(f'Include "{path.expanduser().absolute()}"' for path in included if _is_taken(path))]
+        (self._folder / "config").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def __enter__(self) -> Ssh:
         return self
@@ -166,7 +181,12 @@ class Ssh:
         """
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            self.argv(command), stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True
+            self.argv(command),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            bufsize=0,
+            start_new_session=True,
         )
 
     def run(self, arguments: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> tuple[int, str, str]:
@@ -180,7 +200,12 @@ class Ssh:
         """
         try:
             done = subprocess.run(
-                self.argv(shlex.join(arguments)), input=stdin, capture_output=True, timeout=timeout_s, check=False
+                self.argv(shlex.join(arguments)),
+                input=stdin,
+                capture_output=True,
+                timeout=timeout_s,
+                check=False,
+                start_new_session=True,  # as in `start`, and so without a terminal to ask on
             )
         except subprocess.TimeoutExpired as e:
             raise LinkCutError(f"{self.address.shown}: {arguments[0]} did not end within {timeout_s:g} s") from e
@@ -194,10 +219,21 @@ class Ssh:
         options = [*_OPTIONS, f"ControlPath={self._folder / 's'}"]
         return [
             self._program,
-            *([] if address.config is None else ["-F", str(address.config)]),
+            *("-F", str(self._folder / "config")),
             *(["-p", str(address.port)] if address.port is not None else []),
             *(part for option in options for part in ("-o", option)),
         ]
+
+
+def _is_taken(config: Path) -> bool:
+    """Whether ssh includes a file: of the system's it asks no owner, of an included one it does (readconf.c)."""
+    if config != _CONFIGS[1]:
+        return True  # as ssh asks of a user's own file
+    try:
+        told = config.stat()
+    except OSError:
+        return False
+    return told.st_uid in (0, os.getuid()) and not told.st_mode & 0o022
 
 
 def ssh_error(address: SshAddress, said: str) -> RemoteError:

@@ -214,6 +214,7 @@ class TensorRt:
         accepted: list[bool] = []
         values: list[float] = []
         notes: list[str] = []
+        copies_ms: float | None = None
         settings = self._settings
         try:
             for _ in range(settings.builds(job.kind)):
@@ -229,6 +230,8 @@ class TensorRt:
                     rounds += of_build
                     values.append(min(float(np.median(samples)) for samples in of_build))
                     notes += session.warnings
+                    if job.kind != "row" and copies_ms is None and hasattr(session, "transfer_ms"):
+                        copies_ms = float(session.transfer_ms())
                     if told["enqueue_bound"]:
                         graph = "with" if told["cuda_graph"] else "without"
                         notes.append(f"queueing takes about as long as the inference, {graph} a CUDA graph")
@@ -250,6 +253,7 @@ class TensorRt:
             measured_at=self._clock.utc(),
             sequence=self._sequence,
             session_ms=tuple(values),
+            transfer_ms=copies_ms,
             source="; ".join(dict.fromkeys(notes)),
         )
 

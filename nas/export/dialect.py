@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.errors import UsageError
+from nas.core.errors import DeviceError, UsageError
 from nas.core.records import ConvSpec, DeviceProfile, LayerSpec, Precision
-from nas.devices.capability import reads_hard_swish
+from nas.devices.capability import newest_opset, reads_hard_swish, version_of
 
 FloatType = Literal["float32", "float16"]
 
@@ -101,7 +100,8 @@ class Dialect:
         find_nodes_from_convs_to_exclude, commit a2fbac7): both channel counts of a group at least 16, or a dense
         convolution with one of them a multiple of 8 and one at least 16 (the first layer needs only the multiple), or
         a grouped one with a multiple of 8 channels and a kernel of at least 3. Squeeze-and-excitation and the last
-        linear layer stay float: at one pixel they are bound by their launch, and an exit is decided by logits.
+        linear layer stay float: at one pixel they are bound by their launch, and an exit is decided by logits. The
+        matrix products and the softmax of attention are no convolutions: they are float in every dialect.
         """
         if self.pairs_at == "outputs":
             return True
@@ -122,7 +122,17 @@ _SMALLEST_HALF_SCALE = 2.0**-20
 
 # ONNX Runtime on x86 fuses a ReLU into the next Q only where that Q itself clips at zero, hence uint8; a convolution
 # before hard-swish or hard-sigmoid stays an integer one only with a pair between the two.
-ORT = Dialect("ort", ("fp32", "int8"), "uint8", symmetric=False, pair_before=frozenset({"hard_swish", "hard_sigmoid"}))
+# Weights have 7 bits: without VNNI its kernels add two products of uint8 and int8 in 16 bits, which then saturate
+# without a word (logits of random networks 20 % off on such a host); 2 * 255 * 64 fits. So a file gives the same logits
+# on every host.
+ORT = Dialect(
+    "ort",
+    ("fp32", "int8"),
+    "uint8",
+    symmetric=False,
+    pair_before=frozenset({"hard_swish", "hard_sigmoid"}),
+    weight_limit=64,
+)
 
 # TensorRT before 10.13, weakly typed: the graph is float32 (scales too: the parsers of 8.x read nothing else), the
 # builder is told FP16, or INT8 and FP16. Rules: onnx-tensorrt 8.2-GA, 8.6-GA and 10.0-GA.
@@ -135,10 +145,11 @@ TRT_8_4 = Dialect(
     pairs_at="inputs",
     weights="floats",
     integer_bias=False,
+    opset=newest_opset((8, 4)),
     ir_version=8,
 )
 # JetPack 4.6: the parser of TensorRT 8.0 and 8.2 ends at opset 13, in which hard-swish is HardSigmoid and Mul.
-TRT_8_0 = replace(TRT_8_4, name="tensorrt-8.0", opset=13, ir_version=7)
+TRT_8_0 = replace(TRT_8_4, name="tensorrt-8.0", opset=newest_opset((8, 0)), ir_version=7)
 # Strongly typed, the only kind that TensorRT 11 knows: types are in the graph, scales of the type of their float side,
 # which ONNX allows for float16 from opset 19 on.
 TRT_10_13 = Dialect(
@@ -184,8 +195,10 @@ def tensorrt_dialect(version: str) -> Dialect:
     Raises:
         UsageError: before 8.0, or no version.
     """
-    found = re.match(r"(\d+)\.(\d+)", version)
-    number = (int(found[1]), int(found[2])) if found else (0, 0)
+    try:
+        number = version_of(version)
+    except DeviceError:
+        number = ()
     if number < (8, 0):
         raise UsageError(f"TensorRT {version!r}: graphs can be written for TensorRT 8.0 and newer, such as 8.2 or 10.3")
     if not reads_hard_swish(number):

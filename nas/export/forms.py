@@ -112,6 +112,7 @@ def in_series(measurements: Sequence[Measurement]) -> Measurement:
     places = np.linspace(0.0, 1.0, count) if count > 1 else np.array([0.5])
     runs = sum(np.quantile(values, places) for values in calm) if count else np.empty(0)
     sessions = min(len(m.session_ms) for m in measurements)
+    copies = [m.transfer_ms for m in measurements]
     by_rank = [sorted(m.session_ms)[:sessions] for m in measurements]
     return replace(
         last,
@@ -119,6 +120,7 @@ def in_series(measurements: Sequence[Measurement]) -> Measurement:
         rounds_ms=(tuple(np.asarray(runs).tolist()),),
         accepted=(all(m.is_stable for m in measurements),),
         session_ms=tuple(sum(values) for values in zip(*by_rank, strict=True)),
+        transfer_ms=None if None in copies else sum(ms for ms in copies if ms is not None),
     )
 
 

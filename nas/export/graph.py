@@ -293,7 +293,7 @@ def _nominal(layers: Iterable[LayerSpec]) -> QuantSpec:
             base = f"{layer.name}.{spec.name}"
             ranges[base] = _NOMINAL[spec.activation]
             ranges[f"{base}.pre"] = _NOMINAL["pre"]
-        for name in ("pool", "scaled", "sum"):
+        for name in ("pool", "scaled", "attention", *(branch.sum for branch in layer.branches)):
             ranges[f"{layer.name}.{name}"] = _NOMINAL["linear"]
     return QuantSpec({k: lo for k, (lo, _) in ranges.items()}, {k: hi for k, (_, hi) in ranges.items()}, 0)
 

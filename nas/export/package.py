@@ -17,6 +17,7 @@ there, and renamed at the end: a folder with the package's name is whole, whatev
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -82,6 +83,12 @@ _TOLERANCES = {
 _BATCH = 512
 _SCRIPTS = {"infer.py": "infer.py.txt", "parity.py": "parity.py.txt", "bench.py": "bench.py.txt"}
 _BOARD_SCRIPTS = {"build_engine.py": "build_engine.py.txt"}
+_DATA_FILES = (
+    "labels.txt",
+    "preprocess.json",
+    "README.md",
+    *(f"parity/{x}.npy" for x in ("images", "logits", "exits")),
+)
 _TOOLS = ("nas", "onnx", "onnxruntime", "numpy")
 
 
@@ -346,6 +353,35 @@ def verify_package(folder: Path, run: Run | None = None) -> Verification:
     if logits.shape != expected.shape or exits.shape != expected_exits.shape:
         raise PackageError(f"{folder}: the model gives {logits.shape} logits, its parity file holds {expected.shape}")
     return Verification(package, compare(expected, expected_exits, logits, exits))
+
+
+def check_scripts(package: Package, board_code: bytes) -> None:
+    """Refuses a package that would run other code than this version writes: its own hashes only say it is whole.
+
+    Args:
+        package: whose files were checked.
+        board_code: as in `Instruments`.
+
+    Raises:
+        PackageError: names the files.
+    """
+    manifest = package.manifest
+    folder = resources.files("nas.export")
+    own = {name: folder.joinpath(source).read_bytes() for name, source in (_SCRIPTS | _BOARD_SCRIPTS).items()}
+    own["board.pyz"] = board_code
+    data = {*_DATA_FILES, *manifest.model_files}
+    foreign = [
+        name
+        for name, sha256 in manifest.files.items()
+        if name not in data and (name not in own or hashlib.sha256(own[name]).hexdigest() != sha256)
+    ]
+    if foreign:
+        run = manifest.provenance.get("run", "RUN")
+        raise PackageError(
+            f"{package.folder}: {', '.join(sorted(foreign))}: not what this version of nas writes, and it would be run "
+            "on the board. Export the student again with this version (nas export "
+            f"runs/{run} --student {manifest.name} --output DIR), or only measure the network: --no-copy"
+        )
 
 
 def read_artefact(folder: Path, manifest: Manifest) -> Artefact:

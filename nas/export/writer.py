@@ -7,7 +7,10 @@ a range in int8 are
     <layer>.<conv>.pre        the same before hard-swish or hard-sigmoid
     <layer>.pool              global mean (squeeze-and-excitation, heads)
     <layer>.scaled            product of squeeze-and-excitation
-    <layer>.sum               residual sum
+    <layer>.sum               residual sum; `local_sum` and `attention_sum` inside a block with attention
+    <layer>.attention         what attention gives: the values mixed by the attention map
+Attention itself (two matrix products and the softmax between them) is computed in float: products of two activations,
+and probabilities that 8 bits with one scale for a whole map would round to 0 where many tokens share them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, TensorProto, helper
 
 from nas.core.errors import RecordError, UsageError
-from nas.core.records import ConvSpec, LayerSpec, QuantSpec
+from nas.core.records import HEAD_DIM, ConvSpec, LayerSpec, QuantSpec
 from nas.export.dialect import Dialect, FloatType
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -84,6 +87,12 @@ class Scope:
             attribute=[helper.make_attribute(key, value) for key, value in attributes.items()],
         )
         return output
+
+    def split(self, inputs: Sequence[str], outputs: Sequence[str], axis: int) -> Sequence[str]:
+        """Adds a Split along an axis; gives the names of its outputs."""
+        node = self.graph.node.add(op_type="Split", name=f"{inputs[0]}/Split", input=inputs, output=outputs)
+        node.attribute.append(helper.make_attribute("axis", axis))
+        return outputs
 
     def branches(
         self, condition: str, outputs: Sequence[str], unit: str, names: tuple[str, str]
@@ -165,22 +174,26 @@ class LayerWriter:
     def layer(self, scope: Scope, x: Tensor, layer: LayerSpec) -> Tensor:
         """Writes a stem or block; gives its output."""
         x = self._entered(scope, x, layer)
-        y = x
-        squeezed = x
-        for spec in layer.convolutions:
-            if spec.name == "se_reduce":
-                squeezed = self._conv(scope, self._pool(scope, y, layer), spec, layer)
-            elif spec.name == "se_expand":
-                gate = self._conv(scope, squeezed, spec, layer)
-                y = self._joined(scope, "Mul", y, gate, f"{layer.name}.scaled", layer)
-            else:
-                y = self._conv(scope, y, spec, layer)
-        if not layer.has_residual:
-            return y
-        if layer.precision == "int8" and self.dialect.pairs_at == "inputs":
-            # Only the skip input has a pair: the branch that comes from the convolution must stay bare to be fused.
-            x = self._paired(scope, x, layer)
-        return self._joined(scope, "Add", x, y, f"{layer.name}.sum", layer)
+        for branch in layer.branches:
+            y = squeezed = x
+            for spec in branch.convolutions:
+                if spec.name == "se_reduce":
+                    squeezed = self._conv(scope, self._pool(scope, y, layer), spec, layer)
+                elif spec.name == "se_expand":
+                    gate = self._conv(scope, squeezed, spec, layer)
+                    y = self._joined(scope, "Mul", y, gate, f"{layer.name}.scaled", layer)
+                else:
+                    y = self._conv(scope, y, spec, layer)
+                if spec.name == "qkv":
+                    y = self._attend(scope, y, layer)
+            if not branch.has_skip:
+                x = y
+                continue
+            if layer.precision == "int8" and self.dialect.pairs_at == "inputs":
+                # Only the skip input has a pair: the branch that comes from the convolution must stay bare to be fused.
+                x = self._paired(scope, x, layer)
+            x = self._joined(scope, "Add", x, y, f"{layer.name}.{branch.sum}", layer)
+        return x
 
     def head(self, scope: Scope, x: Tensor, layer: LayerSpec, output: str) -> str:
         """Writes a head or exit head; its logits [B, K] are float32 and called `output`."""
@@ -229,6 +242,29 @@ class LayerWriter:
         source = scope.float_of(x, self.dialect, self.dialect.float_type(layer.precision))
         y = scope.node("GlobalAveragePool", (source,), scope.tag + name)
         return self._between(scope, name, y, layer)
+
+    def _attend(self, scope: Scope, qkv: Tensor, layer: LayerSpec) -> Tensor:
+        """Self-attention over the pixels of a map, as `nas.models.student.attend` computes it."""
+        kind, name = self.dialect.float_type(layer.precision), f"{layer.name}.attention"
+        out = scope.tag + name
+
+        def shape(what: str, *sizes: int) -> str:
+            return scope.constant(f"{name}.{what}", np.array(sizes, dtype=np.int64))
+
+        source = scope.float_of(qkv, self.dialect, kind)
+        by_head = (source, shape("heads_shape", 0, layer.heads, 3 * HEAD_DIM, layer.tokens))  # 0: the batch
+        parts = (scope.node("Reshape", by_head, f"{out}.heads"), shape("parts", *(HEAD_DIM,) * 3))
+        query, key, value = scope.split(parts, [f"{out}.query", f"{out}.key", f"{out}.value"], axis=2)
+        turned = scope.node("Transpose", (query,), f"{out}.query_t", perm=(0, 1, 3, 2))
+        products = scope.node("MatMul", (turned, key), f"{out}.products")
+        factor = scope.scalar(f"{name}.factor", HEAD_DIM**-0.5, kind)
+        scaled = scope.node("Mul", (products, factor), f"{out}.scaled_products")
+        weights = scope.node("Softmax", (scaled,), f"{out}.map", axis=3)
+        turned = scope.node("Transpose", (weights,), f"{out}.map_t", perm=(0, 1, 3, 2))
+        mixed = scope.node("MatMul", (value, turned), f"{out}.mixed")
+        side = layer.out_size
+        whole = (mixed, shape("map_shape", 0, layer.heads * HEAD_DIM, side, side))
+        return self._between(scope, name, scope.node("Reshape", whole, out), layer)
 
     def _joined(self, scope: Scope, op: str, a: Tensor, b: Tensor, name: str, layer: LayerSpec) -> Tensor:
         kind = self.dialect.float_type(layer.precision)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nas.core.errors import DeviceError, UsageError
-from nas.core.records import Measurement
+from nas.core.records import KEY_NAMES, Measurement
 from nas.latency.keys import layer_of_key
 from nas.latency.lines import FIXED_KEYS, MeasuredNetwork
 from nas.latency.table import LatencyTable, state_differences
@@ -89,7 +89,7 @@ def group_of(key: str) -> tuple[str, str]:
     """Operator group and precision of a row key; fixed rows have the group `fixed`, networks `network`."""
     if key in FIXED_KEYS:
         return "fixed", "none"
-    if not key.startswith(("stem|", "ir|", "head|", "exit|")):
+    if key.partition("|")[0] not in KEY_NAMES.values():
         return NETWORK_GROUP, "-"
     layer = layer_of_key(key)
     return layer.group, layer.precision

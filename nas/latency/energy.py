@@ -158,6 +158,6 @@ def _call_energy(table: LatencyTable) -> tuple[float, float]:
 def _missing(key: str, table: LatencyTable) -> str:
     return (
         f"{key} has no energy in {table.folder}: the device has no power sensor, its runtime is trtexec, which "
-        "does not say when its runs begin, or it was measured before energy was. Run: nas doctor --device NAME; where "
-        "it shows rails, take ssh:...?runner=tensorrt, and: nas measure --again"
+        "gives it for whole networks only, or it was measured before energy was. Run: nas doctor --device NAME; where "
+        "it shows rails, take ssh:...?runner=tensorrt and begin a new table (nas measure --table FOLDER)"
     )

@@ -37,7 +37,7 @@ BYTES_PER_MB = 1e6
 MIXED = "mixed"
 
 CALL, STREAMING = "call", "streaming"
-LAYER_GROUPS = ("stem", "inverted_residual", "inverted_residual_se", "exit_head", "head")
+LAYER_GROUPS = ("stem", "inverted_residual", "inverted_residual_se", "exit_head", "head")  # further ones as they come
 COSTS = ("call", "layer", "MB of weights", "MB of feature maps", "decision at an exit", "change of precision")
 
 # Units in which the smooth rest sees a network: a doubling of the weights per ms, or of the input size, is two of them.
@@ -304,7 +304,9 @@ def table_changes(correction: Correction) -> tuple[TableChange, ...]:
 def _fit_label(table: LatencyTable, label: str, networks: Sequence[MeasuredNetwork]) -> LabelFit:
     networks = sorted(networks, key=lambda n: n.measurement.sequence)[-MOST_NETWORKS:]
     precisions = get_args(Precision) if label == MIXED else (label,)
-    names = (CALL, *(f"{group} {p}" for p, group in product(precisions, LAYER_GROUPS)), STREAMING)
+    further = {x.group for network in networks for x in layers_of(network)}.difference(LAYER_GROUPS)
+    layer_groups = (*LAYER_GROUPS, *sorted(further))
+    names = (CALL, *(f"{group} {p}" for p, group in product(precisions, layer_groups)), STREAMING)
     groups = {name: i for i, name in enumerate(names)}
     entries = {CALL: 0, STREAMING: 1}
     group_of = [groups[CALL], groups[STREAMING]]

@@ -8,9 +8,9 @@ from typing import Any
 
 from nas.core.errors import RecordError
 from nas.core.jsonio import from_plain
-from nas.core.records import LayerSpec
+from nas.core.records import KEY_NAMES, LayerSpec
 
-_KINDS = {"stem": "stem", "ir": "inverted_residual", "head": "head", "exit": "exit_head"}
+_KINDS = {name: kind for kind, name in KEY_NAMES.items()}
 _SHAPE = re.compile(r"(\d{1,9})x(\d{1,9})x(\d{1,9})")
 _FORM = "a row key looks like ir|in=24x16x16|out=24x16x16|k=3|s=1|e=72|se=0|act=relu|fp32"
 

@@ -72,7 +72,7 @@ def line_of(value: Measurement | MeasuredNetwork, state: str) -> dict[str, Any]:
     """What is appended for a row or a network of a device state (its fingerprint), as plain JSON types."""
     plain = to_plain(value)
     measurement = plain["measurement"] if isinstance(value, MeasuredNetwork) else plain
-    for name in ("energy_mj", "energy_std_mj"):  # without a sensor lines stay as they have always been
+    for name in ("energy_mj", "energy_std_mj", "transfer_ms"):  # without a sensor lines stay as they have always been
         if measurement.get(name) is None:
             measurement.pop(name, None)
     return {"check": _check_of(canonical_json(plain), state), "row": plain}

@@ -383,7 +383,7 @@ class LatencyTable:
         if row.latency_ms is None:
             raise MissingRowError(
                 f"{key} could not be measured for {self._folder}: {row.error}. Leave it out of the search space, or try"
-                " again: nas measure --again"
+                f" again: {self.again}"
             )
         return row.latency_ms
 
@@ -580,6 +580,14 @@ class LatencyTable:
     def _looks(self) -> list[tuple[int, float]]:
         """Sequence number and time of each measurement of the reference network."""
         return [(m.sequence, m.latency_ms) for m in self._fixed[REFERENCE_KEY] if m.latency_ms is not None]
+
+    @property
+    def again(self) -> str:
+        """The command that measures again what failed or was disturbed in this table."""
+        profile = self._profile
+        is_here = profile.runtime == "ort" and "address" not in profile.details
+        device = "DEVICE" if not is_here else "cpu" if profile.threads == 1 else f"cpu:{profile.threads}"
+        return f"nas measure --again --device {device} --table {quote(str(self._folder))}"
 
     def _command(self) -> str:
         return f"Run: nas measure --table {quote(str(self._folder))} --space NAME"

@@ -192,7 +192,7 @@ def fill_covering(
             left = spent / number * (len(plan.networks) - number)
             name = network_key(candidate, FORM)
             progress(FillProgress(number, len(plan.networks), len(failed), len(unstable), left, name))
-    return FillReport(len(found), tuple(failed), tuple(sorted(unstable)), None, clock() - started)
+    return FillReport(len(found), tuple(failed), tuple(sorted(unstable)), None, clock() - started, table.again)
 
 
 def _rows(

@@ -7,7 +7,7 @@ checked now.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import Candidate, DeviceProfile, LatencyFigures, Measurement
 from nas.core.run import LatencyKind
+from nas.devices.agent import packed_agent
 from nas.devices.base import Device, MeasureJob
-from nas.devices.folders import last_line, run_script, send_folder
-from nas.devices.ssh import Ssh
+from nas.devices.folders import last_line, send_folder
+from nas.devices.remote import RemoteDevice
 from nas.export.dialect import dialect_for
 from nas.export.forms import (
     limited_deviation_ms,
@@ -31,6 +32,7 @@ from nas.export.manifest import Manifest, PackageForm, PackageLatency, Verdict, 
 from nas.export.package import (
     Package,
     ParityResult,
+    check_scripts,
     complete_package,
     read_artefact,
     verify_package,
@@ -58,8 +60,9 @@ class Deployment:
     """What came of a deployment.
 
     `figures` are those of undisturbed runs, `medians` what the deadline was compared with. `stored` is the key under
-    which the table of the device learnt the network. `folder` is where the package lies on the board, and `scripts`
-    what its own scripts said there; empty in-process.
+    which the table of the device learnt the network. `transfer_ms` is what copying inputs and outputs of the whole
+    network takes beside its latency, None where nothing is copied or the runtime does not tell. `folder` is where the
+    package lies on the board, and `scripts` what its own scripts said there; empty in-process.
     """
 
     package: Package
@@ -73,6 +76,7 @@ class Deployment:
     verdict: Verdict
     reasons: tuple[str, ...]
     stored: str
+    transfer_ms: float | None = None
     folder: str = ""
     scripts: tuple[ScriptRun, ...] = field(default=())
 
@@ -183,6 +187,7 @@ def deploy(
         verdict,
         reasons,
         key,
+        measurements[-1].transfer_ms,
     )
 
 
@@ -215,55 +220,62 @@ def deployed_candidate(candidate: Candidate, form: PackageForm) -> Candidate:
     return replace(candidate, exits=kept).with_thresholds((None,) * len(kept))
 
 
-def run_on_board(deployment: Deployment, ssh: Ssh, target: str, say: Callable[[str], None]) -> Deployment:
-    """Copies a package to the board and runs its own scripts there.
+def run_on_board(deployment: Deployment, board: RemoteDevice, target: str, say: Callable[[str], None]) -> Deployment:
+    """Copies a package to the board and runs its own scripts there, while nobody else measures or deploys on it.
 
     Args:
         deployment: of the package on that board.
-        ssh: the board.
+        board: it; what is running there ends when its connection does.
         target: folder there, relative to the home folder or absolute.
         say: told in a line what is done.
 
     Raises:
+        PackageError: a script of the package is not the one of this version.
         RemoteError: the board cannot be used.
         DeviceError: an engine could not be built, or the scripts get other answers than the package carries.
     """
-    folder, manifest = deployment.package.folder, deployment.package.manifest
-    say(f"copying the package to {ssh.address.shown}:{target}")
-    files = {name: (folder / name).read_bytes() for name in (*manifest.files, "manifest.json")}
-    send_folder(ssh, files, target, "manifest.json")
-    runs: list[ScriptRun] = []
-    if "build_engine.py" in manifest.files:
+    check_scripts(deployment.package, packed_agent().data)
+    with board.held():
+        say(f"copying the package to {board.address.ssh.shown}:{target}")
+        package = deployment.package
+        files = {name: (package.folder / name).read_bytes() for name in (*package.manifest.files, "manifest.json")}
+        send_folder(board.ssh, files, target, "manifest.json")
+        return replace(deployment, folder=target, scripts=tuple(_script_runs(deployment, board, target, say)))
+
+
+def _script_runs(
+    deployment: Deployment, board: RemoteDevice, target: str, say: Callable[[str], None]
+) -> Iterator[ScriptRun]:
+    where = f"{board.address.ssh.shown}: {target}"
+    if "build_engine.py" in deployment.package.manifest.files:
         say("building its engines there")
-        built = _script(ssh, target, "build_engine.py", [], BUILD_LIMIT_S)
-        runs.append(built)
+        built = _script(board, target, "build_engine.py", [], BUILD_LIMIT_S)
         if built.code != 0:
-            raise DeviceError(f"{ssh.address.shown}: {target}/build_engine.py: {built.told.get('error')}")
+            raise DeviceError(f"{where}/build_engine.py: {built.told.get('error')}")
+        yield built
     say("checking its answers there")
-    checked = _script(ssh, target, "parity.py", [], SCRIPT_LIMIT_S)
-    runs.append(checked)
+    checked = _script(board, target, "parity.py", [], SCRIPT_LIMIT_S)
     if checked.code != 0:
-        raise DeviceError(
-            f"{ssh.address.shown}: {target}/parity.py fails: {checked.told.get('error') or json.dumps(checked.told)}"
-        )
+        raise DeviceError(f"{where}/parity.py fails: {checked.told.get('error') or json.dumps(checked.told)}")
+    yield checked
     say("timing it there")
     options = [] if deployment.budget_ms is None else ["--budget-ms", repr(deployment.budget_ms)]
-    timed = _script(ssh, target, "bench.py", [*options, "--of", deployment.budget_of], SCRIPT_LIMIT_S)
-    runs.append(timed)
+    timed = _script(board, target, "bench.py", [*options, "--of", deployment.budget_of], SCRIPT_LIMIT_S)
     if timed.code not in (0, 1):  # 1: its own times miss the deadline, which the verdict of the protocol decides
-        raise DeviceError(f"{ssh.address.shown}: {target}/bench.py: {timed.told.get('error')}")
-    return replace(deployment, folder=target, scripts=tuple(runs))
+        raise DeviceError(f"{where}/bench.py: {timed.told.get('error')}")
+    yield timed
 
 
-def _script(ssh: Ssh, target: str, script: str, options: Sequence[str], limit_s: float) -> ScriptRun:
-    code, out, said = run_script(ssh, target, script, [*options, "--json"], limit_s)
+def _script(board: RemoteDevice, target: str, script: str, options: Sequence[str], limit_s: float) -> ScriptRun:
+    code, out, said = board.run_script(target, script, [*options, "--json"], limit_s)
     lines = [line for line in out.splitlines() if line.startswith("{")]
     try:
         told = json.loads(lines[-1]) if lines else {}
     except ValueError:
         told = {}
     if not isinstance(told, dict) or not told:
-        raise DeviceError(f"{ssh.address.shown}: {target}/{script} ended with status {code}: {last_line(said)}")
+        where = f"{board.address.ssh.shown}: {target}/{script}"
+        raise DeviceError(f"{where} ended with status {code}: {last_line(said)}")
     return ScriptRun(script, code, told)
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
+from itertools import pairwise
 
 from nas.core.errors import DeviceError, RecordError
 from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import total_params
 from nas.devices.base import Device, MeasureJob
 from nas.devices.graphs import GATE_STREAMING_MB, gate_job, overhead_job, reference_job, streaming_job
-from nas.export.dialect import dialect_for
+from nas.export.dialect import ORT, dialect_for
 from nas.export.graph import layer_model
 from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable, difference_lines
 
 DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before; then the machine is in another state
 ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleaved, stored together
+SECONDS_PER_NETWORK = 0.8  # in several sessions: 0.2 tiny, 0.7-1.2 with megabytes of weights
 SECONDS_PER_ROW = 0.02  # before anything is measured: 0.013 on a calm machine, 0.02-0.07 on a busy one
+LEAST_TIMES = 3  # that show how long a measurement takes
 TELL_EVERY_S = 0.5  # between results: often enough for people, too rarely to disturb
 LOOK_EVERY_S = 120.0  # at the reference network, overhead and gate
 CHECK_STATE_S = 1.0  # between looks at the device's state before results are stored
@@ -28,6 +34,42 @@ STREAMING_AGREEMENT = 1.02  # two looks at a chain of weights that differ by les
 STREAMING_LOOKS = 6  # at a chain, at most
 STREAMING_FROM_MB = 1.0  # smaller networks stay in the second-level cache of any device this is for
 WAIT_S = 600.0  # another process may be filling the same table: two at a time would disturb each other
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """About how many seconds a device takes for a row and for a whole network; None where nobody knows."""
+
+    row_s: float | None
+    network_s: float | None
+
+
+def pace_of(runtime: str, table: LatencyTable | None) -> Pace:
+    """What is known beforehand: of a processor from other processors, of engines from those that the table has.
+
+    An engine is built for seconds to many minutes, as its board and power mode are. So before a few were built there
+    nothing is said.
+
+    Args:
+        runtime: of the device.
+        table: of the device's state; None where there is none yet.
+    """
+    if runtime != "tensorrt":
+        return Pace(SECONDS_PER_ROW, SECONDS_PER_NETWORK)
+    if table is None:
+        return Pace(None, None)
+    networks = [network.measurement for network in table.networks.values()]
+    return Pace(seconds_each(table.rows.values()), seconds_each(networks))
+
+
+def seconds_each(found: Iterable[Measurement]) -> float | None:
+    """About how many seconds one of these took, from the times at which they were made; None for fewer than three.
+
+    Those that were measured together have one time. It is the median, so pauses between two commands do not count.
+    """
+    counts = sorted(Counter(datetime.fromisoformat(m.measured_at).timestamp() for m in found).items())
+    each = [(now - before) / n for (before, _), (now, n) in pairwise(counts) for _ in range(n)]
+    return statistics.median(each) if len(each) >= LEAST_TIMES else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +90,7 @@ class FillReport:
 
     `measured` rows were added, `failed` are (key, reason), `unstable` were measured without one calm round. `drift` is
     how much slower (0.1 = 10 %) the reference network is than in the sessions that filled the table before, None where
-    there were none.
+    there were none. `again` is the command that measures disturbed rows of the table again.
     """
 
     measured: int
@@ -56,6 +98,7 @@ class FillReport:
     unstable: tuple[str, ...]
     drift: float | None
     seconds: float
+    again: str
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -64,13 +107,13 @@ class FillReport:
         if self.drift is not None and self.drift > DRIFT_LIMIT:
             result.append(
                 f"the machine is {self.drift:.0%} slower than in the good sessions of this table; the new rows are kept"
-                " but do not count as calm. Close other programs, then run: nas measure --again. If it stays so, the"
-                " machine has changed: begin a new table"
+                f" but do not count as calm. Close other programs, then run: {self.again}. If it stays so,"
+                " the machine has changed: begin a new table"
             )
         if self.unstable:
             result.append(
                 f"{len(self.unstable)} of {self.measured} rows had no calm round: other programs were running."
-                " They are marked; measure them again with: nas measure --again"
+                f" They are marked; measure them again with: {self.again}"
             )
         if self.failed:
             key, reason = self.failed[0]
@@ -125,7 +168,7 @@ def fill(
         return [by_key[key] for key in keys]
 
     if not anew and not todo(again, state_unknown=True) and table.has_overhead:
-        return FillReport(0, (), (), None, 0.0)
+        return FillReport(0, (), (), None, 0.0, table.again)
 
     def waiting(message: str) -> None:
         if progress is not None:
@@ -142,7 +185,9 @@ def fill(
             later = open_session(table, device, now=True)
             drift = later if drift is None else max(drift, later or 0.0)  # or slower, in the middle
             _measure(table, device, todo(more=False), write, tally)
-    return FillReport(len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started)
+    return FillReport(
+        len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started, table.again
+    )
 
 
 def fp32_mb(candidate: Candidate) -> float:
@@ -212,7 +257,8 @@ def open_session(table: LatencyTable, device: Device, *, now: bool = False) -> f
     before = table.reference_ms
     streaming = streaming_key(GATE_STREAMING_MB, cached=False)
     device.expect_reference(before, table.fixed_ms(streaming))
-    jobs = [reference_job(), overhead_job(), gate_job(), *_doubtful_chains(table)]
+    gate = gate_job(in_graph=dialect_for(device.profile) is ORT)  # for TensorRT exits are a chain
+    jobs = [reference_job(), overhead_job(), gate, *_doubtful_chains(table)]
     reference, *_ = [store(table, m) for m in device.measure(jobs)]
     table.looked_at_s = time_s
     device.expect_reference(table.reference_ms, table.fixed_ms(streaming))

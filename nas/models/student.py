@@ -1,18 +1,21 @@
 """The student network in torch, built from the layers of `expand`.
 
 Howard et al. 2019, arXiv 1905.02244: inverted residuals with squeeze-and-excitation and hard-swish. Batch norm uses
-eps 1e-3 and momentum 0.01 as published; linear layers are 1x1 convolutions so that one rule exports all of them.
+eps 1e-3 and momentum 0.01 as published; linear layers are 1x1 convolutions so that one rule exports all of them. What
+the other kinds of blocks follow is said in `BlockConfig`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nas.core.records import Candidate, ConvSpec, LayerSpec
+from nas.core.records import HEAD_DIM, Branch, Candidate, ConvSpec, LayerSpec
 from nas.core.walk import expand
 
 BN_EPS = 1e-3  # Howard et al. 2019
@@ -45,37 +48,77 @@ class ConvUnit(nn.Module):
         return self.act(x)
 
 
-class Stem(nn.Module):
-    """First convolution."""
+class Attention(nn.Module):
+    """Softmax of the scaled products of queries and keys: the attention map [B, heads, N queries, N keys], N tokens.
+
+    Vaswani et al. 2017 (arXiv 1706.03762), equation 1, without the product with the values. A module of its own so that
+    a hook can read the map (`attention_maps`).
+    """
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        """Of queries and keys [B, heads, HEAD_DIM, N]."""
+        return (query.transpose(2, 3) @ key * HEAD_DIM**-0.5).softmax(dim=3)
+
+
+def attend(qkv: Tensor, heads: int, attention: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Self-attention over the pixels of a map: [B, heads * 3 * HEAD_DIM, H, W] to [B, heads * HEAD_DIM, H, W].
+
+    The channels of one head follow each other (query, key, value), so that the first heads of a supernet are a slice.
+    """
+    b, _, h, w = qkv.shape
+    query, key, value = qkv.reshape(b, heads, 3 * HEAD_DIM, h * w).split(HEAD_DIM, dim=2)
+    mixed = value @ attention(query, key).transpose(2, 3)
+    return mixed.reshape(b, heads * HEAD_DIM, h, w)
+
+
+def run_block(
+    x: Tensor,
+    branches: Sequence[Branch],
+    heads: int,
+    convolve: Callable[[Tensor, ConvSpec], Tensor],
+    attention: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """A stem or block of any kind on a map [B, C, H, W].
+
+    Args:
+        x: the input.
+        branches: those of the layer.
+        heads: those of the layer.
+        convolve: one convolution with batch norm and activation.
+        attention: queries and keys to attention maps, see `Attention`.
+    """
+    for branch in branches:
+        y = squeezed = x
+        for spec in branch.convolutions:
+            if spec.name == "se_reduce":
+                squeezed = convolve(y.mean((2, 3), keepdim=True), spec)
+            elif spec.name == "se_expand":
+                y = y * convolve(squeezed, spec)
+            else:
+                y = convolve(y, spec)
+            if spec.name == "qkv":
+                y = attend(y, heads, attention)
+        x = x + y if branch.has_skip else y
+    return x
+
+
+class Block(nn.Module):
+    """A stem or a block of any kind; its convolutions are sub-modules by their names."""
 
     def __init__(self, layer: LayerSpec) -> None:
         super().__init__()
-        self.conv = ConvUnit(layer.convolutions[0])
+        self.branches = layer.branches
+        self.heads = layer.heads
+        for spec in layer.convolutions:
+            self.add_module(spec.name, ConvUnit(spec))
+        self.attention = Attention()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return run_block(x, self.branches, self.heads, self._convolve, self.attention)
 
-
-class InvertedResidual(nn.Module):
-    """Expand, depthwise, squeeze-and-excitation, project; a skip connection where the shape stays."""
-
-    def __init__(self, layer: LayerSpec) -> None:
-        super().__init__()
-        units = {spec.name: ConvUnit(spec) for spec in layer.convolutions}
-        self.expand = units.get("expand")
-        self.depthwise = units["depthwise"]
-        self.se_reduce = units.get("se_reduce")
-        self.se_expand = units.get("se_expand")
-        self.project = units["project"]
-        self.has_residual = layer.has_residual
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x if self.expand is None else self.expand(x)
-        y = self.depthwise(y)
-        if self.se_reduce is not None and self.se_expand is not None:
-            y = y * self.se_expand(self.se_reduce(y.mean((2, 3), keepdim=True)))
-        y = self.project(y)
-        return x + y if self.has_residual else y
+    def _convolve(self, x: Tensor, spec: ConvSpec) -> Tensor:
+        unit: ConvUnit = getattr(self, spec.name)
+        return unit(x)
 
 
 class Head(nn.Module):
@@ -97,9 +140,6 @@ class Head(nn.Module):
         return self.classifier(x).flatten(1)
 
 
-_MODULES = {"stem": Stem, "inverted_residual": InvertedResidual, "exit_head": Head, "head": Head}
-
-
 class Student(nn.Module):
     """A candidate as a torch module. Input: normalised images [B, C, H, W]; output: logits [B, K] per exit, head last.
 
@@ -112,7 +152,7 @@ class Student(nn.Module):
         self.candidate = candidate
         self.layers = expand(candidate)
         self.body = nn.ModuleDict(
-            OrderedDict((module_name(layer), _MODULES[layer.kind](layer)) for layer in self.layers)
+            OrderedDict((module_name(layer), (Head if _is_head(layer) else Block)(layer)) for layer in self.layers)
         )
         initialise(self)
 
@@ -132,6 +172,29 @@ class Student(nn.Module):
 def branch_input(x: Tensor, exit_gradient: float) -> Tensor:
     """Features for an early exit that hand a share of its gradient back to the layers before it: 1 all, 0 none."""
     return x if exit_gradient == 1.0 else torch.lerp(x.detach(), x, exit_gradient)
+
+
+def _is_head(layer: LayerSpec) -> bool:
+    return layer.kind in ("exit_head", "head")
+
+
+@contextmanager
+def attention_maps(student: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the attention maps of what the network computes inside the `with`: [B, heads, N, N] of each block.
+
+    In the order of execution, the last block's last; gradients flow through them. Clear the list between two forwards.
+    """
+    maps: list[Tensor] = []
+    handles = [
+        module.register_forward_hook(lambda _module, _inputs, found: maps.append(found))
+        for module in student.modules()
+        if isinstance(module, Attention)
+    ]
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def module_name(layer: LayerSpec) -> str:

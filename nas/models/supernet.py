@@ -4,7 +4,8 @@ Kernel: the centre of the largest one; expansion and width: the first channels; 
 (Cai et al. 2020, "Once-for-All", arXiv 1908.09791; differs: the kernel transform and the sorting of channels are left
 out, width is shared as well, all sizes are trained from the start). Batch norm shares and slices scale and shift and
 keeps no running statistics (Yu et al. 2020, "BigNAS", arXiv 2003.11142): every size has its own, so they are estimated
-anew for an extracted student. Activations and resolutions share all weights.
+anew for an extracted student. Activations and resolutions share all weights, kinds of blocks none; attention shares its
+first heads.
 
 A sub-network is never made by changing the supernet: `forward` runs through slices of the weights, and `extract` gives
 a new, ordinary `Student` with copies.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, cast
 
 import torch
@@ -21,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.core.errors import RecordError
-from nas.core.records import Candidate, ConvSpec, LayerKind, LayerSpec
+from nas.core.records import Candidate, ConvSpec, LayerSpec, SlotKind
 from nas.core.walk import expand
-from nas.models.student import BN_EPS, Student, branch_input, module_name
+from nas.models.student import BN_EPS, Attention, Student, branch_input, module_name, run_block
 
 
 class SlotLike(Protocol):
@@ -32,7 +34,7 @@ class SlotLike(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def kind(self) -> LayerKind: ...
+    def kind(self) -> SlotKind: ...
     @property
     def stage(self) -> int: ...
     @property
@@ -119,13 +121,14 @@ class Supernet(nn.Module):
     def __init__(self, shapes: Mapping[str, SharedShape]) -> None:
         super().__init__()
         self.units = nn.ModuleDict({unit: SharedConv(unit, shape) for unit, shape in shapes.items()})
+        self.attention = Attention()
 
     @classmethod
     def of(cls, space: SpaceLike) -> Supernet:
         """Untrained weights, drawn from torch's global generator, large enough for every network of a space."""
         specs: dict[str, list[ConvSpec]] = {}
         for slot in space.slots():
-            place = _place(slot.kind, slot.name, slot.stage)
+            place = _place(slot.name, slot.stage if slot.kind == "exit_head" else None)
             for layer in slot.layers:
                 if layer is not None:
                     for unit, spec in _units(place, layer):
@@ -156,12 +159,10 @@ class Supernet(nn.Module):
         outputs = []
         for layer, place in _placed(candidate):
             units = {spec.name: (self._unit(unit), spec) for unit, spec in _units(place, layer)}
-            if layer.kind == "inverted_residual":
-                x = _inverted_residual(x, layer, units)
-            elif layer.kind == "stem":
-                x = _apply(x, units, "conv")
-            else:
+            if layer.kind in ("head", "exit_head"):
                 outputs.append(_head(branch_input(x, exit_gradient) if layer.kind == "exit_head" else x, units))
+            else:
+                x = run_block(x, layer.branches, layer.heads, partial(_convolved, units), self.attention)
         return outputs
 
     def _unit(self, unit: str) -> SharedConv:
@@ -204,16 +205,16 @@ def _largest(specs: Sequence[ConvSpec]) -> SharedShape:
 _Units = dict[str, tuple[SharedConv, ConvSpec]]
 
 
-def _place(kind: LayerKind, name: str, stage: int) -> str:
+def _place(name: str, exit_stage: int | None) -> str:
     # Exit heads are numbered among the exits a candidate has; their weights belong to the stage they stand behind.
-    return f"exits_{stage}" if kind == "exit_head" else name.replace(".", "_")
+    return name.replace(".", "_") if exit_stage is None else f"exits_{exit_stage}"
 
 
 def _placed(candidate: Candidate) -> list[tuple[LayerSpec, str]]:
     result = []
     for layer in expand(candidate):
-        stage = candidate.exits[layer.segment].after_stage if layer.kind == "exit_head" else 0
-        result.append((layer, _place(layer.kind, layer.name, stage)))
+        stage = candidate.exits[layer.segment].after_stage if layer.kind == "exit_head" else None
+        result.append((layer, _place(layer.name, stage)))
     return result
 
 
@@ -221,8 +222,11 @@ def _units(place: str, layer: LayerSpec) -> list[tuple[str, ConvSpec]]:
     """Name of the shared convolution and the size of it that the layer uses.
 
     The layers of a head see other features when the one before them is absent, so each such case has its own weights.
+    So has each kind of block.
     """
     result, before = [], ""
+    if layer.is_block and layer.kind != "inverted_residual":  # whose names are those of supernets before other kinds
+        place = f"{place}__{layer.kind}"
     for spec in layer.convolutions:
         after = f"_after_{before}" if before and layer.kind in ("head", "exit_head") else ""
         result.append((f"{place}__{spec.name}{after}", spec))
@@ -230,19 +234,15 @@ def _units(place: str, layer: LayerSpec) -> list[tuple[str, ConvSpec]]:
     return result
 
 
+def _convolved(units: _Units, x: Tensor, spec: ConvSpec) -> Tensor:
+    return units[spec.name][0](x, spec)
+
+
 def _apply(x: Tensor, units: _Units, name: str) -> Tensor:
     if name not in units:
         return x
     shared, spec = units[name]
     return shared(x, spec)
-
-
-def _inverted_residual(x: Tensor, layer: LayerSpec, units: _Units) -> Tensor:
-    y = _apply(_apply(x, units, "expand"), units, "depthwise")
-    if layer.use_se:
-        y = y * _apply(_apply(y.mean((2, 3), keepdim=True), units, "se_reduce"), units, "se_expand")
-    y = _apply(y, units, "project")
-    return x + y if layer.has_residual else y
 
 
 def _head(x: Tensor, units: _Units) -> Tensor:

@@ -71,8 +71,8 @@ class FinishJob:
     `precisions` are those whose logits are wanted beside fp32, each as the tuple of `Candidate.precisions`; `dialect`
     is that of the device's runtime. With `importance` how much each channel matters is kept beside the weights, for a
     student that is cut from this one. Such a student has `parent`, the `arch_id` of the one that it is cut from, whose
-    files `adopt_parent` has placed in its folder, and `prune`. `calibrate_confidence`: a temperature is fitted for each
-    exit in each precision.
+    files `adopt_parent` has placed in its folder, and `prune`. `before` are the steps that led to the answers of the
+    context. `calibrate_confidence`: a temperature is fitted for each exit in each precision.
     """
 
     candidate: Candidate
@@ -88,6 +88,7 @@ class FinishJob:
     importance: ImportanceKind | None = None
     parent: str = ""
     prune: PruneSettings | None = None
+    before: tuple[FinishStep, ...] = ()
     calibrate_confidence: bool = True
 
     @property
@@ -224,7 +225,8 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
     if job.prune is not None:
         name, note = "prune", f"cut from {job.parent}, {job.prune.importance}, {job.prune.mode}"
     step = FinishStep(name, epochs, top1, cost_s, note)
-    finished = FinishedStudent(FINISHED_SCHEMA, architecture, epochs, cost_s, (step,), job.parent, job.pruning)
+    steps = (*job.before, step)
+    finished = FinishedStudent(FINISHED_SCHEMA, architecture, epochs, cost_s, steps, job.parent, job.pruning)
     write_record(folder / RECORD_FILE, finished)
     for checkpoint in (folder / "finish.ckpt", *folder.glob("prune-*.ckpt")):
         checkpoint.unlink(missing_ok=True)

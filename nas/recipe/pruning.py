@@ -133,6 +133,7 @@ def importance_of(
     rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in own] for name, own in units.items()}
     was_training = student.training
     student.eval()  # the gate is closed in the network as it will answer
+    student.zero_grad()  # a training leaves its last gradients behind
     with threads(1):
         for start in range(0, min(_images(targets), len(targets.labels)), BATCH):
             part = slice(start, start + BATCH)

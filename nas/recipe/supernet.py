@@ -38,6 +38,7 @@ from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes,
 from nas.core.records import Candidate, ExitConfig
 from nas.models.student import Student
 from nas.models.supernet import Supernet
+from nas.recipe.processes import Processes, Result
 from nas.recipe.pruning import (
     IMPORTANCE_FILE,
     SharedImportance,
@@ -105,6 +106,7 @@ def train_supernet(
     *,
     workers: int = 1,
     progress: Callable[[SupernetStep], None] | None = None,
+    processes: Processes | None = None,
 ) -> TrainedSupernet:
     """Trains the shared weights of a space, or gives the record of those that are there.
 
@@ -116,6 +118,7 @@ def train_supernet(
         folder: run_dir/supernet; gets `weights.safetensors` and `supernet.json`, and a checkpoint on the way.
         workers: threads that share the sub-networks of a step; the weights are the same for any number of them.
         progress: called after every step; when it raises, the steps so far are kept and the error goes on.
+        processes: those of torchrun that share the sub-networks of a step, all on one folder; None: this one alone.
 
     Raises:
         TrainingError: the loss is not finite or runs away.
@@ -147,10 +150,19 @@ def train_supernet(
             )
         _keep_importance(whole, targets, distill, folder)
         return done
+    together = processes or Processes()
     with threads(1), ThreadPoolExecutor(workers, initializer=_start_thread) as pool:
-        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map)
+        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map, together)
         training.resume(folder / CHECKPOINT_FILE, key)
         training.run(folder / CHECKPOINT_FILE, key, progress)
+    if together.writes:
+        _write(training, folder, key, space)
+        _keep_importance(whole, targets, distill, folder)
+    together.wait()
+    return read_record(TrainedSupernet, folder / RECORD_FILE)
+
+
+def _write(training: _Training, folder: Path, key: str, space: SearchSpace) -> None:
     write_bytes(folder / WEIGHTS_FILE, save({n: p.contiguous() for n, p in training.net.state_dict().items()}))
     record = TrainedSupernet(
         SUPERNET_SCHEMA,
@@ -163,8 +175,6 @@ def train_supernet(
     )
     write_record(folder / RECORD_FILE, record)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-    _keep_importance(whole, targets, distill, folder)
-    return record
 
 
 def _keep_importance(
@@ -210,8 +220,9 @@ class _Training:
         distill: DistillSettings,
         settings: SupernetSettings,
         run: Callable[..., Iterable[_Gradients]],
+        processes: Processes,
     ) -> None:
-        self._map = run
+        self._map, self._processes = run, processes
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
         self.heads = exit_heads(space)
         self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
@@ -233,7 +244,7 @@ class _Training:
         """Goes on from a checkpoint, or plans the number of steps."""
         content = read_checkpoint(path, key)
         if content is None:
-            self.steps = self.settings.steps or self._planned()
+            self.steps = self._processes.agreed(self.settings.steps or self._planned())
             return
         self.step, self.steps, self.cpu_s = content["step"], content["steps"], content["cpu_s"]
         self.guard.first = content["first_loss"]
@@ -272,6 +283,8 @@ class _Training:
                     raise
 
     def _save(self, path: Path, key: str) -> None:
+        if not self._processes.writes:
+            return
         content = {
             "step": self.step,
             "steps": self.steps,
@@ -292,8 +305,8 @@ class _Training:
         networks = min(settings.networks_per_step, len(index) // 2)  # the last batch of an epoch may be a small one
         work = partial(self._gradients, variant=variant)
         shares = np.array_split(index, max(1, networks))
-        parts = list(self._map(work, self._subnets(step), shares))
         parameters = list(self.net.parameters())
+        parts = self._parts(work, list(zip(self._subnets(step), shares, strict=False)), parameters)
         for i, parameter in enumerate(parameters):  # always in the order of the sub-networks, so that sums are equal
             given = [g for part in parts if (g := part.gradients[i]) is not None]
             parameter.grad = torch.stack(given).sum(0) if given else None
@@ -303,6 +316,27 @@ class _Training:
         self.guard.step(self.loss, step // self._per_epoch)
         here = threading.get_ident()
         return time.thread_time() - started + sum(part.cpu_s for part in parts if part.thread != here)
+
+    def _parts(
+        self,
+        work: Callable[[Candidate, np.ndarray], _Gradients],
+        shares: Sequence[tuple[Candidate, np.ndarray]],
+        parameters: Sequence[Tensor],
+    ) -> list[_Gradients]:
+        """What every sub-network of a step gives, computed by the threads of this process or by all processes."""
+        if self._processes.count == 1:
+            return list(self._map(work, *zip(*shares, strict=True)))
+
+        def one(number: int) -> Result:
+            part = work(*shares[number])
+            return part.gradients, (part.loss, part.cpu_s)
+
+        told = self._processes.share(one, len(shares), parameters)
+        here, rank, count = threading.get_ident(), self._processes.rank, self._processes.count
+        return [
+            _Gradients(loss, gradients, cpu_s, here if i % count == rank else 0)
+            for i, (gradients, (loss, cpu_s)) in enumerate(told)
+        ]
 
     def _gradients(self, candidate: Candidate, index: np.ndarray, variant: int) -> _Gradients:
         started = time.thread_time()

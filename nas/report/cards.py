@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from nas.core.records import Candidate, EnergyFigures, LatencyFigures, LayerSpec
+from nas.core.records import KEY_NAMES, Candidate, EnergyFigures, LatencyFigures, LayerSpec
 from nas.core.run import STREAM_TOLERANCE, FinishStep, Point, RunView, SplitAccuracy, StreamLatency, TeacherView
 from nas.core.units import format_bytes, format_count, format_duration, format_ms
 from nas.core.walk import expand
@@ -43,7 +43,7 @@ def diagram(candidate: Candidate) -> list[dict[str, Any]]:
         }
     ]
     for layer in layers:
-        if layer.kind == "inverted_residual":
+        if layer.is_block:
             stage = int(layer.name.split(".")[1])
             if parts[-1].get("stage") != stage:
                 parts.append({"kind": "stage", "stage": stage, "title": f"Stage {stage + 1}", "blocks": []})
@@ -79,7 +79,8 @@ def _block(layer: LayerSpec, total_macs: int) -> dict[str, Any]:
         text, badges = f"{layer.kernel_size}x{layer.kernel_size} conv", [f"/{layer.stride}"] if layer.stride > 1 else []
     else:
         text = f"{layer.kernel_size}x{layer.kernel_size}  e{layer.expanded_channels}"
-        badges = [f"/{layer.stride}"] * (layer.stride > 1) + ["SE"] * layer.use_se
+        kinds = [KEY_NAMES[layer.kind]] * (layer.kind != "inverted_residual")
+        badges = kinds + [f"/{layer.stride}"] * (layer.stride > 1) + ["SE"] * layer.use_se
     return {
         "text": text,
         "badges": badges,
@@ -92,10 +93,12 @@ def _block(layer: LayerSpec, total_macs: int) -> dict[str, Any]:
 def describe(layer: LayerSpec) -> str:
     """A layer in words, for tooltips and for readers of the page that do not see the drawing."""
     size = f"{layer.in_size} px -> {layer.out_size} px" if layer.in_size != layer.out_size else f"{layer.out_size} px"
-    if layer.kind == "inverted_residual":
-        extras = [", squeeze-and-excitation"] * layer.use_se + [", skip connection"] * layer.has_residual
+    if layer.is_block:
+        extras = [f", {layer.heads} heads over {layer.tokens} tokens"] * (layer.heads > 0)
+        extras += [", squeeze-and-excitation"] * layer.use_se + [", skip connection"] * layer.has_residual
+        kernel, kind = f"{layer.kernel_size}x{layer.kernel_size}", layer.kind.replace("_", " ")
         return (
-            f"{layer.name}: {layer.kernel_size}x{layer.kernel_size} inverted residual, channels {layer.in_channels} -> "
+            f"{layer.name}: {kernel} {kind}, channels {layer.in_channels} -> "
             f"{layer.expanded_channels} -> {layer.out_channels}, {size}, {layer.activation}{''.join(extras)}, "
             f"{layer.precision}"
         )

@@ -41,15 +41,17 @@ from nas.export.package import Package
 from nas.latency.exits import ExitTarget
 from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
+from nas.measure.fill import pace_of
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
+from nas.search.assistants import teach
 from nas.search.exit_targets import solved_point
 from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
-from nas.search.plan import missing_rows, phases_of, score_seconds
+from nas.search.plan import DeviceWork, missing_rows, phases_of, score_seconds
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
@@ -278,10 +280,17 @@ def _tell_foreign(inputs: Inputs, table: LatencyTable, other: LatencyTable, repo
 
 def _tell_duration(inputs: Inputs, tables: Sequence[LatencyTable], folder: RunFolder, reporter: Reporter) -> None:
     e = inputs.experiment
-    missing = sum(len(missing_rows(inputs.space, t, e.search.trials, e.feedback.max_rows)) for t in tables)
+    work = [
+        DeviceWork(
+            len(missing_rows(inputs.space, t, e.search.trials, e.feedback.max_rows)), pace_of(t.profile.runtime, t)
+        )
+        for t in tables
+    ]
     scored = sum(record.state != "failed" for record in folder.trials())
-    about_s = sum(phase.about_s for phase in phases_of(inputs, missing, scored))
-    reporter.say(f"roughly {format_duration(about_s)} in all, less where results are cached; parts: --dry-run")
+    phases = phases_of(inputs, work, scored)
+    about_s = sum(phase.about_s or 0.0 for phase in phases)
+    engines = "" if all(p.about_s is not None for p in phases) else " and the engines, whose time nobody knows yet"
+    reporter.say(f"roughly {format_duration(about_s)}{engines} in all, less where results are cached; parts: --dry-run")
 
 
 def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
@@ -418,7 +427,8 @@ def _finish(
     finalists = choose_finalists(parts, records, e.finish.students)
     if not finalists:
         raise _nothing_in_budget(parts, records)
-    students, failed = finish(parts, finalists, e.distill, e.finish)
+    lessons = teach(parts, finalists, e.distill, e.finish, teacher.macs)
+    students, failed = finish(parts, finalists, e.distill, e.finish, lessons.of)
     trial_of: dict[str, TrialRecord] = {}
     for record in records:
         trial_of.setdefault(record.candidate.arch_id, record)
@@ -431,7 +441,7 @@ def _finish(
     ]
     if parts.others:
         outcomes[0] = replace(outcomes[0], common=_common_pick(inputs, parts, found))
-    return outcomes, sum(s.cost_s for s in students)
+    return outcomes, lessons.cpu_s + sum(s.cost_s for s in students)
 
 
 def _outcome(
@@ -556,7 +566,7 @@ def _dataset_view(inputs: Inputs) -> DatasetView:
 
 
 def _provenance(inputs: Inputs, teacher: Teacher, table: LatencyTable) -> dict[str, str]:
-    names = ("nas", "torch", "optuna", "onnx", "onnxruntime", "numpy")
+    names = ("torch", "optuna", "onnx", "onnxruntime", "numpy")
     marks = fingerprint(inputs)
     if table.foreign is None:
         marks.pop(FOREIGN_MARK, None)  # only the first device borrows
@@ -564,6 +574,7 @@ def _provenance(inputs: Inputs, teacher: Teacher, table: LatencyTable) -> dict[s
         **{f"version of {name}": version(name) for name in names},
         "python": platform.python_version(),
         "teacher's training": f"{teacher.cpu_s:.0f} CPU s",
+        **({"teacher's contributors": "; ".join(teacher.contributors)} if teacher.contributors else {}),
         **marks,
     }
 

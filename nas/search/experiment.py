@@ -1,6 +1,6 @@
 """The experiment file: what to search, for which deadline, on which data. One YAML file composes the parts' settings.
 
-What a run reads (`space`, `data.path`, `teacher.weights`) is taken from the file's folder when it is written there, and
+What a run reads (`space`, `data.path`, files of teachers) is taken from the file's folder when it is written there, and
 from the working directory when it is given with `--set`. Where results go (`run.*`) is always taken from the working
 directory. `~` is the home folder. `space` may also be the name of one of the spaces that come with the tool.
 """
@@ -39,6 +39,7 @@ from nas.space.yamlio import dump_yaml, load_yaml, parse_yaml
 from nas.train.settings import DistillSettings, TeacherSettings
 
 INPUT_KEYS = ("space", "data.path", "teacher.weights")
+LISTED_INPUTS = ("teacher.members.weights", "teacher.files.path")  # of every entry of a list
 PATH_KEYS = (*INPUT_KEYS, "run.dir", "run.tables", "run.cache", "run.foreign_table")
 SEEDS_KEY = "search.enqueue"  # entries of which some have paths
 TIME_KEYS = ("budget.ms", "budget.also_ms", "budget.total_ms", "budget.capture_ms")  # may have a unit: 800us
@@ -139,14 +140,17 @@ def load_experiment(path: Path, sets: Sequence[str] = ()) -> Experiment:
         raise ConfigError(f"{path}: expected keys such as space, budget, data; an example is written by: nas init")
     _drop_bare_headings(Experiment, data)
     data.setdefault("name", _name_from(path))
-    for key in PATH_KEYS:
-        _change(data, key, partial(_below, path.parent if key in INPUT_KEYS else Path(), key))
+    for key in (*PATH_KEYS, *LISTED_INPUTS):
+        is_input = key in (*INPUT_KEYS, *LISTED_INPUTS)
+        _change(data, key, partial(_below, path.parent if is_input else Path(), key))
     _place_seeds(data, path.parent)
     origins = {}
     for text in sets:
         key, value = parse_set(text)
         if key == SEEDS_KEY:
             value = placed(value, partial(_path_below, Path(), "search.enqueue"))
+        for listed in (k for k in LISTED_INPUTS if k.startswith(f"{key}.")):
+            _change_in(value, [listed.rpartition(".")[2]], partial(_below, Path(), listed))
         _put(data, key, value, text)
         origins[key] = f"from --set {text}"
     if data.get("also_on", ()) is None:  # every entry is commented out
@@ -202,7 +206,7 @@ def parse_set(text: str) -> tuple[str, Any]:
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         names = [f"{key}.{name.name}" for name in dataclasses.fields(kind)]
         raise ConfigError(f"{where}: '{key}' is a section; set one of its keys: {', '.join(names)}")
-    options = typing.get_args(kind) or (kind,)
+    options = () if typing.get_origin(kind) is tuple else typing.get_args(kind) or (kind,)
     if str in options and not (type(None) in options and value in ("null", "")):
         return key, _below(Path(), key, value)
     return key, parse_yaml(value, where)
@@ -239,16 +243,22 @@ def _put(data: dict[str, Any], key: str, value: Any, text: str) -> None:
 
 
 def _change(data: dict[str, Any], key: str, change: Callable[[str], Any]) -> None:
-    """Replaces the text at a key path, where there is text, or a list with texts."""
-    *sections, last = key.split(".")
-    place: Any = data
-    for name in sections:
-        place = place.get(name) if isinstance(place, dict) else None
-    found = place.get(last) if isinstance(place, dict) else None
-    if isinstance(found, str):
-        place[last] = change(found)
-    elif isinstance(found, list):
-        place[last] = [change(v) if isinstance(v, str) else v for v in found]
+    """Replaces the text at a key path, where there is text, or a list with texts; of a list of sections in each."""
+    _change_in(data, key.split("."), change)
+
+
+def _change_in(place: Any, keys: Sequence[str], change: Callable[[str], Any]) -> None:
+    if isinstance(place, list):
+        for each in place:
+            _change_in(each, keys, change)
+    elif isinstance(place, dict) and len(keys) > 1:
+        _change_in(place.get(keys[0]), keys[1:], change)
+    elif isinstance(place, dict):
+        found = place.get(keys[0])
+        if isinstance(found, str):
+            place[keys[0]] = change(found)
+        elif isinstance(found, list):
+            place[keys[0]] = [change(v) if isinstance(v, str) else v for v in found]
 
 
 def _name_from(path: Path) -> str:
@@ -271,7 +281,7 @@ def _below(base: Path, key: str, text: str) -> str:
     Raises:
         ConfigError: it begins with the home folder of an unknown user.
     """
-    if key not in PATH_KEYS or not text or (key == "space" and _is_name(text)):
+    if key not in (*PATH_KEYS, *LISTED_INPUTS) or not text or (key == "space" and _is_name(text)):
         return text
     return _path_below(base, key, text)
 
@@ -313,7 +323,7 @@ def resolved_yaml(experiment: Experiment) -> str:
     data["run"]["dir"] = str(experiment.run_dir)
     if experiment.budget.total_ms is not None:
         del data["budget"]["ms"]  # what is left for the network is measured, and kept in the run folder
-    for key in PATH_KEYS:
+    for key in (*PATH_KEYS, *LISTED_INPUTS):
         _change(data, key, os.path.abspath)
     data["search"]["enqueue"] = placed(data["search"]["enqueue"], os.path.abspath)
     return f"# Settings of the run '{experiment.name}', defaults included.\n{dump_yaml(data)}"

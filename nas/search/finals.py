@@ -51,6 +51,7 @@ from nas.recipe.finish import (
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
+from nas.search.assistants import Lesson
 from nas.search.folder import MeasuredExit, TrialRecord
 from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
@@ -180,19 +181,27 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
 
 
 def finish(
-    parts: SearchParts, finalists: Sequence[Candidate], distill: DistillSettings, settings: FinishSettings
+    parts: SearchParts,
+    finalists: Sequence[Candidate],
+    distill: DistillSettings,
+    settings: FinishSettings,
+    lessons: Mapping[str, Lesson] | None = None,
 ) -> tuple[list[FinishedStudent], list[FailedCandidate]]:
     """Distils all finalists in worker processes, the longest first; then the narrower students that are cut from them.
+
+    Those in `lessons`, by their `arch_id`, learn from an assistant instead of the teacher.
 
     Raises:
         InterruptedRunError: the run was asked to stop; every epoch is kept.
         TrainingError: all of them failed.
     """
     mixes = scored_mixes(parts.folder.trials())
+    direct = Lesson(parts.plan.context, ())
+    taught = [(candidate, (lessons or {}).get(candidate.arch_id, direct)) for candidate in finalists]
     jobs = [
         FinishJob(
             candidate,
-            parts.plan.context,
+            lesson.context,
             str(parts.folder.student(candidate.arch_id)),
             parts.plan.stop_file,
             distill,
@@ -202,9 +211,10 @@ def finish(
             parts.plan.dialect,
             settings.qat,
             settings.prune_importance if settings.prune else None,
+            before=lesson.steps,
             calibrate_confidence=settings.calibrate_confidence,
         )
-        for candidate in finalists
+        for candidate, lesson in taught
     ]
     done, failed = _finish_all(parts, jobs, "full distillation", distill.epochs)
     if not done:

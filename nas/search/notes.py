@@ -143,7 +143,7 @@ def _stages(candidate: Candidate) -> str:
     """One line for each stage; where its blocks differ, one value for each block."""
     groups: dict[str, list[LayerSpec]] = {}
     for layer in expand(candidate):
-        if layer.kind == "inverted_residual":
+        if layer.is_block:
             groups.setdefault(f"stage {int(layer.name.split('.')[1]) + 1}", []).append(layer)
         elif layer.kind == "exit_head":
             groups[f"exit {layer.segment + 1}"] = [layer]
@@ -152,11 +152,11 @@ def _stages(candidate: Candidate) -> str:
     rows = [
         (
             name,
-            str(len(layers)) if layers[0].kind == "inverted_residual" else "",
-            _each(str(x.kernel_size) if x.kind in ("stem", "inverted_residual") else "" for x in layers),
+            _blocks(layers) if layers[0].is_block else "",
+            _each(str(x.kernel_size) if x.is_block or x.kind == "stem" else "" for x in layers),
             _each(str(x.expanded_channels or x.hidden_channels or "") for x in layers),
             f"{layers[-1].out_channels}, {layers[-1].out_size} px",
-            _each(("yes" if x.use_se else "no") if x.kind == "inverted_residual" else "" for x in layers),
+            _each(("yes" if x.use_se else "no") if x.is_block else "" for x in layers),
             layers[0].precision,
         )
         for name, layers in groups.items()
@@ -165,6 +165,12 @@ def _stages(candidate: Candidate) -> str:
     return f"Input {candidate.in_channels} x {side} x {side} px\n\n" + _table(
         ("part", "blocks", "kernel", "expanded", "channels out", "SE", "precision"), rows
     )
+
+
+def _blocks(layers: Sequence[LayerSpec]) -> str:
+    """Their number, and their kind where it is not the usual one."""
+    kind = layers[0].kind
+    return str(len(layers)) if kind == "inverted_residual" else f"{len(layers)} {kind.replace('_', ' ')}"
 
 
 def _each(values: Iterable[str]) -> str:

@@ -1,12 +1,14 @@
 """What a search would do: rows to measure, work per phase, about how long it takes. Nothing is trained or measured.
 
 The durations are guesses from rates of one core of a 2-core x86-64 virtual machine (AMD EPYC, AVX-512, torch 2.15,
-November 2026); other machines differ by a factor of two either way. They are there to tell minutes from hours.
+November 2026); other machines differ by a factor of two either way. They are there to tell minutes from hours. How
+long engines are built for is taken from the table of that device, and unknown where it has none.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from nas.core.walk import expand, total_macs
 from nas.devices.base import Device
 from nas.latency.interpolate import spread_rows
 from nas.latency.table import LatencyTable
-from nas.measure.fill import SECONDS_PER_ROW
+from nas.measure.fill import Pace, pace_of
 from nas.models.teachers import ResNet, count_macs
 from nas.search.choice import choose_sampler
 from nas.search.experiment import Experiment, with_deadline
@@ -35,18 +37,26 @@ TEACHER_ANSWERS = 80e9  # the same, forward only: 3,077 images per second
 STUDENT_TRAINING = 2.4e9  # distilling students of 0.4 to 4.4 M MACs from cached answers
 STUDENT_ANSWERS = 12e9  # the same, forward only
 
-NETWORK_S = 0.8  # one whole network measured in several sessions: 0.2 tiny, 0.7-1.2 with megabytes of weights
+QAT_EPOCH = 2.4  # epochs of distillation that one of quantization-aware training costs: 9 and 3.8 CPU seconds
 SCORE_OVERHEAD_S = 0.3  # extraction, batch norm, int8 ranges of one score
 SAMPLES = 64  # random networks of the space whose mean stands for the candidates
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of the work: what is done and about how many seconds of wall time it takes."""
+    """A part of the work: what is done and about how many seconds of wall time it takes, None where nobody knows."""
 
     name: str
     what: str
-    about_s: float
+    about_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWork:
+    """What is to be measured on one device, and how fast that goes."""
+
+    missing: int
+    pace: Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ class DevicePlan:
     device: str
     table: str
     missing: int
+    pace: Pace
     fastest_ms: float | None
     budget_ms: float
 
@@ -91,8 +102,13 @@ class Plan:
 
     @property
     def about_s(self) -> float:
-        """About how long all of it takes, seconds of wall time."""
-        return sum(phase.about_s for phase in self.phases)
+        """About how long all of it takes, seconds of wall time, without what nobody knows."""
+        return sum(phase.about_s or 0.0 for phase in self.phases)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the phases of which nobody knows how long they take."""
+        return tuple(phase.name for phase in self.phases if phase.about_s is None)
 
 
 def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
@@ -113,7 +129,8 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     is_whole = fills_whole(space) and not is_limited
     status, scored, differences = _run_state(experiment.run_dir, fingerprint(inputs))
     others = tuple(_device_plan(inputs, name, other, reporter) for name, other in inputs.each[1:])
-    to_measure = len(missing) + sum(other.missing for other in others)
+    work = [DeviceWork(len(missing), pace_of(device.runtime, table))]
+    work += [DeviceWork(other.missing, other.pace) for other in others]
     sampler, reason = choose_sampler(
         experiment.search.sampler,
         experiment.search.trials,
@@ -136,7 +153,7 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
         budget_ms=experiment.budget.ms,
         phases=()
         if status == "finished" and not differences
-        else phases_of(inputs, to_measure, 0 if differences else scored),
+        else phases_of(inputs, work, 0 if differences else scored),
         differences=differences,
         others=others,
         sampler=sampler,
@@ -152,6 +169,7 @@ def _device_plan(inputs: Inputs, name: str, device: Device, reporter: Reporter) 
         device=device.profile.name,
         table=str(folder),
         missing=len(missing_rows(inputs.space, table, e.search.trials, e.feedback.max_rows)),
+        pace=pace_of(device.profile.runtime, table),
         fastest_ms=None if table is None else _fastest_ms(inputs.space, table, device, reporter),
         budget_ms=e.budget_on(name).ms,
     )
@@ -203,12 +221,12 @@ def _fastest_ms(space: SearchSpace, table: LatencyTable, device: Device, reporte
     return None if found is None else found[1]
 
 
-def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
+def phases_of(inputs: Inputs, work: Sequence[DeviceWork], scored: int) -> tuple[Phase, ...]:
     """What is to be done, in order, if nothing is cached.
 
     Args:
         inputs: of the search.
-        missing: rows to measure.
+        work: what is to be measured, on each device.
         scored: candidates that were scored by an earlier call.
     """
     e, dataset = inputs.experiment, inputs.dataset
@@ -216,13 +234,18 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
     macs = _mean_macs(inputs.space)
     phases = []
     teacher_macs = 0
-    if e.teacher.kind == "resnet":
-        teacher_macs = count_macs(ResNet(e.teacher.widths, e.teacher.blocks, dataset.num_classes, side), side)
-        about_s = e.teacher.epochs * images * teacher_macs / TEACHER_TRAINING / max(1, min(e.teacher.threads, 2))
-        phases.append(Phase("teacher", f"{e.teacher.epochs} epochs of {images} images, unless cached", about_s))
+    trained = [n.settings for n in e.teacher.networks if n.settings.kind == "resnet"]
+    if trained:
+        macs_of = [count_macs(ResNet(t.widths, t.blocks, dataset.num_classes, side), side) for t in trained]
+        teacher_macs = sum(macs_of)
+        about_s = images * sum(t.epochs * m for t, m in zip(trained, macs_of, strict=True)) / TEACHER_TRAINING
+        epochs = sum(t.epochs for t in trained)
+        what = f"{epochs} epochs of {images} images, unless cached"
+        phases.append(Phase("teacher", what, about_s / max(1, min(e.teacher.threads, 2))))
     about_s = e.distill.variants * images * teacher_macs / TEACHER_ANSWERS
     unless = "unless cached" if teacher_macs else "by a given teacher, whose time is not known beforehand"
     phases.append(Phase("teacher's answers", f"{e.distill.variants} augmented copies, {unless}", about_s))
+    missing = sum(device.missing for device in work)
     if missing:
         if e.feedback.max_rows is not None and row_count(inputs.space) > e.feedback.max_rows:
             what = f"{missing} rows, the others are interpolated"
@@ -230,7 +253,7 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
             what = f"{missing} rows"
         else:
             what = f"about {missing} rows, as candidates need them"
-        phases.append(Phase("latency table", what, missing * SECONDS_PER_ROW))
+        phases.append(Phase("latency table", what, _sum((w.missing, w.pace.row_s) for w in work)))
     todo = max(0, e.search.trials - scored)
     if e.search.scorer == "supernet":
         cpu_s = e.supernet.cpu_seconds
@@ -239,12 +262,32 @@ def phases_of(inputs: Inputs, missing: int, scored: int) -> tuple[Phase, ...]:
         share = min(workers, e.supernet.networks_per_step)
         phases.append(Phase("supernet", "shared weights, unless trained", cpu_s / share))
     phases.append(Phase("scores", f"{todo} of {e.search.trials} candidates", todo * score_seconds(inputs)))
-    networks = e.feedback.engines(e.search.rounds) * len(inputs.each)
-    where = "the device" if len(inputs.each) == 1 else f"{len(inputs.each)} devices"
-    phases.append(Phase("networks", f"{networks} whole networks on {where}", networks * NETWORK_S))
-    about_s = e.finish.students * e.distill.epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
-    phases.append(Phase("finalists", f"{e.finish.students} students, {e.distill.epochs} epochs each", about_s))
+    networks = e.feedback.engines(e.search.rounds)
+    where = "the device" if len(work) == 1 else f"{len(work)} devices"
+    about_s = _sum((networks, w.pace.network_s) for w in work)
+    phases.append(Phase("networks", f"{networks * len(work)} whole networks on {where}", about_s))
+    if e.distill.assistants != 0:
+        count, largest = e.distill.assistants, total_macs(inputs.space.decode(inputs.space.largest()))
+        count = 1 if count == "auto" else count
+        assistant_s = count * e.distill.epochs * images * largest / STUDENT_TRAINING
+        phases.append(Phase("assistants", f"{count} at most, {e.distill.epochs} epochs each", assistant_s))
+    qat_epochs = e.finish.qat_epochs if "int8" in inputs.space.precisions else 0
+    epochs = e.distill.epochs + QAT_EPOCH * qat_epochs  # at most: QAT is done where calibration loses
+    about_s = e.finish.students * epochs * images * macs / STUDENT_TRAINING / min(workers, e.finish.students)
+    what = f"{e.finish.students} students, {e.distill.epochs} epochs each"
+    what += f", up to {qat_epochs} more in int8" if qat_epochs else ""
+    phases.append(Phase("finalists", what, about_s))
     return tuple(phases)
+
+
+def _sum(parts: Iterable[tuple[int, float | None]]) -> float | None:
+    """Numbers times seconds of each, summed; None where a factor that counts is unknown."""
+    total = 0.0
+    for count, seconds in parts:
+        if count and seconds is None:
+            return None
+        total += count * (seconds or 0.0)
+    return total
 
 
 def score_seconds(inputs: Inputs) -> float:

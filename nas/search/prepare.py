@@ -33,8 +33,10 @@ from nas.search.seeds import resolve
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.shared_jobs import version_of
 from nas.space.space import SearchSpace, load_space
-from nas.train.targets import Targets, make_targets
-from nas.train.teacher import Teacher, prepare_teacher
+from nas.train.contributors import prepare_targets, read_files
+from nas.train.settings import TeacherSettings
+from nas.train.targets import Targets
+from nas.train.teacher import Teacher
 
 CHANCE_FACTOR = (
     1.5  # times the accuracy of guessing: a given teacher below it has another order of classes, most likely
@@ -88,11 +90,12 @@ def load_inputs(
     else:
         further = list(others)
     _check_devices(experiment, (device, *further))
-    given = experiment.teacher.weights if experiment.teacher.kind != "resnet" else None
-    if given is not None and not Path(given).is_file():
-        raise ConfigError(
-            f"teacher.weights: {given} is not a file. Give that of the teacher: --set teacher.weights=FILE"
-        )
+    for network in experiment.teacher.networks:
+        given = network.settings.weights if network.settings.kind != "resnet" else None
+        if given is not None and not Path(given).is_file():
+            raise ConfigError(
+                f"teacher.weights: {given} is not a file. Give that of the teacher: --set teacher.weights=FILE"
+            )
     draft = load_space(Path(experiment.space), 2)
     datasets: list[Dataset] = []
 
@@ -103,6 +106,7 @@ def load_inputs(
         reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
         datasets.append(load_dataset(experiment.data, resolution, read))
     reporter.progress("data", len(datasets), len(draft.resolution), experiment.data.name)
+    read_files(experiment.teacher, datasets[-1])  # bad soft labels show now
     space = replace(draft, num_classes=datasets[-1].num_classes)
     for each in (device, *further):
         before = len(space.dropped)
@@ -175,9 +179,7 @@ def _pictures(inputs: Inputs) -> list[bytes | np.ndarray]:
 
 
 def _pruning(finish: FinishSettings) -> str:
-    how = (
-        "cut on the way" if finish.prune_mode == "joint" else f"{finish.prune_epochs} epochs at {finish.prune_lr:g} lr"
-    )
+    how = f"{finish.prune_mode}, {finish.prune_epochs} epochs, lr {finish.prune_lr:g}"
     shares = ", ".join(f"{share:g}" for share in finish.prune)
     return f"{shares} of the channels by {finish.prune_importance}, {how}, {finish.prune_rows} widths a block"
 
@@ -198,8 +200,6 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         ConfigError: a candidate of `search.enqueue` cannot be read, or is not in the space.
     """
     e = inputs.experiment
-    given = Path(e.teacher.weights) if e.teacher.weights else None
-    weights = file_sha256(given) if given is not None and given.is_file() else str(given)
     s, finish = e.search, e.finish
     scorer = {"supernet": e.supernet, "standalone": e.standalone}[e.search.scorer]
     return {
@@ -207,7 +207,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
         "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}",
         "augmentation": content_hash(inputs.dataset.augment),
-        "teacher": f"{e.teacher.kind} {content_hash({**to_plain(e.teacher), 'weights': weights})}",
+        "teacher": _teacher_mark(e.teacher),
         "distillation": content_hash(e.distill),
         "scorer": f"{e.search.scorer} {content_hash(scorer)}",
         "budget": f"{_deadline(e.budget)} ({e.budget.of}), margin of {e.budget.margin_std:g} deviations, of packages "
@@ -229,6 +229,22 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),
     }
+
+
+def _teacher_mark(teacher: TeacherSettings) -> str:
+    """Settings of the teacher with the contents of its files; one contributor alone is marked as ever."""
+
+    def content(path: str | None) -> str:
+        return file_sha256(Path(path)) if path and Path(path).is_file() else str(path)
+
+    plain = to_plain(teacher)
+    plain["weights"] = content(teacher.weights if teacher.weights else None)
+    for part, key in (("members", "weights"), ("files", "path")):
+        used = [c for c in plain[part] if c["name"] not in teacher.without]  # nothing is read of what is left out
+        plain[part] = [{**c, key: content(c[key])} for c in used]
+    names = ", ".join(c["name"] for part in ("members", "files") for c in plain[part])
+    without = f", without {', '.join(teacher.without)}" if teacher.without else ""
+    return f"{teacher.kind} {content_hash(plain)}" + (f" with {names}" if names else "") + without
 
 
 def _enqueued(inputs: Inputs) -> dict[str, str]:
@@ -266,32 +282,41 @@ def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> t
     """
     e, dataset = inputs.experiment, inputs.dataset
     cache = Path(e.run.cache)
-    teacher = prepare_teacher(
-        dataset, e.teacher, cache, lambda done, total: reporter.progress("teacher", done, total, "epochs")
-    )
-    reporter.say(f"teacher {teacher.name}: {100 * teacher.val_accuracy:.1f} % on search validation")
-    classes = dataset.class_names
-    if e.teacher.kind != "resnet" and teacher.val_accuracy < CHANCE_FACTOR / len(classes):
-        reporter.warn(
-            f"the given teacher is hardly better than guessing among {len(classes)} classes. Its outputs must be in "
-            f"the order of the data set's classes ({', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''}), "
-            "and its images as teacher.pixels says"
-        )
-    targets = make_targets(
-        teacher,
+    taught = prepare_targets(
         dataset,
+        e.teacher,
         e.distill.variants,
         cache,
-        lambda done, total: reporter.progress("teacher's answers", done, total, "augmented copies"),
         seed=e.data.seed,
+        training=lambda done, total: reporter.progress("teacher", done, total, "epochs"),
+        answering=lambda done, total: reporter.progress("teacher's answers", done, total, "augmented copies"),
     )
+    teacher, targets = taught.teacher, taught.targets
+    reporter.say(f"teacher {teacher.name}: {100 * teacher.val_accuracy:.1f} % on search validation")
+    classes = dataset.class_names
+    least = CHANCE_FACTOR / len(classes)
+    order = f"({', '.join(classes[:12])}{', ...' if len(classes) > 12 else ''})"
+    for network in teacher.networks if e.teacher.members or e.teacher.kind != "resnet" else ():
+        if network.val_accuracy < least:
+            reporter.warn(
+                f"the given teacher {network.name} is hardly better than guessing among {len(classes)} classes. Its "
+                f"outputs must be in the order of the data set's classes {order}, and its images as teacher.pixels says"
+            )
+    for file in taught.files:
+        if file.agreement < least:
+            reporter.warn(
+                f"the soft labels of {file.name} agree with hardly more labels than by guessing. Their columns must be "
+                f"in the order of the data set's classes {order}, their rows in that of its training images"
+            )
+    for line in teacher.contributors:
+        reporter.say(f"contributor {line}")
     path = folder.path / "context.json"
     write_context(path, inputs.datasets, targets, cache, e.data.seed)
     return teacher, targets, str(path.resolve())
 
 
 def teacher_latency(teacher: Teacher, device: Device, folder: RunFolder) -> float:
-    """Latency of the teacher's ONNX file on the device, ms; measured once per run.
+    """Latency of the teacher's ONNX file on the device, ms, of several networks their sum; measured once per run.
 
     Raises:
         DeviceError: the device cannot run it.
@@ -299,12 +324,15 @@ def teacher_latency(teacher: Teacher, device: Device, folder: RunFolder) -> floa
     for event in folder.events():
         if event.kind == "teacher" and event.values.get("sha256") == teacher.sha256:
             return float(event.values["latency_ms"] or 0)
-    m = measure_model(device, f"teacher-{teacher.sha256[:12]}", teacher.onnx())
-    if m.latency_ms is None:
-        raise DeviceError(f"the teacher {teacher.name} does not run on {device.profile.name}: {m.error}")
-    values: Mapping[str, float | int | str | None] = {"sha256": teacher.sha256, "latency_ms": m.latency_ms}
+    latency_ms = 0.0
+    for network in teacher.networks:
+        m = measure_model(device, f"teacher-{network.sha256[:12]}", network.onnx())
+        if m.latency_ms is None:
+            raise DeviceError(f"the teacher {network.name} does not run on {device.profile.name}: {m.error}")
+        latency_ms += m.latency_ms
+    values: Mapping[str, float | int | str | None] = {"sha256": teacher.sha256, "latency_ms": latency_ms}
     folder.add_event(Event("teacher", 0.0, dict(values)))
-    return m.latency_ms
+    return latency_ms
 
 
 def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan:

@@ -205,10 +205,11 @@ class FinishSettings:
 
     `prune`: shares of the expansion channels that finalists lose, such as [0.3]: each makes a further student of every
     finalist, narrower where that costs the least importance for the latency saved on the first device; none by default.
-    `prune_mode`: `after`: the finished weights are cut, then distilled for `prune_epochs`; `joint`: a new student as
-    wide as the finalist is distilled over the whole schedule and cut on the way. `prune_importance`: `taylor` (change
-    of the distillation loss) or `l1` (size of the kernels). `prune_lr`: highest learning rate after the cut as a share
-    of `distill.lr`. `prune_rows`: widths of each block that are measured to find the steps of its latency.
+    `prune_mode`: `after` cuts the finished weights, then distils; `joint` distils a new student as wide as the finalist
+    over the whole schedule and cuts it on the way. `prune_importance`: of the channels, by `taylor` (change of the
+    distillation loss) or `l1` (size of the kernels). `prune_epochs`: of distillation after the cut. `prune_lr`: highest
+    learning rate there as a share of `distill.lr`. `prune_rows`: widths of each block that are measured to find the
+    steps of its latency.
     """
 
     students: int = 8
@@ -220,7 +221,7 @@ class FinishSettings:
     stream_images: int = 1000
     qat_epochs: int = 2
     qat_lr: float = 0.1
-    qat_least_loss: float = 0.002
+    qat_least_loss: float = 0.005
     prune: tuple[float, ...] = ()
     prune_mode: PruneMode = "after"
     prune_importance: ImportanceKind = "taylor"

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from nas.core.errors import ConfigError, did_you_mean
-from nas.core.records import Activation, Precision, make_divisible
+from nas.core.records import (
+    BLOCK_KINDS,
+    KINDS_WITH_EXPANSION,
+    KINDS_WITH_SE,
+    Activation,
+    BlockKind,
+    Precision,
+    make_divisible,
+)
 
 T = TypeVar("T")
 
@@ -43,10 +51,11 @@ class StemChoices:
 
 @dataclass(frozen=True, slots=True)
 class StageChoices:
-    """One stage of inverted residuals. `width`, `depth`, `use_se` and `activation` are chosen once per stage.
+    """One stage. `kind`, `width`, `depth`, `use_se` and `activation` are chosen once per stage.
 
     `kernel_size` and `expansion` are chosen for every block. `stride` is that of the first block. `prune` is the share
-    of the expanded channels that all its blocks go without, chosen once per stage.
+    of the expanded channels that all its blocks go without, chosen once per stage. A kind that has no expansion or no
+    squeeze-and-excitation ignores that choice.
     """
 
     name: str
@@ -58,6 +67,7 @@ class StageChoices:
     use_se: tuple[bool, ...]
     activation: tuple[Activation, ...]
     prune: tuple[float, ...] = (0.0,)
+    kind: tuple[BlockKind, ...] = ("inverted_residual",)
 
     @property
     def max_depth(self) -> int:
@@ -97,22 +107,26 @@ class PrecisionChoices:
     per: Literal["network", "stage"] = "network"
 
 
-def expanded_channels(in_channels: int, expansion: float) -> int:
+def expanded_channels(in_channels: int, expansion: float, kind: BlockKind = "inverted_residual") -> int:
     """Channels between the first and the last convolution of a block; expansion 1 means no first convolution.
+
+    A kind that does not expand keeps the channels of the input.
 
     Rounded to a multiple of 8, so that factors with two or three digits give the published networks exactly
     (24 x 3.667 -> 88, 80 x 2.3 -> 184; Howard et al. 2019, Tables 1 and 2).
     """
-    return in_channels if expansion == 1 else make_divisible(in_channels * expansion)
+    return (
+        in_channels if expansion == 1 or kind not in KINDS_WITH_EXPANSION else make_divisible(in_channels * expansion)
+    )
 
 
-def pruned_channels(in_channels: int, expansion: float, share: float) -> int:
+def pruned_channels(in_channels: int, expansion: float, share: float, kind: BlockKind = "inverted_residual") -> int:
     """Expanded channels of a block without a share of them: any number, as `expanded_channels` where the share is 0.
 
     A block that does not expand loses none. Where as many would be left as its input has, which would make it another
     kind of block, eight more are kept.
     """
-    whole = expanded_channels(in_channels, expansion)
+    whole = expanded_channels(in_channels, expansion, kind)
     if whole == in_channels:
         return whole
     left = max(1, round(whole * (1 - share)))
@@ -256,7 +270,7 @@ def read_stem(data: Any, where: str) -> StemChoices:
     )
 
 
-STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation", "prune")
+STAGE_FIELDS = ("name", "width", "depth", "stride", "kernel_size", "expansion", "use_se", "activation", "prune", "kind")
 
 
 def read_stage(data: Any, where: str) -> StageChoices:
@@ -264,19 +278,39 @@ def read_stage(data: Any, where: str) -> StageChoices:
     if isinstance(data, dict) and isinstance(data.get("name"), str):
         where = f"{where} ({data['name']})"
     section = Section(data, where, STAGE_FIELDS)
-    return StageChoices(
+    kinds = in_order(section.many("kind", name_of(BLOCK_KINDS, "kind of block"), "inverted_residual"), BLOCK_KINDS)
+    has_expansion = any(kind in KINDS_WITH_EXPANSION for kind in kinds)
+    stage = StageChoices(
         name=section.one("name", identifier),
         width=tuple(sorted(section.many("width", integer(1, MAX_CHANNELS, "channels")))),
         depth=tuple(sorted(section.many("depth", integer(1, MAX_DEPTH, "blocks")))),
         stride=section.one("stride", integer(1, 2, "pixels")),
         kernel_size=tuple(sorted(section.many("kernel_size", kernel))),
         expansion=tuple(
-            sorted(section.many("expansion", number(0.125, MAX_EXPANSION, "a factor of the block's input channels")))
+            sorted(
+                section.many(
+                    "expansion",
+                    number(0.125, MAX_EXPANSION, "a factor of the block's input channels"),
+                    None if has_expansion else 1.0,
+                )
+            )
         ),
         use_se=tuple(sorted(section.many("use_se", boolean, False))),
         activation=in_order(section.many("activation", name_of(ACTIVATIONS, "activation")), ACTIVATIONS),
         prune=tuple(sorted(section.many("prune", number(0, MAX_PRUNE, "a share of the expanded channels"), 0.0))),
+        kind=kinds,
     )
+    if not has_expansion and stage.expansion != (1.0,):
+        raise section.fail("expansion", f"kind {', '.join(kinds)} does not expand; leave it out")
+    if stage.prune != (0.0,) and (len(kinds) > 1 or not has_expansion):
+        raise section.fail(
+            "prune",
+            "needs a stage of one kind that expands (importance is that of its channels); finalists of every space are "
+            "pruned by finish.prune",
+        )
+    if True in stage.use_se and not any(kind in KINDS_WITH_SE for kind in kinds):
+        raise section.fail("use_se", f"kind {', '.join(kinds)} has no squeeze-and-excitation; leave it out")
+    return stage
 
 
 def read_head(data: Any, where: str) -> HeadChoices:

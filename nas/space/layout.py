@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from nas.core.records import Activation, Precision
+from nas.core.records import KINDS_WITH_EXPANSION, KINDS_WITH_SE, Activation, BlockKind, Precision
 from nas.space.choices import (
     ExitChoices,
     HeadChoices,
@@ -60,6 +60,7 @@ class BlockSites:
 class StageSites:
     """The choices of one stage and of its blocks, as many as the deepest network has."""
 
+    kind: Site[BlockKind]
     depth: Site[int]
     width: Site[int]
     use_se: Site[bool]
@@ -124,6 +125,7 @@ def build_layout(
 
     def stage_sites(stage: StageChoices) -> StageSites:
         return StageSites(
+            site(f"{stage.name}.kind", stage.kind),
             site(f"{stage.name}.depth", stage.depth),
             site(f"{stage.name}.width", stage.width),
             site(f"{stage.name}.use_se", stage.use_se),
@@ -213,16 +215,23 @@ def _pruned_stage(stage: StageSites, input_width: Site[int]) -> PrunedStage:
 
 
 @dataclass(frozen=True, slots=True)
-class Canoniser:
-    """The rules that set inactive genes to 0, as arrays over many genotypes.
-
-    Rule r: gene `genes[r]` is active where `active[r, index of gene parents[r]]`. An alias rule maps expansions that
-    round to the same channels to the first of them: `table[index of the input width, index of the expansion]`.
-    """
+class Rules:
+    """Rules of different genes: gene `genes[r]` is active where `active[r, index of gene parents[r]]`."""
 
     genes: npt.NDArray[np.int64]
     parents: npt.NDArray[np.int64]
     active: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Canoniser:
+    """The rules that set inactive genes to 0, as arrays over many genotypes.
+
+    A gene is active where the rules of all passes say so. An alias rule maps expansions that round to the same channels
+    to the first of them: `table[index of the input width, index of the expansion]`.
+    """
+
+    passes: tuple[Rules, ...]
     aliases: tuple[tuple[int, Site[int], npt.NDArray[np.int64]], ...]
     pruned: tuple[PrunedStage, ...]
     exit_genes: npt.NDArray[np.int64]
@@ -237,18 +246,25 @@ class Canoniser:
             result[:, gene] = table[width.column(result), result[:, gene]]
         for rule in self.pruned:
             rule(result)
-        if len(self.genes):
-            result[:, self.genes] *= self.active[np.arange(len(self.genes)), result[:, self.parents]]
+        for rules in self.passes:
+            result[:, rules.genes] *= rules.active[np.arange(len(rules.genes)), result[:, rules.parents]]
         return result
 
 
 def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
     """The rules of a layout, of whose exits a network has at most `max_exits`."""
     rules: list[tuple[int, int, list[int]]] = []
+    kind_rules: list[tuple[int, int, list[int]]] = []
     aliases = []
     pruned = []
     input_width = layout.stem_channels
     for stage in layout.stages:
+        for site, kinds in (
+            (stage.use_se, KINDS_WITH_SE),
+            *((block.expansion, KINDS_WITH_EXPANSION) for block in stage.blocks),
+        ):
+            if site.gene is not None and stage.kind.gene is not None:
+                kind_rules.append((site.gene, stage.kind.gene, [int(kind in kinds) for kind in stage.kind.choices]))
         if stage.prune.choices != (0.0,):
             pruned.append(_pruned_stage(stage, input_width))
         for b, block in enumerate(stage.blocks):
@@ -265,15 +281,17 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
         for gene in (place.conv_channels.gene, place.hidden_channels.gene, place.threshold.gene):
             if gene is not None:
                 rules.append((gene, place.present, [0, 1]))
-    active = np.zeros((len(rules), max((len(r[2]) for r in rules), default=0)), np.int64)
-    for row, (_, _, flags) in enumerate(rules):
-        active[row, : len(flags)] = flags
     return Canoniser(
-        np.array([r[0] for r in rules], np.int64),
-        np.array([r[1] for r in rules], np.int64),
-        active,
+        tuple(_rules(group) for group in (rules, kind_rules) if group),
         tuple(aliases),
         tuple(pruned),
         np.array([place.present for place in layout.exits], np.int64),
         max_exits,
     )
+
+
+def _rules(group: Sequence[tuple[int, int, list[int]]]) -> Rules:
+    active = np.zeros((len(group), max(len(flags) for _, _, flags in group)), np.int64)
+    for row, (_, _, flags) in enumerate(group):
+        active[row, : len(flags)] = flags
+    return Rules(np.array([r[0] for r in group], np.int64), np.array([r[1] for r in group], np.int64), active)

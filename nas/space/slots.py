@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nas.core.records import Candidate, LayerKind, LayerSpec
+from nas.core.records import Candidate, LayerSpec, SlotKind
 from nas.core.walk import expand
 from nas.space.layout import Genotype, Layout, Site
 
@@ -30,7 +30,7 @@ class Slot:
     """
 
     name: str
-    kind: LayerKind
+    kind: SlotKind
     stage: int
     genes: tuple[int, ...]
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class _Place:
     """A slot before its table is filled. `presence`: the gene that can remove the layer, a flag for each choice."""
 
     name: str
-    kind: LayerKind
+    kind: SlotKind
     stage: int
     genes: tuple[int, ...]
     presence: tuple[int, tuple[bool, ...]] | None = None
@@ -106,11 +106,12 @@ def _places(layout: Layout) -> list[_Place]:
             result.append(
                 _Place(
                     f"stages.{s}.{b}",
-                    "inverted_residual",
+                    "block",
                     s,
                     genes(
                         resolution,
                         width,
+                        stage.kind,
                         stage.width,
                         stage.use_se,
                         stage.activation,

@@ -21,6 +21,7 @@ import numpy as np
 from nas.core.errors import ConfigError, RecordError
 from nas.core.jsonio import content_hash, to_plain
 from nas.core.records import (
+    KINDS_WITH_SE,
     BlockConfig,
     Candidate,
     ExitConfig,
@@ -199,13 +200,14 @@ class SearchSpace:
         stages = []
         for choices, sites in zip(self.stages, layout.stages, strict=True):
             width, stride = sites.width.of(genotype), choices.stride
-            use_se, activation = sites.use_se.of(genotype), sites.activation.of(genotype)
+            kind, activation = sites.kind.of(genotype), sites.activation.of(genotype)
+            use_se = sites.use_se.of(genotype) and kind in KINDS_WITH_SE
             share = sites.prune.of(genotype)
             blocks = []
             for block in sites.blocks[: sites.depth.of(genotype)]:
-                wide = pruned_channels(channels, block.expansion.of(genotype), share)
+                wide = pruned_channels(channels, block.expansion.of(genotype), share, kind)
                 kernel_size = block.kernel_size.of(genotype)
-                blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation))
+                blocks.append(BlockConfig(channels, wide, width, kernel_size, stride, use_se, activation, kind))
                 channels, stride = width, 1
             stages.append(StageConfig(tuple(blocks), sites.precision.of(genotype)))
         head = HeadConfig(
@@ -254,7 +256,9 @@ class SearchSpace:
             unit, first = f"stages.{s}", stage.blocks[0]
             put(sites.depth, len(stage.blocks), f"{unit}: depth")
             put(sites.width, first.out_channels, f"{unit}: width")
-            put(sites.use_se, first.use_se, f"{unit}: use_se")
+            put(sites.kind, first.kind, f"{unit}: kind")
+            if first.kind in KINDS_WITH_SE:
+                put(sites.use_se, first.use_se, f"{unit}: use_se")
             put(sites.activation, first.activation, f"{unit}: activation")
             put(sites.precision, stage.precision, f"{unit}: precision")
             share = _share_of(stage, sites)
@@ -262,7 +266,7 @@ class SearchSpace:
             for b, (block, block_sites) in enumerate(zip(stage.blocks, sites.blocks, strict=False)):
                 put(block_sites.kernel_size, block.kernel_size, f"{unit}.{b}: kernel_size")
                 expansion = block_sites.expansion
-                wides = tuple(pruned_channels(block.in_channels, e, share) for e in expansion.choices)
+                wides = tuple(pruned_channels(block.in_channels, e, share, first.kind) for e in expansion.choices)
                 put(Site(wides, expansion.gene), block.expanded_channels, f"{unit}.{b}: expanded channels")
         put(layout.conv_channels, candidate.head.conv_channels, "head: conv_channels")
         put(layout.hidden_channels, candidate.head.hidden_channels, "head: hidden_channels")
@@ -396,7 +400,8 @@ def _share_of(stage: StageConfig, sites: StageSites) -> float:
 
     def fits(share: float) -> bool:
         return all(
-            block.expanded_channels in {pruned_channels(block.in_channels, e, share) for e in own.expansion.choices}
+            block.expanded_channels
+            in {pruned_channels(block.in_channels, e, share, block.kind) for e in own.expansion.choices}
             for block, own in zip(stage.blocks, sites.blocks, strict=False)
         )
 
@@ -404,9 +409,10 @@ def _share_of(stage: StageConfig, sites: StageSites) -> float:
 
 
 def _stage_plain(stage: StageChoices) -> dict[str, Any]:
-    """The fields of a stage; without `prune` where nothing is, as in files that do not name it."""
+    """The fields of a stage; without `prune` and `kind` where they are what they are in files that do not name them."""
     plain: dict[str, Any] = to_plain(stage)
-    return plain if stage.prune != (0.0,) else {key: value for key, value in plain.items() if key != "prune"}
+    idle = {"prune": stage.prune == (0.0,), "kind": stage.kind == ("inverted_residual",)}
+    return {key: value for key, value in plain.items() if not idle.get(key, False)}
 
 
 def _macs(layer: LayerSpec) -> float:
@@ -495,8 +501,14 @@ def _require_genes(space: SearchSpace, where: str) -> None:
 
 
 def _require_shapes(space: SearchSpace, where: str) -> None:
-    """Sizes of maps depend on the resolution and the strides alone, so one network per resolution tells."""
+    """Sizes of maps depend on the resolution and the strides alone; so one network per resolution, kinds last, tells.
+
+    The last kind is attention wherever that is a choice, the only one that bounds the size of a map.
+    """
     genotype = [0] * len(space.genes)
+    for stage in space.layout.stages:
+        if stage.kind.gene is not None:
+            genotype[stage.kind.gene] = len(stage.kind.choices) - 1
     site = space.layout.resolution
     for index, resolution in enumerate(space.resolution):
         if site.gene is not None:
@@ -504,4 +516,4 @@ def _require_shapes(space: SearchSpace, where: str) -> None:
         try:
             expand(space._build(tuple(genotype)))
         except RecordError as e:
-            raise ConfigError(f"{where}: resolution: {resolution} px is too small: {e}") from e
+            raise ConfigError(f"{where}: resolution: {resolution} px does not fit: {e}") from e

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.core.errors import UsageError
 from nas.train.settings import DistillSettings
 
 
@@ -45,6 +46,32 @@ def hinton_kd(
     if alpha < 1:
         loss = loss + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
     return loss
+
+
+def attention_map_kd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """KL(teacher || student) of what each token attends to, mean over batch and tokens; heads are averaged first.
+
+    Wang et al. 2020, MiniLM (arXiv 2002.10957), equation 1, on the last block with attention of both; differs: the mean
+    over the heads, so that student and teacher may have different numbers of them. `nas.models.student.attention_maps`
+    gives the maps of a student.
+
+    Args:
+        student_map: probabilities [B, heads, N, N], N tokens; the last dimension sums to 1.
+        teacher_map: [B, any number of heads, N, N]; no gradient flows into it.
+
+    Raises:
+        UsageError: another number of images or tokens.
+    """
+    expected = (student_map.shape[0], *student_map.shape[2:])
+    if (teacher_map.shape[0], *teacher_map.shape[2:]) != expected:
+        raise UsageError(
+            f"attention maps of {list(student_map.shape)} (student) and {list(teacher_map.shape)} (teacher): "
+            "images and tokens must be as many; use attention on maps of one size"
+        )
+    least = torch.finfo(student_map.dtype).tiny  # a probability may have been rounded to 0
+    student = student_map.mean(dim=1).clamp_min(least).log()
+    teacher = teacher_map.detach().mean(dim=1).clamp_min(least).log()
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=2).mean()
 
 
 def branch_weights(exit_weights: Sequence[float], exits: int) -> tuple[float, ...]:

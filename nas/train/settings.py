@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from nas.core.errors import ConfigError
+from nas.core.errors import ConfigError, did_you_mean
+
+TeacherKind = Literal["resnet", "torchvision", "onnx"]
+TeacherPixels = Literal["dataset", "imagenet", "unit", "raw"]
+MOST_ASSISTANTS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherMember:
+    """One of several networks that teach together. What is not given is as in the section `teacher`.
+
+    `name`: of the contributor. `weight`: its share in the mean, relative to the others. `model`: torchvision's name of
+    the model. All other keys mean what they mean in the section `teacher`.
+    """
+
+    name: str
+    weight: float | None = None
+    kind: TeacherKind | None = None
+    model: str | None = None
+    weights: str | None = None
+    pixels: TeacherPixels | None = None
+    resolution: int | None = None
+    widths: tuple[int, ...] | None = None
+    blocks: int | None = None
+    epochs: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SoftLabelFile:
+    """Soft labels of the training images that somebody contributed as a file.
+
+    `name`: of the contributor. `path`: a .csv, .npy or .npz file (docs/students.md says what is in it). `weight`: its
+    share in the mean, relative to the other contributors. `values`: probabilities that sum to 1, or logits. `partial`:
+    images may be missing in the file; the mean of such an image is that of the other contributors.
+    """
+
+    name: str
+    path: str
+    weight: float = 1.0
+    values: Literal["probabilities", "logits"] = "probabilities"
+    partial: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherSettings:
-    """Which teacher, and how the built-in one is trained.
+    """Which teacher, and how the built-in one is trained; alone or as one of several contributors.
 
     Fields:
         kind: `resnet` is trained on the spot on the data set; `torchvision` and `onnx` are given as files.
@@ -31,12 +72,18 @@ class TeacherSettings:
         label_smoothing: share of the label's mass that is spread over all classes.
         threads: processor threads used to train it and to compute its logits.
         seed: of the initial weights, the order and the augmentation.
+        members: several networks that teach together instead of one, such as [{name: a, seed: 0}, {name: b, seed: 1}];
+            each has a name, and what it does not say is as in this section.
+        files: soft labels of the training images from files, such as [{name: lab, path: lab.csv}].
+        weight: share of the network in the mean, relative to `files`; with 0 it is only compared with.
+        average: what is averaged over contributors: probabilities, or logits (the geometric mean of probabilities).
+        without: names of members and files that are left out: nothing of them is read or taken from a cache.
     """
 
-    kind: Literal["resnet", "torchvision", "onnx"] = "resnet"
+    kind: TeacherKind = "resnet"
     name: str = ""
     weights: str | None = None
-    pixels: Literal["dataset", "imagenet", "unit", "raw"] = "dataset"
+    pixels: TeacherPixels = "dataset"
     resolution: int | None = None
     widths: tuple[int, ...] = (32, 64, 128)
     blocks: int = 2
@@ -48,6 +95,11 @@ class TeacherSettings:
     label_smoothing: float = 0.05
     threads: int = 2
     seed: int = 0
+    members: tuple[TeacherMember, ...] = ()
+    files: tuple[SoftLabelFile, ...] = ()
+    weight: float = 1.0
+    average: Literal["probabilities", "logits"] = "probabilities"
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         where = "teacher"
@@ -62,6 +114,9 @@ class TeacherSettings:
             raise ConfigError(f"{where}.weight_decay: must be 0 or more, got {self.weight_decay}")
         if self.resolution is not None and self.resolution < 8:
             raise ConfigError(f"{where}.resolution: must be at least 8 pixels, got {self.resolution}")
+        self._check_contributors()
+        if self.members:
+            return  # each of them is checked as a teacher of its own
         if self.kind != "resnet" and not self.weights:
             raise ConfigError(
                 f"{where}.weights: a teacher of kind {self.kind!r} needs the path of its "
@@ -70,6 +125,60 @@ class TeacherSettings:
             )
         if self.kind == "torchvision" and not self.name:
             raise ConfigError(f"{where}.name: kind 'torchvision' needs the name of the model, such as 'resnet50'")
+
+    def _check_contributors(self) -> None:
+        names = [c.name for c in (*self.members, *self.files)]
+        for name in names:
+            if not name.strip() or names.count(name) > 1:
+                raise ConfigError(f"teacher: every member and file needs a name of its own, got {names}")
+        for name in self.without:
+            if name not in names:
+                known = f" (names: {', '.join(names)})" if names else "; there are no members and no files"
+                raise ConfigError(f"teacher.without: no contributor {name!r}{did_you_mean(name, names)}{known}")
+        networks, files = self.networks, self.used_files
+        if not networks:
+            raise ConfigError(
+                "teacher.without: no network is left, with which students are compared; keep one of teacher.members "
+                "(with weight 0 it teaches nothing)"
+            )
+        weights = [n.settings.weight for n in networks] + [f.weight for f in files]
+        if any(not (math.isfinite(w) and w >= 0) for w in weights) or (names and not sum(weights) > 0):
+            raise ConfigError(f"teacher: weights must be 0 or more, and one of them above 0, got {weights}")
+        if files and all(f.partial or not f.weight for f in files) and not any(n.settings.weight for n in networks):
+            raise ConfigError("teacher.files: no network teaches, so one file must hold all images: partial: false")
+
+    @property
+    def networks(self) -> tuple[NetworkTeacher, ...]:
+        """Each network that is not left out, as a teacher of its own."""
+        if not self.members:
+            return (NetworkTeacher("network", _alone(self) if self.files else self),)
+        return tuple(NetworkTeacher(m.name, _of_member(self, m)) for m in self.members if m.name not in self.without)
+
+    @property
+    def used_files(self) -> tuple[SoftLabelFile, ...]:
+        """Files of soft labels that are not left out."""
+        return tuple(f for f in self.files if f.name not in self.without)
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkTeacher:
+    """One network among the contributors; its `settings` name no other."""
+
+    name: str
+    settings: TeacherSettings
+
+
+def _alone(shared: TeacherSettings) -> TeacherSettings:
+    return replace(shared, members=(), files=(), without=())
+
+
+def _of_member(shared: TeacherSettings, member: TeacherMember) -> TeacherSettings:
+    own = {f.name: getattr(member, f.name) for f in fields(member) if f.name not in ("name", "model")}
+    own |= {"name": member.model, "members": (), "files": (), "without": ()}
+    try:
+        return replace(shared, **{name: value for name, value in own.items() if value is not None})
+    except ConfigError as e:
+        raise ConfigError(f"teacher.members ({member.name}): {e}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +207,9 @@ class DistillSettings:
         ema: decay per step of the moving average of the weights that is kept instead of the last; 0: the last.
         variants: augmented copies of the training images with cached teacher logits, used in turn.
         recalibration_images: training images from which batch norm is estimated when training stops.
+        assistants: networks of middle size between the teacher and finalists that are much smaller (Mirzadeh et al.
+            2020): each learns from the one before and teaches the next. A number of them, or `auto`: one where the
+            teacher is at least 20 times as large.
     """
 
     epochs: int = 24
@@ -114,6 +226,7 @@ class DistillSettings:
     ema: float = 0.0
     variants: int = 6
     recalibration_images: int = 1024
+    assistants: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         where = "distill"
@@ -132,6 +245,10 @@ class DistillSettings:
             raise ConfigError(f"{where}.ema: must be 0 or more and below 1, got {self.ema}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
             raise ConfigError(f"{where}.weight_decay: must be 0 or more, got {self.weight_decay}")
+        if self.assistants != "auto" and not 0 <= self.assistants <= MOST_ASSISTANTS:
+            raise ConfigError(
+                f"{where}.assistants: must be from 0 to {MOST_ASSISTANTS}, or auto, got {self.assistants}"
+            )
         if any(not (math.isfinite(w) and w >= 0) for w in self.exit_weights):
             raise ConfigError(f"{where}.exit_weights: must be 0 or more, got {list(self.exit_weights)}")
 

@@ -13,13 +13,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
 
-from nas.core.errors import StorageError
+from nas.core.errors import StorageError, TrainingError
 from nas.core.jsonio import content_hash, read_record, write_record
 from nas.data import Dataset, augmented
 from nas.train.teacher import Teacher
@@ -151,6 +151,48 @@ def make_targets(
     if progress is not None:
         progress(variants, variants)
     return Targets.open(folder)
+
+
+def with_logits(base: Targets, logits: Callable[[], np.ndarray], teacher: str) -> Targets:
+    """The same images and labels with the answers of another teacher, beside `base`; from the cache where they are.
+
+    Args:
+        base: from `make_targets`; its images take no space a second time where the file system links files.
+        logits: gives float32 [V, N, K]; asked only where they are not in the cache.
+        teacher: hash of everything that decides these answers.
+
+    Raises:
+        StorageError: the cache cannot be read or written.
+    """
+    key = content_hash({"version": TARGETS_VERSION, "base": base.key, "teacher": teacher})
+    folder = base.folder.parent / key
+    with FileLock(folder.parent / f"{key}.lock"):
+        if not (folder / "targets.json").exists():
+            _sweep(folder.parent, key)
+            found = logits()
+            if found.shape != base.logits.shape or not np.isfinite(found).all():
+                raise TrainingError(
+                    f"answers of a teacher: expected {base.logits.shape}, all finite, got {found.shape}"
+                )
+            try:
+                temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}.tmp-"))
+                for name in ("images.npy", "labels.npy"):
+                    _link(base.folder / name, temporary / name)
+                np.save(temporary / "logits.npy", found.astype(np.float32), allow_pickle=False)
+                info = read_record(TargetsInfo, base.folder / "targets.json")
+                write_record(temporary / "targets.json", replace(info, key=key, teacher=teacher))
+                temporary.chmod(0o755)
+                temporary.replace(folder)
+            except OSError as e:
+                raise StorageError(f"{folder}: cached targets cannot be written: {e.strerror or e}") from e
+    return Targets.open(folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)
 
 
 def _sweep(home: Path, key: str) -> None:

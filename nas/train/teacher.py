@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.core.errors import ConfigError, RecordError, StorageError
-from nas.core.jsonio import content_hash, file_sha256, read_record, write_record
+from nas.core.jsonio import content_hash, file_sha256, read_record, to_plain, write_record
 from nas.data import Dataset, augmented
 from nas.data.records import Split
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
@@ -43,6 +43,7 @@ from nas.train.teacher_onnx import input_side, resnet_model, torch_model, with_b
 TEACHER_VERSION = 1  # raise it when a change of the code changes what a teacher learns
 PREDICT_BATCH = 250
 PROBE_IMAGES = 64  # of a given file, to see whether it gives logits or probabilities
+OF_SEVERAL = ("members", "files", "weight", "average", "without")  # settings that do not decide what one network is
 LEAST_PROBABILITY = 1e-7  # below it a softmax in float32 holds no information
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's published statistics
 
@@ -80,6 +81,8 @@ class Teacher:
         resolution: side in pixels at which it sees the images.
         predict: uint8 [B, H, W, 3] at the data set's resolution to logits float32 [B, K].
         onnx: the network as ONNX bytes for measuring: raw pixels float32 [1, 3, R, R] to logits [1, K], R = resolution.
+        members: of several that teach together, each network; empty for one.
+        contributors: where there is more than one network, a line for each that taught or was left out.
     """
 
     name: str
@@ -93,6 +96,13 @@ class Teacher:
     resolution: int
     predict: Callable[[np.ndarray], np.ndarray]
     onnx: Callable[[], bytes]
+    members: tuple[Teacher, ...] = ()
+    contributors: tuple[str, ...] = ()
+
+    @property
+    def networks(self) -> tuple[Teacher, ...]:
+        """Every network that has to be run for an answer."""
+        return self.members or (self,)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,7 +144,8 @@ def prepare_teacher(
     """
     given = _given_file(settings)
     precision = "bf16" if settings.kind != "onnx" and has_bf16() else "fp32"
-    key = content_hash([TEACHER_VERSION, dataset.sha256, dataset.augment, settings, given, precision])
+    own = {name: value for name, value in to_plain(settings).items() if name not in OF_SEVERAL}
+    key = content_hash([TEACHER_VERSION, dataset.sha256, dataset.augment, own, given, precision])
     home = cache_dir / "teachers"
     try:
         home.mkdir(parents=True, exist_ok=True)

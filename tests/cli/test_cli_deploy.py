@@ -24,7 +24,15 @@ from nas.devices.ssh import Ssh
 from nas.export.dialect import ORT, TRT_8_4, Dialect
 from nas.export.graph import random_weights
 from nas.export.manifest import PackageForm
-from nas.export.package import Instruments, PackagePlan, export_package, measured_accuracy, verify_package
+from nas.export.package import (
+    Instruments,
+    PackageError,
+    PackagePlan,
+    check_scripts,
+    export_package,
+    measured_accuracy,
+    verify_package,
+)
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.measure.deploy import deployed_candidate
@@ -198,6 +206,25 @@ def test_the_network_that_a_package_holds() -> None:
     assert len(cut.stages) == 2 and [e.after_stage for e in cut.exits] == [0]
 
 
+def with_file(package: Path, folder: Path, name: str, text: str) -> Path:
+    """A copy of a package with a file of somebody else, its manifest fitting."""
+    copy = Path(shutil.copytree(package, folder / "foreign"))
+    (copy / name).write_text(text)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"][name] = hashlib.sha256((copy / name).read_bytes()).hexdigest()
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.parametrize("name", ["parity.py", "numpy.py"])
+def test_code_that_this_version_did_not_write_is_not_run_on_a_board(package: Path, tmp_path: Path, name: str) -> None:
+    board_code = packed_agent().data
+    check_scripts(verify_package(package).package, board_code)
+    foreign = verify_package(with_file(package, tmp_path, name, "import os\n")).package
+    with pytest.raises(PackageError, match=rf"{name}: not what this version of nas writes.* only measure .*--no-copy"):
+        check_scripts(foreign, board_code)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[SshServer]:
     with SshServer(requires_openssh()) as running:
@@ -231,6 +258,15 @@ class TestBoard:
         options = ("--to", "other")
         code, document, _ = deployed(package, *options, device=server.device_name(), table=tmp_path / "t")
         assert code == 4 and "give another folder" in document["error"]["message"]
+
+    def test_foreign_code_is_refused_before_anything_is_measured(
+        self, package: Path, server: SshServer, tmp_path: Path, deployed: Callable[..., tuple[int, dict, str]]
+    ) -> None:
+        foreign = with_file(package, tmp_path, "bench.py", "print(1)\n")
+        code, document, _ = deployed(foreign, "--to", "foreign", device=server.device_name(), table=tmp_path / "t")
+        assert code == 2 and "bench.py: not what this version of nas writes" in document["error"]["message"]
+        assert not (tmp_path / "t").exists() and not (server.home / "foreign").exists()
+        assert deployed(foreign, "--no-copy", device=server.device_name(), table=tmp_path / "t")[0] == 0
 
     def test_no_copy_leaves_nothing(
         self, package: Path, server: SshServer, tmp_path: Path, deployed: Callable[..., tuple[int, dict, str]]

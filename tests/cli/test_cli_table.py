@@ -127,6 +127,15 @@ def test_show_as_json_has_rows_groups_and_fixed_values(tmp_path: Path, capsys: p
     assert {(g["group"], g["precision"]): g["failed"] for g in found["groups"]}["head", "int8"] == 1
 
 
+def test_a_reference_that_was_never_calm_has_not_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened = LatencyTable.open(tmp_path / "t", STATE)
+    with opened.writing():
+        opened.add(measured("reference", 0.3, accepted=(False, False)))
+    found = document(capsys, "show", tmp_path / "t")
+    assert found["reference_ms"] is None, "it was measured in no good session"
+    assert [(g["rows"], g["failed"]) for g in found["groups"]] == [(1, 0)]
+
+
 def test_show_picks_rows_by_group_and_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = table(tmp_path / "t")
     only = document(capsys, "show", folder, "--group", "head", "--key", "fp32")
@@ -244,7 +253,7 @@ def test_exported_blocks_can_be_imported_again(tmp_path: Path, capsys: pytest.Ca
     folder = table(tmp_path / "t")
     assert run(["table", "export", str(folder), "--format", "ofa-yaml"]) == 0
     out, error = capsys.readouterr()
-    assert "1 rows are no blocks and left out" in error
+    assert "1 rows are no inverted residuals and left out" in error
     (tmp_path / "lut.yaml").write_text(out)
     args = ["--out", tmp_path / "back", "--precision", "fp32", "--board", "b", "--unit", "ms"]
     ok(capsys, "import", "ofa-yaml", tmp_path / "lut.yaml", *args)

@@ -54,6 +54,7 @@ PLAN: dict[str, Any] = {
     "alive": 8,
     "hang_s": 60.0,
     "build_s": 60.0,
+    "whole": 0,
 }
 
 
@@ -79,7 +80,7 @@ class Board:
         self.states: list[dict[str, Any]] = [{"boot_id": "a", "power_mode": {"id": 0, "name": "MAXN"}}]
         self.folder = Folder(str(folder))
         self.worker = WorkerProcess([sys.executable, "-u", str(RUNNER)])
-        self.agent = Agent(self.folder, self.worker, self._take, self._state, "test")
+        self.agent = Agent(self.folder, self.worker, self._take, self._state, lambda: identity(self._state()), "test")
 
     def put(self, content: bytes) -> str:
         name = hashlib.sha256(content).hexdigest()
@@ -396,6 +397,88 @@ def test_files_that_nobody_used_for_long_are_removed(board: Board) -> None:
     board.folder.tidy(time.time())
     assert not board.folder.has(old) and board.folder.has(new) and not stale.exists()
     assert Path(board.folder.work).is_dir(), "of an agent that lives"
+
+
+def test_images_go_when_they_were_run(board: Board) -> None:
+    name, images = board.put(b"good"), board.put(bytes(12))
+    more = {"runner": "scripted", "precision": "fp16", "limit_s": 60}
+    assert board.ask("run", sha256=name, images=images, shape=[1, 3], **more)[-1]["ok"] is True
+    assert board.folder.has(name) and not board.folder.has(images)
+    bad = board.put(b"no engine")
+    assert board.ask("run", sha256=bad, images=board.put(bytes(12)), shape=[1, 3], **more)[-1]["ok"] is False
+    assert not board.folder.has(images), "also where it fails"
+
+
+def test_what_lies_on_a_board_is_bounded_and_the_oldest_goes_first(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.devices.board.store.MOST_BYTES", 25)
+    now_s = time.time()
+    names = [board.put(bytes([i]) * 10) for i in range(4)]
+    for i, name in enumerate(names):
+        os.utime(board.folder.blob(name), (now_s - 4000 + 1000 * i, now_s - 4000 + 1000 * i))
+    board.folder.tidy(now_s)
+    assert [Path(board.folder.blob(name)).exists() for name in names] == [False, False, True, True]
+    busy = [board.put(bytes([9 + i]) * 20) for i in range(2)]
+    board.folder.tidy(now_s)
+    assert all(map(board.folder.has, busy)), "another agent may be about to read what was used just now"
+
+
+def test_what_describes_runtimes_holds_no_memory_afterwards(board: Board) -> None:
+    board.ask("hello", client="c")
+    assert board.worker._process is None
+
+
+def write_script(folder: Path, text: str) -> dict[str, Any]:
+    (folder / "script.py").write_text(text)
+    return {"folder": str(folder), "script": "script.py", "limit_s": 20.0}
+
+
+def test_a_script_is_run_with_its_options_and_its_limit(board: Board, tmp_path: Path) -> None:
+    program = "import sys, time\nprint(sys.argv[1:])\nprint('why', file=sys.stderr)\ntime.sleep(float(sys.argv[1]))\n"
+    asked = write_script(tmp_path, program + "sys.exit(3)\n")
+    told = board.ask("script", **asked, options=["0", "$(x)"])
+    assert told == [{"ok": True, "code": 3, "out": "['0', '$(x)']\n", "err": "why\n"}]
+    told = board.ask("script", **{**asked, "limit_s": 0.3}, options=["60"])
+    assert told[-1]["kind"] == "hung"
+
+
+def test_a_long_script_gives_signs_of_life(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.devices.board.processes.BEAT_S", 0.05)
+    monkeypatch.setattr("nas.devices.board.serve.TELL_EVERY_S", 0.0)
+    told = board.ask("script", **write_script(tmp_path, "import time; time.sleep(0.4)"), options=[])
+    assert told[-1]["code"] == 0 and sum("progress" in m for m in told) >= 2
+
+
+def test_a_board_that_is_held_waits_for_nobody_and_lets_nobody_in(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.devices.board.store.WAIT_FOR_BOARD_S", 0.3)
+    other = Board(Path(board.folder.root))
+    for _ in range(2):  # twice: a host that does not know whether its request arrived asks again
+        assert board.ask("hold", is_held=True) == [{"ok": True}]
+    assert board.measure(b"good")["good"]["error"] is None
+    asked = write_script(tmp_path, "")
+    assert board.ask("script", **asked, options=[])[-1]["code"] == 0
+    assert other.ask("script", **asked, options=[])[-1]["kind"] == "busy"
+    board.ask("hold", is_held=False)
+    assert other.ask("script", **asked, options=[])[-1]["code"] == 0
+    other.worker.end()
+
+
+def test_an_idle_agent_ends_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    """A link that was cut without a word: nothing comes any more, and what is said arrives nowhere."""
+    program = (
+        "from nas.devices.board import serve\nserve.IDLE_BEAT_S = 0.05\n"
+        f"serve.ROOT = {str(tmp_path)!r}\nserve.serve(['true'], 'test')\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL) as agent:
+        assert agent.stdin is not None and agent.stdout is not None
+        assert agent.stdout.readline() == agent.stdout.readline() == b'{"idle": true}\n'
+        agent.stdout.close()
+        assert agent.wait(10) == 0
+    assert not list(tmp_path.glob("work-*"))
 
 
 def test_a_line_that_is_no_object_is_refused(tmp_path: Path) -> None:

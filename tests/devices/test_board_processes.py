@@ -12,7 +12,7 @@ import pytest
 
 from nas.devices.board import processes
 from nas.devices.board.errors import BoardError
-from nas.testing import requires_program
+from nas.testing import requires_program, skip
 
 PROGRAM = "import os; from nas.devices.board import processes; print(os.getpid(), processes.run(['echo', 'hi'], 20))"
 
@@ -20,7 +20,7 @@ PROGRAM = "import os; from nas.devices.board import processes; print(os.getpid()
 def test_the_first_process_of_a_container_starts_programs_too() -> None:
     alone = [requires_program("unshare", "a process with the id 1"), "--pid", "--fork"]
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not make a process with the id 1 (unshare --pid)")
+        skip("this user may not make a process with the id 1 (unshare --pid)")
     done = subprocess.run([*alone, sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("1 (0, 'hi\\n', '')\n", "")
 

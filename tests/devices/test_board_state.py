@@ -18,6 +18,7 @@ from nas.devices.board.state import (
     identity,
     parse_current_mode,
     parse_power_modes,
+    read_identity,
     read_rails,
     read_state,
     run_program,
@@ -226,6 +227,24 @@ def test_what_may_not_change_is_the_same_in_two_readings(tmp_path: Path) -> None
     first, second = (identity(state_of(tmp_path, ORIN_NANO_SUPER)) for _ in range(2))
     assert first == second
     assert first["power_mode"] == "25W" and first["boot_id"] == BOOT_ID
+
+
+def test_what_may_not_change_is_read_without_the_rest(tmp_path: Path) -> None:
+    root = write_board(tmp_path / "root", ORIN_NANO_SUPER.locked)
+    install_board_tools(tmp_path / "bin", root)
+    run, started = runner_in(tmp_path / "bin"), []
+
+    def counted(argv: list[str], timeout_s: float) -> tuple[int, str, str]:
+        started.append(argv[0])
+        return run(argv, timeout_s)
+
+    assert read_identity(str(root), counted) == identity(read_state(str(root), run))
+    assert started == ["nvpmodel"], "it is read around each group of models"
+
+
+def test_a_line_of_tegrastats_is_part_of_what_a_bundle_tells(tmp_path: Path) -> None:
+    assert "VDD_IN 5000mW/5000mW" in state_of(tmp_path / "orin", ORIN_NANO_SUPER)["tegrastats"]
+    assert read_state(str(tmp_path / "nothing"), nothing_installed)["tegrastats"] is None
 
 
 def test_a_program_that_is_not_there_or_does_not_end_is_an_error_of_ours() -> None:

@@ -175,10 +175,10 @@ def test_an_engine_is_built_timed_and_profiled(version: tuple[int, int, int], pr
     assert (session.engine_bytes, session.warnings) == (4, [])
     assert session.inputs() == [{"name": "image", "dtype": "float32", "shape": [1, 3, 8, 8]}]
     session.set_inputs({"image": b"\0" * 768})
-    told = session.time(3, transfers=True)
+    told = session.time(3)
     assert told["samples_ms"] == [0.85] * 3  # a query of the warm-up is left out
     assert told["host_ms"] == pytest.approx([0.02] * 3)
-    assert told["transfer_ms"] == pytest.approx(0.15)
+    assert session.transfer_ms() == pytest.approx(0.15)
     assert (told["cuda_graph"], told["enqueue_bound"], told["clock"]) == (True, False, "cuda_event")
     expected = 0.11 if version >= (8, 4, 0) else 0.12  # no median before 8.4
     assert session.profile(50) == [
@@ -286,6 +286,14 @@ def test_the_summary_is_read_whatever_the_order_and_form_of_its_numbers() -> Non
     assert found["GPU Compute Time"]["median"] == 0.000976562
     assert found["End-to-End Host Latency"]["max"] == float("inf")
     assert output.performance_of("nothing of the kind") == {}
+
+
+def test_times_that_contradict_the_summary_are_not_believed() -> None:
+    text = "=== Performance summary ===\n[I] GPU Compute Time: min = 1 ms, max = 3 ms, mean = 2 ms, median = 2 ms\n"
+    output.check_median(text, 2.1)
+    output.check_median("no summary", 7.0)
+    with pytest.raises(BoardError, match="a median of 2 ms, the times that it exports one of 4 ms: its output is read"):
+        output.check_median(text, 4.0)
 
 
 def test_a_graph_counts_only_where_the_log_says_so() -> None:

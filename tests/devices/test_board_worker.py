@@ -17,7 +17,7 @@ from nas.devices.board.worker import Worker
 PLAN = {
     **dict.fromkeys(("warmup_runs", "gate_runs", "gate_cpu_share", "round_cpu_share", "calibration_checks"), 0),
     **{"sessions": 1, "rounds": 2, "round_ms": 10, "min_runs": 10, "max_runs": 10, "retries": 2, "wait_ms": 100},
-    **{"wait_round_ms": 1000, "wait_share": 20, "gate_drift": 2, "alive": 4, "hang_s": 30, "build_s": 60},
+    **{"wait_round_ms": 1000, "wait_share": 20, "gate_drift": 2, "alive": 4, "hang_s": 30, "build_s": 60, "whole": 1},
 }
 
 
@@ -148,9 +148,90 @@ def test_energy_comes_from_the_rails_while_the_model_runs(tmp_path: Path) -> Non
     assert energy["std_mj"] < energy["mj"]
 
 
-def test_no_energy_of_a_program_that_does_not_say_when_its_runs_began(tmp_path: Path) -> None:
+def test_energy_of_a_program_is_what_a_long_run_takes_more_than_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run loads an engine first, for 0.2 s here, which is in none of the inferences."""
+    monkeypatch.setattr("nas.devices.board.worker.ENERGY_PROGRAM_S", 0.4)
     root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
-    assert measured(root, RealClock(), in_place=False)[0]["energy"] is None
+    clock = RealClock()
+    result, _ = measured(root, clock, lambda call: clock.spend(0.2 if call > 3 else 0.0), in_place=False)
+    energy = result["energy"]
+    assert energy["mj"] == pytest.approx(5000.0 / 1000, rel=0.35), "5000 mW, a millisecond an inference (simulated)"
+    assert energy["rounds"] == 3
+
+
+def test_copies_are_told_apart_and_their_failure_leaves_the_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "transfer_ms", lambda _: 0.25, raising=False)
+    result, _ = measured(tmp_path, FakeClock())
+    assert result["transfer_ms"] == 0.25 and result["warnings"] == []
+    monkeypatch.setattr(Session, "transfer_ms", lambda _: 1 / 0)
+    result, _ = measured(tmp_path, FakeClock())
+    assert (result["error"], result["transfer_ms"]) == (None, None)
+    assert result["warnings"] == ["copies: ZeroDivisionError: division by zero"]
+
+
+def test_each_attempt_of_a_round_has_the_time_of_a_step_and_its_programs_less(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+    given: list[float] = []
+
+    class Watched(Runner):
+        def load(self, model_path: str, options: dict[str, Any]) -> Session:
+            given.append(options["run_s"])
+            return super().load(model_path, options)
+
+    told: list[dict[str, Any]] = []
+    throttle(root)
+    clock = FakeClock()
+    worker = Worker(told.append, [Watched(lambda: Session(clock, lambda _: throttle(root), True))], str(root), clock)
+    job = {"index": 0, "key": "row", "path": "unused", "feeds": {}, "precision": "fp32"}
+    result = worker.answer({"op": "measure", "runner": "fake", "plan": PLAN, "jobs": [job], "work": "unused"})
+    attempts = len(result["results"][0]["sessions"][0])
+    assert attempts > PLAN["rounds"], "throttled rounds are repeated"
+    assert sum(m.get("at") == "row" and m["limit_s"] == PLAN["hang_s"] for m in told) >= attempts
+    assert given == [pytest.approx(27.0)], "a program is ended before the worker that waits for it"
+
+
+class Kept(Session):
+    def inputs(self) -> list[dict[str, Any]]:
+        return [{"name": "x", "dtype": "float32", "shape": [1, 1]}]
+
+    def outputs(self) -> list[dict[str, Any]]:
+        if self.fails:
+            raise RuntimeError("sticky error of the device")
+        return [{"name": "y", "dtype": "float32", "shape": [1, 1], "data": b"\0\0\0\0"}]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_an_engine_is_built_once_for_all_images_and_goes_before_something_is_measured(tmp_path: Path) -> None:
+    made: list[Kept] = []
+
+    def make() -> Kept:
+        made.append(Kept(FakeClock(), lambda _: None, True))
+        made[-1].fails = made[-1].closed = False
+        return made[-1]
+
+    worker = Worker(lambda _: None, [Runner(make)], str(tmp_path), FakeClock())
+    (tmp_path / "images").write_bytes(bytes(8))
+
+    def ask(path: str) -> int:
+        request = {"op": "run", "runner": "fake", "path": path, "images": str(tmp_path / "images"), "shape": [2, 1]}
+        worker.answer({**request, "limit_s": 60, "work": str(tmp_path)})
+        return len(made)
+
+    assert [ask(path) for path in ("a", "a", "b", "a", "b")] == [1, 1, 2, 2, 2], "segments of a chain, in turn"
+    assert [ask(path) for path in ("c", "d", "e", "b", "a")] == [3, 4, 5, 5, 6], "the one used longest ago goes"
+    made[1].fails = True
+    with pytest.raises(RuntimeError):
+        ask("b")
+    assert made[1].closed and ask("b") == 7, "what failed is not kept"
+    job = {"index": 0, "key": "row", "path": "unused", "feeds": {}, "precision": "fp32"}
+    worker.answer({"op": "measure", "runner": "fake", "plan": PLAN, "jobs": [job], "work": "unused"})
+    assert all(session.closed for session in made)
 
 
 def test_a_board_without_sensors_has_no_energy_and_is_never_throttled(tmp_path: Path) -> None:

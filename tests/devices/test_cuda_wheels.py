@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nas.devices.board import cuda
+from nas.testing import skip
 
 SOURCE = Path(cuda.__file__)
 
@@ -25,7 +26,7 @@ def fetched(folder: Path, package: str) -> Path:
     command += ["--only-binary", ":all:", "--timeout", "5", "--retries", "0", "--target", str(folder), package]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"no package index gives {package} for this Python: {done.stderr.strip().splitlines()[-1:]}")
+        skip(f"no package index gives {package} for this Python: {done.stderr.strip().splitlines()[-1:]}")
     return folder
 
 
@@ -69,7 +70,7 @@ def test_every_name_of_cuda_python_is_there(package: str, module: str, tmp_path:
         check=False,
     )
     if "No module named 'numpy'" in done.stderr:
-        pytest.skip(f"{package} needs NumPy, which is not here")
+        skip(f"{package} needs NumPy, which is not here")
     assert done.returncode == 0, done.stderr[-1500:]
     assert "missing []" in done.stdout
     assert "answer tuple True" in done.stdout

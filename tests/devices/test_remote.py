@@ -21,7 +21,7 @@ from nas.devices import open_device
 from nas.devices.address import parse_address
 from nas.devices.base import Device, MeasureJob
 from nas.devices.graphs import overhead_job
-from nas.devices.link import AgentLink
+from nas.devices.link import AgentLink, RefusedRequestError
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import ProtocolSettings
 from nas.devices.remote import RemoteDevice
@@ -33,6 +33,7 @@ from nas.devices.ssh import (
     LoginRefusedError,
     NoPythonError,
     NoSshError,
+    RemoteError,
 )
 from nas.testing import DEVICE_CONTRACT, SshServer, mean_model, requires_openssh
 
@@ -134,6 +135,98 @@ def test_the_agent_and_a_model_travel_once(server: SshServer, monkeypatch: pytes
         opened.close()
         assert (len(job.model) in sent) is expected
         sent.clear()
+
+
+def test_images_travel_part_by_part_and_none_stays(
+    server: SshServer, device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.random.default_rng(0).uniform(0, 255, (50, 3, 8, 8)).astype(np.float32)
+    monkeypatch.setattr("nas.devices.remote.RUN_BYTES", 8 * images[0].nbytes)
+    before = {p.name for p in (server.cache / "blobs").iterdir()}
+    model = mean_model(factor=3.0)
+    (found,) = device.run(model, images)
+    assert np.allclose(found, 3 * images.mean((2, 3)), rtol=1e-5)
+    left = [p for p in (server.cache / "blobs").iterdir() if p.name not in before]
+    assert len(left) == 1 and left[0].stat().st_size < 2 * len(model), "the model alone"
+
+
+def slow_script(server: SshServer) -> Path:
+    """Puts `slow.py` on the board, which does not end; the file in which it notes its process id."""
+    path = server.home / "slow.py"
+    note = server.home / "pid"
+    path.write_text(f"import os, time\nprint(os.getpid(), file=open('{note}', 'w'), flush=True)\ntime.sleep(600)\n")
+    path.chmod(0o644)
+    note.unlink(missing_ok=True)
+    return note
+
+
+def process_of(note: Path) -> Path:
+    """The process that a script on the board noted."""
+    assert wait_until(lambda: note.exists() and note.read_text().strip() != "")
+    return Path("/proc") / note.read_text().strip()
+
+
+def test_a_script_on_the_board_ends_with_its_connection_and_keeps_others_waiting(server: SshServer) -> None:
+    """As with Ctrl-C: what builds engines for minutes does not go on without anybody who wants them."""
+    note = slow_script(server)
+    opened, said = RemoteDevice(parse_address(server.device_name()), settings=QUICK), []
+    other = RemoteDevice(parse_address(server.device_name()), settings=QUICK, say=said.append)
+    home = str(server.home)
+
+    def run_until_cut() -> None:
+        with pytest.raises(LinkCutError):
+            opened.run_script(home, "slow.py", [], 60.0)
+
+    running = threading.Thread(target=run_until_cut)
+    waiting = threading.Thread(target=lambda: other.measure([row("waits")]))
+    running.start()
+    process = process_of(note)
+    waiting.start()
+    assert wait_until(lambda: any("waiting, another program measures on this board" in line for line in said)), said
+    assert process.exists()
+    opened._patience_s = 0.0
+    opened._connection.link.process.kill()
+    assert wait_until(lambda: not process.exists()), "it still runs"
+    running.join()
+    waiting.join()
+    for device in (opened, other):
+        device.close()
+
+
+def test_a_script_that_takes_too_long_is_ended(server: SshServer, device: RemoteDevice) -> None:
+    note = slow_script(server)
+    with pytest.raises(RefusedRequestError, match=r"did not return within 1\.5 s"):
+        device.run_script(str(server.home), "slow.py", [], 1.5)
+    process = process_of(note)
+    assert wait_until(lambda: not process.exists())
+
+
+def with_jump(server: SshServer, *, proxy: str, known_hosts: Path) -> str:
+    """The name of the board behind a jump host, which is the same server under another name."""
+    config = server.folder / "jump-config"
+    jump = server.config.read_text().replace("Host board other-board", "Host jump")
+    jump = jump.replace(str(server.known_hosts), str(known_hosts))
+    config.write_text(f"{server.config.read_text()}{jump}Host board\n  {proxy}\n")
+    return f"ssh:board?python={server.python}&config={config}"
+
+
+def test_a_board_is_reached_through_a_jump_host_whose_key_is_checked_too(server: SshServer, tmp_path: Path) -> None:
+    name = with_jump(server, proxy="ProxyJump jump", known_hosts=server.known_hosts)
+    opened = RemoteDevice(parse_address(name), settings=QUICK)
+    assert opened.measure([row("a")])[0].error is None
+    opened.close()
+    unknown = tmp_path / "known_hosts"
+    config = server.folder / "jump-config"
+    for proxy in ("ProxyJump jump", f"ProxyCommand ssh -F {config} -W %h:%p jump"):
+        parse = parse_address(with_jump(server, proxy=proxy, known_hosts=unknown))
+        with pytest.raises(HostKeyUnknownError, match="its host key is not known"):
+            RemoteDevice(parse)
+        assert not unknown.exists(), "the key of the jump host was taken without a question"
+
+
+def test_a_configuration_that_is_not_there_is_told(server: SshServer) -> None:
+    with pytest.raises(RemoteError, match="config=/nowhere: there is no such file"):
+        RemoteDevice(parse_address(f"ssh:board?python={server.python}&config=/nowhere"))
 
 
 def test_the_board_finds_the_latency_that_this_machine_finds(device: RemoteDevice) -> None:
@@ -395,6 +488,7 @@ def with_state(server: SshServer, **state: object) -> Path:
         "            import nas_board.state as state\n"
         "            plain = state.read_state\n"
         f"            state.read_state = lambda: dict(plain(), **json.load(open({str(path)!r})))\n"
+        "            state.read_identity = lambda: state.identity(state.read_state())\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
     python = path.with_suffix(".sh")

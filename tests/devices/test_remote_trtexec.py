@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -84,8 +85,8 @@ def test_an_engine_that_is_not_built_is_a_row_with_its_reason_and_the_next_is_me
 def test_a_build_that_the_kernel_kills_is_told_as_such(server: SshServer) -> None:
     device, _ = board(server, "10.3", ["killed"])
     try:
-        (raw,) = device.measure_raw([row("a")])
-        assert raw["error"]["kind"] in ("killed", "out_of_memory"), raw["error"]
+        (found,) = device.measure([row("a")])
+        assert found.error is not None and "killed by the system" in found.error, found.error
     finally:
         device.close()
 
@@ -141,6 +142,30 @@ def test_the_doctor_says_why_nothing_can_be_built(server: SshServer, capsys: pyt
     checks = {c["name"]: c for c in json.loads(capsys.readouterr().out)["checks"]}
     assert checks[f"device {name} fp32"]["level"] == "FAIL"
     assert "Could not find any implementation for node" in checks[f"device {name} fp32"]["text"]
+
+
+def test_the_experiment_for_a_jetson_says_what_it_would_do_and_guesses_no_time_of_engines(
+    server: SshServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, program = board(server, "10.3")
+    device.close()
+    given = {
+        "device": server.device_name(python=program.parent / "python"),
+        "data.name": "defects",
+        "data.train_images": 200,
+        "run.dir": tmp_path / "run",
+        "run.tables": tmp_path / "tables",
+    }
+    sets = [part for name, value in given.items() for part in ("--set", f"{name}={value}")]
+    experiment = Path(__file__).parents[2] / "experiments" / "jetson.yaml"
+    assert run(["search", str(experiment), *sets, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    found = re.search(r"(\d+) rows are to be measured, the others of (\d+) interpolated", out)
+    assert found is not None and 0 < int(found[1]) < int(found[2])
+    assert "without: latency table, networks. Each is an engine that the board builds" in out
+    phases = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert phases["networks"].endswith("unknown") and "about" in phases["scores"]
+    assert not (tmp_path / "tables").exists()
 
 
 def test_rows_are_filled_from_covering_networks_whose_layers_the_board_profiles(

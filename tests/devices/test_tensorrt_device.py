@@ -53,7 +53,7 @@ class CpuSession:
             began = time.perf_counter()
             self._session.run(None, self._feeds)
             samples.append(1e3 * (time.perf_counter() - began))
-        told = {"clock": "cuda_event", "transfer_ms": None, "cuda_graph": True, "enqueue_bound": self._runner.is_bound}
+        told = {"clock": "cuda_event", "cuda_graph": True, "enqueue_bound": self._runner.is_bound}
         return {"samples_ms": self._runner.samples or samples[warmup:], "host_ms": samples[warmup:], **told}
 
     def outputs(self) -> list[dict[str, Any]]:

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from trt_examples import SHARED, tool, tools
 
+from nas.testing import skip
+
 BOARD = Path(__file__).parents[2] / "nas" / "devices"
 RELEASES = ("8.6.1", "10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 DRIVE = """
@@ -70,7 +72,7 @@ print(json.dumps(said))
 def environment(release: str) -> tuple[str, dict[str, str]]:
     """Interpreter and variables under which a release can be imported; the calling test is skipped without."""
     if sys.version_info[:2] != (3, 11) or sys.platform != "linux":
-        pytest.skip("the bindings are fetched for CPython 3.11 on Linux, this is another one")
+        skip("the bindings are fetched for CPython 3.11 on Linux, this is another one")
     tools()
     given = os.environ.get("NAS_TRT_SCRATCH")
     folder = Path(given) if given else _scratch()
@@ -80,7 +82,7 @@ def environment(release: str) -> tuple[str, dict[str, str]]:
     try:
         python, variables = tool("envs").make_env(folder, release)
     except (subprocess.CalledProcessError, SystemExit) as e:
-        pytest.skip(f"no package index gives the bindings of TensorRT {release}, or no C compiler is here: {e}")
+        skip(f"no package index gives the bindings of TensorRT {release}, or no C compiler is here: {e}")
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

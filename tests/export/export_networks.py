@@ -9,7 +9,10 @@ import onnx
 import onnxruntime as ort
 
 from nas.core.records import (
+    KINDS_WITH_EXPANSION,
+    KINDS_WITH_SE,
     BlockConfig,
+    BlockKind,
     Candidate,
     DeviceProfile,
     ExitConfig,
@@ -38,6 +41,18 @@ def small_candidate(precision: Precision = "fp32", thresholds: tuple[float | Non
     )
     exits = tuple(ExitConfig(i, 16 * i, t, conv_channels=24 * i) for i, t in enumerate(thresholds))
     return Candidate(32, 5, StemConfig(8), stages, HeadConfig(64, 32), exits).with_precision(precision)
+
+
+def kind_block(kind: BlockKind, c_in: int, c_out: int, stride: int) -> BlockConfig:
+    wide = 2 * c_in if kind in KINDS_WITH_EXPANSION else c_in
+    return BlockConfig(c_in, wide, c_out, 3, stride, kind in KINDS_WITH_SE, "hard_swish", kind)
+
+
+def kind_candidate(kind: BlockKind) -> Candidate:
+    """24 px: an inverted residual, then two blocks of the kind on maps of 3 px, the second one keeps the shape."""
+    first = StageConfig((BlockConfig(8, 16, 16, 3, 2),))
+    second = StageConfig((kind_block(kind, 16, 72, 2), kind_block(kind, 72, 72, 1)))
+    return Candidate(24, 5, StemConfig(8), (first, second), HeadConfig())
 
 
 def random_candidate(rng: np.random.Generator) -> Candidate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import onnx
 import pytest
@@ -27,7 +28,16 @@ from nas.export.graph import layer_model
 from nas.latency import lines
 from nas.latency.lines import STREAMING_MB, streaming_key
 from nas.latency.table import LatencyTable
-from nas.measure.fill import ROWS_AT_A_TIME, FillProgress, fill, measure_streaming, open_session
+from nas.measure.fill import (
+    ROWS_AT_A_TIME,
+    FillProgress,
+    Pace,
+    fill,
+    measure_streaming,
+    open_session,
+    pace_of,
+    seconds_each,
+)
 from nas.testing import SimulatedDevice
 
 
@@ -140,6 +150,35 @@ def test_a_row_that_fails_is_kept_with_its_reason_and_not_tried_for_ever(tmp_pat
     assert opened(tmp_path).row_ms(key) > 0
 
 
+def test_how_long_an_engine_takes_is_known_once_a_few_were_built(tmp_path: Path) -> None:
+    def made(second: int, minute: int = 0) -> Measurement:
+        (found,) = SimulatedDevice().measure([overhead_job()])
+        return replace(found, measured_at=f"2026-11-28T12:{minute:02}:{second:02}+00:00")
+
+    assert seconds_each([]) is seconds_each([made(0), made(10), made(20)]) is None
+    assert seconds_each([made(0), made(10), made(20), made(30)]) == 10
+    assert seconds_each([made(0), made(16), made(16), made(32), made(32)]) == 8, "two at a time"
+    assert seconds_each([made(0), made(10), made(20), made(30), made(0, 45)]) == 10, "with a pause before the last"
+    assert pace_of("ort", None).row_s and pace_of("tensorrt", None) == Pace(None, None)
+    table = opened(tmp_path)
+    fill(table, SimulatedDevice(), LAYERS)
+    assert pace_of("tensorrt", table) == Pace(None, None), "all of them in one second: nothing is known"
+
+
+def test_for_runtimes_whose_exits_are_a_chain_the_gate_is_without_a_conditional(tmp_path: Path) -> None:
+    class Board(Watched):
+        profile = replace(SimulatedDevice().profile, runtime="tensorrt", runtime_version="8.2.1")
+        gates: ClassVar[list[bytes]] = []
+
+        def measure(self, jobs: Sequence[MeasureJob], *more: object) -> list[Measurement]:
+            self.gates.extend(job.model for job in jobs if job.key == "gate")
+            return super().measure(jobs, *more)  # type: ignore[arg-type]
+
+    open_session(LatencyTable.open(tmp_path, Board.profile), Board())
+    operators = {node.op_type for model in Board.gates for node in onnx.load_model_from_string(model).graph.node}
+    assert operators == {"Softmax", "ReduceMax"}
+
+
 def test_an_impossible_value_is_a_failed_row(tmp_path: Path) -> None:
     device = Watched({LAYERS[1].key: {"latency_ms": 1e6, "rounds_ms": ((1e6,),) * 3}})
     report = fill(opened(tmp_path), device, LAYERS)
@@ -154,7 +193,7 @@ def test_disturbed_rows_are_named_and_measured_again_on_demand(tmp_path: Path) -
     assert disturbed.asked.count(LAYERS[0].key) == 1
     assert report.unstable == (LAYERS[1].key,)
     assert report.measured == 3
-    assert "1 of 3 rows had no calm round" in report.warnings[0] and "nas measure --again" in report.warnings[0]
+    assert "1 of 3 rows had no calm round" in report.warnings[0] and opened(tmp_path).again in report.warnings[0]
     again = Watched()
     fill(opened(tmp_path), again, LAYERS, again=True)
     assert again.asked == [*LOOK, LAYERS[1].key]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nas.core.errors import RecordError
-from nas.core.records import Candidate, ExitConfig
+from nas.core.records import BLOCK_KINDS, Candidate, ExitConfig
 from nas.models.student import Student
 from nas.models.supernet import Supernet
 from nas.space.space import SearchSpace, space_from_plain
@@ -25,6 +25,9 @@ RICH: dict[str, Any] = {  # every kind of choice, on maps of a few pixels
          "activation": "relu"},
         {"name": "b", "width": [8, 16], "depth": [1, 3], "stride": 2, "kernel_size": [3, 5], "expansion": [1, 3, 6],
          "use_se": [False, True], "activation": ["relu", "hard_swish"]},
+        {"name": "c", "kind": list(BLOCK_KINDS),
+         "width": [16, 72], "depth": [1, 2], "stride": 1, "kernel_size": [3, 5], "expansion": [1, 3],
+         "use_se": [False, True], "activation": "relu"},
     ],
     "head": {"conv_channels": [0, 12, 24], "hidden_channels": [0, 8, 16]},
     "exits": {"after": ["a"], "max_count": 1, "hidden_channels": [0, 8], "conv_channels": [0, 6, 12]},

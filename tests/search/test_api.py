@@ -584,7 +584,7 @@ def test_a_finished_run_shows_its_students_each_with_the_command_that_exports_it
     assert (view.teacher.latency_ms or 0) > 0
     assert view.dataset is not None
     assert (view.dataset.train_images, view.dataset.val_images, view.dataset.test_images) == (40, 40, 30)
-    assert {"seed", "space", "version of nas"} <= view.provenance.keys()
+    assert {"seed", "space", "program"} <= view.provenance.keys()
     assert min(view.wall_s, view.cpu_s) > 0
     assert sum(i.accuracy for i in view.importances) == pytest.approx(1.0)
 
@@ -609,8 +609,8 @@ def test_every_student_of_a_real_search_tells_its_steps_and_its_package_has_the_
     for point in outcome.points:
         steps = ["distil", "calibrate", "QAT"] if "int8" in point.candidate.precisions else ["distil"]
         assert [s.name for s in point.steps] == steps, point.id
-    point = made.points["tail"]
-    home = made.path / "students" / point.arch_id
+    source = load_outcome(made.path).sources["tail"]
+    home = made.path / "students" / source.student.candidate.arch_id
     base, quant = load_finished(home)
     write_bytes(home / "weights-int8.safetensors", save({name: 0.5 * value for name, value in base.items()}))
     write_record(home / "quant-int8.json", quant)
@@ -618,8 +618,7 @@ def test_every_student_of_a_real_search_tells_its_steps_and_its_package_has_the_
     assert package.manifest.provenance["steps"].startswith("distil; calibrate; QAT (")
     constants = {t.name: t for t in onnx.load(package.folder / "model.onnx").graph.initializer}
     integers, scale = (to_array(constants[f"head.classifier.weight.{part}"]) for part in ("q", "scale"))
-    cut = load_outcome(made.path).sources["tail"].cut
-    origin = "head" if cut is None else f"exits.{cut}"
+    origin = "head" if source.cut is None else f"exits.{source.cut}"
     assert np.allclose(integers * scale[:, None, None, None], 0.5 * base[f"{origin}.classifier.weight"], atol=1e-2)
 
 

@@ -166,6 +166,22 @@ def test_inputs_are_taken_from_the_files_folder_and_results_and_sets_from_the_wo
     assert (experiment.teacher.weights, experiment.run.tables) == ("w.onnx", "t")
 
 
+def test_files_of_contributors_are_taken_from_the_same_folders(tmp_path: Path) -> None:
+    teacher = "{members: [{name: a, kind: onnx, weights: a.onnx}, {name: b}], files: [{name: lab, path: lab.csv}]}"
+    path = _write(tmp_path, f"space: x.yaml\nteacher: {teacher}\n")
+    experiment = load_experiment(path)
+    assert [m.weights for m in experiment.teacher.members] == [str(tmp_path / "a.onnx"), None]
+    assert experiment.teacher.files[0].path == str(tmp_path / "lab.csv")
+    changed = load_experiment(path, ["teacher.files=[{name: lab, path: other.csv}]"])
+    assert changed.teacher.files[0].path == "other.csv"
+    resolved = load_experiment(_write(tmp_path, resolved_yaml(changed), "again.yaml"))
+    assert resolved.teacher.files[0].path == str(Path("other.csv").absolute())
+    assert "did you mean 'lab'?" in _problems(path, "teacher.without=[lob]")[0]
+    text = "\n".join(_problems(path, "teacher.files=[{name: a, file: b}]"))
+    assert "teacher.files[0].file: unknown key" in text
+    assert load_experiment(path, ["teacher.without=[lab]"]).teacher.without == ("lab",)
+
+
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     path = _write(tmp_path, "space: ~/x.yaml\n")

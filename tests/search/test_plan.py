@@ -16,11 +16,11 @@ from nas.core.records import DeviceProfile
 from nas.core.walk import expand, total_macs
 from nas.devices.base import MeasureJob
 from nas.latency.interpolate import family_of
-from nas.measure.fill import fill
+from nas.measure.fill import Pace, fill, pace_of
 from nas.search.checked import key_paths
 from nas.search.experiment import Experiment, load_experiment
 from nas.search.folder import RunFolder
-from nas.search.plan import Phase, Plan, check_plan, phases_of, plan_search
+from nas.search.plan import DeviceWork, Phase, Plan, check_plan, phases_of, plan_search
 from nas.search.prepare import Inputs, fingerprint, load_inputs, open_table, scoring_plan, teacher_latency, worker_count
 from nas.testing import SimulatedDevice, mean_model
 from nas.train.teacher import Teacher
@@ -159,7 +159,8 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     def phases(missing: int = 0, scored: int = 0, *sets: str) -> dict[str, Phase]:
         file = Path(inputs.experiment.space).with_name("experiment.yaml")
         changed = replace(inputs, experiment=load_experiment(file, sets))
-        return {phase.name: phase for phase in phases_of(changed, missing, scored)}
+        work = [DeviceWork(missing, pace_of("ort", None))]
+        return {phase.name: phase for phase in phases_of(changed, work, scored)}
 
     plain = phases()
     assert phases(20)["latency table"].about_s == pytest.approx(2 * phases(10)["latency table"].about_s)
@@ -168,10 +169,17 @@ def test_phases_add_up_and_follow_the_settings(inputs: Inputs) -> None:
     more = phases(0, 0, "search.workers=4")
     assert more["scores"].about_s == pytest.approx(plain["scores"].about_s / 2)
     assert more["finalists"].about_s == pytest.approx(plain["finalists"].about_s * 2 / 3)  # three students only
-    longer = phases(0, 0, "distill.epochs=4", "teacher.epochs=4", "supernet.steps=null", "supernet.cpu_seconds=7")
+    twice = ("distill.epochs=4", "teacher.epochs=4", "finish.qat_epochs=2")
+    longer = phases(0, 0, *twice, "supernet.steps=null", "supernet.cpu_seconds=7")
     assert longer["finalists"].about_s == pytest.approx(2 * plain["finalists"].about_s)
     assert longer["teacher"].about_s == pytest.approx(2 * plain["teacher"].about_s)
     assert longer["supernet"].about_s == pytest.approx(7 / 2)  # CPU seconds of two sub-networks side by side
+    engines = [DeviceWork(3, Pace(7.0, 20.0)), DeviceWork(2, Pace(None, None))]
+    known = {phase.name: phase for phase in phases_of(inputs, engines[:1], 0)}
+    networks = inputs.experiment.feedback.engines(inputs.experiment.search.rounds)
+    assert (known["latency table"].about_s, known["networks"].about_s) == (21.0, networks * 20.0)
+    unknown = Plan("r", "new", 0, "d", "t", 1, (), True, False, None, 1.0, phases_of(inputs, engines, 0), ())
+    assert unknown.unknown == ("latency table", "networks") and unknown.about_s > 0
     alone = phases(0, 0, "search.scorer=standalone")
     assert "supernet" not in alone
     assert alone["scores"].about_s > plain["scores"].about_s
@@ -212,11 +220,13 @@ MATTERS = {
     "data.augment.quarter_turns=true data.augment.brightness=0.1 data.augment.contrast=0.1 data.augment.cutout=0.1",
     "teacher": "teacher.name=x teacher.weights=given.onnx teacher.pixels=unit teacher.resolution=32 "
     "teacher.widths=[9] teacher.blocks=2 teacher.epochs=3 teacher.batch_size=21 teacher.lr=0.1 "
-    "teacher.weight_decay=0.1 teacher.warmup=0.2 teacher.label_smoothing=0.1 teacher.seed=1",
+    "teacher.weight_decay=0.1 teacher.warmup=0.2 teacher.label_smoothing=0.1 teacher.seed=1 "
+    'teacher.members=[{"name":"a"}] teacher.files=[{"name":"a","path":"a.npy"}] teacher.weight=2.0 '
+    "teacher.average=logits",
     "distillation": "distill.epochs=3 distill.batch_size=21 distill.lr=0.1 distill.weight_decay=0.1 "
     "distill.warmup=0.2 distill.temperature=2.0 distill.alpha=0.5 distill.exit_weights=[0.1] "
     "distill.label_smoothing=0.1 distill.clip_norm=1.0 distill.ema=0.9 distill.variants=3 "
-    "distill.recalibration_images=21",
+    "distill.recalibration_images=21 distill.assistants=1",
     "scorer": "search.scorer=standalone supernet.steps=5 supernet.batch_size=12 supernet.random_subnets=2 "
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
     "supernet.clip_norm=1.0 supernet.seed=1",
@@ -226,18 +236,20 @@ MATTERS = {
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
-    "calibration": "finish.calibration_images=17",
+    "pruning": "finish.prune=[0.3]",
+    "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1",
     "foreign table": "run.foreign_table=x",
     "also on": 'also_on=[{"device":"simulated:1","ms":0.01}]',
 }
-# Where results go, how many processes work, and what another scorer or data set would read.
+# Where results go, how many processes work, and what another scorer, data set or pruned student would read.
 MATTERS_NOT = (
     "name=other run.dir=x run.tables=x run.cache=x search.workers=7 standalone.rungs=[1,3] standalone.keep=0.9 "
-    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false"
+    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false "
+    "finish.prune_mode=joint finish.prune_importance=l1 finish.prune_epochs=3 finish.prune_lr=0.1 finish.prune_rows=4"
 )
 # Have tests of their own, or enter with their section although they decide no result.
 OTHERS = (
-    {"space", "device", "data.name", "teacher.kind", "teacher.threads"}
+    {"space", "device", "data.name", "teacher.kind", "teacher.threads", "teacher.without"}
     | {
         f"budget.{name}"
         for name in ("capture_ms", "preprocess", "postprocess")  # parts of budget.total_ms
@@ -288,6 +300,29 @@ def test_the_scorer_that_is_used_decides_which_of_its_settings_matter(inputs: In
         ("supernet.steps=5", []),
     ):
         assert _changed(alone, _marks(inputs, "search.scorer=standalone", text)) == expected
+
+
+def test_a_contributor_that_is_left_out_shows_in_the_fingerprint_and_its_file_is_not_needed(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    files = f"teacher.files=[{{name: lab, path: {tmp_path / 'a.npy'}}}, {{name: us, path: {tmp_path / 'b.npy'}}}]"
+    for name in ("a.npy", "b.npy"):
+        (tmp_path / name).write_bytes(b"one")
+    both = _marks(inputs, files)["teacher"]
+    assert both.endswith(" with lab, us")
+    (tmp_path / "a.npy").write_bytes(b"another content")
+    assert _marks(inputs, files)["teacher"] != both
+    without = _marks(inputs, files, "teacher.without=[lab]")["teacher"]
+    assert without.endswith(" with us, without lab")
+    (tmp_path / "a.npy").unlink()
+    assert _marks(inputs, files, "teacher.without=[lab]")["teacher"] == without
+
+
+def test_how_students_are_pruned_matters_where_they_are(inputs: Inputs) -> None:
+    pruned = _marks(inputs, "finish.prune=[0.3]")
+    for text in MATTERS_NOT.split():
+        expected = ["pruning"] if text.startswith("finish.prune_") else []
+        assert _changed(pruned, _marks(inputs, "finish.prune=[0.3]", text)) == expected, text
 
 
 def test_the_content_of_given_weights_matters_and_not_their_name(inputs: Inputs, tmp_path: Path) -> None:

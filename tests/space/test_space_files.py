@@ -30,8 +30,8 @@ def row_of(space: SearchSpace) -> list[str]:
         str(len(space.genes)),
         f"10^{space.log10_size:.1f}",
         f"{millions(least)}-{millions(most)} M",
-        f"{len(space.layers(('fp32',))):,}",
-        f"{least_networks(space, {layer.key for layer in space.layers(('fp32',))}):,}",
+        f"{len(space.layers(space.precisions[:1])):,}",
+        f"{least_networks(space, {layer.key for layer in space.layers(space.precisions[:1])}):,}",
     ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from nas.core.errors import ConfigError, RecordError
-from nas.core.records import Candidate, ExitConfig
+from nas.core.records import BLOCK_KINDS, KINDS_WITH_SE, Candidate, ExitConfig
 from nas.core.walk import expand, total_macs
 from nas.space.space import SearchSpace, load_space, space_from_plain
 from nas.space.yamlio import dump_yaml, parse_yaml
@@ -32,9 +32,14 @@ def some(*values: Any, most: int = 3) -> st.SearchStrategy[list[Any]]:
 @st.composite
 def space_data(draw: st.DrawFn, most: int = 3, max_stages: int = 3) -> dict[str, Any]:
     names = [f"s{i}" for i in range(1, draw(st.integers(1, max_stages)) + 1)]
+    kinds = {name: draw(some(*BLOCK_KINDS, most=most)) for name in names}
+    for choices in kinds.values():
+        if not any(kind in KINDS_WITH_SE for kind in choices):  # whose choices below would be refused
+            choices.append("inverted_residual")
     stages = [
         {
             "name": name,
+            "kind": kinds[name],
             "width": draw(some(8, 12, 16, 24, most=most)),
             "depth": draw(some(1, 2, 3, most=most)),
             "stride": draw(st.sampled_from([1, 2])),
@@ -187,6 +192,46 @@ def test_expansion_one_has_no_expanding_convolution_whatever_the_width() -> None
     data = {"name": "n", "source": "s", "resolution": 16, "stem": {"channels": 12, "activation": "relu"}}
     space = space_from_plain(data | {"stages": [stage | {"activation": "relu"}]}, "x.yaml", 5)
     assert [layer.has_expand for layer in expand(space.decode(space.largest()))] == [False] * 4
+
+
+def mixed_stage(**fields: Any) -> dict[str, Any]:
+    """A space of one stage; SE and two expansions where the kinds have them."""
+    stage = {"name": "a", "width": [16, 24], "depth": 2, "stride": 1, "kernel_size": 3, "activation": "relu", **fields}
+    data = {"name": "n", "source": "s", "resolution": 16, "stem": {"channels": 8, "activation": "relu"}}
+    return data | {"stages": [stage]}
+
+
+def test_a_choice_that_a_kind_does_not_have_is_no_second_network() -> None:
+    kinds = ["depthwise_separable", "attention", "inverted_residual"]
+    space = space_of(mixed_stage(kind=kinds, expansion=[2, 3], use_se=[False, True]))
+    sizes = {kind: 0 for kind in kinds}
+    for genotype in all_genotypes(space):
+        sizes[space.decode(genotype).stages[0].blocks[0].kind] += 1
+    assert sizes == {"inverted_residual": 2 * 2 * 2**2, "attention": 2 * 2**2, "depthwise_separable": 2}
+
+
+def test_a_stage_of_one_kind_needs_no_field_that_the_kind_ignores() -> None:
+    space = space_of(mixed_stage(kind="depthwise_separable"))
+    assert [block.expanded_channels for block in space.decode(space.smallest()).stages[0].blocks] == [8, 16]
+    with pytest.raises(ConfigError, match=r"stages\[0\] \(a\): expansion: kind depthwise_separable does not expand"):
+        space_from_plain(mixed_stage(kind="depthwise_separable", expansion=[2, 3]), "x", 5)
+    with pytest.raises(ConfigError, match="prune: needs a stage of one kind that expands"):
+        space_from_plain(mixed_stage(kind=["attention", "mlp"], expansion=2, prune=[0, 0.5]), "x", 5)
+    with pytest.raises(ConfigError, match="use_se: kind mlp, attention has no squeeze-and-excitation; leave it out"):
+        space_from_plain(mixed_stage(kind=["attention", "mlp"], expansion=2, use_se=True), "x", 5)
+
+
+def test_attention_where_maps_are_large_is_refused_with_the_resolution() -> None:
+    data = mixed_stage(kind=["inverted_residual", "attention"], expansion=2) | {"resolution": [32, 64]}
+    with pytest.raises(
+        ConfigError, match=r"x: resolution: 64 px does not fit: stages\.0\.0: attention on a map of 32 px"
+    ):
+        space_from_plain(data, "x", 5)
+
+
+def test_a_space_without_kinds_keeps_its_hash(tiny: SearchSpace) -> None:
+    assert tiny.sha256.startswith("e3024e4517f8a14c")
+    assert "kind" not in tiny.to_plain()["stages"][0]
 
 
 def test_restricting_precisions_drops_the_rest_and_says_so(tiny: SearchSpace) -> None:

@@ -3,7 +3,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from nas.train.losses import branch_loss, branch_weights, hinton_kd, student_loss
+from nas.core.errors import UsageError
+from nas.core.records import BlockConfig, Candidate, HeadConfig, StageConfig, StemConfig
+from nas.models.student import Student, attention_maps
+from nas.train.losses import attention_map_kd, branch_loss, branch_weights, hinton_kd, student_loss
 from nas.train.settings import DistillSettings
 
 
@@ -41,6 +44,42 @@ def test_distillation_equals_the_formula_written_out() -> None:
     expected = (1 - alpha) * hard + alpha * t**2 * soft
     got = hinton_kd(torch.from_numpy(student), torch.from_numpy(teacher), LABELS, t, alpha).item()
     assert got == pytest.approx(expected, rel=1e-5)
+
+
+def attention(heads: int, seed: int) -> torch.Tensor:
+    drawn = np.random.default_rng(seed).normal(0, 2, (2, heads, 9, 9)).astype(np.float32)
+    return torch.from_numpy(drawn).softmax(dim=3)
+
+
+def test_attention_maps_are_compared_by_the_mean_over_heads() -> None:
+    student, teacher = attention(1, 0), attention(3, 1)
+    q, p = student.double().mean(1), teacher.double().mean(1)
+    expected = (p * (p / q).log()).sum(2).mean().item()
+    assert attention_map_kd(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert attention_map_kd(teacher, teacher).item() == pytest.approx(0.0, abs=1e-6)
+    with pytest.raises(UsageError, match=r"\[2, 1, 9, 9\] \(student\) and \[2, 3, 4, 4\] \(teacher\)"):
+        attention_map_kd(student, teacher[:, :, :4, :4])
+
+
+def test_a_student_learns_to_attend_as_a_second_student_does() -> None:
+    torch.manual_seed(0)
+    blocks = (BlockConfig(8, 16, 64, 3, 2, kind="attention"), BlockConfig(64, 64, 64, kind="attention"))
+    teacher, student = (
+        Student(Candidate(16, 3, StemConfig(8), (StageConfig(blocks[:depth]),), HeadConfig())) for depth in (2, 1)
+    )
+    images = torch.randn(8, 3, 16, 16)
+    with torch.no_grad(), attention_maps(teacher) as wanted:
+        teacher(images)
+    step = torch.optim.Adam(student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        with attention_maps(student) as maps:
+            student(images)
+        losses.append(attention_map_kd(maps[-1], wanted[-1]))
+        step.zero_grad()
+        losses[-1].backward()
+        step.step()
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_gradients_keep_their_size_when_the_temperature_rises() -> None:

@@ -131,7 +131,6 @@ class OnnxRuntimeSession(object):
             "host_ms": host,
             "clock": "wall" if now is wall else "thread_cpu",
             "cpu_share": share,
-            "transfer_ms": None,
             "cuda_graph": False,
             "enqueue_bound": False,
         }

@@ -5,10 +5,12 @@ import errno
 import os
 import signal
 import subprocess
-from typing import Any, List, Tuple
+import time
+from typing import Any, Callable, List, Optional, Tuple
 
 from .errors import BoardError
 
+BEAT_S = 5.0  # between two signs of life of a program that takes long
 END_S = 5.0  # a program that was killed is gone at once, but for what it waits for in the kernel
 _PR_SET_PDEATHSIG = 1  # include/uapi/linux/prctl.h
 _LIBC = ctypes.CDLL(None, use_errno=True)  # opened here: between fork and exec of a process with threads it may not be
@@ -58,8 +60,13 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         pass
 
 
-def run(argv: List[str], timeout_s: float) -> Tuple[int, str, str]:
+def run(argv: List[str], timeout_s: float, beat: Optional[Callable[[], None]] = None) -> Tuple[int, str, str]:
     """Runs a program to its end, with nothing to read.
+
+    Args:
+        argv: program and arguments.
+        timeout_s: how long it may take.
+        beat: called every few seconds meanwhile; what it raises ends the program.
 
     Returns:
         Exit status (negative: the signal that ended it), what it wrote to its output, and to its error output.
@@ -69,10 +76,17 @@ def run(argv: List[str], timeout_s: float) -> Tuple[int, str, str]:
     """
     pipe = subprocess.PIPE
     process = start(argv, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    until_s = time.monotonic() + timeout_s
     try:
-        out, err = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as e:
-        raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s)) from e
+        while True:
+            left_s = until_s - time.monotonic()
+            try:
+                out, err = process.communicate(timeout=left_s if beat is None else min(BEAT_S, left_s))
+                break
+            except subprocess.TimeoutExpired as e:
+                if beat is None or left_s <= BEAT_S:
+                    raise BoardError("hung", "%s did not return within %g s" % (argv[0], timeout_s)) from e
+                beat()
     finally:
         if process.returncode is None:
             end(process)

@@ -37,7 +37,8 @@ class Plan(object):
 
     `sessions` fresh sessions of the runtime, each with `rounds` rounds of about `round_ms` and `min_runs` to `max_runs`
     runs. `gate_runs` of the reference network come before each round (0: none). A round that is not calm is repeated at
-    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last.
+    most `retries` times while the waits, at most `wait_share` lengths of all rounds together, last. `whole`: 1 where
+    the models are whole networks: few, so copies of inputs and outputs are measured, and energy where that takes long.
 
     Raises:
         BoardError: a number is missing, not a number, or out of range.
@@ -62,6 +63,7 @@ class Plan(object):
         ("alive", 1, 1e4),
         ("hang_s", 0, 1e6),
         ("build_s", 0, 1e6),
+        ("whole", 0, 1),
     )
 
     def __init__(self, told: Dict[str, Any]) -> None:
@@ -87,6 +89,7 @@ class Plan(object):
         self.alive = int(told["alive"])
         self.hang_s = float(told["hang_s"])
         self.build_s = float(told["build_s"])
+        self.whole = bool(told["whole"])
 
 
 def is_calm(median_ms: float, cpu_share: float, best_ms: float, drift: float, least_share: float) -> bool:
@@ -165,9 +168,8 @@ def measure_rounds(
         _guarded(subject, lambda s=subject: _prepare(s, plan))  # type: ignore[misc]
     for _ in range(plan.rounds):
         for subject in subjects:
-            begin(subject.key)
             if subject.error is None:
-                _guarded(subject, lambda s=subject: _round(s, plan, gate, clock, look, patience))  # type: ignore[misc]
+                _guarded(subject, lambda s=subject: _round(s, plan, gate, clock, look, patience, begin))  # type: ignore[misc]
             after_round()
 
 
@@ -185,8 +187,10 @@ def _round(
     clock: Clock,
     look: Callable[[], Sample],
     patience: List[float],
+    begin: Begin,
 ) -> None:
     for _ in range(plan.retries + 1):
+        begin(subject.key)  # each attempt has the time of a step
         reading = None if gate is None else _calm_reading(gate, plan, clock, patience)
         began_s = clock.seconds()
         told = dict(subject.session.time(subject.runs, 0))

@@ -9,10 +9,15 @@ One JSON object a line both ways; raw bytes follow the line that announces them:
     calm     runner, plan, checks       -> readings of the reference network
     run      sha256, runner, images     -> outputs + their bytes
     profile  sha256, runner, runs       -> layers
+    script   folder, script, options    -> code, out, err of a Python program that lies on the board
+    hold     is_held                    -> ok: until it is let go, or this connection ends, nobody else gets the board
     state                               -> state
     power    set_mode, lock_clocks      -> ran, back, notes, state: only what was asked for is changed
     acknowledge batch                   -> ok: the host has the results of this batch
     bye
+
+An agent that is asked nothing says `{"idle"}` every minute: where nobody is at the other end any more, the network
+gives that up in about a quarter of an hour, and the agent ends.
 
 Results of `measure` also stand in `batches/batch-<id>.jsonl` until they are acknowledged: the same request again,
 over another connection, gives what is there and measures the rest. A result counts only if power mode, locked clocks
@@ -30,16 +35,18 @@ import time
 import uuid
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
+from . import processes
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .power import change
 from .rounds import Plan
-from .state import identity, read_state
+from .state import read_identity, read_state
 from .store import Batch, BoardLock, Folder
 from .worker_process import WorkerProcess
 
 ROOT = "~/.cache/nas-board"
 TELL_EVERY_S = 1.0
+IDLE_BEAT_S = 60.0
 STATE_TRIES = 3  # how often models are measured whose board did not stay in one state
 
 ReadState = Callable[[], Dict[str, Any]]
@@ -54,15 +61,27 @@ class Agent(object):
         worker: WorkerProcess,
         send: Callable[..., None],
         read_state: ReadState,
+        read_identity: ReadState,
         name: str,
     ) -> None:
-        """`send` writes a message (and raw bytes); `read_state` reads the board; `name` is the agent's content hash."""
+        """Serves nothing yet.
+
+        Args:
+            folder: what is kept on the board.
+            worker: runs models.
+            send: writes a message, and raw bytes.
+            read_state: reads the whole state of the board.
+            read_identity: reads the part that may not change while models are measured.
+            name: the agent's content hash.
+        """
         self._folder = folder
         self._worker = worker
         self._send = send
         self._read_state = read_state
+        self._read_identity = read_identity
         self._name = name
         self._client = ""
+        self._held = None  # type: Optional[BoardLock]
 
     def answer(self, request: Dict[str, Any]) -> None:
         """Answers one request. What goes wrong is an answer too: `{"ok": false, "kind", "error"}`."""
@@ -74,6 +93,8 @@ class Agent(object):
             "calm": self._calm,
             "run": self._run,
             "profile": self._profile,
+            "script": self._script,
+            "hold": self._hold,
             "state": lambda _: self._send({"ok": True, "state": self._read_state()}),
             "acknowledge": self._acknowledge,
             "power": self._power,
@@ -96,6 +117,7 @@ class Agent(object):
         found = []  # type: List[Dict[str, Any]]
         if request.get("runners", True):  # importing runtimes takes seconds: not again over the next connection
             found = self._worker.ask({"op": "describe"}, _Progress(self._send, 0, 1).tell)["runners"]
+            self._worker.end()  # every runtime that there is was loaded into it, also those that nobody will use
         version = "%d.%d.%d" % sys.version_info[:3]
         state = self._read_state()
         self._send({"ok": True, "agent": self._name, "python": version, "runners": found, "state": state})
@@ -113,14 +135,29 @@ class Agent(object):
             os.remove(self._folder.batch(request["batch"]))
         except FileNotFoundError:  # acknowledged before, over a connection that was cut
             pass
+        self._folder.tidy(time.time())
+        self._send({"ok": True})
+
+    def _locked(self) -> BoardLock:
+        """The board for as long as a request takes; at once where it is held by this agent anyway."""
+        path = "" if self._held is not None else self._folder.lock
+        return BoardLock(path, self._client, lambda text: self._send({"progress": 0.0, "waiting": text}))
+
+    def _hold(self, request: Dict[str, Any]) -> None:
+        if request["is_held"] and self._held is None:
+            lock = self._locked()
+            lock.__enter__()
+            self._held = lock
+        elif not request["is_held"] and self._held is not None:
+            lock, self._held = self._held, None
+            lock.__exit__()
         self._send({"ok": True})
 
     def _measure(self, request: Dict[str, Any]) -> None:
         plan = Plan(request["plan"])
         jobs = [self._job(i, job) for i, job in enumerate(request["jobs"])]
-        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
-            before = self._read_state()
-            batch = Batch(self._folder.batch(request["batch"]), jobs, identity(before))
+        with self._locked():
+            batch = Batch(self._folder.batch(request["batch"]), jobs, self._read_identity())
             for result in batch.found:
                 self._send({"result": result})
             left = [job for job in jobs if job["index"] not in batch.indices]
@@ -133,16 +170,16 @@ class Agent(object):
                     batch.add(result)
                     self._send({"result": result})
                 done_steps += len(part) * plan.sessions * plan.rounds
-            self._send({"done": True, "state_before": before, "state_after": self._read_state()})
+            self._send({"done": True})
 
     def _measured(
         self, request: Dict[str, Any], jobs: List[Dict[str, Any]], during: Callable[[Dict[str, Any]], None]
     ) -> Iterator[Dict[str, Any]]:
         """Results of models measured together, all in one state of the board."""
         for _ in range(STATE_TRIES):
-            before = identity(self._read_state())
+            before = self._read_identity()
             results = self._survived(request, jobs, during)
-            after = identity(self._read_state())
+            after = self._read_identity()
             if before == after:
                 for result in results:
                     yield _final(result, after)
@@ -173,7 +210,7 @@ class Agent(object):
         return lost
 
     def _calm(self, request: Dict[str, Any]) -> None:
-        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with self._locked():
             asked = self._asked(
                 request, "calm", checks=request["checks"], best_ms=request.get("best_ms"), plan=request["plan"]
             )
@@ -190,7 +227,11 @@ class Agent(object):
             precision=request.get("precision", "fp32"),
             limit_s=request["limit_s"],
         )
-        outputs = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)["outputs"]
+        try:
+            with self._locked():
+                outputs = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)["outputs"]
+        finally:  # images are many, and hardly ever the same ones again
+            self._folder.remove(request["images"])
         data = []
         for output in outputs:
             path = output.pop("path")
@@ -201,7 +242,7 @@ class Agent(object):
         self._send({"ok": True, "outputs": outputs}, b"".join(data))
 
     def _profile(self, request: Dict[str, Any]) -> None:
-        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with self._locked():
             asked = self._asked(
                 request,
                 "profile",
@@ -214,10 +255,20 @@ class Agent(object):
             told = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)
         self._send(dict(told, ok=True, state=self._read_state()))
 
+    def _script(self, request: Dict[str, Any]) -> None:
+        """Runs a program while nobody measures. It ends with this agent, and so when the host lets go."""
+        argv = [sys.executable, os.path.join(str(request["folder"]), str(request["script"]))]
+        argv += [str(option) for option in request["options"]]
+        tell = _Progress(self._send, 0, 1).tell
+        with self._locked():
+            self._worker.end()  # the memory that it holds is for the program now
+            code, out, err = processes.run(argv, float(request["limit_s"]), lambda: tell({}))
+        self._send({"ok": True, "code": code, "out": out, "err": err})
+
     def _power(self, request: Dict[str, Any]) -> None:
         mode = request.get("set_mode")
         store = os.path.join(self._folder.root, "clocks-before.conf")
-        with BoardLock(self._folder.lock, self._client, lambda text: self._send({"progress": 0.0, "waiting": text})):
+        with self._locked():
             told = change(None if mode is None else str(mode), bool(request.get("lock_clocks")), store)
         self._send(dict(told, ok=True))
 
@@ -282,6 +333,7 @@ def _failed(job: Dict[str, Any], kind: str, message: str) -> Dict[str, Any]:
         "build_s": None,
         "engine_bytes": None,
         "warnings": [],
+        "transfer_ms": None,
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "best_ms": None,
     }
@@ -362,9 +414,14 @@ def serve(command: List[str], name: str) -> None:
 
     reading = threading.Thread(target=_reader_thread, args=(LineReader(0), folder, requests, ended), daemon=True)
     reading.start()
-    agent = Agent(folder, worker, writer.send, read_state, name)
+    agent = Agent(folder, worker, writer.send, read_state, read_identity, name)
     try:
         while True:
-            agent.answer(requests.get())
-    except BrokenPipeError:  # the host is gone
+            try:
+                request = requests.get(timeout=IDLE_BEAT_S)
+            except queue.Empty:
+                writer.send({"idle": True})
+                continue
+            agent.answer(request)
+    except OSError:  # the host is gone
         ended()

@@ -87,6 +87,8 @@ JETPACKS = {
 }
 
 GPU_NAMES = ("gv11b", "gp10b", "ga10b", "gb10b", "gpu")
+BOOT_ID = "proc/sys/kernel/random/boot_id"
+GOVERNOR = "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
 EMC = "sys/kernel/debug/bpmp/debug/clk/emc"
 OFF_C = -100.0  # a sensor that is switched off reads -256
 ABSURD_C = 150.0
@@ -169,17 +171,19 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         throttle: counters that only rise, and alarms. cooling: state of each device that cools by slowing down.
         rails: list of {"name", "mw"}. memory_mb: total, available, swap, swap_free.
         unknown: name in this record -> why it is None or incomplete.
+        tegrastats: a line of that program as it is, for people (its form changes with JetPack); None elsewhere.
         problems: list of {"what", "why", "fix"}, each fix a command for the board.
     """
     tree = Tree(root)
     record = _identity(tree, run)
-    record["governor"] = tree.text("sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
+    record["governor"] = tree.text(GOVERNOR) or None
     record.update(_power_modes(tree, run))
     record.update(snapshot(root, tree))
     record["clocks_locked"] = are_locked(record["clocks"])
     record["trip_c"] = trips(root)
     record["memory_mb"] = _memory(tree)
     record["desktop"] = _desktop(run) if record["soc"] else None
+    record["tegrastats"] = _tegrastats(run) if record["soc"] else None
     record["unknown"] = tree.unknown
     record["problems"] = _problems(record)
     return record
@@ -200,6 +204,18 @@ def identity(state: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
+def read_identity(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
+    """`identity` of the board now, without the rest of the record: it is asked for around each group of models."""
+    tree = Tree(root)
+    clocks = _clocks(tree)
+    record = {
+        "boot_id": tree.text(BOOT_ID),
+        "governor": tree.text(GOVERNOR) or None,
+        "clocks_locked": are_locked(clocks),
+    }
+    return identity(dict(record, **_power_modes(tree, run)))
+
+
 def snapshot(root: str = "/", tree: Optional[Tree] = None) -> Dict[str, Any]:
     """The part that changes while a board works: boot_id, clocks, temperature_c, throttle, cooling, rails.
 
@@ -207,7 +223,7 @@ def snapshot(root: str = "/", tree: Optional[Tree] = None) -> Dict[str, Any]:
     """
     tree = tree or Tree(root)
     return {
-        "boot_id": tree.text("proc/sys/kernel/random/boot_id", "boot_id"),
+        "boot_id": tree.text(BOOT_ID, "boot_id"),
         "clocks": _clocks(tree),
         "temperature_c": _temperatures(tree),
         "throttle": _counters(tree),
@@ -546,6 +562,15 @@ def _desktop(run: Run) -> Optional[bool]:
     except BoardError:
         return None
     return out.strip() == "active" if out.strip() else None
+
+
+def _tegrastats(run: Run) -> Optional[str]:
+    """The last line of half a second of it; it would not end by itself."""
+    try:
+        _, out, _ = run(["timeout", "0.5", "tegrastats", "--interval", "200"], RUN_TIMEOUT_S)
+    except BoardError:
+        return None
+    return out.strip().rpartition("\n")[2] or None
 
 
 def near_trip(record: Dict[str, Any], margin_c: float = NEAR_TRIP_C) -> List[str]:

@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, Iterator, List, Set
 
 from .errors import BoardError
 
+MOST_BYTES = 1 << 30  # of models and images together; beyond it the oldest go first
+BUSY_S = 600.0  # what was used within is left alone: another agent may be about to read it
 KEEP_S = 24 * 3600.0  # models and unacknowledged batches that nobody used for so long are removed
 WAIT_FOR_BOARD_S = 600.0  # another host may be measuring
 TELL_WAITING_S = 5.0
@@ -64,7 +66,7 @@ class Folder(object):
         return True
 
     def tidy(self, now_s: float) -> None:
-        """Removes what nobody used for long, leftovers of agents that were killed included."""
+        """Removes what nobody used for long, leftovers of agents that were killed, and what is too much."""
         for folder in (self.root, self.blobs, self.batches):
             for name in os.listdir(folder):
                 path = os.path.join(folder, name)
@@ -79,6 +81,30 @@ class Folder(object):
                         os.remove(path)
                 except OSError:  # another agent removed it
                     continue
+        self._shrink(now_s)
+
+    def _shrink(self, now_s: float) -> None:
+        """Keeps the models below `MOST_BYTES`: the board's disk is small, and what is missing is sent again."""
+        found = []
+        for name in os.listdir(self.blobs):
+            try:
+                told = os.stat(os.path.join(self.blobs, name))
+            except OSError:  # as in `tidy`
+                continue
+            found.append((told.st_mtime, told.st_size, name))
+        total = sum(size for _, size, _ in found)
+        for used_s, size, name in sorted(found):
+            if total <= MOST_BYTES or now_s - used_s < BUSY_S:
+                return
+            self.remove(name)
+            total -= size
+
+    def remove(self, sha256: str) -> None:
+        """Removes a file that is not needed any more."""
+        try:
+            os.remove(self.blob(sha256))
+        except (OSError, BoardError):  # as in `tidy`, or another program's file
+            pass
 
     def close(self) -> None:
         """Removes the scratch folder of this agent."""
@@ -125,6 +151,8 @@ class Batch(object):
 class BoardLock(object):
     """One host measures at a time. An agent of the same host that a cut link left is ended, another one is waited for.
 
+    An empty path is a lock that is held already: nothing happens.
+
     Raises:
         BoardError: `busy`, when another host keeps the board for too long.
     """
@@ -136,6 +164,8 @@ class BoardLock(object):
         self._fd = -1
 
     def __enter__(self) -> "BoardLock":
+        if not self._path:
+            return self
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         until_s = time.monotonic() + WAIT_FOR_BOARD_S
         told_s = 0.0
@@ -161,7 +191,8 @@ class BoardLock(object):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
 
     def _taken(self) -> bool:
         try:

@@ -21,6 +21,7 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import processes
+from .building import build_apart
 from .cuda import find_cuda
 from .errors import BoardError, as_board_error
 from .onnx_facts import onnx_facts
@@ -51,7 +52,6 @@ SHORT_REPEATS = 16
 TRANSFER_RUNS = 20
 PROFILE_RUNS = 50
 ENQUEUE_BOUND = 0.8  # share of the GPU's time from which on the host decides it; trtexec warns from there
-_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); import importlib; importlib.import_module(sys.argv[2]).main()"
 
 
 class TensorRtRunner(object):
@@ -127,27 +127,17 @@ class TensorRtRunner(object):
         trt = import_tensorrt()
         folder = tempfile.mkdtemp(prefix="engine-", dir=options.get("work"))
         engine = os.path.join(folder, "engine.plan")
-        report = os.path.join(folder, "report.json")
         what = "building %s" % os.path.basename(model_path)
         request = {
             "model": os.path.abspath(model_path),
             "engine": engine,
-            "report": report,
             "precision": str(options.get("precision", "fp32")),
             "timing_cache": options.get("timing_cache"),
             "typing": str(options.get("typing", "auto")),
             "workspace_mib": int(options.get("workspace_mib", WORKSPACE_MIB)),
         }
         try:
-            command = [sys.executable, "-c", _PROGRAM, _import_path(), __name__, json.dumps(request)]
-            began = time.monotonic()
-            code, out, err = self._run(command, float(options.get("timeout_s", BUILD_TIMEOUT_S)))
-            seconds = time.monotonic() - began
-            told = _report_of(report)
-            if told is not None and told.get("error"):
-                raise BoardError(told["kind"], "%s: %s" % (what, told["error"]))
-            if code != 0 or told is None:
-                raise failure_of(out + "\n" + err, code, what)
+            told = build_apart(request, float(options.get("timeout_s", BUILD_TIMEOUT_S)), self._run)
             with open(engine, "rb") as file:
                 plan = file.read()
             session = TensorRtSession(trt, self.cuda(), plan, int(options.get("seed", 0)), list(told["warnings"]))
@@ -155,7 +145,7 @@ class TensorRtRunner(object):
             raise e if what in e.message else BoardError(e.kind, "%s: %s" % (what, e.message)) from e
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        session.build_s = seconds
+        session.build_s = told["seconds"]
         return session
 
 
@@ -183,7 +173,6 @@ class TensorRtSession(object):
         self._context = self._new_context()
         self._graph: Any = None
         self._used_s = float("-inf")  # when the last timing ended
-        self._copies_ms: Optional[float] = None
         self._stream = cuda.stream()
         self._tensors = self._bind()
         rng = random.Random(seed)
@@ -222,8 +211,8 @@ class TensorRtSession(object):
 
         Returns:
             `samples_ms`: of the GPU; `host_ms`: inside the call that queues an inference; `single_ms`: from calling to
-            having waited, inference by inference; `transfer_ms`: copies of inputs and outputs; `cuda_graph`;
-            `enqueue_bound`: whether queueing takes about as long as the inference itself.
+            having waited, inference by inference; `cuda_graph`; `enqueue_bound`: whether queueing takes about as long
+            as the inference itself.
 
         Raises:
             BoardError: TensorRT or CUDA refuses.
@@ -238,8 +227,6 @@ class TensorRtSession(object):
         if statistics.median(trial) < SHORT_MS:
             inner = SHORT_REPEATS
         samples, host = self._timed(runs, inner)
-        if self._copies_ms is None:
-            self._copies_ms = self._transfer_ms()
         single = []
         for _ in range(min(runs, TRANSFER_RUNS)):
             began = time.perf_counter()
@@ -252,10 +239,30 @@ class TensorRtSession(object):
             "host_ms": host,
             "single_ms": single,
             "clock": "cuda_event",
-            "transfer_ms": self._copies_ms,
             "cuda_graph": self._graph is not None,
             "enqueue_bound": statistics.median(host) >= ENQUEUE_BOUND * statistics.median(samples),
         }
+
+    def transfer_ms(self) -> float:
+        """Median time of copying inputs and outputs of an inference.
+
+        Raises:
+            BoardError: CUDA refuses.
+        """
+        cuda, stream = self._cuda, self._stream
+        start, end = cuda.event(), cuda.event()
+        values = []
+        for _ in range(TRANSFER_RUNS):
+            cuda.record(start, stream)
+            for tensor in self._tensors:
+                copy = self._copy_in if tensor["is_input"] else self._copy_out
+                copy(tensor)
+            cuda.record(end, stream)
+            cuda.synchronize(stream)
+            values.append(cuda.elapsed_ms(start, end))
+        cuda.free_event(start)
+        cuda.free_event(end)
+        return float(statistics.median(values))
 
     def run_only(self, runs: int) -> None:
         """Runs so many inferences, a few in flight, and does nothing else; nothing is timed.
@@ -450,22 +457,6 @@ class TensorRtSession(object):
                 cuda.free_event(end)
         return samples, host
 
-    def _transfer_ms(self) -> float:
-        cuda, stream = self._cuda, self._stream
-        start, end = cuda.event(), cuda.event()
-        values = []
-        for _ in range(TRANSFER_RUNS):
-            cuda.record(start, stream)
-            for tensor in self._tensors:
-                copy = self._copy_in if tensor["is_input"] else self._copy_out
-                copy(tensor)
-            cuda.record(end, stream)
-            cuda.synchronize(stream)
-            values.append(cuda.elapsed_ms(start, end))
-        cuda.free_event(start)
-        cuda.free_event(end)
-        return float(statistics.median(values))
-
     def _upload(self) -> None:
         for tensor in self._tensors:
             if tensor["is_input"]:
@@ -588,12 +579,11 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
         request: `model`, `engine`: paths; `precision`; `typing`; `workspace_mib`; `timing_cache`: a path or None.
 
     Returns:
-        `warnings`, `typing` and `seconds`.
+        `warnings` and `typing`.
 
     Raises:
         BoardError: `build_failed`, `out_of_memory`, `bad_request`, `unsupported`.
     """
-    began = time.monotonic()
     with open(request["model"], "rb") as file:
         model = file.read()
     lines: List[str] = []
@@ -620,7 +610,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
     skipped = skipped_tactics("\n".join(lines))
     if skipped:
         warnings.append("skipped_tactics: %d tactics were passed over because memory was short" % skipped)
-    return {"warnings": warnings, "typing": "weak" if weak else "strong", "seconds": time.monotonic() - began}
+    return {"warnings": warnings, "typing": "weak" if weak else "strong"}
 
 
 def _network_flags(trt: Any, weak: bool) -> int:
@@ -676,23 +666,6 @@ def _write(path: str, data: bytes) -> None:
     with open(part, "wb") as file:
         file.write(data)
     os.replace(part, path)
-
-
-def _report_of(path: str) -> Optional[Dict[str, Any]]:
-    try:
-        with open(path, "r", encoding="utf-8") as file:
-            told = json.load(file)
-    except (OSError, ValueError):  # it was killed before it could tell
-        return None
-    return told if isinstance(told, dict) else None
-
-
-def _import_path() -> str:
-    """The folder or zip file from which a new process can import this module under its name."""
-    path = os.path.abspath(__file__)
-    for _ in __name__.split("."):
-        path = os.path.dirname(path)
-    return path
 
 
 def main() -> None:

@@ -29,7 +29,8 @@ WARMUP_MS = 200
 PROFILE_RUNS = 50
 HELP_TIMEOUT_S = 60.0  # the first start on a slow board loads hundreds of megabytes of libraries
 BUILD_TIMEOUT_S = 1800.0
-RUN_TIMEOUT_S = 300.0
+RUN_TIMEOUT_S = 300.0  # where the caller sets no limit
+TRANSFER_RUNS = 20
 ENQUEUE_BOUND = 0.8  # trtexec itself warns from this share on
 
 Version = Tuple[int, int, int]
@@ -189,8 +190,8 @@ class TrtexecRunner(object):
 
         Args:
             model_path: an ONNX file.
-            options: `precision`; `timing_cache`: a file shared by builds; `timeout_s`; `work`: a folder of ours;
-                `typing`: auto, weak or strong; `workspace_mib`.
+            options: `precision`; `timing_cache`: a file shared by builds; `timeout_s` of the build and `run_s` of each
+                run; `work`: a folder of ours; `typing`: auto, weak or strong; `workspace_mib`.
 
         Raises:
             BoardError: `build_failed`, `out_of_memory`, `hung`, `killed`, `unsupported`, `bad_request`, `not_found`.
@@ -215,7 +216,8 @@ class TrtexecRunner(object):
         skipped = output.skipped_tactics(text)
         if skipped:
             warnings.append("skipped_tactics: %d tactics were passed over because memory was short" % skipped)
-        return TrtexecSession(self, version, folder, engine, model, seconds, warnings)
+        run_s = float(options.get("run_s", RUN_TIMEOUT_S))
+        return TrtexecSession(self, version, folder, engine, model, seconds, run_s, warnings)
 
     def command(self, engine: str, runs: int, options: Dict[str, Any]) -> List[str]:
         """The command that times an engine with this program."""
@@ -261,9 +263,11 @@ class TrtexecSession(object):
         engine: str,
         model: OnnxFacts,
         build_s: float,
+        run_s: float,
         warnings: List[str],
     ) -> None:
         self.build_s = build_s
+        self._run_s = run_s
         self.engine_bytes = os.path.getsize(engine)
         self.warnings = warnings
         self._runner = runner
@@ -293,34 +297,38 @@ class TrtexecSession(object):
                 file.write(data)
             self._inputs[name] = path
 
-    def time(self, runs: int, warmup: int = 0, transfers: bool = False) -> Dict[str, Any]:
+    def time(self, runs: int, warmup: int = 0) -> Dict[str, Any]:
         """Times of the GPU for `runs` inferences, one by one, after at least 200 ms of warm-up.
 
         Args:
             runs: inferences.
             warmup: ignored beyond those 200 ms: trtexec counts the warm-up in time.
-            transfers: also measures the copies of inputs and outputs, in a run of its own.
 
         Raises:
-            BoardError: as `load`, or `truncated`.
+            BoardError: as `load`; `truncated`, also where its own summary tells another median than its queries.
         """
         del warmup
         queries, text = self._queries(runs, False)
         samples = [query["computeMs"] for query in queries]
         host = [query["endEnqMs"] - query["startEnqMs"] for query in queries]
-        transfer_ms = None
-        if transfers:
-            copied, _ = self._queries(10, True)
-            transfer_ms = statistics.median([query["h2dMs"] + query["d2hMs"] for query in copied])
+        output.check_median(text, statistics.median(samples))
         captured = output.captured_graph(text)
         return {
             "samples_ms": samples,
             "host_ms": host,
             "clock": "cuda_event",
-            "transfer_ms": transfer_ms,
             "cuda_graph": self._version[0] >= 11 if captured is None else captured,
             "enqueue_bound": statistics.median(host) >= ENQUEUE_BOUND * statistics.median(samples),
         }
+
+    def transfer_ms(self) -> float:
+        """Median time of copying inputs and outputs of an inference, in a run of its own.
+
+        Raises:
+            BoardError: as `time`.
+        """
+        copied, _ = self._queries(TRANSFER_RUNS, True)
+        return statistics.median([query["h2dMs"] + query["d2hMs"] for query in copied])
 
     def outputs(self) -> List[Dict[str, Any]]:
         """Runs once; name, dtype, shape and bytes of each output.
@@ -391,7 +399,7 @@ class TrtexecSession(object):
         for name in ("times", "profile", "layers"):
             if options.get(name) and os.path.exists(options[name]):
                 os.remove(options[name])  # a file of the run before must not pass for one of this run
-        text, _ = self._runner.start(self._runner.command(self._engine, runs, options), RUN_TIMEOUT_S, what)
+        text, _ = self._runner.start(self._runner.command(self._engine, runs, options), self._run_s, what)
         return text
 
     def _file(self, name: str) -> str:

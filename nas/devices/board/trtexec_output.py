@@ -63,6 +63,22 @@ def performance_of(text: str) -> Dict[str, Dict[str, float]]:
     return result
 
 
+def check_median(text: str, median_ms: float) -> None:
+    """Compares the median of the queries with the one that trtexec prints: what is read wrong would be off by far.
+
+    Raises:
+        BoardError: `truncated`: they differ by more than a tenth and more than the clock resolves. A log without a
+            summary says nothing.
+    """
+    told_ms = performance_of(text).get("GPU Compute Time", {}).get("median")
+    if told_ms is not None and abs(told_ms - median_ms) > max(0.1 * told_ms, 0.005):
+        raise BoardError(
+            "truncated",
+            "trtexec's summary tells a median of %g ms, the times that it exports one of %g ms: its output is read "
+            "wrong" % (told_ms, median_ms),
+        )
+
+
 def times_of(text: str, version: Version, warmup_ms: float) -> List[Dict[str, float]]:
     """Queries of `--exportTimes`: startEnqMs, endEnqMs, computeMs, h2dMs, d2hMs, ... of each; warm-up left out.
 

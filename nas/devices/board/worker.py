@@ -5,22 +5,26 @@ agent knows which model it was when nothing more comes.
 """
 
 import os
+from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Optional
 
 from .energy import PowerSampler, of_rounds
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .processes import end_with_parent
-from .rounds import Clock, Gate, Plan, Subject, measure_rounds
+from .rounds import Clock, Gate, Plan, Subject, measure_rounds, median
 from .runners import all_runners
 from .watch import COOL_LIMIT_S, Watch
 
+KEPT_SESSIONS = 4  # of `run`: a chain of segments is run in turn, part by part of the images
+PROGRAM_SHARE = 0.9  # of a step's limit: a program that a session starts ends before its worker is ended for it
 _MOST_IMAGES = 64  # in one run where the batch of a model is not fixed: bounds the memory
 COOL_BEAT_S = 60.0  # while a board cools down, a sign of life comes far more often
 COOL_TOTAL_S = 1200.0  # of one request: a board that never cools is measured as it is, and its rounds stay marked
 ENERGY_ROUNDS = 3
 ENERGY_ROUND_S = 0.4  # a rail is read every 0.02 s
 ENERGY_RUNS = 8  # between two looks at the clock
+ENERGY_PROGRAM_S = 3.0  # that a program runs longer than another time: loading an engine varies by parts of a second
 START_S = 300.0  # to import a runtime: long on a Nano whose card is slow
 
 
@@ -63,6 +67,7 @@ class Worker(object):
         self._runners = all_runners() if runners is None else runners
         self._clock = clock or Clock()
         self._gates = {}  # type: Dict[str, Gate]
+        self._kept = OrderedDict()  # type: Any  # sessions of `run` by what they were made of, the last one used last
         self._root = root
         self._key = ""
 
@@ -82,6 +87,8 @@ class Worker(object):
         operation = operations.get(request.get("op", ""))
         if operation is None:
             raise BoardError("bad_request", "unknown request %r" % (request.get("op"),))
+        if operation != self._run:  # what is measured has the memory for itself
+            self._keep(0)
         return operation(request)
 
     def _describe(self, _: Dict[str, Any]) -> Dict[str, Any]:
@@ -122,7 +129,10 @@ class Worker(object):
             )
             for subject, result in subjects:
                 self._at(subject.key, plan.hang_s)
-                if sampler.has_sensor and subject.error is None and result["energy"] is None:
+                if plan.whole and subject.error is None and result["transfer_ms"] is None:
+                    result["transfer_ms"] = _transfer_ms(subject, result)
+                is_cheap = plan.whole or hasattr(subject.session, "run_only")
+                if sampler.has_sensor and is_cheap and subject.error is None and result["energy"] is None:
                     result["energy"] = self._energy(subject, sampler, plan)
                 subject.session.close()
                 result["sessions"].append(subject.rounds)
@@ -149,24 +159,17 @@ class Worker(object):
         return told
 
     def _energy(self, subject: Subject, sampler: PowerSampler, plan: Plan) -> Optional[Dict[str, Any]]:
-        """Energy of an inference of a model that was timed, in rounds of their own: reading sensors disturbs times.
-
-        None where the session cannot run without anything else (`run_only`): a program that first loads an engine does
-        not say when its runs began.
-        """
+        """Energy of an inference of a model that was timed, in rounds of their own: reading sensors disturbs times."""
         run_only = getattr(subject.session, "run_only", None)
-        if run_only is None:
-            return None
         values = []
         sampler.start()
         try:
             for _ in range(ENERGY_ROUNDS):
                 self._at(subject.key, plan.hang_s)
-                runs, began_s = 0, self._clock.seconds()
-                while self._clock.seconds() - began_s < ENERGY_ROUND_S:
-                    run_only(ENERGY_RUNS)
-                    runs += ENERGY_RUNS
-                values.append(sampler.energy_mj(began_s, self._clock.seconds(), runs))
+                if run_only is not None:
+                    values.append(self._energy_in_place(run_only, sampler))
+                else:
+                    values.append(self._energy_of_program(subject, sampler, plan.hang_s))
         except Exception as e:  # as in `main`: the times before it are sound, and a note says what happened
             return {"mj": None, "why": as_board_error(e, "unsupported").message}
         finally:
@@ -174,12 +177,39 @@ class Worker(object):
         found = of_rounds(values)
         return None if found is None else dict(found, whole_board=sampler.is_whole_board)
 
+    def _energy_in_place(self, run_only: Callable[[int], None], sampler: PowerSampler) -> Optional[float]:
+        runs, began_s = 0, self._clock.seconds()
+        while self._clock.seconds() - began_s < ENERGY_ROUND_S:
+            run_only(ENERGY_RUNS)
+            runs += ENERGY_RUNS
+        return sampler.energy_mj(began_s, self._clock.seconds(), runs)
+
+    def _energy_of_program(self, subject: Subject, sampler: PowerSampler, limit_s: float) -> Optional[float]:
+        """Energy of an inference by a program that first loads an engine and does not say when its runs began.
+
+        A long run and a short one load the same engine and warm up alike: what the long one takes more, its further
+        inferences took.
+        """
+        typical_ms = median([median(r["samples_ms"]) for r in subject.rounds])
+        more = int(ENERGY_PROGRAM_S * 1e3 / max(typical_ms, 1e-3))
+        found = []
+        for runs in (ENERGY_RUNS, ENERGY_RUNS + more):
+            self._at(subject.key, limit_s)
+            began_s = self._clock.seconds()
+            made = len(subject.session.time(runs, 0)["samples_ms"])
+            energy_mj = sampler.energy_mj(began_s, self._clock.seconds(), 1)
+            if energy_mj is None:
+                return None
+            found.append((made, energy_mj))
+        (few, least_mj), (many, most_mj) = found
+        return (most_mj - least_mj) / (many - few) if many > few and most_mj > least_mj else None
+
     def _opened(
         self, runner: Any, plan: Plan, request: Dict[str, Any], job: Dict[str, Any], result: Dict[str, Any]
     ) -> Optional[Subject]:
         self._at(job["key"], plan.build_s)
         try:
-            session = runner.load(job["path"], _options(request, job, plan.build_s))
+            session = runner.load(job["path"], _options(request, job, plan.build_s, plan.hang_s))
             session.set_inputs({name: _read(path) for name, path in job["feeds"].items()})
         except Exception as e:  # as in `main`
             error = as_board_error(e, "build_failed")
@@ -194,7 +224,8 @@ class Worker(object):
         place = "%s %s %d" % (runner.name, request["reference"], int(request.get("threads", 1)))
         if place not in self._gates:
             self._at("", plan.build_s)
-            session = runner.load(request["reference"], _options(request, {"precision": "fp32"}, plan.build_s))
+            options = _options(request, {"precision": "fp32"}, plan.build_s, plan.hang_s)
+            session = runner.load(request["reference"], options)
             session.set_inputs({})
             self._gates[place] = Gate(session, None)
         gate = self._gates[place]
@@ -215,10 +246,34 @@ class Worker(object):
         return {"readings": readings, "best_ms": gate.best_ms}
 
     def _run(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """Outputs for images of any number: a fixed batch is filled up, the copies are cut off again."""
+        """Outputs for images of any number; what fails is not kept."""
+        name = "%s %s %s %d" % (
+            request["runner"],
+            request["path"],
+            request.get("precision"),
+            int(request.get("threads", 1)),
+        )
         limit_s = float(request["limit_s"])
         self._at("run", limit_s)
-        session = self._runner(request).load(request["path"], _options(request, request, limit_s))
+        session = self._kept.pop(name, None)
+        if session is None:
+            self._keep(KEPT_SESSIONS - 1)
+            session = self._runner(request).load(request["path"], _options(request, request, limit_s, limit_s))
+        try:
+            outputs = self._outputs(request, session, limit_s)
+        except Exception:
+            session.close()
+            raise
+        self._kept[name] = session
+        return {"outputs": outputs}
+
+    def _keep(self, most: int) -> None:
+        """Closes sessions of `run`, the one used last at the end, until at most so many are left."""
+        while len(self._kept) > most:
+            self._kept.popitem(last=False)[1].close()
+
+    def _outputs(self, request: Dict[str, Any], session: Any, limit_s: float) -> List[Dict[str, Any]]:
+        """Files of outputs: a fixed batch is filled up, the copies are cut off again."""
         entry = session.inputs()[0]
         images, shape = _read(request["images"]), [int(n) for n in request["shape"]]
         each = len(images) // shape[0]
@@ -233,7 +288,6 @@ class Worker(object):
                 part += part[-each:] * (fixed - rows)
             session.set_inputs({entry["name"]: part})
             parts.append([_rows(output, fixed or rows, rows) for output in session.outputs()])
-        session.close()
         outputs = []
         for i, column in enumerate(zip(*parts)):
             path = os.path.join(request["work"], "output-%d" % i)
@@ -242,12 +296,12 @@ class Worker(object):
                     f.write(piece["data"])
             whole = [shape[0]] + list(column[0]["shape"][1:])
             outputs.append({"name": column[0]["name"], "dtype": column[0]["dtype"], "shape": whole, "path": path})
-        return {"outputs": outputs}
+        return outputs
 
     def _profile(self, request: Dict[str, Any]) -> Dict[str, Any]:
         limit_s = float(request["limit_s"])
         self._at("profile", limit_s)
-        session = self._runner(request).load(request["path"], _options(request, request, limit_s))
+        session = self._runner(request).load(request["path"], _options(request, request, limit_s, limit_s))
         session.set_inputs({name: _read(path) for name, path in request.get("feeds", {}).items()})
         self._at("profile", limit_s)
         layers = session.profile(int(request["runs"]))
@@ -268,6 +322,16 @@ class Worker(object):
         self._send({"at": key, "limit_s": limit_s})
 
 
+def _transfer_ms(subject: Subject, result: Dict[str, Any]) -> Optional[float]:
+    """Time of the copies, where the session tells it; what fails is a warning, the times before it are sound."""
+    measure = getattr(subject.session, "transfer_ms", None)
+    try:
+        return None if measure is None else float(measure())
+    except Exception as e:  # as in `main`
+        result["warnings"].append("copies: %s" % as_board_error(e, "unsupported").message)
+        return None
+
+
 def _new_result(job: Dict[str, Any]) -> Dict[str, Any]:
     return {
         "index": job["index"],
@@ -278,15 +342,17 @@ def _new_result(job: Dict[str, Any]) -> Dict[str, Any]:
         "engine_bytes": None,
         "warnings": [],
         "energy": None,
+        "transfer_ms": None,
     }
 
 
-def _options(request: Dict[str, Any], job: Dict[str, Any], timeout_s: float) -> Dict[str, Any]:
+def _options(request: Dict[str, Any], job: Dict[str, Any], build_s: float, run_s: float) -> Dict[str, Any]:
     return {
         "precision": job.get("precision", "fp32"),
         "timing_cache": request.get("timing_cache"),
         "seed": 0,
-        "timeout_s": timeout_s,
+        "timeout_s": build_s,
+        "run_s": PROGRAM_SHARE * run_s,
         "work": request["work"],
         "threads": int(request.get("threads", 1)),
     }
