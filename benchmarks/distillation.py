@@ -32,7 +32,7 @@ from nas.core.records import Candidate
 from nas.core.walk import total_macs
 from nas.data import AugmentSettings, Dataset, DataSettings, load_dataset
 from nas.data.corruptions import CORRUPTIONS, corrupted
-from nas.recipe.supernet import all_exits
+from nas.recipe.supernet import all_exits, exit_heads
 from nas.space.space import load_space
 from nas.train.evaluate import predict_logits, top1
 from nas.train.features import wanted_features
@@ -128,7 +128,7 @@ def student_of(space: str, size: str, classes: int) -> Candidate:
         "middle": middle[100],
         "largest": found.decode(found.largest()),
     }
-    return replace(chosen[size].architecture, exits=all_exits(found))
+    return replace(chosen[size].architecture, exits=all_exits(exit_heads(found), np.random.default_rng(0)))
 
 
 def trained(bench: Bench, arm: str, seed: int) -> Run:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nas.core.errors import RecordError
-from nas.core.jsonio import content_hash
+from nas.core.jsonio import content_hash, to_plain
 
 Activation = Literal["relu", "hard_swish"]
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -165,20 +165,23 @@ class HeadConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExitConfig:
-    """An early exit after stage `after_stage` (from 0): global mean, optional hidden layer, linear to K classes.
+    """An early exit after stage `after_stage` (from 0), with a head as in `HeadConfig`.
 
-    An image leaves here when its largest softmax probability is at least `threshold`; None until it is known.
+    Optional 1x1 convolution (`conv_channels`), global mean, optional hidden layer, linear to K classes. Channels are 0
+    where a layer is absent. An image leaves here when its largest softmax probability is at least `threshold`; None
+    until it is known.
     """
 
     after_stage: int
     hidden_channels: int = 0
     threshold: float | None = None
+    conv_channels: int = 0
 
     def __post_init__(self) -> None:
         if self.after_stage < 0:
             raise RecordError(f"after_stage must not be negative, got {self.after_stage}")
-        if self.hidden_channels < 0:
-            raise RecordError("hidden_channels must not be negative")
+        if self.conv_channels < 0 or self.hidden_channels < 0:
+            raise RecordError("channels of an exit's head must not be negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +258,14 @@ class Candidate:
 
     @property
     def arch_id(self) -> str:
-        return "a" + content_hash(self.architecture, 12)
+        return "a" + content_hash(_identity(self.architecture), 12)
 
     @property
     def id(self) -> str:
         """Readable and unique: size, exits, precision and a content hash, such as `r32-d7-x1-int8-3f2a9c01d4e5`."""
         depth = sum(len(s.blocks) for s in self.stages)
-        return f"r{self.resolution}-d{depth}-x{len(self.exits)}-{self.precision_label}-{content_hash(self, 12)}"
+        ending = content_hash(_identity(self), 12)
+        return f"r{self.resolution}-d{depth}-x{len(self.exits)}-{self.precision_label}-{ending}"
 
     def with_precision(self, precision: Precision | Iterable[Precision]) -> Candidate:
         """The same network in one precision, or in one per stem, stage and head (in that order)."""
@@ -289,8 +293,17 @@ class Candidate:
         """The network cut behind an exit, whose head becomes the head: what remains when no image goes further."""
         place = self.exits[exit_index]
         stages = self.stages[: place.after_stage + 1]
-        head = HeadConfig(0, place.hidden_channels, self.head.activation, stages[-1].precision)
+        head = HeadConfig(place.conv_channels, place.hidden_channels, self.head.activation, stages[-1].precision)
         return replace(self, stages=stages, head=head, exits=self.exits[:exit_index])
+
+
+def _identity(candidate: Candidate) -> dict[str, Any]:
+    """What ids are made of. A field that came later is left out while it is 0: names of older files stay valid."""
+    plain: dict[str, Any] = to_plain(candidate)
+    for place in plain["exits"]:
+        if not place["conv_channels"]:
+            del place["conv_channels"]
+    return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,7 +370,8 @@ class LayerSpec:
         ]
         if self.is_block or self.kind == "stem":
             parts += [f"k={self.kernel_size}", f"s={self.stride}"]
-        if self.is_block or self.kind == "head":
+        # The first exit heads had no convolution, and rows that were measured keep their keys.
+        if self.is_block or self.kind == "head" or (self.kind == "exit_head" and self.expanded_channels):
             parts.append(f"e={self.expanded_channels}")
         if self.kind in ("head", "exit_head"):
             parts.append(f"h={self.hidden_channels}")

@@ -102,6 +102,8 @@ class DataSettings:
         test_images: test images of the embedded set.
         val_share: share of the training images, taken class by class, that becomes the search-validation split of a
             set that brings none; also the share of the test split of a set that is not divided at all.
+        threshold_share: share of the search-validation images that scores no candidate and chooses none: exit
+            thresholds and temperatures are solved on it. 0: they are solved on the images that also choose.
         seed: draws the embedded set and decides which images of other sets go to search validation.
         max_corrupt_share: largest share of unreadable files that is left out with a warning; more is an error.
         download: fetch the files of a torchvision set that are not in `path` yet.
@@ -114,6 +116,7 @@ class DataSettings:
     val_images: int = 3000
     test_images: int = 3000
     val_share: float = 0.15
+    threshold_share: float = 0.0
     seed: int = 0
     max_corrupt_share: float = 0.01
     download: bool = True
@@ -131,6 +134,7 @@ class DataSettings:
         _share("data.val_share", self.val_share, 0.45)
         if self.val_share == 0:
             raise ConfigError("data.val_share must be above 0: a search never chooses on its training or test images")
+        _share("data.threshold_share", self.threshold_share, 0.9)
         _share("data.max_corrupt_share", self.max_corrupt_share, 1.0)
 
 
@@ -200,6 +204,7 @@ class Dataset:
         augment: allowed changes of a training image.
         sha256: identifies images, labels, split and resolution; part of the key of everything made from the set.
         warnings: what a person should know about the set before training, one sentence each.
+        solve: images for exit thresholds and temperatures; None: those of `val`.
     """
 
     name: str
@@ -213,6 +218,7 @@ class Dataset:
     augment: AugmentSettings
     sha256: str
     warnings: tuple[str, ...] = ()
+    solve: Split | None = None
 
     def __post_init__(self) -> None:
         classes = len(self.class_names)

@@ -2,9 +2,10 @@
 
 Sandwich rule (Yu & Huang 2019, arXiv 1903.05134): the largest and the smallest network are trained as often as random
 ones, for they bound the others. Differs: all of them learn from the cached teacher instead of the largest one; every
-exit the space allows is trained along in each of them, so a score does not depend on which exits were drawn; and the
-sandwich is spread over steps. A step has few networks, each on images of its own, instead of all four on the same
-images: in a training of a minute or two, more steps and more images are worth more than quieter gradients.
+exit the space allows is trained along in each of them, with a head that is drawn, so a score does not depend on which
+exits were drawn; and the sandwich is spread over steps. A step has few networks, each on images of its own, instead of
+all four on the same images: in a training of a minute or two, more steps and more images are worth more than quieter
+gradients.
 
 Everything at step t follows from (seed, t), and a checkpoint holds weights, optimizer and t, so a training that was
 killed ends with the same weights as one that was not.
@@ -143,7 +144,13 @@ def train_supernet(
             SUPERNET_SCHEMA,
             space.sha256,
             settings,
-            [distill.temperature, distill.alpha, list(distill.exit_weights), distill.label_smoothing],
+            [
+                distill.temperature,
+                distill.alpha,
+                list(distill.exit_weights),
+                distill.exit_gradient,
+                distill.label_smoothing,
+            ],
             [distill.dist_inter, distill.dist_intra, distill.dist_temperature, distill.self_distillation],
             {str(side): t.key for side, t in targets.items()},
             None if sampled is None else sampled.budget_ms,
@@ -192,7 +199,8 @@ def _keep_importance(
     """Writes how much each shared channel matters and in which widths each block was trained, for pruned stages."""
     if not space.is_pruned or (folder / IMPORTANCE_FILE).exists():
         return
-    largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=all_exits(space.unpruned)).architecture
+    exits = all_exits(exit_heads(space.unpruned), np.random.default_rng(0))
+    largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=exits).architecture
     mine = targets[largest.resolution]
     images = mine.images[0][: distill.recalibration_images]
     student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
@@ -234,7 +242,7 @@ class _Training:
     ) -> None:
         self._map, self._processes, self._latency = run, processes, latency
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
-        self.exits = all_exits(space)
+        self.heads = exit_heads(space)
         self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
         self.step, self.steps, self.loss, self.cpu_s = 0, 0, 0.0, 0.0
         self.guard = LossGuard("supernet", settings.lr, "supernet.lr")
@@ -364,7 +372,9 @@ class _Training:
         started = time.thread_time()
         index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
         images, teacher_logits, labels = self._images(candidate.resolution, variant, index)
-        loss = student_loss(self.net(images, candidate), teacher_logits, labels, self.distill)
+        loss = student_loss(
+            self.net(images, candidate, self.distill.exit_gradient), teacher_logits, labels, self.distill
+        )
         # Not backward(): threads must not add to the same gradients, and sums in changing order would differ.
         gradients = torch.autograd.grad(loss, list(self.net.parameters()), allow_unused=True)
         return _Gradients(loss.item(), gradients, time.thread_time() - started, threading.get_ident())
@@ -397,18 +407,23 @@ class _Training:
             else:
                 genes = self.space.sample(rng) if self.genes is None else self.genes.sample(rng)
                 candidate = self.space.decode(self.space.canonical(genes))
-            result.append((replace(candidate, exits=self.exits), genes))
+            result.append((replace(candidate, exits=all_exits(self.heads, rng)), genes))
         return result
 
 
-def all_exits(space: SearchSpace) -> tuple[ExitConfig, ...]:
-    """Every exit that a candidate of the space may have, in order."""
-    heads = {
-        slot.stage: max(layer.hidden_channels for layer in slot.layers if layer is not None)
+def exit_heads(space: SearchSpace) -> dict[int, tuple[tuple[int, int], ...]]:
+    """Heads of the exit after each stage that may have one: pairs of convolution and hidden channels, rising."""
+    return {
+        slot.stage: tuple(sorted({(x.expanded_channels, x.hidden_channels) for x in slot.layers if x is not None}))
         for slot in space.slots()
         if slot.kind == "exit_head"
     }
-    return tuple(ExitConfig(stage, hidden) for stage, hidden in sorted(heads.items()))
+
+
+def all_exits(heads: Mapping[int, Sequence[tuple[int, int]]], rng: np.random.Generator) -> tuple[ExitConfig, ...]:
+    """Every exit that a candidate may have, in order, each with one of its heads (of `exit_heads`)."""
+    chosen = {stage: own[int(rng.integers(len(own)))] for stage, own in sorted(heads.items())}
+    return tuple(ExitConfig(stage, hidden, conv_channels=conv) for stage, (conv, hidden) in chosen.items())
 
 
 def open_supernet(folder: str) -> Supernet:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
+from nas.latency.exits import read_target
 from nas.recipe.settings import ImportanceKind, PruneMode, PruneSettings, QatSettings
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
@@ -199,6 +200,12 @@ class FinishSettings:
     what each part loses in each precision, also where the space has one precision for the whole network; 0: none.
     `robustness`: severities (1 to 5), such as [1, 3, 5], at which the finished students are judged on test images that
     are corrupted by noise, blur, exposure, dark corners and JPEG, for a table in the report; none by default.
+    `exit_targets`: for what the thresholds of each finished student are solved besides, each a point of its own:
+    loss=RATIO, expected=TIME or p99=TIME, such as [loss=0.02, p99=2ms]; `nas export --exits` solves them afterwards.
+    `calibrate_confidence`: the logits of each exit are divided by a temperature that makes its probabilities honest on
+    the validation split (Guo et al. 2017, arXiv 1706.04599); it is inside the weights and costs nothing.
+    `stream_images`: test images that pass each student with exits on the front one by one on the device, to check its
+    expected latency; 0: none.
     `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
     only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
     `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
@@ -218,6 +225,9 @@ class FinishSettings:
     exit_loss: float = 0.0
     int8_loss: float = 0.02
     precision_ladder: int = 3
+    exit_targets: tuple[str, ...] = ()
+    calibrate_confidence: bool = True
+    stream_images: int = 1000
     qat_epochs: int = 2
     qat_lr: float = 0.1
     qat_least_loss: float = 0.005
@@ -230,6 +240,10 @@ class FinishSettings:
     robustness: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        for text in self.exit_targets:
+            read_target(text, "finish.exit_targets")
+        if self.stream_images < 0:
+            raise ConfigError(f"finish.stream_images must not be negative, got {self.stream_images}")
         if self.students < 1:
             raise ConfigError(f"finish.students must be at least 1, got {self.students}")
         if self.calibration_images < 1:

@@ -76,6 +76,8 @@ class ExitSites:
 
     after_stage: int
     present: int
+    conv_channels: Site[int]
+    hidden_channels: Site[int]
     threshold: Site[float | None]
 
 
@@ -142,8 +144,11 @@ def build_layout(
     def exit_sites(name: str) -> ExitSites:
         present = len(genes)
         genes.append(Gene(f"exits.{name}", (False, True)))
+        conv_channels = site(f"exits.{name}.conv_channels", exits.conv_channels)
+        hidden_channels = site(f"exits.{name}.hidden_channels", exits.hidden_channels)
         threshold: Site[float | None] = site(f"exits.{name}.threshold", exits.thresholds or (None,))
-        return ExitSites([stage.name for stage in stages].index(name), present, threshold)
+        after = [stage.name for stage in stages].index(name)
+        return ExitSites(after, present, conv_channels, hidden_channels, threshold)
 
     # arguments are evaluated in order, and with them the genes are numbered
     sites = (
@@ -274,8 +279,9 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
                     aliases.append((block.expansion.gene, input_width, table))
             input_width = stage.width
     for place in layout.exits:
-        if place.threshold.gene is not None:
-            rules.append((place.threshold.gene, place.present, [0, 1]))
+        for gene in (place.conv_channels.gene, place.hidden_channels.gene, place.threshold.gene):
+            if gene is not None:
+                rules.append((gene, place.present, [0, 1]))
     return Canoniser(
         tuple(_rules(group) for group in (rules, kind_rules) if group),
         tuple(aliases),

@@ -200,6 +200,8 @@ class DistillSettings:
         alpha: share of the teacher in the loss, 0-1; the labels have the rest.
         exit_weights: loss weights of the exits, the head has 1. A student with fewer exits uses the last of them, one
             with more repeats the first.
+        exit_gradient: share of the gradient of the exits' losses that reaches the layers before them, 0-1. 1: all are
+            trained together; 0: exits learn from features that only the head shapes.
         label_smoothing: of the label part of the loss.
         clip_norm: largest norm of the gradient of a step.
         ema: decay per step of the moving average of the weights that is kept instead of the last; 0: the last.
@@ -236,6 +238,7 @@ class DistillSettings:
     temperature: float = 3.0
     alpha: float = 0.7
     exit_weights: tuple[float, ...] = (0.2, 0.3, 0.5)
+    exit_gradient: float = 1.0
     label_smoothing: float = 0.0
     clip_norm: float = 5.0
     ema: float = 0.0
@@ -259,12 +262,19 @@ class DistillSettings:
         _at_least(where, 2, batch_size=self.batch_size, recalibration_images=self.recalibration_images)
         _above_zero(where, lr=self.lr, temperature=self.temperature, clip_norm=self.clip_norm)
         _above_zero(where, dist_temperature=self.dist_temperature, curriculum_start=self.curriculum_start)
-        _share(where, warmup=self.warmup, alpha=self.alpha, label_smoothing=self.label_smoothing, upper=1.0)
         _share(where, curriculum=self.curriculum, curriculum_start=self.curriculum_start, mining=self.mining, upper=1.0)
         _not_negative(where, hints=self.hints, attention=self.attention, self_distillation=self.self_distillation)
         _not_negative(where, dist_inter=self.dist_inter, dist_intra=self.dist_intra)
         if len(set(self.teacher_layers)) != len(self.teacher_layers):
             raise ConfigError(f"{where}.teacher_layers: each layer once, got {list(self.teacher_layers)}")
+        _share(
+            where,
+            warmup=self.warmup,
+            alpha=self.alpha,
+            label_smoothing=self.label_smoothing,
+            exit_gradient=self.exit_gradient,
+            upper=1.0,
+        )
         if not 0 <= self.ema < 1:
             raise ConfigError(f"{where}.ema: must be 0 or more and below 1, got {self.ema}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):

@@ -175,7 +175,9 @@ class _Training:
                 index = np.sort(index)
                 logits = torch.from_numpy(targets.logits[variant][index])
                 labels = torch.from_numpy(targets.labels[index])
-                outputs = self.student(normalised(targets.images[variant][index], targets.mean, targets.std))
+                outputs = self.student(
+                    normalised(targets.images[variant][index], targets.mean, targets.std), settings.exit_gradient
+                )
                 teacher = {n: torch.from_numpy(f[variant][index]).float() for n, f in self.features.items()}
                 pairs = self.adapters.pairs(maps, teacher) if teacher else None
                 loss = student_loss(outputs, logits, labels, settings, pairs)

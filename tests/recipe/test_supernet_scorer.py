@@ -20,6 +20,7 @@ from nas.recipe.supernet import (
     SupernetStep,
     _Training,
     all_exits,
+    exit_heads,
     inherited_student,
     open_supernet,
     shared_importance,
@@ -198,7 +199,7 @@ def test_scores_of_inherited_weights_beat_chance_on_every_exit(tmp_path: Path) -
     candidates: list[Candidate] = [space.decode(g) for g in (space.smallest(), space.largest(), space.sample(rng))]
     for candidate in candidates:
         t = targets[candidate.resolution]
-        candidate = replace(candidate, exits=all_exits(space)).with_precision("int8")
+        candidate = replace(candidate, exits=all_exits(exit_heads(space), rng)).with_precision("int8")
         student = inherited_student(supernet, candidate, t.images[0], MEAN, STD)
         logits = predict_logits(student, t.images[1], MEAN, STD)
         assert logits.shape == (2, 60, CLASSES)
