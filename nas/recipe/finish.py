@@ -73,7 +73,7 @@ class FinishJob:
     is that of the device's runtime. With `importance` how much each channel matters is kept beside the weights, for a
     student that is cut from this one. Such a student has `parent`, the `arch_id` of the one that it is cut from, whose
     files `adopt_parent` has placed in its folder, and `prune`. `before` are the steps that led to the answers of the
-    context. `sensitivity`: precisions in which every part is tried alone; none: no such table is kept. `calibrate_confidence`:
+    context. `sensitivity`: precisions in which every part is tried alone; none: no table. `calibrate_confidence`:
     a temperature is fitted for each exit in each precision.
     """
 
