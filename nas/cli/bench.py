@@ -13,7 +13,7 @@ from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
 from nas.core.errors import BudgetError, DeviceError, UsageError
 from nas.core.records import LatencyFigures, Measurement
-from nas.core.run import LatencyKind, latency_of
+from nas.core.run import LatencyKind, StreamLatency, latency_of
 from nas.core.units import format_ms
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ MAX_ONNX_BYTES = 512 * 1024 * 1024
 class Bench:
     """What was measured: one path per exit that an image can leave at, and the figures over all of them.
 
+    `stream`: test images of a run that passed the package one by one, where that was asked for.
     `figures` are of undisturbed runs, `medians` of the median of the runs in calm rounds, which
     a budget is compared with.
     """
@@ -35,6 +36,7 @@ class Bench:
     medians: LatencyFigures
     paths: tuple[PathLatency, ...]
     manifest: Manifest | None
+    stream: StreamLatency | None = None
 
 
 @click.command(short_help="Measure an exported package; fail when it misses a budget.")
@@ -43,10 +45,18 @@ class Bench:
     "--budget-ms", "--budget", type=Milliseconds(), help="Exit with 3 when it takes longer, such as 5 or 800us."
 )
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that the budget limits.")
+@click.option(
+    "--stream",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Also time the test images of this run one by one, and compare with the expected latency.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where: cpu, cpu:N, tensorrt, ssh:USER@HOST.")
 @common_options
 @click.pass_obj
-def command(console: Console, package: Path, budget_ms: float | None, of: LatencyKind | None, device: str) -> None:
+def command(
+    console: Console, package: Path, budget_ms: float | None, of: LatencyKind | None, stream: Path | None, device: str
+) -> None:
     """Measures PACKAGE (a folder that `nas export` made, or an .onnx file) at batch 1.
 
     A package is checked first: its files against the manifest, and its answers to the images that it carries. Each exit
@@ -54,10 +64,11 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
     """
     from nas.devices import open_device
     from nas.export.dialect import dialect_for
+    from nas.measure.stream import stream_line, warn_if_off
 
     target = open_device(device, console.warn)
     with console.reporter() as reporter:
-        measured = _bench(target, package, lambda share: reporter.progress("measuring", share, 1.0))
+        measured = _bench(target, package, stream, lambda share: reporter.progress("measuring", share, 1.0))
     figures = measured.figures
     kind = of or (measured.manifest.budget_of if measured.manifest is not None else "worst")
     console.say(f"{package} on {target.profile.name}, batch 1")
@@ -75,6 +86,12 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
                 f"its graphs are written for {written_for}; a time on {target.profile.name} says nothing of a device "
                 "that reads them"
             )
+    if measured.stream is not None:
+        console.say(stream_line(measured.stream, figures.expected_ms))
+        warn_if_off(str(package), measured.stream, figures.expected_ms, console.warn)
+    elif measured.manifest is not None and measured.manifest.stream is not None and measured.manifest.latency:
+        card_ms = measured.manifest.latency.figures.expected_ms
+        console.say(f"its card: {stream_line(measured.manifest.stream, card_ms)}")
     if not all(path.is_stable for path in measured.paths):
         console.warn("the machine was never calm while this was measured; end other programs and try again")
     value = latency_of(measured.medians, kind)
@@ -85,6 +102,7 @@ def command(console: Console, package: Path, budget_ms: float | None, of: Latenc
         "figures": figures,
         "median_figures": measured.medians,
         "paths": measured.paths,
+        "stream": measured.stream,
         "budget_ms": budget_ms,
         "budget_of": kind,
         "keeps_budget": None if budget_ms is None else not missed,
@@ -108,8 +126,8 @@ def _cells(path: PathLatency) -> tuple[str, ...]:
     return (*times, str(path.samples), "yes" if path.is_stable else "no")
 
 
-def _bench(device: Device, package: Path, progress: Any) -> Bench:
-    """Measures a package or a file.
+def _bench(device: Device, package: Path, run: Path | None, progress: Any) -> Bench:
+    """Measures a package or a file; with a run also a stream of its test images.
 
     Raises:
         UsageError: neither; or a package that is not whole or does not answer as it should.
@@ -148,7 +166,36 @@ def _bench(device: Device, package: Path, progress: Any) -> Bench:
         raise UsageError(f"{package}: neither a package folder nor an .onnx file. Packages are made by: nas export")
     figures = measured_figures(measurements, tuple(shares.values()))
     paths = tuple(path_latency(m, k, shares[k]) for m, k in zip(measurements, exits, strict=True))
-    return Bench(figures, median_figures(measurements, paths), paths, manifest)
+    stream = None
+    if run is not None:
+        if manifest is None or len(paths) < 2:
+            raise UsageError(f"{package}: --stream is for packages with early exits; this one has none")
+        stream = _stream(device, package, manifest, paths, run)
+    return Bench(figures, median_figures(measurements, paths), paths, manifest, stream)
+
+
+def _stream(
+    device: Device, package: Path, manifest: Manifest, paths: Sequence[PathLatency], run: Path
+) -> StreamLatency:
+    """A stream of a run's test images through a package.
+
+    Raises:
+        UsageError: the device times no stream, or RUN is none.
+        StorageError: the images of the run are not in the cache any more.
+    """
+    from nas.cli.runs import find_run
+    from nas.export.manifest import exit_latencies
+    from nas.export.package import read_artefact
+    from nas.measure.stream import STREAM_IMAGES, evenly, measured_stream
+    from nas.recipe.context import open_context
+
+    context = open_context(str((find_run(run) / "context.json").resolve()), manifest.candidate.resolution)
+    exit_ms = exit_latencies(paths, len(manifest.candidate.exits))
+    images = evenly(context.test, STREAM_IMAGES)
+    stream = measured_stream(device, package.name, read_artefact(package, manifest), images, exit_ms)
+    if stream is None:
+        raise UsageError(f"--stream: {device.profile.name} cannot time a stream of images; cpu can")
+    return stream
 
 
 def _read(path: Path) -> bytes:

@@ -20,6 +20,11 @@ from nas.core.units import format_bytes, format_ms
 @click.option("--trial", type=int, help="The student that came from this trial.")
 @click.option("--best-under", type=Milliseconds(), help="The most accurate below this time (of equals the fastest).")
 @click.option("--of", "of", type=click.Choice(["expected", "worst", "p99"]), help="Latency that --best-under limits.")
+@click.option(
+    "--exits",
+    metavar="TARGET",
+    help="With --student or --trial: solve its exit thresholds for loss=RATIO, expected=TIME or p99=TIME.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Folder of the package [RUN/packages/ID].")
 @click.option("--force", is_flag=True, help="Replace an existing package.")
 @click.option(
@@ -39,6 +44,7 @@ def command(
     trial: int | None,
     best_under: float | None,
     of: LatencyKind | None,
+    exits: str | None,
     output: Path | None,
     force: bool,
     target: str | None,
@@ -47,11 +53,13 @@ def command(
 
     Without an option it is the run's pick for its budget. Speed and accuracy are measured on the exported file itself.
     Below a time the next best student is taken when a package misses it. A student that was asked for by name is
-    exported as it is. With --for a package is written for a runtime that is not here, such as a board's TensorRT: its
+    exported as it is, or with --exits with thresholds that are solved exactly for an accuracy loss or a latency on the
+    validation images. With --for a package is written for a runtime that is not here, such as a board's TensorRT: its
     accuracy is measured with this machine's ONNX Runtime, its latency by nas deploy. The exit code is 3 where a package
     misses the budget or loses too much accuracy.
     """
     from nas.export.dialect import target_dialect
+    from nas.latency.exits import read_target
     from nas.search.api import export_student
     from nas.search.folder import RunFolder
     from nas.search.view import experiment_of, further_name
@@ -60,9 +68,12 @@ def command(
         raise UsageError("give one of --student, --trial and --best-under")
     if of is not None and best_under is None:
         raise UsageError("--of says which latency --best-under limits; give both, such as: --best-under 5ms --of p99")
+    if exits is not None and student is None and trial is None:
+        raise UsageError("--exits solves the thresholds of one student; name it: --student ID or --trial NUMBER")
+    target_of_exits = None if exits is None else read_target(exits, "--exits")
     folder = find_run(run)
     device_path = RunFolder(folder, further_name(experiment_of(folder), on)).device_path
-    place = output or (device_path / "packages" / student if student is not None else None)
+    place = output or (device_path / "packages" / student if student is not None and exits is None else None)
     if place is not None and place.exists() and not force:
         raise UsageError(f"{place} exists already; choose another folder (--output DIR), or replace it: --force")
     with console.reporter() as reporter:
@@ -77,6 +88,7 @@ def command(
             out=output,
             overwrite=force,
             dialect=None if target is None else target_dialect(target),
+            exits=target_of_exits,
         )
     manifest = package.manifest
     accuracy = manifest.accuracy

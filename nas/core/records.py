@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from nas.core.errors import RecordError
-from nas.core.jsonio import content_hash
+from nas.core.jsonio import content_hash, to_plain
 
 Activation = Literal["relu", "hard_swish"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 BlockKind = Literal["inverted_residual", "fused_inverted_residual", "depthwise_separable", "mlp", "attention"]
 LayerKind = Literal["stem", BlockKind, "head", "exit_head"]
 SlotKind = Literal["stem", "block", "head", "exit_head"]  # what may stand in a place of a network
@@ -31,7 +31,7 @@ HEAD_DIM = 16  # channels of a query, a key and a value; Graham et al. 2021, LeV
 HEAD_WIDTH = 32  # token channels for each head of attention
 MAX_TOKENS = 256  # the cost of attention grows with the square of the tokens: 256 are a map of 16 px
 
-PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -165,20 +165,23 @@ class HeadConfig:
 
 @dataclass(frozen=True, slots=True)
 class ExitConfig:
-    """An early exit after stage `after_stage` (from 0): global mean, optional hidden layer, linear to K classes.
+    """An early exit after stage `after_stage` (from 0), with a head as in `HeadConfig`.
 
-    An image leaves here when its largest softmax probability is at least `threshold`; None until it is known.
+    Optional 1x1 convolution (`conv_channels`), global mean, optional hidden layer, linear to K classes. Channels are 0
+    where a layer is absent. An image leaves here when its largest softmax probability is at least `threshold`; None
+    until it is known.
     """
 
     after_stage: int
     hidden_channels: int = 0
     threshold: float | None = None
+    conv_channels: int = 0
 
     def __post_init__(self) -> None:
         if self.after_stage < 0:
             raise RecordError(f"after_stage must not be negative, got {self.after_stage}")
-        if self.hidden_channels < 0:
-            raise RecordError("hidden_channels must not be negative")
+        if self.conv_channels < 0 or self.hidden_channels < 0:
+            raise RecordError("channels of an exit's head must not be negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +228,44 @@ class Candidate:
         return names.pop() if len(names) == 1 else "mixed"
 
     @property
+    def precision_text(self) -> str:
+        """The label, and for a mix what is in which precision: `fp32 stem s1, int8 s2-s4 head` (stages from 1)."""
+        if self.precision_label != "mixed":
+            return self.precision_label
+        by_precision: dict[Precision, list[int]] = {}
+        for part, precision in enumerate(self.precisions):
+            by_precision.setdefault(precision, []).append(part)
+        last = len(self.stages) + 1
+
+        def named(part: int) -> str:
+            return "stem" if part == 0 else "head" if part == last else f"s{part}"
+
+        texts = []
+        for precision, parts in by_precision.items():
+            words: list[str] = []
+            for part in parts:
+                if part - 1 in parts and part not in (1, last):  # goes on from the stage before
+                    words[-1] = f"{words[-1].partition('-')[0]}-{named(part)}"
+                else:
+                    words.append(named(part))
+            texts.append(f"{precision} {' '.join(words)}")
+        return ", ".join(texts)
+
+    @property
     def architecture(self) -> Candidate:
         """The same network in fp32 with unset thresholds: what is trained."""
         return self.with_precision("fp32").with_thresholds((None,) * len(self.exits))
 
     @property
     def arch_id(self) -> str:
-        return "a" + content_hash(self.architecture, 12)
+        return "a" + content_hash(_identity(self.architecture), 12)
 
     @property
     def id(self) -> str:
         """Readable and unique: size, exits, precision and a content hash, such as `r32-d7-x1-int8-3f2a9c01d4e5`."""
         depth = sum(len(s.blocks) for s in self.stages)
-        return f"r{self.resolution}-d{depth}-x{len(self.exits)}-{self.precision_label}-{content_hash(self, 12)}"
+        ending = content_hash(_identity(self), 12)
+        return f"r{self.resolution}-d{depth}-x{len(self.exits)}-{self.precision_label}-{ending}"
 
     def with_precision(self, precision: Precision | Iterable[Precision]) -> Candidate:
         """The same network in one precision, or in one per stem, stage and head (in that order)."""
@@ -265,8 +293,17 @@ class Candidate:
         """The network cut behind an exit, whose head becomes the head: what remains when no image goes further."""
         place = self.exits[exit_index]
         stages = self.stages[: place.after_stage + 1]
-        head = HeadConfig(0, place.hidden_channels, self.head.activation, stages[-1].precision)
+        head = HeadConfig(place.conv_channels, place.hidden_channels, self.head.activation, stages[-1].precision)
         return replace(self, stages=stages, head=head, exits=self.exits[:exit_index])
+
+
+def _identity(candidate: Candidate) -> dict[str, Any]:
+    """What ids are made of. A field that came later is left out while it is 0: names of older files stay valid."""
+    plain: dict[str, Any] = to_plain(candidate)
+    for place in plain["exits"]:
+        if not place["conv_channels"]:
+            del place["conv_channels"]
+    return plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +370,8 @@ class LayerSpec:
         ]
         if self.is_block or self.kind == "stem":
             parts += [f"k={self.kernel_size}", f"s={self.stride}"]
-        if self.is_block or self.kind == "head":
+        # The first exit heads had no convolution, and rows that were measured keep their keys.
+        if self.is_block or self.kind == "head" or (self.kind == "exit_head" and self.expanded_channels):
             parts.append(f"e={self.expanded_channels}")
         if self.kind in ("head", "exit_head"):
             parts.append(f"h={self.hidden_channels}")

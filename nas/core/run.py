@@ -50,6 +50,51 @@ class SplitAccuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class ExitConfidence:
+    """Calibration of one exit: its temperature, and the expected calibration error (0-1, test images) without and
+    with it.
+    """
+
+    temperature: float
+    error_before: float
+    error_after: float
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise RecordError(f"a temperature must be above 0, got {self.temperature}")
+        _ratio("calibration error", before=self.error_before, after=self.error_after)
+
+
+STREAM_TOLERANCE = 0.03  # by how much a measured stream may be off the expected latency before it is told
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLatency:
+    """Test images that passed the deployed network one by one on the device, each leaving where it was sure enough.
+
+    `mean_ms` and `p99_ms` are of undisturbed runs, as `LatencyFigures`; `typical_ms` is the mean of the median runs.
+    `shares` are those of these images, the head last, and `sum_ms` is their sum over the latencies of the exits.
+    """
+
+    images: int
+    mean_ms: float
+    p99_ms: float
+    typical_ms: float
+    shares: tuple[float, ...]
+    sum_ms: float
+    is_calm: bool = True
+
+    @property
+    def error(self) -> float:
+        """How far the sum over exits is from the stream, as a ratio: positive where the stream is slower."""
+        return self.mean_ms / self.sum_ms - 1
+
+    def off(self, expected_ms: float) -> float:
+        """How far the stream is from an expected latency, as a ratio."""
+        return self.mean_ms / expected_ms - 1
+
+
+@dataclass(frozen=True, slots=True)
 class FinishStep:
     """One step on the way of a finalist, such as `distil` or `QAT`.
 
@@ -78,7 +123,8 @@ class Point:
     holds the pairs (expected_ms, top1) of its best threshold settings on the validation split, in order of latency.
     `is_finished` says that it was distilled in full; `model_bytes` is the size of its file; `cost_s` the CPU seconds
     spent on it; `export_command` what to run to get its package; `energy` is None where the device measures none;
-    `steps` are what its weights went through.
+    `steps` are what its weights went through. `confidence` has one entry per exit, the head last, where confidences
+    were calibrated; `stream` is None where no stream of images was measured.
     """
 
     id: str
@@ -100,6 +146,8 @@ class Point:
     export_command: str = ""
     energy: EnergyFigures | None = None
     steps: tuple[FinishStep, ...] = ()
+    confidence: tuple[ExitConfidence, ...] = ()
+    stream: StreamLatency | None = None
 
     def __post_init__(self) -> None:
         where = f"point {self.id}"
@@ -223,6 +271,27 @@ class AccuracyFit:
 
     def __post_init__(self) -> None:
         _ratio("accuracy model", mae=self.mae, within_90=self.within_90)
+
+
+@dataclass(frozen=True, slots=True)
+class RobustnessRow:
+    """Accuracy of a finished student, as it is deployed, on corrupted test images.
+
+    `student` is the id of a point of the run, `clean` its accuracy on the images as they are, and `top1` that of each
+    corruption at each of the `severities` (1 to 5).
+    """
+
+    student: str
+    images: int
+    severities: tuple[int, ...]
+    clean: float
+    top1: dict[str, tuple[float, ...]]
+
+    @property
+    def mean(self) -> float:
+        """Over all corruptions and severities."""
+        values = [value for row in self.top1.values() for value in row]
+        return sum(values) / len(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +476,7 @@ class RunView:
     failed: tuple[FailedCandidate, ...] = ()
     predictions: tuple[PredictedMeasured, ...] = ()
     changes: tuple[TableChange, ...] = ()
+    robustness: tuple[RobustnessRow, ...] = ()
     rounds: tuple[RoundSummary, ...] = ()
     importances: tuple[Importance, ...] = ()
     proposers: tuple[ProposerSummary, ...] = ()

@@ -96,7 +96,7 @@ def _exit_head(candidate: Candidate, place: ExitConfig, size: int, segment: int)
         out_size=1,
         kernel_size=1,
         stride=1,
-        expanded_channels=0,
+        expanded_channels=place.conv_channels,
         hidden_channels=place.hidden_channels,
         use_se=False,
         activation=candidate.head.activation,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+
+from nas.core.errors import DataError
 from nas.core.jsonio import content_hash
 from nas.data import defects
 from nas.data.folder import load_folder
@@ -24,10 +29,33 @@ def load_dataset(settings: DataSettings, resolution: int, progress: Progress | N
     check_resolution(resolution)
     check_name(settings.name)
     if settings.name == "folder":
-        return load_folder(settings, resolution, progress)
-    if settings.name == "defects":
-        return _load_defects(settings, resolution)
-    return load_named(settings, resolution, progress)
+        dataset = load_folder(settings, resolution, progress)
+    elif settings.name == "defects":
+        dataset = _load_defects(settings, resolution)
+    else:
+        dataset = load_named(settings, resolution, progress)
+    return _with_solve_split(dataset, settings.threshold_share) if settings.threshold_share else dataset
+
+
+def _with_solve_split(dataset: Dataset, share: float) -> Dataset:
+    """The same set with a share of its search-validation images, evenly over their order, in a split of their own.
+
+    Raises:
+        DataError: too few images.
+    """
+    steps = np.floor(np.arange(len(dataset.val) + 1) * share)
+    taken = np.diff(steps) > 0
+    if not taken.any() or taken.all():
+        raise DataError(
+            f"data set {dataset.name}: of {len(dataset.val)} validation images a share of {share:g} cannot be kept for "
+            "thresholds. Leave it out: --set data.threshold_share=0"
+        )
+    return replace(
+        dataset,
+        val=dataset.val.take(np.flatnonzero(~taken)),
+        solve=dataset.val.take(np.flatnonzero(taken)),
+        sha256=content_hash([dataset.sha256, share], 64),
+    )
 
 
 def _load_defects(settings: DataSettings, resolution: int) -> Dataset:

@@ -86,6 +86,59 @@ class CalmReport:
         return self.median_ms / self.best_ms - 1
 
 
+@dataclass(frozen=True, slots=True)
+class StreamJob:
+    """Images that pass a network one by one, batch 1, each until it leaves.
+
+    Attributes:
+        key: names it in errors.
+        models: one ONNX model that decides by itself, or a chain as `nas.export.graph.Segment` describes it.
+        thresholds: of a chain, between two models each: an image leaves there from this confidence on.
+        images: raw pixels float32 [N, C, H, W], the stream in its order.
+    """
+
+    key: str
+    models: tuple[bytes, ...] = field(repr=False)
+    thresholds: tuple[float, ...]
+    images: NDArray[np.float32] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.thresholds) != len(self.models) - 1 or not len(self.images):
+            raise RecordError(
+                f"stream {self.key}: {len(self.models)} models need {len(self.models) - 1} thresholds (got "
+                f"{len(self.thresholds)}) and at least one image (got {len(self.images)})"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTimes:
+    """What each image of a stream took, ms, in the order of the images.
+
+    `latency_ms` is the value of the measuring protocol (undisturbed runs, as for a network that is measured alone),
+    `typical_ms` the median of its runs in calm rounds. `is_calm`: every part of the stream had a calm round.
+    """
+
+    latency_ms: tuple[float, ...]
+    typical_ms: tuple[float, ...]
+    is_calm: bool
+
+
+class StreamTimer(Protocol):
+    """What a device has besides, on which a stream of images can be timed image by image."""
+
+    def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
+        """Times of the images of a stream, by the measuring protocol: calm rounds of a few images in a row.
+
+        Args:
+            job: models and images.
+            progress: called with the share of the work done (0-1), outside any timed window.
+
+        Raises:
+            DeviceError: the runtime refuses the models or the images.
+        """
+        ...
+
+
 class Device(Protocol):
     """Measures and runs models. A model that fails is a Measurement with `error`, never an exception."""
 

@@ -23,7 +23,17 @@ from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError
 from nas.core.records import DeviceProfile, Measurement
-from nas.devices.base import HANG_REASON, CalmReport, JobPrecision, LayerTime, MeasureJob, OnProgress, OnResult
+from nas.devices.base import (
+    HANG_REASON,
+    CalmReport,
+    JobPrecision,
+    LayerTime,
+    MeasureJob,
+    OnProgress,
+    OnResult,
+    StreamJob,
+    StreamTimes,
+)
 from nas.devices.graphs import GATE_STREAMING_MB, identity_model, reference_model, streaming_model
 from nas.devices.host import clock_and_temperature, host_profile, probe_host
 from nas.devices.protocol import (
@@ -40,6 +50,7 @@ from nas.devices.protocol import (
     one_line,
     session_value,
 )
+from nas.devices.stream import Opened, stream_times
 from nas.devices.watchdog import watched
 
 PROVIDER = "CPUExecutionProvider"
@@ -167,6 +178,26 @@ class OnnxRuntimeCpu:
                 replace(time, median_ms=max(0.0, time.median_ms - nothing_ms))
                 for time in profiled(model, self._threads)
             ]
+
+    def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
+        """Times of the images of a stream; see `StreamTimer`. Between two models of a chain this thread decides."""
+        gate = self._ready_gate()
+        streams = sum(map(len, job.models)) >= _STREAMS_FROM_BYTES
+        with watched(self._settings.hang_s, lambda _: False) as begin:
+            try:
+                return stream_times(
+                    job.key,
+                    len(job.images),
+                    lambda: _opened_stream(job, self._threads),
+                    gate,
+                    self._settings,
+                    self._clock,
+                    streams=streams,
+                    begin=begin,
+                    progress=progress,
+                )
+            except Exception as e:  # the runtime's exceptions have no common base of their own
+                raise DeviceError(f"{job.key}: the stream cannot be timed: {one_line(e)}") from e
 
     def _ready_gate(self) -> Gate:
         if self._gate is None:
@@ -367,6 +398,36 @@ def _bound(session: Any, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
             binding.bind_output(entry.name, "cpu")
     run_with_binding = session.run_with_iobinding
     return lambda: run_with_binding(binding)
+
+
+def _opened_stream(job: StreamJob, threads: int) -> Opened:
+    """A fresh session of each model, inputs and outputs bound: the feature map of one is the input of the next."""
+    image = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(job.images[:1], dtype=np.float32))
+    features, steps, surest = image, [], []
+    for model in job.models:
+        session = _session(model, threads)
+        binding = session.io_binding()
+        binding.bind_ortvalue_input(session.get_inputs()[0].name, features)
+        for entry in session.get_outputs():
+            value = ort.OrtValue.ortvalue_from_shape_and_type(list(entry.shape), _DTYPES[entry.type])
+            binding.bind_ortvalue_output(entry.name, value)
+            if entry.name == "confidence":
+                surest.append(value)
+            elif len(entry.shape) == 4:
+                features = value
+        steps.append(partial(session.run_with_iobinding, binding))
+
+    def run_chain() -> None:
+        for step, confidence, threshold in zip(steps, surest, job.thresholds, strict=False):
+            step()
+            if confidence.numpy()[0] >= np.float32(threshold):
+                return
+        steps[-1]()
+
+    def place(number: int) -> object:
+        return image.update_inplace(job.images[number : number + 1])
+
+    return place, steps[0] if len(steps) == 1 else run_chain
 
 
 def waiting_option(version: str) -> tuple[str, str]:

@@ -369,6 +369,7 @@ class Subject:
     """One thing under measurement in one session of the runtime; `attempts` and `error` grow while it is measured.
 
     `streams`: it reads more weights than the second-level cache holds, so the streaming reference watches its rounds.
+    `before` is called before each sample and is not timed, such as to put the next image into place.
     """
 
     key: str
@@ -379,12 +380,18 @@ class Subject:
     inner: int = 1
     attempts: list[Attempt] = field(default_factory=list)
     error: str | None = None
+    before: Run | None = None
 
 
 def timed_runs(
-    run: Run, runs: int, inner: int, clock: Clock, kind: SampleClock = "thread_cpu"
+    run: Run,
+    runs: int,
+    inner: int,
+    clock: Clock,
+    kind: SampleClock = "thread_cpu",
+    before: Run | None = None,
 ) -> tuple[tuple[float, ...], float]:
-    """Times `runs` samples of `inner` calls each.
+    """Times `runs` samples of `inner` calls each; `before` is called in front of each sample and is not in it.
 
     Returns:
         Time of one call, per sample, in milliseconds of the clock `kind`; and thread CPU time over wall time of them
@@ -397,6 +404,8 @@ def timed_runs(
     wall_start = wall_ns()
     cpu_start = cpu_ns()
     for _ in range(runs):
+        if before is not None:
+            before()
         start = now_ns()
         run()
         for _ in rest:
@@ -459,6 +468,25 @@ def measure_interleaved(
                 after_round()
 
 
+def measure_in_turn(
+    subjects: Sequence[Subject],
+    gate: Gate,
+    settings: ProtocolSettings,
+    clock: Clock,
+    begin: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Rounds of subjects that are warm and know their number of runs, one after the other, again and again.
+
+    Raises:
+        Exception: whatever a subject raises.
+    """
+    patience = Patience(subjects, settings)
+    for _ in range(settings.network_rounds):
+        for subject in subjects:
+            begin(subject.key)
+            _round(subject, gate, settings, clock, patience)
+
+
 class Patience:
     """Wall time that a batch may spend on waiting for calm moments and on repeating disturbed rounds."""
 
@@ -482,7 +510,7 @@ def _round(subject: Subject, gate: Gate, settings: ProtocolSettings, clock: Cloc
             reading = gate.check(subject.streams)
         waited = clock.wall_ns()
         patience.spend(began, waited)
-        samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock, settings.clock)
+        samples, share = timed_runs(subject.run, subject.runs, subject.inner, clock, settings.clock, subject.before)
         attempt = Attempt(samples, share, reading)
         subject.attempts.append(attempt)
         if is_accepted(attempt, gate, settings) or patience.left_ns <= 0:

@@ -128,6 +128,13 @@ def _latency(m: Manifest, head: int) -> list[str]:
             f"| {place} | {100 * path.share:.1f} % | {path.latency_ms:.4g}{note} | {path.p50_ms:.4g} | "
             f"{path.p95_ms:.4g} | {path.samples} |"
         )
+    if m.stream is not None:
+        lines += [
+            "",
+            f"A stream of {m.stream.images:,} test images, one by one: mean {m.stream.mean_ms:.4g} ms "
+            f"({100 * m.stream.off(latency.figures.expected_ms):+.1f} % against the expected latency), 99 % of images "
+            f"{m.stream.p99_ms:.4g} ms.",
+        ]
     return lines
 
 

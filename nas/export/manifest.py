@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, ClockKind, DeviceProfile, LatencyFigures, Measurement
-from nas.core.run import LatencyKind, latency_of
+from nas.core.run import LatencyKind, StreamLatency, latency_of
 
 SCHEMA_VERSION = 2  # 2: segments, dialects, packages without a latency (2026-11-28)
 
@@ -113,7 +114,8 @@ class Manifest:
     """Everything about a package; `files` maps each other file to its SHA-256.
 
     `dialect` says for which runtime the graphs were written. `latency` is None where the device that they are for was
-    not there; `nas deploy` measures it. `segments` are the model files in form "segments", in order.
+    not there; `nas deploy` measures it. `segments` are the model files in form "segments", in order. `stream` is a
+    measured stream of test images, where the device could time one.
 
     `integer_convolutions` of the model's `convolutions` are executed in int8 by the runtime; None: not counted.
     `margin_ms` is what the median must stay below the budget by, because the file may measure as much more next time.
@@ -153,6 +155,7 @@ class Manifest:
     provenance: dict[str, str] = field(default_factory=dict)
     dialect: str = "ort"
     segments: tuple[SegmentInfo, ...] = ()
+    stream: StreamLatency | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -232,6 +235,12 @@ def path_latency(measurement: Measurement, exit_index: int, share: float) -> Pat
     return PathLatency(
         exit_index, share, measurement.latency_ms, float(p50), float(p95), len(runs), measurement.is_stable
     )
+
+
+def exit_latencies(paths: Sequence[PathLatency], exits: int) -> tuple[float, ...]:
+    """Latency of leaving at each exit, the head last, ms; 0 where no image can leave."""
+    by_index = {path.exit_index: path.latency_ms for path in paths}
+    return tuple(by_index.get(k, 0.0) for k in range(exits + 1))
 
 
 def calm_runs(measurement: Measurement) -> NDArray[np.float64]:

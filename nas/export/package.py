@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from nas.core.errors import DeviceError, StorageError, UsageError
 from nas.core.jsonio import file_sha256, read_record, to_plain, write_bytes
 from nas.core.records import Candidate, DeviceProfile, LatencyFigures, QuantSpec
-from nas.core.run import LatencyKind
+from nas.core.run import LatencyKind, StreamLatency
 from nas.export.card import model_card
 from nas.export.check import PackageError, checked_model, checked_names, tensorrt_problems
 from nas.export.dialect import ORT, Dialect
@@ -63,6 +63,7 @@ from nas.export.manifest import (
     SegmentInfo,
     TensorInfo,
     Tolerance,
+    exit_latencies,
     judge,
     path_latency,
 )
@@ -146,6 +147,8 @@ class Instruments:
         device: state of the device that `measure_latency` uses.
         op_counts: operators that the runtime executes, by type; None where it cannot tell.
         board_code: the program that builds and runs engines on a board, `board.pyz`; needed for TensorRT only.
+        measure_stream: times images one by one through what is deployed, given what leaving at each exit takes alone;
+            None where the device cannot, or where nothing leaves early.
     """
 
     run: Run
@@ -154,6 +157,7 @@ class Instruments:
     device: DeviceProfile
     op_counts: Callable[[bytes], Mapping[str, int]] | None = None
     board_code: bytes | None = None
+    measure_stream: Callable[[Artefact, Sequence[float]], StreamLatency | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +479,9 @@ def _measured(plan: PackagePlan, artefact: Artefact, instruments: Instruments) -
         latency, medians, margin_ms = latency_report(
             plan, artefact, tuple(shares.values()), instruments.measure_latency, instruments.device
         )
+    stream = None
+    if latency is not None and instruments.measure_stream is not None and len(latency.paths) > 1:
+        stream = instruments.measure_stream(artefact, exit_latencies(latency.paths, len(plan.candidate.exits)))
     verdict, reasons = judge(
         accuracy,
         medians,
@@ -540,6 +547,7 @@ def _measured(plan: PackagePlan, artefact: Artefact, instruments: Instruments) -
             SegmentInfo(name, s.exit_index, s.threshold, s.features_in, s.features_out)
             for name, s in zip(models, artefact, strict=True)
         ),
+        stream=stream,
     )
 
 

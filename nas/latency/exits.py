@@ -18,12 +18,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.errors import RecordError
+from nas.core.errors import ConfigError, RecordError, UsageError
 from nas.core.run import LatencyKind
+from nas.core.units import parse_ms
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -270,6 +272,47 @@ def solve_for_tail(swept: ThresholdSweep, tail_ms: float, quantile: float = TAIL
         if not ok:
             late += _padded(reach[k], late.ndim) - _padded(reach[k + 1], late.ndim)
     return _most_accurate(swept, (late <= (1.0 - quantile) * swept.images + 1e-9).reshape(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class ExitTarget:
+    """What thresholds are solved for: `loss`, an accuracy (ratio) given up against the network without early exits; or
+    `expected` or `p99`, a mean or tail latency in milliseconds within which the accuracy is as high as it can be.
+    """
+
+    kind: Literal["loss", "expected", "p99"]
+    value: float
+
+    def solve(
+        self, swept: ThresholdSweep, exit_std_ms: Sequence[float] | None = None, margin_std: float = 0.0
+    ) -> ThresholdSetting | None:
+        """The exact solution, None where no setting reaches the target; deviations as in `solve_for_deadline`."""
+        if self.kind == "loss":
+            return solve_for_loss(swept, self.value)
+        return solve_for_deadline(swept, self.value, self.kind, exit_std_ms, margin_std)
+
+
+def read_target(text: str, where: str) -> ExitTarget:
+    """The target of a text such as `loss=0.01`, `expected=0.4` (ms) or `p99=900us`.
+
+    Raises:
+        ConfigError: another form; the message begins with `where`.
+    """
+    kind, _, value = text.partition("=")
+    if kind == "loss":
+        try:
+            loss = float(value)
+        except ValueError:
+            loss = math.nan
+        if 0.0 <= loss < 1.0:
+            return ExitTarget("loss", loss)
+        raise ConfigError(f"{where}: loss={value}: a ratio from 0 to 1 is needed, such as loss=0.01 for one point")
+    if kind == "expected" or kind == "p99":
+        try:
+            return ExitTarget(kind, parse_ms(value, f"{where}: {kind}"))
+        except UsageError as e:
+            raise ConfigError(str(e)) from e
+    raise ConfigError(f"{where}: {text!r} is no target; give loss=RATIO, expected=TIME or p99=TIME, such as p99=2ms")
 
 
 def solve_for_deadline(

@@ -143,7 +143,8 @@ class Head(nn.Module):
 class Student(nn.Module):
     """A candidate as a torch module. Input: normalised images [B, C, H, W]; output: logits [B, K] per exit, head last.
 
-    Sub-modules are named by `LayerSpec.name` with `_` for `.`: `stem`, `stages_0_1`, `exits_0`, `head`.
+    Sub-modules are named by `LayerSpec.name` with `_` for `.`: `stem`, `stages_0_1`, `exits_0`, `head`. `exit_gradient`
+    is for training, as in `branch_input`.
     """
 
     def __init__(self, candidate: Candidate) -> None:
@@ -155,15 +156,22 @@ class Student(nn.Module):
         )
         initialise(self)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x: Tensor, exit_gradient: float = 1.0) -> list[Tensor]:
         outputs = []
         for layer in self.layers:
             module = self.body[module_name(layer)]
-            if _is_head(layer):
+            if layer.kind == "exit_head":
+                outputs.append(module(branch_input(x, exit_gradient)))
+            elif layer.kind == "head":
                 outputs.append(module(x))
             else:
                 x = module(x)
         return outputs
+
+
+def branch_input(x: Tensor, exit_gradient: float) -> Tensor:
+    """Features for an early exit that hand a share of its gradient back to the layers before it: 1 all, 0 none."""
+    return x if exit_gradient == 1.0 else torch.lerp(x.detach(), x, exit_gradient)
 
 
 def _is_head(layer: LayerSpec) -> bool:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, ConvSpec, LayerSpec, SlotKind
 from nas.core.walk import expand
-from nas.models.student import BN_EPS, Attention, Student, module_name, run_block
+from nas.models.student import BN_EPS, Attention, Student, branch_input, module_name, run_block
 
 
 class SlotLike(Protocol):
@@ -155,12 +155,12 @@ class Supernet(nn.Module):
             raise RecordError(f"not the weights of a supernet: {str(e).splitlines()[0]}") from e
         return net
 
-    def forward(self, x: Tensor, candidate: Candidate) -> list[Tensor]:
+    def forward(self, x: Tensor, candidate: Candidate, exit_gradient: float = 1.0) -> list[Tensor]:
         outputs = []
         for layer, place in _placed(candidate):
             units = {spec.name: (self._unit(unit), spec) for unit, spec in _units(place, layer)}
             if layer.kind in ("head", "exit_head"):
-                outputs.append(_head(x, units))
+                outputs.append(_head(branch_input(x, exit_gradient) if layer.kind == "exit_head" else x, units))
             else:
                 x = run_block(x, layer.branches, layer.heads, partial(_convolved, units), self.attention)
         return outputs

@@ -17,20 +17,21 @@ from filelock import FileLock
 from nas.core.errors import StorageError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.data import Dataset, augmented
-from nas.train.targets import Targets
+from nas.train.targets import Targets, TargetsInfo, feature_files
 
 CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are enough for either
 
 
 @dataclass(frozen=True, slots=True)
 class ResolutionFiles:
-    """Arrays of one resolution: uint8 [N, H, W, 3]; `variants` is [V, N, H, W, 3]."""
+    """Arrays of one resolution: uint8 [N, H, W, 3]; `variants` [V, N, H, W, 3]; `solve` is empty where it is `val`."""
 
     resolution: int
     val: str
     test: str
     sample: str
     variants: str
+    solve: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class ContextFile:
     val_labels: str
     test_labels: str
     resolutions: tuple[ResolutionFiles, ...]
+    solve_labels: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +58,7 @@ class Context:
         val: search validation images, uint8 [N, H, W, 3]; `val_labels` int64 [N].
         test: images of the final figures; `test_labels` int64 [N].
         sample: training images without augmentation, for int8 ranges and batch norm.
+        solve: images for exit thresholds and temperatures; those of `val` where the data set keeps none apart.
     """
 
     class_names: tuple[str, ...]
@@ -67,6 +70,14 @@ class Context:
     test: np.ndarray
     test_labels: np.ndarray
     sample: np.ndarray
+    solve: np.ndarray
+    solve_labels: np.ndarray
+
+    @property
+    def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of the splits that a finished student answers, by name; `solve` where it is one."""
+        found = {"val": (self.val, self.val_labels), "test": (self.test, self.test_labels)}
+        return found if self.solve is self.val else found | {"solve": (self.solve, self.solve_labels)}
 
 
 def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, cache: Path, seed: int) -> ContextFile:
@@ -97,17 +108,21 @@ def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, c
                 variants = folder / "variants.npy"
                 if not variants.exists():
                     _save(variants, _variants(dataset, targets.variants, seed))
-            for name, array in (
-                ("val", dataset.val.images),
-                ("test", dataset.test.images),
-                ("sample", dataset.train.images[::stride][:CALIBRATION_IMAGES]),
-                ("val_labels", dataset.val.labels),
-                ("test_labels", dataset.test.labels),
-            ):
+            arrays = {
+                "val": dataset.val.images,
+                "test": dataset.test.images,
+                "sample": dataset.train.images[::stride][:CALIBRATION_IMAGES],
+                "val_labels": dataset.val.labels,
+                "test_labels": dataset.test.labels,
+            }
+            if dataset.solve is not None:
+                arrays |= {"solve": dataset.solve.images, "solve_labels": dataset.solve.labels}
+            for name, array in arrays.items():
                 if not (folder / f"{name}.npy").exists():
                     _save(folder / f"{name}.npy", array)
         names = (str((folder / f"{name}.npy").resolve()) for name in ("val", "test", "sample"))
-        sets.append((folder, ResolutionFiles(dataset.resolution, *names, variants=str(variants.resolve()))))
+        solve = "" if dataset.solve is None else str((folder / "solve.npy").resolve())
+        sets.append((folder, ResolutionFiles(dataset.resolution, *names, str(variants.resolve()), solve)))
     folder = sets[-1][0].resolve()
     record = ContextFile(
         dataset=largest.name,
@@ -118,6 +133,7 @@ def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, c
         val_labels=str(folder / "val_labels.npy"),
         test_labels=str(folder / "test_labels.npy"),
         resolutions=tuple(files for _, files in sets),
+        solve_labels="" if largest.solve is None else str(folder / "solve_labels.npy"),
     )
     write_record(path, record)
     return record
@@ -150,16 +166,19 @@ def open_context(path: str, resolution: int) -> Context:
     targets = Targets.open(Path(record.targets))
     if Path(files.variants) != Path(record.targets) / "images.npy":
         targets = replace(targets, images=_open(files.variants), key=f"{targets.key}-{resolution}")
+    val, val_labels = _open(files.val), _open(record.val_labels)
     return Context(
         record.class_names,
         record.mean,
         record.std,
         targets,
-        _open(files.val),
-        _open(record.val_labels),
+        val,
+        val_labels,
         _open(files.test),
         _open(record.test_labels),
         _open(files.sample),
+        _open(files.solve) if files.solve else val,
+        _open(record.solve_labels) if record.solve_labels else val_labels,
     )
 
 
@@ -170,7 +189,7 @@ def _open(path: str) -> np.ndarray:
         raise StorageError(f"{path}: cannot be read: {e}. Delete it and run the same command again") from e
 
 
-TARGET_FILES = ("targets.json", "images.npy", "logits.npy", "labels.npy")
+TARGET_FILES = ("targets.json", "images.npy", "logits.npy", "labels.npy")  # and the features, where there are any
 
 
 def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
@@ -181,11 +200,15 @@ def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
     """
     record = read_record(ContextFile, path)
     targets = Path(record.targets)
-    files = {name: targets / name for name in TARGET_FILES}
+    features = feature_files(read_record(TargetsInfo, targets / "targets.json"))
+    files = {name: targets / name for name in (*TARGET_FILES, *features)}
     files |= {"val_labels.npy": Path(record.val_labels), "test_labels.npy": Path(record.test_labels)}
+    if record.solve_labels:
+        files["solve_labels.npy"] = Path(record.solve_labels)
     resolutions = []
     for each in record.resolutions:
-        names = {part: f"{part}-{each.resolution}.npy" for part in ("val", "test", "sample", "variants")}
+        parts = ("val", "test", "sample", "variants", *(("solve",) if each.solve else ()))
+        names = {part: f"{part}-{each.resolution}.npy" for part in parts}
         if Path(each.variants) == targets / "images.npy":
             names["variants"] = "images.npy"
         files |= {name: Path(getattr(each, part)) for part, name in names.items()}
@@ -196,6 +219,7 @@ def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
         val_labels="val_labels.npy",
         test_labels="test_labels.npy",
         resolutions=tuple(resolutions),
+        solve_labels="solve_labels.npy" if record.solve_labels else "",
     )
     return plain, files
 
@@ -204,7 +228,7 @@ def place_context(record: ContextFile, folder: Path) -> Path:
     """Writes the record of `context_parts` into a folder that holds all of its files; gives its path."""
 
     def here(name: str) -> str:
-        return str(folder / Path(name).name)
+        return str(folder / Path(name).name) if name else ""
 
     placed = replace(
         record,
@@ -212,9 +236,10 @@ def place_context(record: ContextFile, folder: Path) -> Path:
         val_labels=here(record.val_labels),
         test_labels=here(record.test_labels),
         resolutions=tuple(
-            ResolutionFiles(r.resolution, here(r.val), here(r.test), here(r.sample), here(r.variants))
+            ResolutionFiles(r.resolution, here(r.val), here(r.test), here(r.sample), here(r.variants), here(r.solve))
             for r in record.resolutions
         ),
+        solve_labels=here(record.solve_labels),
     )
     path = folder / "context.json"
     write_record(path, placed)

@@ -4,12 +4,15 @@ One recipe and the same number of epochs for all finalists, so that their figure
 under the student's folder, the record last; a job that was killed goes on from its last epoch. The record tells the
 steps: `distil`, then for each precision `calibrate` and, where it was done, `QAT`. What quantization-aware training
 gives lies beside the float weights and serves its precision only; it is kept only where it is better on validation.
+
+Weights and logits lie there as they were trained; the temperatures of each precision lie beside them, and
+`load_deployed` and `finished_logits` put them in.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,10 +24,17 @@ from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.errors import InterruptedRunError, StorageError, TrainingError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
-from nas.core.run import FinishStep
+from nas.core.run import ExitConfidence, FinishStep
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import folded_weights
+from nas.recipe.confidence import (
+    StudentConfidence,
+    confidence_figures,
+    divided,
+    fitted_temperatures,
+    with_temperatures,
+)
 from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, computed_dialect, deployed_logits
 from nas.recipe.pruning import (
@@ -39,6 +49,7 @@ from nas.recipe.pruning import (
 )
 from nas.recipe.qat import train_quantized
 from nas.recipe.records import FinishedStudent, read_logits, read_scored, top1_per_exit, write_scored
+from nas.recipe.sensitivity import IMAGES, keep_sensitivity, kept_sensitivity, sensitivity
 from nas.recipe.settings import ImportanceKind, PruneSettings, QatSettings
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
@@ -62,7 +73,8 @@ class FinishJob:
     is that of the device's runtime. With `importance` how much each channel matters is kept beside the weights, for a
     student that is cut from this one. Such a student has `parent`, the `arch_id` of the one that it is cut from, whose
     files `adopt_parent` has placed in its folder, and `prune`. `before` are the steps that led to the answers of the
-    context.
+    context. `sensitivity`: precisions in which every part is tried alone; none: no table. `calibrate_confidence`:
+    a temperature is fitted for each exit in each precision.
     """
 
     candidate: Candidate
@@ -79,6 +91,8 @@ class FinishJob:
     parent: str = ""
     prune: PruneSettings | None = None
     before: tuple[FinishStep, ...] = ()
+    sensitivity: tuple[Precision, ...] = ()
+    calibrate_confidence: bool = True
 
     @property
     def pruning(self) -> str:
@@ -120,6 +134,7 @@ def finish_student(job: FinishJob) -> FinishedStudent:
         write_importance(folder / importance_file(job.importance), found)
     for precisions in job.precisions:
         finished = _deploy(job, finished, architecture.with_precision(precisions), context)
+    _write_sensitivity(job, architecture, context, folder)
     return finished
 
 
@@ -130,7 +145,18 @@ def _known(job: FinishJob, folder: Path) -> FinishedStudent | None:
     finished = read_record(FinishedStudent, folder / RECORD_FILE)
     if finished.pruning == job.pruning:
         return finished
-    own = (RECORD_FILE, "final-*", "weights*", "quant*", "importance-*", "prune-*.ckpt", "finish.ckpt", "qat-*.ckpt")
+    own = (
+        RECORD_FILE,
+        "sensitivity.json",
+        "final-*",
+        "weights*",
+        "quant*",
+        "confidence-*",
+        "importance-*",
+        "prune-*.ckpt",
+        "finish.ckpt",
+        "qat-*.ckpt",
+    )
     for path in (path for pattern in own for path in folder.glob(pattern)):  # the record first
         path.unlink(missing_ok=True)
     return None
@@ -185,7 +211,7 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         trained = _distilled(job, context, folder)
     else:
         trained = _pruned(job, job.prune, context, folder)
-    student, epochs = trained.student, trained.epochs
+    student, epochs, top1 = trained.student, trained.epochs, 0.0
     weights = folded_weights(student)
     write_bytes(folder / WEIGHTS_FILE, save(weights))
     started = time.thread_time()
@@ -193,17 +219,17 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         architecture, weights, context.mean, context.std, context.sample[: job.calibration_images], run_model
     )
     write_record(folder / QUANT_FILE, quant)
-    for name, images, labels in (
-        ("final-test-fp32", context.test, context.test_labels),
-        ("final-val-fp32", context.val, context.val_labels),
-    ):
+    for split, (images, labels) in context.splits.items():
         logits = predict_logits(student, images, context.mean, context.std)
+        name = f"final-{split}-fp32"
         scored = write_scored(folder, architecture, epochs=epochs, cost_s=0.0, logits=logits, labels=labels, name=name)
+        top1 = scored.top1[-1] if split == "val" else top1
+    _calibrate_confidence(job, architecture.precisions, context, folder)
     cost_s = trained.cpu_s + time.thread_time() - started
     name, note = "distil", ""
     if job.prune is not None:
         name, note = "prune", f"cut from {job.parent}, {job.prune.importance}, {job.prune.mode}"
-    step = FinishStep(name, epochs, scored.top1[-1], cost_s, note)
+    step = FinishStep(name, epochs, top1, cost_s, note)
     steps = (*job.before, step)
     finished = FinishedStudent(FINISHED_SCHEMA, architecture, epochs, cost_s, steps, job.parent, job.pruning)
     write_record(folder / RECORD_FILE, finished)
@@ -226,7 +252,7 @@ def _deploy(job: FinishJob, finished: FinishedStudent, candidate: Candidate, con
     The record comes last. Until then the checkpoint of QAT stays, so that a kill in between costs no training.
     """
     folder, label = Path(job.folder), precision_name(candidate.precisions)
-    splits = {"val": (context.val, context.val_labels), "test": (context.test, context.test_labels)}
+    splits = context.splits
     missing = [split for split in splits if read_scored(folder, f"final-{split}-{label}") is None]
     is_told = any(step.precision == label for step in finished.steps)
     if is_told and not missing:
@@ -253,12 +279,23 @@ def _deploy(job: FinishJob, finished: FinishedStudent, candidate: Candidate, con
             labels=labels,
             name=name,
         )
+    _calibrate_confidence(job, candidate.precisions, context, folder)
     if not is_told:
         cost_s = finished.cost_s + sum(step.cpu_s for step in steps)
         finished = replace(finished, cost_s=cost_s, steps=(*finished.steps, *steps))
         write_record(folder / RECORD_FILE, finished)
     checkpoint.unlink(missing_ok=True)
     return finished
+
+
+def _calibrate_confidence(job: FinishJob, precisions: tuple[Precision, ...], context: Context, folder: Path) -> None:
+    """Fits the temperatures of a precision whose logits are there, and keeps them."""
+    if not job.calibrate_confidence:
+        return
+    logits = {split: _raw_logits(folder, split, precisions) for split in context.splits}
+    temperatures = fitted_temperatures(logits.get("solve", logits["val"]), np.asarray(context.solve_labels))
+    found = confidence_figures(temperatures, logits["test"], np.asarray(context.test_labels))
+    write_record(folder / f"confidence-{precision_name(precisions)}.json", StudentConfidence(found))
 
 
 def _calibrated(job: FinishJob, candidate: Candidate, context: Context, folder: Path) -> _Quantized:
@@ -270,6 +307,17 @@ def _calibrated(job: FinishJob, candidate: Candidate, context: Context, folder: 
     cpu_s, label = time.thread_time() - started, precision_name(candidate.precisions)
     name = "calibrate" if "int8" in candidate.precisions else "convert"
     return _Quantized(weights, quant, logits, top1, FinishStep(name, 0, top1[-1], cpu_s, precision=label))
+
+
+def _write_sensitivity(job: FinishJob, architecture: Candidate, context: Context, folder: Path) -> None:
+    if not job.sensitivity or kept_sensitivity(folder) is not None:
+        return
+    weights, quant = load_finished(folder)
+    images, dialect = context.val[:IMAGES], dialect_named(job.dialect)
+    table = sensitivity(
+        architecture, weights, quant, context.mean, context.std, images, run_model, job.sensitivity, dialect
+    )
+    keep_sensitivity(folder, table)
 
 
 def _qat(
@@ -344,12 +392,31 @@ def _read_weights(path: Path) -> Weights:
         raise StorageError(f"{path}: cannot be read: {e}. Delete the folder and run again") from e
 
 
+def load_deployed(folder: Path, precisions: tuple[Precision, ...]) -> tuple[Weights, QuantSpec]:
+    """As `load_finished`, with the temperatures of the precision in the weights of its heads."""
+    weights, quant = load_finished(folder, precisions)
+    return with_temperatures(weights, quant, [c.temperature for c in finished_confidence(folder, precisions)])
+
+
+def finished_confidence(folder: Path, precisions: tuple[Precision, ...]) -> tuple[ExitConfidence, ...]:
+    """Calibration of each exit of a finished student, the head last; empty where confidences were not calibrated."""
+    path = folder / f"confidence-{precision_name(precisions)}.json"
+    return read_record(StudentConfidence, path).exits if path.exists() else ()
+
+
 def finished_logits(folder: Path, split: str, precisions: tuple[Precision, ...]) -> NDArray[np.float32]:
-    """Logits float32 [E, N, K] of a finished student on `val` or `test`.
+    """Logits float32 [E, N, K] of a finished student on `val`, `test` or, where the data set has it, `solve`.
+
+    They are those of what is deployed: divided by its temperatures where confidences were calibrated.
 
     Raises:
         StorageError: the file is missing or damaged.
     """
+    temperatures = [c.temperature for c in finished_confidence(folder, precisions)]
+    return divided(_raw_logits(folder, split, precisions), temperatures)
+
+
+def _raw_logits(folder: Path, split: str, precisions: tuple[Precision, ...]) -> NDArray[np.float32]:
     name = f"final-{split}-{precision_name(precisions)}"
     scored = read_scored(folder, name)
     if scored is None:
@@ -357,21 +424,28 @@ def finished_logits(folder: Path, split: str, precisions: tuple[Precision, ...])
     return read_logits(folder, scored)
 
 
+def kept_exits(trained: Candidate, deployed: Candidate) -> tuple[int, ...]:
+    """Indices of the exits of a trained student that a deployed form of it has."""
+    places = {e.after_stage for e in deployed.exits}
+    return tuple(k for k, e in enumerate(trained.exits) if e.after_stage in places)
+
+
 def deployed_parts(
     candidate: Candidate,
     weights: Mapping[str, NDArray[np.float32]],
     quant: QuantSpec,
     cut: int | None,
-    keep_exits: bool,
+    kept: Sequence[int],
 ) -> tuple[dict[str, NDArray[np.float32]], QuantSpec]:
-    """Weights and ranges of a finished student deployed without its exits, or cut behind one.
+    """Weights and ranges of a finished student deployed with some of its exits, or cut behind one.
 
     Args:
         candidate: the student as it was trained.
         weights, quant: of `load_finished`; names begin with the layer's name.
         cut: index of the exit whose head becomes the head (as in `Candidate.truncated`), None: the whole network.
-        keep_exits: whether exit heads (those before the cut) stay.
+        kept: indices of the exits before the cut that stay, rising (`kept_exits`).
     """
+    places = {str(k): f"exits.{i}" for i, k in enumerate(kept)}
 
     def new_name(name: str) -> str | None:
         part, _, rest = name.partition(".")
@@ -379,7 +453,7 @@ def deployed_parts(
             number, _, tail = rest.partition(".")
             if cut is not None and int(number) == cut:
                 return f"head.{tail}"
-            return name if keep_exits and (cut is None or int(number) < cut) else None
+            return f"{places[number]}.{tail}" if number in places else None
         if cut is not None:
             last = candidate.exits[cut].after_stage
             if part == "head" or (part == "stages" and int(rest.partition(".")[0]) > last):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nas.core.records import KEY_NAMES, Candidate, EnergyFigures, LatencyFigures, LayerSpec
-from nas.core.run import FinishStep, Point, RunView, SplitAccuracy, TeacherView
+from nas.core.run import STREAM_TOLERANCE, FinishStep, Point, RunView, SplitAccuracy, StreamLatency, TeacherView
 from nas.core.units import format_bytes, format_count, format_duration, format_ms
 from nas.core.walk import expand
 from nas.report.tables import budget_latency_ms, format_number, format_spread, name_of, notes
@@ -50,7 +50,10 @@ def diagram(candidate: Candidate) -> list[dict[str, Any]]:
             parts[-1]["blocks"].append(_block(layer, total))
             parts[-1]["detail"] = f"{layer.out_channels} channels, {layer.out_size} px, {layer.precision}"
         elif layer.kind == "exit_head":
-            parts.append({"kind": "exit", "exit": layer.segment, "title": f"Exit {layer.segment + 1}"})
+            widths = [f"conv {layer.expanded_channels}"] * (layer.expanded_channels > 0)
+            widths += [f"hidden {layer.hidden_channels}"] * (layer.hidden_channels > 0)
+            title = f"Exit {layer.segment + 1}" + f" ({', '.join(widths)})" * bool(widths)
+            parts.append({"kind": "exit", "exit": layer.segment, "title": title})
         else:
             name = "Stem" if layer.kind == "stem" else "Head"
             where = f"{layer.out_channels} channels, {layer.out_size} px" if layer.kind == "stem" else "classifier"
@@ -148,6 +151,8 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         ),
         ("Worst case", format_ms(latency.worst_ms), f"99th percentile {format_ms(latency.p99_ms)}"),
     ]
+    if point.stream is not None:
+        facts.append(_stream_fact(point.stream, latency.expected_ms))
     if point.energy is not None:
         facts.append(_energy_fact(point.energy))
     if view.budget_ms is not None:
@@ -159,7 +164,7 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         accuracy_part, _, latency_part = compared.partition(" at ")
         facts.append(("Against the teacher", latency_part.replace("of its ", "") or "-", accuracy_part))
     facts += [
-        ("Precision", point.precision, ""),
+        ("Precision", point.precision, point.candidate.precision_text if point.precision == "mixed" else ""),
         ("Parameters", format_count(point.params), ""),
         ("MACs", format_count(point.macs), "all exits passed"),
     ]
@@ -177,6 +182,17 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         found += [f"proposed by {proposer}"] * bool(proposer)
         facts.append(("Trial", str(point.trial), ", ".join(found)))
     return facts
+
+
+def _stream_fact(stream: StreamLatency, expected_ms: float) -> tuple[str, str, str]:
+    off = stream.off(expected_ms)
+    verdict = "" if abs(off) <= STREAM_TOLERANCE else f"; more than {100 * STREAM_TOLERANCE:.0f} % off"
+    busy = "" if stream.is_calm else "; the machine was not calm"
+    detail = (
+        f"{stream.images} test images one by one, {100 * off:+.1f} % against the expected latency{verdict}; 99 % "
+        f"within {format_ms(stream.p99_ms)}, typical runs {format_ms(stream.typical_ms)}{busy}"
+    )
+    return "Measured stream", format_ms(stream.mean_ms), detail
 
 
 def steps_text(steps: Sequence[FinishStep]) -> str:
@@ -218,9 +234,18 @@ def _exit_rows(point: Point) -> list[dict[str, Any]]:
                 "share": point.exit_shares[k] if point.exit_shares else None,
                 "latency": format_ms(point.exit_ms[k]) if point.exit_ms else None,
                 "top1": f"{100 * alone[k]:.1f} %" if k < len(alone) else None,
+                "calibration": _calibration(point, k),
             }
         )
     return rows
+
+
+def _calibration(point: Point, k: int) -> str | None:
+    """Expected calibration error of an exit without and with its temperature."""
+    if k >= len(point.confidence):
+        return None
+    own = point.confidence[k]
+    return f"{100 * own.error_before:.1f} → {100 * own.error_after:.1f} %"
 
 
 def rule_of(threshold: float | None) -> str:

@@ -38,13 +38,16 @@ from nas.devices.base import Device
 from nas.export.dialect import Dialect, dialect_for
 from nas.export.manifest import Manifest
 from nas.export.package import Package
+from nas.latency.exits import ExitTarget
 from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
 from nas.measure.fill import pace_of
+from nas.recipe.architecture import SpaceLatency
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.assistants import teach
+from nas.search.exit_targets import solved_point
 from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
@@ -70,6 +73,7 @@ from nas.search.progress import (
     kept_clock,
     stop_on_signals,
 )
+from nas.search.robustness import robustness_table
 from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
 from nas.search.seeds import resolve
 from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
@@ -413,6 +417,9 @@ def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
             Path(parts.plan.supernet),
             workers=worker_count(e),
             progress=lambda s: parts.reporter.progress("supernet", s.step, s.steps, "steps"),
+            latency=SpaceLatency.of(parts.space.unpruned, parts.predictor.row_ms, parts.budget.ms)
+            if e.supernet.latency_weight and parts.predictor.is_whole
+            else None,
         )
 
 
@@ -437,6 +444,11 @@ def _finish(
         _outcome(inputs, own, points, sources, teacher, ms, (*failed_candidates(records, own.folder.events()), *failed))
         for own, points, ms in zip(parts.each, found, teacher_ms, strict=True)
     ]
+    if e.finish.robustness:
+        outcomes = [
+            replace(outcome, robustness=robustness_table(own, outcome, e.finish.robustness))
+            for own, outcome in zip(parts.each, outcomes, strict=True)
+        ]
     if parts.others:
         outcomes[0] = replace(outcomes[0], common=_common_pick(inputs, parts, found))
     return outcomes, lessons.cpu_s + sum(s.cost_s for s in students)
@@ -591,6 +603,7 @@ def export_student(
     overwrite: bool = False,
     device: Device | None = None,
     dialect: Dialect | None = None,
+    exits: ExitTarget | None = None,
 ) -> Package:
     """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
 
@@ -611,6 +624,7 @@ def export_student(
         overwrite: replaces an existing package.
         device: measures; by default the one that is named by `on`.
         dialect: to write for; None: that of the device. For another one the latency of the package stays open.
+        exits: for what the thresholds of a student that is named are solved anew.
 
     Raises:
         BudgetError: no student keeps the latency; the message names the closest.
@@ -636,6 +650,11 @@ def export_student(
         return is_named or manifest.verdict != "over_budget"
 
     _rebuild_arrays(run_dir, experiment, reporter)
+    sources = dict(outcome.sources)
+    if exits is not None:
+        found = source_of(sources, candidates[0])
+        candidates = [solved_point(run_dir, candidates[0], found, exits, experiment.budget.margin_std)]
+        sources[candidates[0].id] = found
     own_budget = (view.budget_ms, view.budget_of) == (budget.ms, budget.of)
     suffix = "" if own_budget else f"-{view.budget_of}-under-{view.budget_ms:g}ms"
     if dialect is not None and dialect is not dialect_for(device.profile):
@@ -650,7 +669,7 @@ def export_student(
             view,
             run_dir,
             point,
-            source_of(outcome.sources, point),
+            source_of(sources, point),
             device,
             place,
             max_loss=experiment.finish.int8_loss,
@@ -658,6 +677,7 @@ def export_student(
             overwrite=overwrite or (out is None and not is_named),
             accept=accept,
             dialect=dialect,
+            stream_images=experiment.finish.stream_images,
         )
         if accept(package.manifest):
             return package

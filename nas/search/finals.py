@@ -15,11 +15,11 @@ import numpy as np
 from nas.core.errors import DeviceError, MissingRowError, TrainingError
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
-from nas.core.run import FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy, latency_of
+from nas.core.run import ExitConfidence, FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
 from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
-from nas.export.forms import exits_form
+from nas.export.forms import Artefact, exits_form
 from nas.export.graph import forced_exit, network_model, segment_models
 from nas.latency.energy import EnergyEstimate, EnergyEstimator, has_energy
 from nas.latency.energy import figures as energy_figures
@@ -28,6 +28,7 @@ from nas.latency.exits import (
     ThresholdSetting,
     ThresholdSweep,
     evaluate_thresholds,
+    read_target,
     solve_for_deadline,
     solve_for_loss,
     sweep,
@@ -36,25 +37,36 @@ from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
 from nas.latency.table import deviation_ms
 from nas.measure.fill import state_check
+from nas.measure.stream import evenly, measured_stream, stream_timer, warn_if_off
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishJob,
     deployed_parts,
     finish_student,
+    finished_confidence,
     finished_logits,
-    load_finished,
+    kept_exits,
+    load_deployed,
     precision_name,
 )
 from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.assistants import Lesson
 from nas.search.folder import MeasuredExit, TrialRecord
+from nas.search.precision import (
+    Mixes,
+    all_mixes,
+    deployments,
+    measure_mixes,
+    mixable,
+    scored_mixes,
+    solved_jobs,
+)
 from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
-from nas.space.space import SearchSpace
 from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
@@ -62,6 +74,7 @@ CURVE_POINTS = 40
 WORTHWHILE = 0.97  # a threshold setting that costs accuracy becomes a point only when it is this much faster
 NEAR_FRONT = 1.25  # a network whose prediction is this much behind the front may still be on it
 MAX_MEASURED = 40
+MOST_FREE_EXITS = 3  # of these every choice is looked at, of more exits all or none
 BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may miss when it is measured
 
 
@@ -69,8 +82,9 @@ BEST_EVERYWHERE = 2  # finalists that stand for all devices of a search; one may
 class Variant:
     """One way to deploy a finished architecture: precision, and with exits, without, or cut behind one.
 
-    `logits` are float32 [E, N, K] of its own exits on search validation and test. `precisions` are those of the whole
-    student, whose weights these are.
+    `logits` are float32 [E, N, K] of its own exits on search validation and test; `solve_logits` on the images that
+    thresholds are solved on, with their labels. `precisions` are those of the whole student, whose weights these are;
+    `confidence` is the calibration of its own exits, the head last, empty where there is none.
     """
 
     student: FinishedStudent
@@ -78,7 +92,10 @@ class Variant:
     cut: int | None
     val_logits: np.ndarray
     test_logits: np.ndarray
+    solve_logits: np.ndarray
+    solve_labels: np.ndarray
     precisions: tuple[Precision, ...] = ()
+    confidence: tuple[ExitConfidence, ...] = ()
 
     @property
     def form(self) -> str:
@@ -187,6 +204,7 @@ def finish(
         TrainingError: all of them failed.
     """
     mixes = scored_mixes(parts.folder.trials())
+    tried = mixable(parts) if settings.precision_ladder else ()
     direct = Lesson(parts.plan.context, ())
     taught = [(candidate, (lessons or {}).get(candidate.arch_id, direct)) for candidate in finalists]
     jobs = [
@@ -202,7 +220,9 @@ def finish(
             parts.plan.dialect,
             settings.qat,
             settings.prune_importance if settings.prune else None,
+            sensitivity=tried if len(tried) > 1 else (),
             before=lesson.steps,
+            calibrate_confidence=settings.calibrate_confidence,
         )
         for candidate, lesson in taught
     ]
@@ -213,6 +233,13 @@ def finish(
         epochs = distill.epochs if settings.prune_mode == "joint" else settings.prune_epochs
         pruned, lost = _finish_all(parts, pruned_jobs(parts, done, settings), "pruning", epochs)
         done, failed = [*done, *pruned], [*failed, *lost]
+    if len(tried) > 1:
+        measure_mixes(parts, [student.candidate for _, student in done])
+        again, lost = _finish_all(parts, solved_jobs(parts, done, settings), "solved precisions", settings.qat.epochs)
+        latest = {student.candidate.arch_id: student for _, student in again}
+        broken = {failure.id for failure in lost}
+        done = [(j, latest.get(s.candidate.arch_id, s)) for j, s in done if j.candidate.id not in broken]
+        failed = [*failed, *lost]
     return [student for _, student in done], failed
 
 
@@ -233,25 +260,6 @@ def _finish_all(
     return done, failed
 
 
-Mixes = Mapping[str, Sequence[tuple[Precision, ...]]]
-
-
-def scored_mixes(records: Sequence[TrialRecord]) -> Mixes:
-    """Precisions, layer by layer, in which each architecture was scored to the end; from all trials, read once."""
-    found: dict[str, list[tuple[Precision, ...]]] = {}
-    for record in records:
-        if record.state == "complete":
-            found.setdefault(record.candidate.arch_id, []).append(record.candidate.precisions)
-    return found
-
-
-def deployments(space: SearchSpace, architecture: Candidate, mixes: Mixes) -> list[tuple[Precision, ...]]:
-    """Precisions in which a finished student is tried: each one throughout, and the mixes that the search scored."""
-    layers = len(architecture.stages) + 2
-    uniform: list[tuple[Precision, ...]] = [(p,) * layers for p in space.precisions]
-    return list(dict.fromkeys([*uniform, *mixes.get(architecture.arch_id, ())]))
-
-
 def variants(
     parts: SearchParts, student: FinishedStudent, int8_loss: float, mixes: Mixes
 ) -> tuple[list[Variant], list[FailedCandidate]]:
@@ -264,6 +272,9 @@ def variants(
     found: dict[tuple[Candidate, int | None], Variant] = {}
     refused: list[FailedCandidate] = []
     full = finished_logits(folder, "val", ("fp32",))
+    context = open_context(parts.plan.context, student.candidate.resolution)
+    own_solve = "solve" in context.splits
+    solve_labels = np.asarray(context.solve_labels) if own_solve else labels
 
     def add(variant: Variant) -> None:
         """Mixes that are alike up to a cut give the same network, with other weights where one was retrained."""
@@ -274,25 +285,32 @@ def variants(
     for names in deployments(parts.space, student.candidate, mixes):
         candidate = student.candidate.with_precision(names)
         val, test = finished_logits(folder, "val", names), finished_logits(folder, "test", names)
+        solve = finished_logits(folder, "solve", names) if own_solve else val
+        sure = finished_confidence(folder, names)
         lost = [_right(a, labels) - _right(b, labels) for a, b in zip(full, val, strict=True)]
         kept = [loss <= int8_loss for loss in lost]
         if not kept[-1]:
             reason = (
-                f"{candidate.precision_label} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
+                f"{candidate.precision_text} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
                 f"(limit {100 * int8_loss:.1f})"
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
-        else:
-            add(Variant(student, replace(candidate, exits=()), None, val[-1:], test[-1:], names))
-            if candidate.exits and all(kept):
-                add(Variant(student, candidate, None, val, test, names))
-        for k in range(len(candidate.exits)):
-            cut = candidate.truncated(k)
-            if kept[k]:
-                add(Variant(student, replace(cut, exits=()), k, val[k : k + 1], test[k : k + 1], names))
-            if cut.exits and all(kept[: k + 1]):
-                add(Variant(student, cut, k, val[: k + 1], test[: k + 1], names))
+        for cut in (None, *range(len(candidate.exits))):
+            last, whole = (len(kept) - 1, candidate) if cut is None else (cut, candidate.truncated(cut))
+            for places in _choices_of_exits(last):
+                rows = [*places, last]
+                if all(kept[k] for k in rows):
+                    own = replace(whole, exits=tuple(whole.exits[k] for k in places))
+                    answers = (val[rows], test[rows], solve[rows], solve_labels)
+                    add(Variant(student, own, cut, *answers, names, tuple(sure[k] for k in rows if sure)))
     return list(found.values()), refused
+
+
+def _choices_of_exits(count: int) -> list[tuple[int, ...]]:
+    """Which of the first exits are deployed: an exit that few images take may cost more than it saves."""
+    if count > MOST_FREE_EXITS:
+        return [(), tuple(range(count))]
+    return [places for size in range(count + 1) for places in itertools.combinations(range(count), size)]
 
 
 def steps_of(student: FinishedStudent, precisions: tuple[Precision, ...]) -> tuple[FinishStep, ...]:
@@ -305,25 +323,24 @@ def _right(logits: np.ndarray, labels: np.ndarray) -> float:
     return float((logits.argmax(1) == labels).mean())
 
 
-def variant_models(parts: SearchParts, variant: Variant, candidate: Candidate) -> tuple[bytes, ...]:
-    """The ONNX bytes that would be deployed: static batch 1, normalisation inside.
+def variant_artefact(parts: SearchParts, variant: Variant, candidate: Candidate) -> Artefact:
+    """What would be deployed: static batch 1, normalisation inside.
 
-    With exits one model of form `if` on ONNX Runtime, else one for each segment; without exits one of form `plain`.
+    With exits one model of form `if` on ONNX Runtime, else a chain of segments; without exits one of form `plain`.
 
     Args:
         variant: gives weights and ranges.
         candidate: the variant's candidate, with thresholds where it has exits.
     """
     trained = variant.student.candidate
-    weights, quant = load_finished(parts.folder.student(trained.arch_id), variant.precisions)
-    weights, quant = deployed_parts(trained, weights, quant, variant.cut, keep_exits=bool(candidate.exits))
+    weights, quant = load_deployed(parts.folder.student(trained.arch_id), variant.precisions)
+    weights, quant = deployed_parts(trained, weights, quant, variant.cut, kept_exits(trained, candidate))
     context = open_context(parts.plan.context, candidate.resolution)
     dialect = dialect_for(parts.predictor.device.profile)
     if candidate.exits and exits_form(dialect) == "segments":
-        chain = segment_models(candidate, weights, context.mean, context.std, quant=quant, dialect=dialect)
-        return tuple(segment.model for segment in chain)
+        return segment_models(candidate, weights, context.mean, context.std, quant=quant, dialect=dialect)
     form = "if" if candidate.exits else "plain"
-    return (network_model(candidate, weights, context.mean, context.std, quant=quant, form=form, dialect=dialect),)
+    return network_model(candidate, weights, context.mean, context.std, quant=quant, form=form, dialect=dialect)
 
 
 def build_points(
@@ -346,7 +363,7 @@ def build_points(
     """
     everything: list[Variant] = []
     refused: list[FailedCandidate] = []
-    mixes = scored_mixes(parts.folder.trials())
+    mixes = all_mixes(parts, students, settings)
     for student in students:
         found, bad = variants(parts, student, settings.int8_loss, mixes)
         everything += found
@@ -365,13 +382,14 @@ def build_points(
     energies = [_energies(own, everything) for own in everywhere]
     points: list[dict[str, Point]] = [{} for _ in everywhere]
     sources: dict[str, PointSource] = {}
+    owners: dict[str, int] = {}
     for i, variant in enumerate(everything):
         able = [k for k, estimates in enumerate(predicted) if i in estimates]
         by_thresholds: dict[tuple[float, ...], ThresholdSetting] = {}
         for k in able:
             now = measured[k].get(i, predicted[k][i])
             budget = everywhere[k].budget
-            for setting in _best_settings(variant.val_logits, split_labels[0], now, settings, budget):
+            for setting in _best_settings(variant.solve_logits, variant.solve_labels, now, settings, budget):
                 by_thresholds.setdefault(setting.thresholds, setting)
         for k in able:
             wanted = by_thresholds.values()
@@ -379,11 +397,39 @@ def build_points(
             for point in _points(variant, wanted, *times, energies[k].get(i), split_labels, trial_of):
                 points[k][point.id] = point
                 sources[point.id] = PointSource(variant.student, variant.cut, variant.precisions)
-    found_on = zip(everywhere, points, unknown, broken, strict=True)
-    return [
-        DevicePoints(mark_front(list(own.values()), at.budget.of, at.search.energy), [*refused, *a, *b])
-        for at, own, a, b in found_on
-    ], sources
+                owners[point.id] = i
+    variant_of = {id_: everything[i] for id_, i in owners.items()}
+    result = []
+    for at, own, a, b in zip(everywhere, points, unknown, broken, strict=True):
+        front = mark_front(list(own.values()), at.budget.of, at.search.energy)
+        result.append(DevicePoints(_with_streams(at, front, variant_of, settings.stream_images), [*refused, *a, *b]))
+    return result, sources
+
+
+def _with_streams(
+    parts: SearchParts, points: Sequence[Point], variant_of: Mapping[str, Variant], images: int
+) -> list[Point]:
+    """The same points; those of the front with exits have a stream of test images measured, where the device can.
+
+    Results are kept in the run folder one by one.
+    """
+    device, reporter = parts.predictor.device, parts.reporter
+    wanted = [p for p in points if p.on_front and p.candidate.exits] if images and stream_timer(device) else []
+    known = parts.folder.streams()
+    for number, point in enumerate(wanted):
+        reporter.progress("streams of test images", number, len(wanted))
+        if point.id not in known:
+            context = open_context(parts.plan.context, point.candidate.resolution)
+            artefact = variant_artefact(parts, variant_of[point.id], point.candidate)
+            stream = measured_stream(device, point.id, artefact, evenly(context.test, images), point.exit_ms)
+            if stream is not None:
+                known[point.id] = stream
+                parts.folder.add_stream(point.id, stream)
+        if point.id in known:
+            warn_if_off(point.id, known[point.id], point.latency.expected_ms, reporter.warn)
+    if wanted:
+        reporter.progress("streams of test images", len(wanted), len(wanted))
+    return [replace(p, stream=known.get(p.id)) for p in points]
 
 
 def _predicted(
@@ -425,7 +471,7 @@ def _best_settings(
     budget: BudgetSettings,
 ) -> list[ThresholdSetting]:
     """Threshold settings that become points, distinct ones: no loss, the allowed loss and small steps beside them, and
-    the one that is most accurate within a deadline on the mean or the tail.
+    those for the targets of the settings, and the one that is most accurate within a deadline on the mean or the tail.
     """
     if len(estimate.exit_ms) == 1:
         right = int((logits[-1].argmax(1) == labels).sum())
@@ -436,9 +482,13 @@ def _best_settings(
         setting = solve_for_loss(swept, loss)
         if not kept or setting.expected_ms < WORTHWHILE * kept[-1].expected_ms:
             kept.append(setting)
-    kept += [s for s in _for_deadline(swept, estimate, budget) if s not in kept]
-    # Where no image reaches the head, the network cut behind the last exit that is used is a variant of its own.
-    return [s for s in kept if s.truncation is None]
+    targets = [read_target(text, "finish.exit_targets") for text in settings.exit_targets]
+    wanted = [target.solve(swept, estimate.exit_std_ms, budget.margin_std) for target in targets]
+    wanted += _for_deadline(swept, estimate, budget)
+    kept += [s for s in dict.fromkeys(wanted) if s is not None and s not in kept]
+    # Where no image reaches the head, the network cut behind the last exit that is used is a variant of its own, and
+    # where none leaves at an exit, that without it.
+    return [s for s in kept if s.truncation is None and not s.unused_exits]
 
 
 def _worth_measuring(
@@ -454,7 +504,9 @@ def _worth_measuring(
     latency: list[LatencyFigures] = []
     owner: list[int] = []
     for i, estimate in predicted.items():
-        for setting in _best_settings(everything[i].val_logits, parts.labels, estimate, settings, parts.budget):
+        for setting in _best_settings(
+            everything[i].solve_logits, everything[i].solve_labels, estimate, settings, parts.budget
+        ):
             top1.append(setting.top1)
             latency.append(figures(estimate, setting.shares))
             owner.append(i)
@@ -495,11 +547,11 @@ def _measure(
         if known.keys() >= set(own):
             continue
         candidate = variant.candidate.with_thresholds((0.5,) * len(variant.candidate.exits))
-        models = variant_models(parts, variant, candidate)
+        artefact = variant_artefact(parts, variant, candidate)
         macs = exit_macs(variant.candidate)
         for k, key in enumerate(own):
             if key not in known and key not in jobs:
-                forced = models[k] if is_chain else forced_exit(models[0], k) if candidate.exits else models[0]
+                forced = _path_model(artefact, k, bool(candidate.exits))
                 jobs[key] = MeasureJob(key, "network", candidate.precision_label, forced, macs[k])
 
     def keep(m: Measurement) -> None:
@@ -529,6 +581,13 @@ def _measure(
     if chosen and not times:
         raise DeviceError(f"not one finished student could be measured; the first: {failed[0].reason}. Run: nas doctor")
     return times, failed
+
+
+def _path_model(artefact: Artefact, exit_index: int, has_exits: bool) -> bytes:
+    """The model that is measured for an exit: the whole one sent there, or the segment that ends there."""
+    if not isinstance(artefact, bytes):
+        return artefact[exit_index].model
+    return forced_exit(artefact, exit_index) if has_exits else artefact
 
 
 def _energies(parts: SearchParts, everything: Sequence[Variant]) -> dict[int, EnergyEstimate]:
@@ -582,7 +641,9 @@ def _points(
     points = []
     for setting in wanted:
         candidate = variant.candidate.with_thresholds(setting.thresholds)
-        latency = figures(estimate, setting.shares)
+        val_top1, found, _ = evaluate_thresholds(variant.val_logits, val_labels, setting.thresholds, exit_ms)
+        shares = tuple(found.tolist())
+        latency = figures(estimate, shares)
         if measured is not None:
             latency = replace(latency, provenance="measured")
         test_top1, _, _ = evaluate_thresholds(variant.test_logits, test_labels, setting.thresholds, exit_ms)
@@ -591,12 +652,12 @@ def _points(
                 id=_point_id(variant, candidate),
                 candidate=candidate,
                 latency=latency,
-                val=SplitAccuracy(setting.top1, len(val_labels), _each(variant.val_logits, val_labels)),
+                val=SplitAccuracy(val_top1, len(val_labels), _each(variant.val_logits, val_labels)),
                 test=SplitAccuracy(test_top1, len(test_labels), _each(variant.test_logits, test_labels)),
-                prediction=figures(predicted, setting.shares),
-                energy=None if energy is None else energy_figures(energy, setting.shares),
+                prediction=figures(predicted, shares),
+                energy=None if energy is None else energy_figures(energy, shares),
                 exit_ms=tuple(exit_ms),
-                exit_shares=setting.shares,
+                exit_shares=shares,
                 threshold_curve=curve,
                 trial=None if trial is None else trial.number,
                 round=None if trial is None else trial.round,
@@ -604,6 +665,7 @@ def _points(
                 model_bytes=None,
                 cost_s=variant.student.cost_s,
                 steps=steps_of(variant.student, variant.precisions),
+                confidence=variant.confidence,
             )
         )
     return points
@@ -611,7 +673,7 @@ def _points(
 
 def _point_id(variant: Variant, candidate: Candidate) -> str:
     """The candidate's id; of two students whose cut networks are alike each keeps its own."""
-    if variant.cut is None and candidate.exits:
+    if variant.cut is None and candidate.exits and len(candidate.exits) == len(variant.student.candidate.exits):
         return candidate.id
     origin = content_hash([variant.student.candidate.arch_id, variant.cut], 4)
     return f"{candidate.id}-{origin}"

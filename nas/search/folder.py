@@ -6,6 +6,7 @@
   batches.jsonl      proposed candidates          trials.jsonl       what became of each of them
   chosen.jsonl       networks to be measured      events.jsonl       rounds, with the networks that were measured
   measured.jsonl     finished students on the device, exit by exit
+  streams.jsonl      finished students with exits on the device, under a stream of test images
   pipeline.json      what of a deadline of the whole pipeline is not the network's
   clock.json         time spent so far            study.db           the same trials for Optuna's tools
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
@@ -33,7 +34,7 @@ from filelock import FileLock, Timeout
 from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import append_line, parse_json, read_lines, read_record, read_text, write_record, write_text
 from nas.core.records import Candidate
-from nas.core.run import FailedCandidate, PredictedMeasured
+from nas.core.run import FailedCandidate, PredictedMeasured, StreamLatency
 from nas.space.yamlio import parse_yaml
 
 SCHEMA = 1
@@ -142,6 +143,14 @@ class MeasuredExit:
     energy_std_mj: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredStream:
+    """A stream of test images through the deployed network of a point."""
+
+    id: str
+    stream: StreamLatency
+
+
 def latest(decisions: Iterable[TrialRecord]) -> tuple[TrialRecord, ...]:
     """The last decision of each trial, by number."""
     known = {r.number: r for r in decisions}
@@ -220,6 +229,15 @@ class RunFolder:
     def add_measured(self, measured: MeasuredExit) -> None:
         """Appends a measured exit durably."""
         append_line(self.device_path / "measured.jsonl", measured)
+
+    def streams(self) -> dict[str, StreamLatency]:
+        """Measured streams of points by id."""
+        found = read_lines(MeasuredStream, self.device_path / "streams.jsonl")
+        return {m.id: m.stream for m in found}
+
+    def add_stream(self, id_: str, stream: StreamLatency) -> None:
+        """Appends a measured stream durably."""
+        append_line(self.device_path / "streams.jsonl", MeasuredStream(id_, stream))
 
     def events(self) -> tuple[Event, ...]:
         """All events, in order."""
@@ -402,8 +420,8 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 # What a score means. Of these, a changed space spoils only scores from weights that the space shares.
 SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
 FINISHED_FILES = (
-    *("finished.json", "final-*", "quant.json", "weights.safetensors", "finish.ckpt"),
-    *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt"),
+    *("finished.json", "final-*", "quant.json", "sensitivity.json", "weights.safetensors", "finish.ckpt"),
+    *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt", "confidence-*.json"),
     *("importance-*", "parent-*", "prune-*.ckpt"),
 )
 

@@ -159,7 +159,12 @@ def network_parts(
         scores: of each choice of each gene, [G] arrays.
     """
     places = space.layout.exits
-    fixed = {site for p in places for site in (p.present, p.threshold.gene) if site is not None}
+    fixed = {
+        gene
+        for p in places
+        for gene in (p.present, p.conv_channels.gene, p.hidden_channels.gene, p.threshold.gene)
+        if gene is not None
+    }
     scopes = _scopes(space)
     scored: set[int] = set(fixed)
     parts: list[Part] = []

@@ -9,7 +9,7 @@ import numpy as np
 
 from nas.core.errors import UsageError
 from nas.core.records import Measurement
-from nas.core.run import PackageView, Point, RunView
+from nas.core.run import PackageView, Point, RunView, StreamLatency
 from nas.devices.agent import packed_agent
 from nas.devices.base import Device, MeasureJob
 from nas.devices.onnxruntime_cpu import op_counts, run_model
@@ -19,8 +19,9 @@ from nas.export.manifest import ArtefactAccuracy, Manifest
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
+from nas.measure.stream import evenly, measured_stream
 from nas.recipe.context import Context, open_context
-from nas.recipe.finish import deployed_parts, finished_logits, load_finished
+from nas.recipe.finish import deployed_parts, finished_logits, kept_exits, load_deployed
 from nas.search.view import PointSource
 
 PARITY_IMAGES = 16
@@ -39,6 +40,7 @@ def export_point(
     overwrite: bool = False,
     accept: Callable[[Manifest], bool] = lambda _: True,
     dialect: Dialect | None = None,
+    stream_images: int = 0,
 ) -> Package:
     """Writes and measures the package of one finished point.
 
@@ -54,18 +56,18 @@ def export_point(
         overwrite: replaces an existing package.
         accept: looks at what was measured; False leaves the folder as it was.
         dialect: to write for; None: that of the device. For another one the latency stays open.
+        stream_images: test images whose stream is measured where the file has exits; 0: none.
 
     Raises:
         UsageError, DeviceError, StorageError: from `export_package`.
     """
     trained = source.student.candidate
-    home = run_dir / "students" / trained.arch_id
-    weights, quant = load_finished(home, source.precisions)
-    weights, quant = deployed_parts(trained, weights, quant, source.cut, keep_exits=bool(point.candidate.exits))
+    home, kept = run_dir / "students" / trained.arch_id, kept_exits(trained, point.candidate)
+    weights, quant = load_deployed(home, source.precisions)
+    weights, quant = deployed_parts(trained, weights, quant, source.cut, kept)
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
     full = finished_logits(home, "test", ("fp32",))
-    full = full if source.cut is None else full[: source.cut + 1]
-    full = full if point.candidate.exits else full[-1:]
+    full = full[[*kept, len(trained.exits) if source.cut is None else source.cut]]
     # The same exits and thresholds in fp32: what exits give up was chosen, what the file loses on top was not.
     thresholds = tuple(NEVER if t is None else t for t in point.thresholds)
     reference, _, _ = evaluate_thresholds(full, np.asarray(context.test_labels), thresholds, np.zeros(len(full)))
@@ -99,13 +101,13 @@ def export_point(
         weights,
         quant,
         np.asarray(context.test[:PARITY_IMAGES]),
-        _instruments(device, context, point, written_for),
+        _instruments(device, context, point, written_for, stream_images),
         overwrite=overwrite,
         accept=accept,
     )
 
 
-def _instruments(device: Device, context: Context, point: Point, dialect: Dialect) -> Instruments:
+def _instruments(device: Device, context: Context, point: Point, dialect: Dialect, stream_images: int) -> Instruments:
     is_here = dialect is dialect_for(device.profile)
     run = device.run if is_here else run_model  # ONNX Runtime computes the graphs of every dialect
 
@@ -123,6 +125,9 @@ def _instruments(device: Device, context: Context, point: Point, dialect: Dialec
         label = point.candidate.precision_label
         return device.measure([MeasureJob(f"{key}#{i}", "network", label, m, point.macs) for i, m in enumerate(models)])
 
+    def stream(model: Artefact, exit_ms: Sequence[float]) -> StreamLatency | None:
+        return measured_stream(device, point.id, model, evenly(context.test, stream_images), exit_ms)
+
     return Instruments(
         run,
         accuracy,
@@ -130,6 +135,7 @@ def _instruments(device: Device, context: Context, point: Point, dialect: Dialec
         device.profile,
         op_counts if dialect is ORT else None,
         None if dialect is ORT else packed_agent().data,
+        stream if stream_images else None,
     )
 
 

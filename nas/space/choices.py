@@ -87,14 +87,16 @@ class HeadChoices:
 class ExitChoices:
     """Early exits: a network has at most `max_count` of them, each after one of the stages named in `after`.
 
-    `thresholds` is the grid (smallest softmax probability that leaves, 0-1) for thresholds as trial parameters; empty
-    where thresholds are only solved afterwards.
+    `hidden_channels` and `conv_channels` of its head are chosen for each exit; 0 leaves the layer out. `thresholds` is
+    the grid (smallest softmax probability that leaves, 0-1) for thresholds as trial parameters; empty where thresholds
+    are only solved afterwards.
     """
 
     after: tuple[str, ...] = ()
     max_count: int = 0
-    hidden_channels: int = 0
+    hidden_channels: tuple[int, ...] = (0,)
     thresholds: tuple[float, ...] = ()
+    conv_channels: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,7 +326,8 @@ def read_head(data: Any, where: str) -> HeadChoices:
 
 def read_exits(data: Any, where: str, stages: tuple[str, ...]) -> ExitChoices:
     """The field `exits`, checked against the names of the stages; ConfigError with its place where it does not fit."""
-    section = Section(data, where, ("after", "max_count", "hidden_channels", "thresholds"))
+    section = Section(data, where, ("after", "max_count", "hidden_channels", "conv_channels", "thresholds"))
+    channels = integer(0, MAX_CHANNELS, "channels (0: no such layer)")
     after = section.many("after", name_of(stages, "stage"))
     if stages[-1] in after:
         raise section.fail("after", f"an exit after '{stages[-1]}', the last stage, is the head itself; leave it out")
@@ -334,8 +337,9 @@ def read_exits(data: Any, where: str, stages: tuple[str, ...]) -> ExitChoices:
     return ExitChoices(
         after=in_order(after, stages),
         max_count=section.one("max_count", integer(1, len(after), "exits"), len(after)),
-        hidden_channels=section.one("hidden_channels", integer(0, MAX_CHANNELS, "channels (0: no such layer)"), 0),
+        hidden_channels=tuple(sorted(section.many("hidden_channels", channels, 0))),
         thresholds=tuple(sorted(thresholds)),
+        conv_channels=tuple(sorted(section.many("conv_channels", channels, 0))),
     )
 
 

@@ -76,6 +76,8 @@ class ExitSites:
 
     after_stage: int
     present: int
+    conv_channels: Site[int]
+    hidden_channels: Site[int]
     threshold: Site[float | None]
 
 
@@ -142,8 +144,11 @@ def build_layout(
     def exit_sites(name: str) -> ExitSites:
         present = len(genes)
         genes.append(Gene(f"exits.{name}", (False, True)))
+        conv_channels = site(f"exits.{name}.conv_channels", exits.conv_channels)
+        hidden_channels = site(f"exits.{name}.hidden_channels", exits.hidden_channels)
         threshold: Site[float | None] = site(f"exits.{name}.threshold", exits.thresholds or (None,))
-        return ExitSites([stage.name for stage in stages].index(name), present, threshold)
+        after = [stage.name for stage in stages].index(name)
+        return ExitSites(after, present, conv_channels, hidden_channels, threshold)
 
     # arguments are evaluated in order, and with them the genes are numbered
     sites = (
@@ -254,12 +259,13 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
     pruned = []
     input_width = layout.stem_channels
     for stage in layout.stages:
-        for site, kinds in (
-            (stage.use_se, KINDS_WITH_SE),
-            *((block.expansion, KINDS_WITH_EXPANSION) for block in stage.blocks),
-        ):
-            if site.gene is not None and stage.kind.gene is not None:
-                kind_rules.append((site.gene, stage.kind.gene, [int(kind in kinds) for kind in stage.kind.choices]))
+        if stage.kind.gene is not None:
+            for gene, kinds in (
+                (stage.use_se.gene, KINDS_WITH_SE),
+                *((block.expansion.gene, KINDS_WITH_EXPANSION) for block in stage.blocks),
+            ):
+                if gene is not None:
+                    kind_rules.append((gene, stage.kind.gene, [int(kind in kinds) for kind in stage.kind.choices]))
         if stage.prune.choices != (0.0,):
             pruned.append(_pruned_stage(stage, input_width))
         for b, block in enumerate(stage.blocks):
@@ -273,8 +279,9 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
                     aliases.append((block.expansion.gene, input_width, table))
             input_width = stage.width
     for place in layout.exits:
-        if place.threshold.gene is not None:
-            rules.append((place.threshold.gene, place.present, [0, 1]))
+        for gene in (place.conv_channels.gene, place.hidden_channels.gene, place.threshold.gene):
+            if gene is not None:
+                rules.append((gene, place.present, [0, 1]))
     return Canoniser(
         tuple(_rules(group) for group in (rules, kind_rules) if group),
         tuple(aliases),

@@ -130,7 +130,7 @@ def _places(layout: Layout) -> list[_Place]:
                     f"exits.{s}",
                     "exit_head",
                     s,
-                    genes(resolution, width, stage.precision),
+                    genes(resolution, width, stage.precision, exits[s].conv_channels, exits[s].hidden_channels),
                     (exits[s].present, (False, True)),
                 )
             )

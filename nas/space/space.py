@@ -217,7 +217,12 @@ class SearchSpace:
             layout.head_precision.of(genotype),
         )
         exits = tuple(
-            ExitConfig(place.after_stage, self.exits.hidden_channels, place.threshold.of(genotype))
+            ExitConfig(
+                place.after_stage,
+                place.hidden_channels.of(genotype),
+                place.threshold.of(genotype),
+                place.conv_channels.of(genotype),
+            )
             for place in layout.exits
             if genotype[place.present]
         )
@@ -282,6 +287,8 @@ class SearchSpace:
                 )
             place = places[given.after_stage]
             genotype[place.present] = 1
+            put(place.conv_channels, given.conv_channels, f"exits.{k}: conv_channels")
+            put(place.hidden_channels, given.hidden_channels, f"exits.{k}: hidden_channels")
             put(place.threshold, given.threshold, f"exits.{k}: threshold")
         if len(candidate.exits) > self.exits.max_count:
             raise RecordError(
@@ -313,7 +320,7 @@ class SearchSpace:
         """`canonical` of each row of [N, G], as a new array.
 
         Genes of blocks beyond the depth become 0; expansions that round to the same channels become the first of them;
-        exits beyond the allowed number are dropped from the last stage on; thresholds of absent exits become 0.
+        exits beyond the allowed number are dropped from the last stage on; genes of absent exits become 0.
 
         Raises:
             RecordError: the number of genes or an index does not fit.

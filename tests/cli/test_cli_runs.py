@@ -120,6 +120,8 @@ def test_a_named_student_is_exported_and_an_existing_package_kept(
         (["pareto", "runs/nothing"], "runs/nothing: not a run folder; runs: runs/tiny. Run: nas search"),
         (["export", "--student", "r1"], "no student 'r1'"),
         (["export", "--trial", "99"], "trial 99"),
+        (["export", "--exits", "loss=0.1"], "--exits solves the thresholds of one student; name it: --student ID"),
+        (["export", "--student", "r1", "--exits", "top1=0.9"], "--exits: 'top1=0.9' is no target; give loss=RATIO"),
         (["export", "--trial", "1", "--student", "x"], "give one of --student, --trial and --best-under"),
         (["report", "nowhere.yaml"], "nowhere.yaml: not a run folder"),
         (["search", "tiny.yaml", "--budget", "2ms"], "  budget: 5 ms"),

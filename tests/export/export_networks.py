@@ -28,7 +28,7 @@ STD = (0.22, 0.23, 0.25)
 
 
 def small_candidate(precision: Precision = "fp32", thresholds: tuple[float | None, ...] = (0.5, 0.5)) -> Candidate:
-    """32 px, three stages: expansion 1 with relu, then SE with hard-swish, a residual, two exits, a hidden layer."""
+    """32 px, three stages: expansion 1 with relu, SE with hard-swish, a residual; two exits, one with all layers."""
     stages = (
         StageConfig((BlockConfig(8, 8, 16, 3, 2),)),
         StageConfig(
@@ -39,7 +39,7 @@ def small_candidate(precision: Precision = "fp32", thresholds: tuple[float | Non
         ),
         StageConfig((BlockConfig(24, 48, 32, 7, 1, use_se=True, activation="relu"), BlockConfig(32, 64, 32, 3, 1))),
     )
-    exits = tuple(ExitConfig(i, 16 * i, t) for i, t in enumerate(thresholds))
+    exits = tuple(ExitConfig(i, 16 * i, t, conv_channels=24 * i) for i, t in enumerate(thresholds))
     return Candidate(32, 5, StemConfig(8), stages, HeadConfig(64, 32), exits).with_precision(precision)
 
 

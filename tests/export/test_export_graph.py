@@ -190,7 +190,9 @@ class TestIf:
         logits = torch_logits(student, images)
         e = np.exp(logits - logits.max(-1, keepdims=True))
         confidence = (e / e.sum(-1, keepdims=True)).max(-1)
-        thresholds = tuple(float(np.median(confidence[k])) + 1e-4 for k in range(2))
+        first = float(np.median(confidence[0])) + 1e-4
+        rest = np.sort(confidence[1][confidence[0] < first])
+        thresholds = (first, float(rest[len(rest) // 2 - 1 : len(rest) // 2 + 1].mean()))
         candidate = candidate.with_thresholds(thresholds)
         model = network_model(candidate, folded_weights(student), MEAN, STD, form="if")
         out, index = run(model, network_input(images))

@@ -35,7 +35,10 @@ from nas.recipe.finish import (
     FinishJob,
     deployed_parts,
     finish_student,
+    finished_confidence,
     finished_logits,
+    kept_exits,
+    load_deployed,
     load_finished,
     precision_name,
 )
@@ -101,7 +104,9 @@ def job(context_file: Path, folder: Path, *precisions: tuple[Precision, ...]) ->
     """Precision and threshold of the finalist play no part in its training."""
     finalist = candidate().with_precision("int8").with_thresholds([0.5])
     stop = str(folder.parent / "stop")
-    return FinishJob(finalist, str(context_file), str(folder), stop, DISTILL, SEED, 48, precisions)
+    return FinishJob(
+        finalist, str(context_file), str(folder), stop, DISTILL, SEED, 48, precisions, calibrate_confidence=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +181,28 @@ def test_weights_and_ranges_are_those_of_the_trained_student(
     sample = context.sample[:48]
     assert quant == calibrated(candidate(), expected, context.mean, context.std, sample, run_model)
     assert quant.images == 48
+
+
+def test_temperatures_are_in_what_is_deployed_and_not_in_what_is_trained_on(
+    finished: Path, context_file: Path, context: Context, tmp_path: Path
+) -> None:
+    folder = tmp_path / "student"
+    finish_student(replace(job(context_file, folder, FP32, INT8), calibrate_confidence=True))
+    for precisions in (FP32, INT8):
+        temperatures = [c.temperature for c in finished_confidence(folder, precisions)]
+        assert len(temperatures) == 2 and all(abs(np.log(t)) > 0.05 for t in temperatures)
+        scaled = finished_logits(folder, "test", precisions)
+        raw = finished_logits(finished, "test", precisions)
+        assert np.allclose(scaled, raw / np.array(temperatures, np.float32)[:, None, None], rtol=1e-5)
+        weights, quant = load_deployed(folder, precisions)  # integers stay what they were, only the last scale changes
+        model = network_model(
+            candidate().with_precision(precisions), weights, context.mean, context.std, quant=quant, form="logits",
+            batch=None,
+        )  # fmt: skip
+        assert np.allclose(np.stack(run_model(model, raw_pixels(context.test))), scaled, rtol=1e-4, atol=1e-4)
+    assert finished_confidence(finished, FP32) == ()
+    trained_on, _ = load_finished(folder)
+    assert all(np.array_equal(trained_on[name], value) for name, value in load_finished(finished)[0].items())
 
 
 @pytest.mark.parametrize("precisions", [FP32, INT8])
@@ -312,17 +339,17 @@ def parts(large: Student, context: Context) -> tuple[Weights, QuantSpec]:
     return weights, calibrated(large.candidate, weights, context.mean, context.std, context.sample, run_model)
 
 
-def variant(whole: Candidate, cut: int | None, keep_exits: bool) -> Candidate:
+def variant(whole: Candidate, cut: int | None, kept: tuple[int, ...]) -> Candidate:
     """The candidate that is deployed."""
     result = whole if cut is None else whole.truncated(cut)
-    return result if keep_exits else replace(result, exits=())
+    return replace(result, exits=tuple(result.exits[k] for k in kept))
 
 
 KINDS = ("weight", "bias")
-CUTS = [(None, True), (None, False), (0, False), (0, True), (1, False), (1, True)]
+CUTS = [(None, (0, 1)), (None, (0,)), (None, (1,)), (None, ()), (0, ()), (1, ()), (1, (0,))]
 
 
-@pytest.mark.parametrize(("cut", "keep_exits"), CUTS)
+@pytest.mark.parametrize(("cut", "kept"), CUTS)
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_deployed_network_gives_the_logits_of_the_student(
     large: Student,
@@ -330,7 +357,7 @@ def test_deployed_network_gives_the_logits_of_the_student(
     context: Context,
     precision: Precision,
     cut: int | None,
-    keep_exits: bool,
+    kept: tuple[int, ...],
 ) -> None:
     whole = large.candidate.with_precision(precision)
     normalisation = (context.mean, context.std)
@@ -339,21 +366,21 @@ def test_deployed_network_gives_the_logits_of_the_student(
     else:
         expected = deployed_logits(whole, *parts, *normalisation, context.test, run_model)
     last = 2 if cut is None else cut
-    expected = expected[: last + 1] if keep_exits else expected[last : last + 1]
+    expected = expected[[*kept, last]]
 
-    deployed = variant(whole, cut, keep_exits)
-    weights, quant = deployed_parts(large.candidate, *parts, cut, keep_exits)
+    deployed = variant(whole, cut, kept)
+    weights, quant = deployed_parts(large.candidate, *parts, cut, kept_exits(large.candidate, deployed))
     model = network_model(deployed, weights, *normalisation, quant=quant, form="logits", batch=None)
     logits = np.stack(run_model(model, raw_pixels(context.test)))
     assert difference(expected, logits) < 1e-5
 
 
-@pytest.mark.parametrize(("cut", "keep_exits"), CUTS)
+@pytest.mark.parametrize(("cut", "kept"), CUTS)
 def test_deployed_parts_are_those_of_the_deployed_network_and_no_others(
-    large: Student, parts: tuple[Weights, QuantSpec], context: Context, cut: int | None, keep_exits: bool
+    large: Student, parts: tuple[Weights, QuantSpec], context: Context, cut: int | None, kept: tuple[int, ...]
 ) -> None:
-    deployed = variant(large.candidate, cut, keep_exits)
-    weights, quant = deployed_parts(large.candidate, *parts, cut, keep_exits)
+    deployed = variant(large.candidate, cut, kept)
+    weights, quant = deployed_parts(large.candidate, *parts, cut, kept_exits(large.candidate, deployed))
     names = {f"{la.name}.{conv.name}.{kind}" for la in expand(deployed) for conv in la.convolutions for kind in KINDS}
     assert set(weights) == names
     _, tensors = tensors_model(deployed, weights, context.mean, context.std)
@@ -362,7 +389,7 @@ def test_deployed_parts_are_those_of_the_deployed_network_and_no_others(
 
 
 def test_whole_student_is_deployed_as_it_is(large: Student, parts: tuple[Weights, QuantSpec]) -> None:
-    weights, quant = deployed_parts(large.candidate, *parts, None, True)
+    weights, quant = deployed_parts(large.candidate, *parts, None, (0, 1))
     assert quant == parts[1]
     assert weights.keys() == parts[0].keys()
     assert all(weights[name] is parts[0][name] for name in weights)

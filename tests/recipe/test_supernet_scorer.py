@@ -14,10 +14,13 @@ import torch
 
 from nas.core.errors import ConfigError, InterruptedRunError, RunMismatchError, StorageError
 from nas.core.records import Candidate
+from nas.recipe.processes import Processes
 from nas.recipe.settings import SupernetSettings
 from nas.recipe.supernet import (
     SupernetStep,
+    _Training,
     all_exits,
+    exit_heads,
     inherited_student,
     open_supernet,
     shared_importance,
@@ -100,6 +103,16 @@ def test_same_seed_gives_same_weights(
     assert _equal(_weights(straight), _weights(tmp_path))
     train_supernet(space, targets, LOSS, replace(SHORT, seed=1), tmp_path / "other")
     assert not _equal(_weights(straight), _weights(tmp_path / "other"))
+
+
+def test_gradients_lie_in_memory_as_their_weights_do(space: SearchSpace, targets: dict[int, Targets]) -> None:
+    """A fused optimizer takes the elements of both in the order of the memory, whatever their strides say."""
+    training = _Training(space, targets, LOSS, SHORT, map, Processes())
+    training.steps = SHORT.steps or 1
+    training._one_step(0)
+    turned = [p for p in training.net.parameters() if p.grad is not None and not p.is_contiguous()]
+    assert turned
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in turned)
 
 
 def test_training_that_was_stopped_goes_on_to_the_same_weights(
@@ -186,7 +199,7 @@ def test_scores_of_inherited_weights_beat_chance_on_every_exit(tmp_path: Path) -
     candidates: list[Candidate] = [space.decode(g) for g in (space.smallest(), space.largest(), space.sample(rng))]
     for candidate in candidates:
         t = targets[candidate.resolution]
-        candidate = replace(candidate, exits=all_exits(space)).with_precision("int8")
+        candidate = replace(candidate, exits=all_exits(exit_heads(space), rng)).with_precision("int8")
         student = inherited_student(supernet, candidate, t.images[0], MEAN, STD)
         logits = predict_logits(student, t.images[1], MEAN, STD)
         assert logits.shape == (2, 60, CLASSES)
@@ -208,7 +221,7 @@ def test_damaged_weights_are_named(straight: Path, tmp_path: Path) -> None:
 
 def test_record_is_readable(straight: Path) -> None:
     record = json.loads((straight / "supernet.json").read_text())
-    assert set(record) == {"schema", "key", "space", "steps", "loss", "cpu_s", "weights_sha256"}
+    assert set(record) == {"schema", "key", "space", "steps", "loss", "cpu_s", "weights_sha256", "expected_ms"}
 
 
 @pytest.mark.parametrize(

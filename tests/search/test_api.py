@@ -22,12 +22,14 @@ from nas.core.records import LatencyFigures
 from nas.core.run import BudgetPick, PackageView, Point, SplitAccuracy
 from nas.devices.base import MeasureJob
 from nas.export.manifest import Manifest
+from nas.latency.exits import ExitTarget, solve_for_loss, sweep
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
 from nas.recipe.finish import finished_logits, load_finished
 from nas.recipe.records import write_scored
 from nas.search.api import export_student, run_search
+from nas.search.exit_targets import solved_point
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
@@ -392,6 +394,28 @@ def test_each_way_through_a_file_with_exits_counts_with_its_share_of_images(
         for of in ("expected", "worst", "p99")
     }
     assert shown == {"expected": manifest.latency.figures.expected_ms, "worst": 0.004, "p99": 0.004}
+
+
+def test_thresholds_of_a_student_are_solved_anew_for_a_target(finished: Path, made: MadeRun) -> None:
+    outcome = load_outcome(finished / "run")
+    point = next(p for p in outcome.points if len(p.candidate.exits) == 1)
+    source = source_of(outcome.sources, point)
+    home = made.path / "students" / source.student.candidate.arch_id
+    logits = finished_logits(home, "val", point.candidate.precisions)
+    labels = np.asarray(open_context(str(made.path / "context.json"), 16).val_labels)
+    swept = sweep(logits, labels, point.exit_ms)
+    solved = solved_point(made.path, point, source, ExitTarget("loss", 0.3), 0.0)
+    expected = solve_for_loss(swept, 0.3)
+    assert solved.thresholds == expected.thresholds
+    assert solved.val is not None and solved.val.top1 == expected.top1
+    assert solved.exit_shares == pytest.approx(expected.shares)
+    assert solved.latency.expected_ms == pytest.approx(expected.expected_ms)
+    assert solved.id != point.id and solved.id.startswith(solved.candidate.id)
+    with pytest.raises(BudgetError, match=r"no thresholds keep p99=1e-09 ms on 40 images"):
+        solved_point(made.path, point, source, ExitTarget("p99", 1e-9), 0.0)
+    bare = next(p for p in outcome.points if not p.candidate.exits)
+    with pytest.raises(UsageError, match="has no early exits, so there are no thresholds to solve"):
+        solved_point(made.path, bare, source_of(outcome.sources, bare), ExitTarget("loss", 0.1), 0.0)
 
 
 def _go_on(made: MadeRun, device: Timed, notes: Notes) -> None:

@@ -29,14 +29,17 @@ from nas.core.records import (
 )
 from nas.core.run import FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy
 from nas.core.walk import exit_macs
-from nas.devices.base import MeasureJob, OnProgress, OnResult
+from nas.devices.base import MeasureJob, OnProgress, OnResult, StreamJob, StreamTimes
 from nas.export.graph import nominal_quant, random_weights
 from nas.latency.estimate import figures
+from nas.latency.exits import evaluate_thresholds
 from nas.recipe.finish import FINISHED_SCHEMA, QUANT_FILE, WEIGHTS_FILE, FinishedStudent, FinishJob, precision_name
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import write_scored
 from nas.search.finals import (
     _best_settings,
+    _measure,
+    _points,
     build_points,
     choose_finalists,
     deployments,
@@ -314,20 +317,21 @@ def test_setting_that_never_reaches_the_head_is_left_out() -> None:
 # Ways to deploy a student
 
 
-def test_student_can_be_deployed_whole_without_exits_and_cut_behind_each_exit(make: Make) -> None:
+def test_student_can_be_deployed_with_any_of_its_exits_and_cut_behind_each(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts), (0.5, 0.7, 0.9))
     found, refused = variants(parts, student, 0.02, {})
     assert refused == []
     kinds = [(v.candidate.precision_label, v.cut, len(v.candidate.stages), len(v.candidate.exits)) for v in found]
-    ways = [(None, 3, 0), (None, 3, 2), (0, 1, 0), (1, 2, 0), (1, 2, 1)]
+    ways = [(None, 3, 0), (None, 3, 1), (None, 3, 1), (None, 3, 2), (0, 1, 0), (1, 2, 0), (1, 2, 1)]
     assert kinds == [(precision, *way) for precision in ("fp32", "int8") for way in ways]
     for v in found:
         assert v.form == ("if" if v.candidate.exits else "plain")
         last = 2 if v.cut is None else v.cut
         assert len(v.val_logits) == len(v.test_logits) == len(v.candidate.exits) + 1
         assert (v.val_logits[-1].argmax(1) == parts.labels).mean() == pytest.approx((0.5, 0.7, 0.9)[last], abs=0.003)
-    assert found[4].candidate == student.candidate.truncated(1)
+    assert found[6].candidate == student.candidate.truncated(1)
+    assert [found[i].candidate.exits[0].after_stage for i in (1, 2)] == [0, 1]
 
 
 def test_int8_that_loses_too_much_is_refused_with_the_loss(make: Make) -> None:
@@ -434,10 +438,66 @@ def test_point_with_exits_has_the_latency_of_the_exits_that_images_take(make: Ma
     assert best.threshold_curve[-1] == pytest.approx((best.latency.expected_ms, best.val.top1))
 
 
+class Streaming(Working):
+    """Tells that a stream took twice the time; counts its streams."""
+
+    streams = 0
+
+    def stream_times(self, job: StreamJob, _: OnProgress | None = None) -> StreamTimes:
+        self.streams += 1
+        times = tuple(0.1 + 0.01 * i for i in range(len(job.images)))
+        return StreamTimes(times, times, True)
+
+
+def test_front_students_with_exits_have_a_stream_measured_once_and_one_that_is_off_is_told(make: Make) -> None:
+    device = Streaming()
+    parts = make(device)
+    student = finished(parts, network(parts), (0.5, 0.7, 0.9))
+    points, _, _ = built(parts, [student], FinishSettings(stream_images=12))
+    wanted = [p for p in points if p.on_front and p.candidate.exits]
+    assert wanted and {p.id for p in points if p.stream is not None} == {p.id for p in wanted}
+    stream = wanted[0].stream
+    assert stream is not None
+    assert (stream.images, stream.mean_ms, stream.is_calm) == (12, pytest.approx(0.155), True)
+    assert stream.sum_ms == pytest.approx(np.dot(stream.shares, wanted[0].exit_ms))
+    count = device.streams
+    again, _, _ = built(parts, [student], FinishSettings(stream_images=12))
+    assert device.streams == count == len(wanted)  # kept in the run folder
+    assert [p.stream for p in again] == [p.stream for p in points]
+
+
+def test_exit_targets_become_points_of_their_own(make: Make) -> None:
+    parts = make()
+    student = finished(parts, network(parts, exits=1), (0.6, 0.95))
+
+    def lowest(*targets: str) -> float:
+        points = built(parts, [student], FinishSettings(exit_targets=targets))[0]
+        return min(p.val.top1 for p in points if len(p.candidate.exits) == 1 and p.val)
+
+    assert lowest() >= 0.94 - 1e-9
+    assert lowest("loss=0.1") == pytest.approx(0.85, abs=0.003)
+
+
+def test_thresholds_are_solved_on_images_of_their_own_where_there_are_any(make: Make) -> None:
+    """What is chosen on these is judged, shares and accuracy, on the others."""
+    parts = make()
+    student = finished(parts, network(parts, exits=1), (0.6, 0.95))
+    plain = next(v for v in variants(parts, student, 0.02, {})[0] if v.candidate.exits)
+    labels = np.arange(60) % parts.space.num_classes
+    apart = replace(plain, solve_logits=made_logits(labels, (0.9, 0.95), 10, seed=9), solve_labels=labels)
+    estimate = LatencyEstimate((1.0, 3.0), (0.0, 0.0), 0, "")
+    chosen = _best_settings(apart.solve_logits, apart.solve_labels, estimate, FinishSettings(), BudgetSettings())
+    (point,) = _points(apart, chosen[:1], estimate, None, None, (parts.labels, np.arange(TEST) % 10), {})
+    assert point.val is not None
+    top1, shares, _ = evaluate_thresholds(plain.val_logits, parts.labels, chosen[0].thresholds, (1.0, 3.0))
+    assert (point.val.top1, point.val.images, point.exit_shares) == (top1, VAL, tuple(shares.tolist()))
+    assert chosen[0].images == 60 and chosen[0].shares != point.exit_shares
+
+
 def test_network_whose_head_is_not_reached_is_a_point_cut_there_with_its_other_exits(make: Make) -> None:
     parts = make()
     points, _, sources = built(parts, [finished(parts, network(parts), (0.6, 0.9, 0.9))])
-    assert not [p for p in points if len(p.candidate.stages) == 3 and p.candidate.exits]
+    assert not [p for p in points if len(p.candidate.stages) == 3 and 1 in [e.after_stage for e in p.candidate.exits]]
     cut = [p for p in points if len(p.candidate.stages) == 2 and len(p.candidate.exits) == 1]
     assert {sources[p.id].cut for p in cut} == {1}
     assert max(p.val.top1 for p in cut if p.val) == 0.9
@@ -514,7 +574,9 @@ def test_student_with_a_row_that_cannot_be_measured_is_a_failed_row(make: Make) 
     device.broken = set(layers)
     points, failed, _ = built(parts, students)
     assert {f.id for f in failed} == {
-        c.with_precision(p).id for c in (bad, replace(bad, exits=())) for p in ("fp32", "int8")
+        replace(bad, exits=exits).with_precision(p).id
+        for exits in ((), bad.exits[:1], bad.exits[1:], bad.exits)
+        for p in ("fp32", "int8")
     }
     assert all("k=7" in f.reason and "could not be measured" in f.reason for f in failed)
     assert any(p.on_front for p in points)
@@ -522,9 +584,10 @@ def test_student_with_a_row_that_cannot_be_measured_is_a_failed_row(make: Make) 
 
 def test_leaving_later_never_takes_less_time(make: Make) -> None:
     parts = make(Disordered())
-    points, _, _ = built(parts, [finished(parts, network(parts), (0.5, 0.7, 0.9))])
-    found = {p.exit_ms for p in points if len(p.candidate.exits) == 2 and p.latency.provenance == "measured"}
-    assert found == {(0.2, 0.2, 0.3)}
+    found, _ = variants(parts, finished(parts, network(parts), (0.5, 0.7, 0.9)), 0.02, {})
+    whole = next(i for i, v in enumerate(found) if len(v.candidate.exits) == 2)
+    times, failed = _measure(parts, found, [whole])
+    assert (times[whole].exit_ms, failed) == ((0.2, 0.2, 0.3), [])
 
 
 # The front

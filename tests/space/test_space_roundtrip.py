@@ -73,7 +73,8 @@ def space_data(draw: st.DrawFn, most: int = 3, max_stages: int = 3) -> dict[str,
         data["exits"] = {
             "after": after,
             "max_count": draw(st.integers(1, len(after))),
-            "hidden_channels": draw(st.sampled_from([0, 8])),
+            "hidden_channels": draw(some(0, 8, most=most)),
+            "conv_channels": draw(some(0, 12, most=most)),
             "thresholds": draw(st.one_of(st.none(), some(0.5, 0.8, 1.0, most=most))),
         }
     return data
@@ -292,7 +293,8 @@ def test_other_parts_outside_the_space_are_named(tiny: SearchSpace) -> None:
         (replace(candidate, stages=candidate.stages[:3]), r"3 stages are given; space tiny-32 has 4"),
         (candidate.with_precision("fp16"), r"stem: precision: fp16 is not in space tiny-32; allowed: fp32, int8"),
         (replace(candidate, exits=(ExitConfig(1, 0, 0.55),)), r"exits\.0: threshold: 0\.55 is not in space"),
-        (replace(candidate, exits=(ExitConfig(1, 16, 0.5),)), r"exits\.0: not in space tiny-32"),
+        (replace(candidate, exits=(ExitConfig(1, 16, 0.5),)), r"exits\.0: hidden_channels: 16 is not in space"),
+        (replace(candidate, exits=(ExitConfig(1, 0, 0.5, 8),)), r"exits\.0: conv_channels: 8 is not in space"),
         (
             replace(candidate, exits=(ExitConfig(0, 0, 0.5),)),
             r"exits\.0: an exit after stage 0 is not in space tiny-32; allowed: s2, s3",
