@@ -183,7 +183,9 @@ def _keep_importance(
     """Writes how much each shared channel matters and in which widths each block was trained, for pruned stages."""
     if not space.is_pruned or (folder / IMPORTANCE_FILE).exists():
         return
-    largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=all_exits(space.unpruned)).architecture
+    heads = {stage: own[-1:] for stage, own in exit_heads(space.unpruned).items()}
+    exits = all_exits(heads, np.random.default_rng(0))  # the largest heads: nothing is drawn
+    largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=exits).architecture
     mine = targets[largest.resolution]
     images = mine.images[0][: distill.recalibration_images]
     student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
