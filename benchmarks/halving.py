@@ -58,7 +58,6 @@ from nas.search.scoring import ScoringPlan
 from nas.search.select import front_indices, hypervolume
 from nas.search.study import KnownLatency, Proposer, Scored
 from nas.train.loop import epochs_from_plain, read_checkpoint
-from nas.train.trainer import new_student, train_student
 
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 REFERENCE_TOP1 = 0.5  # the stricter of two references of the hypervolume
@@ -121,9 +120,7 @@ def learning_curve(job: ScoreJob) -> Learnt:
     if content is None:
         raise RuntimeError(f"{checkpoint}: was not kept")
     train_s = tuple(e.cpu_s for e in epochs_from_plain(content["epochs"]))
-    student = new_student(job.candidate.architecture, job.seed)
-    train_student(student, context.targets, job.distill, seed=job.seed, stop_epoch=job.epochs, checkpoint=checkpoint)
-    test = top1_per_exit(deployed_answers(job, context, student, context.test), np.asarray(context.test_labels))[-1]
+    test = top1_per_exit(deployed_answers(job, context, context.test), np.asarray(context.test_labels))[-1]
     # Of twins only the first one was trained: the other's score has no training in it.
     look_s = tuple(r.cost_s - t if r.cost_s > t else r.cost_s for r, t in zip(records, train_s, strict=True))
     return Learnt(tuple(r.top1[-1] for r in records), test, train_s, look_s)

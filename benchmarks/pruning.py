@@ -248,7 +248,7 @@ def _report(args: Any, bench: Bench, settings: PruneSettings, seeds: list[dict[s
         f"{bench.experiment.name}, {args.share:g} of the expansion channels by {cost}, {settings.epochs} epochs after "
         f"the cut, lr {settings.lr:g}, parent of {bench.experiment.distill.epochs} epochs, {len(seeds)} seeds, on test"
     )
-    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    shown = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     document = {"options": shown, "costs": cost, "summary": summary, "seeds": seeds}
     columns = ("arm", "test %", "points lost", "% before", "int8 %", "% cut", "M MACs", "epochs", "CPU s in all")
     common.report(title, columns, rows, document, args.json)

@@ -51,7 +51,7 @@ from nas.latency.keys import layer_of_key
 from nas.latency.lines import STREAMING_MB, NetworkForm, network_key, streaming_key
 
 # Multiply-adds per millisecond; about those of one thread of a server CPU.
-_MACS_PER_MS = {"fp32": 2e7, "fp16": 3e7, "int8": 4e7, "mixed": 2.7e7, "none": 2e7}
+_MACS_PER_MS = {"fp32": 2e7, "fp16": 3e7, "bf16": 3e7, "int8": 4e7, "mixed": 2.7e7, "none": 2e7}
 _OVERHEAD_MS = 0.003
 _GATE_MS = 0.002
 _STREAMING_MS = 0.2
@@ -60,8 +60,8 @@ _REFERENCE_MS = 0.3
 # Of a simulated board. int8 is the faster one where channels are mixed and the slower one where they are not, as on
 # x86-64; a row is off from its multiply-adds by `_ROW_SPREAD`, as shapes are.
 _BOARD_MACS_PER_MS = {
-    "dense": {"fp32": 2e7, "fp16": 3e7, "int8": 5e7},
-    "depthwise": {"fp32": 8e6, "fp16": 8e6, "int8": 6e6},
+    "dense": {"fp32": 2e7, "fp16": 3e7, "bf16": 3e7, "int8": 5e7},
+    "depthwise": {"fp32": 8e6, "fp16": 8e6, "bf16": 8e6, "int8": 6e6},
 }
 _KERNEL_MS = 0.002
 _ROW_SPREAD = 0.1

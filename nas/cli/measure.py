@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nas.measure.fill import FillProgress
     from nas.space.space import SearchSpace
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @click.command(short_help="Fill the latency table of a device, for a space or a list of rows.")

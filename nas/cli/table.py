@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import click
 
 from nas.cli.options import common_options
 from nas.cli.output import Console
 from nas.core.errors import RecordError, UsageError, did_you_mean
+from nas.core.records import Precision
 from nas.core.units import format_ms
 
 if TYPE_CHECKING:
-    from nas.core.records import Measurement, Precision
+    from nas.core.records import Measurement
     from nas.latency.compare import Merged, TableDifference
     from nas.latency.correction import Finding
     from nas.latency.entries import Imported, Unit
@@ -168,7 +169,7 @@ def merge(console: Console, tables: tuple[Path, ...], out: Path) -> None:
 @click.argument("form", metavar="FORMAT", type=click.Choice(FORMATS))
 @click.argument("file", type=click.Path(path_type=Path))
 @out_option
-@click.option("--precision", required=True, type=click.Choice(("fp32", "fp16", "int8")), help="Of the measured layers.")
+@click.option("--precision", required=True, type=click.Choice(get_args(Precision)), help="Of the measured layers.")
 @click.option("--board", required=True, help="What was measured on.")
 @click.option("--unit", type=click.Choice(("ms", "us", "s")), help="Of the times; trtexec says its own.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per timed call.")
@@ -252,7 +253,7 @@ def import_command(
 @command.command(short_help="The rows as CSV or JSON, or as a block table for other tools.")
 @folder_argument
 @click.option("--format", "form", required=True, type=click.Choice(("csv", "json", "ofa-yaml")), help="Form.")
-@click.option("--precision", type=click.Choice(("fp32", "fp16", "int8")), help="Only rows of this precision.")
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="Only rows of this precision.")
 @common_options
 @click.pass_obj
 def export(console: Console, table: Path, form: Literal["csv", "json", "ofa-yaml"], precision: str | None) -> None:

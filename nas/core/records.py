@@ -13,7 +13,7 @@ from nas.core.errors import RecordError
 from nas.core.jsonio import content_hash, to_plain
 
 Activation = Literal["relu", "hard_swish"]
-Precision = Literal["fp32", "fp16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
 BlockKind = Literal["inverted_residual", "fused_inverted_residual", "depthwise_separable", "mlp", "attention"]
 LayerKind = Literal["stem", BlockKind, "head", "exit_head"]
 SlotKind = Literal["stem", "block", "head", "exit_head"]  # what may stand in a place of a network
@@ -31,7 +31,7 @@ HEAD_DIM = 16  # channels of a query, a key and a value; Graham et al. 2021, LeV
 HEAD_WIDTH = 32  # token channels for each head of attention
 MAX_TOKENS = 256  # the cost of attention grows with the square of the tokens: 256 are a map of 16 px
 
-PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+PRECISION_BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -226,6 +226,30 @@ class Candidate:
         """`fp32`, `int8`, ... or `mixed`."""
         names = set(self.precisions)
         return names.pop() if len(names) == 1 else "mixed"
+
+    @property
+    def precision_text(self) -> str:
+        """The label, and for a mix what is in which precision: `fp32 stem s1, int8 s2-s4 head` (stages from 1)."""
+        if self.precision_label != "mixed":
+            return self.precision_label
+        by_precision: dict[Precision, list[int]] = {}
+        for part, precision in enumerate(self.precisions):
+            by_precision.setdefault(precision, []).append(part)
+        last = len(self.stages) + 1
+
+        def named(part: int) -> str:
+            return "stem" if part == 0 else "head" if part == last else f"s{part}"
+
+        texts = []
+        for precision, parts in by_precision.items():
+            words: list[str] = []
+            for part in parts:
+                if part - 1 in parts and part not in (1, last):  # goes on from the stage before
+                    words[-1] = f"{words[-1].partition('-')[0]}-{named(part)}"
+                else:
+                    words.append(named(part))
+            texts.append(f"{precision} {' '.join(words)}")
+        return ", ".join(texts)
 
     @property
     def architecture(self) -> Candidate:

@@ -274,6 +274,27 @@ class AccuracyFit:
 
 
 @dataclass(frozen=True, slots=True)
+class RobustnessRow:
+    """Accuracy of a finished student, as it is deployed, on corrupted test images.
+
+    `student` is the id of a point of the run, `clean` its accuracy on the images as they are, and `top1` that of each
+    corruption at each of the `severities` (1 to 5).
+    """
+
+    student: str
+    images: int
+    severities: tuple[int, ...]
+    clean: float
+    top1: dict[str, tuple[float, ...]]
+
+    @property
+    def mean(self) -> float:
+        """Over all corruptions and severities."""
+        values = [value for row in self.top1.values() for value in row]
+        return sum(values) / len(values)
+
+
+@dataclass(frozen=True, slots=True)
 class RoundSummary:
     """One round: candidates scored, networks measured, and what was reached at its end.
 
@@ -455,6 +476,7 @@ class RunView:
     failed: tuple[FailedCandidate, ...] = ()
     predictions: tuple[PredictedMeasured, ...] = ()
     changes: tuple[TableChange, ...] = ()
+    robustness: tuple[RobustnessRow, ...] = ()
     rounds: tuple[RoundSummary, ...] = ()
     importances: tuple[Importance, ...] = ()
     proposers: tuple[ProposerSummary, ...] = ()

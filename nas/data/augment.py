@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.core.errors import DataError
+from nas.data.corruptions import corrupted_each
 from nas.data.records import AugmentSettings, Images
 
 _AT_ONCE = 256  # images whose pixel indices are held at once
@@ -16,8 +17,9 @@ _AT_ONCE = 256  # images whose pixel indices are held at once
 def augmented(images: Images, settings: AugmentSettings, rng: np.random.Generator) -> Images:
     """A changed copy of images uint8 [N, H, W, 3], equal for equal images, settings and state of `rng`.
 
-    In this order: turn, flips, shift with reflected border, contrast and brightness, cutout. The same numbers are drawn
-    whatever is switched on, so switching one change off leaves the others as they were.
+    In this order: turn, flips, shift with reflected border, contrast and brightness, cutout, corruption. The same
+    numbers are drawn whatever is switched on, so switching one change off leaves the others as they were; those of
+    corruptions come last, and only where there are any.
 
     Raises:
         DataError: images that are not square.
@@ -43,7 +45,19 @@ def augmented(images: Images, settings: AugmentSettings, rng: np.random.Generato
         if settings.cutout:
             _cut(moved, draws[part, 7:9], round(settings.cutout * side))
         result[part] = moved
+    if settings.corruptions:
+        _corrupt(result, settings, rng)
     return result
+
+
+def _corrupt(images: Images, settings: AugmentSettings, rng: np.random.Generator) -> None:
+    """Changes some of the images by one corruption each."""
+    draws = rng.random((len(images), 5))  # all of them before any noise of pixels, whose number depends on the side
+    kind = np.floor(draws[:, 1] * len(settings.corruptions)).astype(np.int64)
+    severity = 1 + np.floor(draws[:, 2] * settings.max_severity).astype(np.int64)
+    for number, name in enumerate(settings.corruptions):
+        chosen = np.flatnonzero((draws[:, 0] < settings.corrupted_share) & (kind == number))
+        images[chosen] = corrupted_each(images[chosen], name, severity[chosen], draws[chosen, 3:], rng)
 
 
 def _reflected(index: NDArray[np.int64], side: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from nas.core.errors import ConfigError, DataError
 
 Images = NDArray[np.uint8]
+
+Corruption = Literal["noise", "motion_blur", "defocus_blur", "exposure", "vignetting", "jpeg"]
 
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
@@ -55,6 +57,10 @@ class AugmentSettings:
         brightness: largest factor minus one, up or down: 0.2 multiplies all pixels by 0.8 to 1.2.
         contrast: the same for the distance of each pixel from the mean grey level of its image.
         cutout: side of one square set to the mean colour of the image, as a share of the side; 0 leaves it out.
+        corruptions: what the camera may do to an image: noise, motion_blur, defocus_blur, exposure, vignetting, jpeg;
+            none by default. One of them is drawn for each image that gets any.
+        corrupted_share: share of the images that get one.
+        max_severity: severities from 1 to this one, at most 5, are drawn evenly.
     """
 
     shift: float = 2 / 32
@@ -64,12 +70,23 @@ class AugmentSettings:
     brightness: float = 0.0
     contrast: float = 0.0
     cutout: float = 0.0
+    corruptions: tuple[Corruption, ...] = ()
+    corrupted_share: float = 0.5
+    max_severity: int = 3
 
     def __post_init__(self) -> None:
         _share("data.augment.shift", self.shift, 0.5)
         _share("data.augment.brightness", self.brightness, 0.9)
         _share("data.augment.contrast", self.contrast, 0.9)
         _share("data.augment.cutout", self.cutout, 0.75)
+        _share("data.augment.corrupted_share", self.corrupted_share, 1.0)
+        _count("data.augment.max_severity", self.max_severity, 1, 5)
+        unknown = [name for name in self.corruptions if name not in get_args(Corruption)]
+        if unknown or len(set(self.corruptions)) != len(self.corruptions):
+            raise ConfigError(
+                f"data.augment.corruptions: each of {', '.join(get_args(Corruption))} at most once, got "
+                f"{list(self.corruptions)}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

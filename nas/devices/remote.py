@@ -66,7 +66,7 @@ RUN_BYTES = 32 << 20  # of images that lie on the board at a time: a Nano has 4 
 BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
 JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
-_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 # For runtimes that build an engine for seconds to minutes, and time on the accelerator's own clock, which a busy
 # processor does not disturb: few builds, longer rounds, the median of their samples (facts of trtexec's reports).

@@ -106,7 +106,7 @@ def tensorrt_problems(model: onnx.ModelProto, dialect: Dialect) -> list[str]:
     """
     problems: list[str] = []
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-    if opset != dialect.opset:
+    if opset not in (dialect.opset, dialect.fitting(("bf16",)).opset):
         problems.append(f"opset {opset}; the parser of {dialect.name} reads {dialect.opset}")
     names: set[str] = set()
     for graph in all_graphs(model.graph):

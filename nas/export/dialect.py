@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,7 +13,9 @@ from nas.core.errors import DeviceError, UsageError
 from nas.core.records import ConvSpec, DeviceProfile, LayerSpec, Precision
 from nas.devices.capability import newest_opset, reads_hard_swish, version_of
 
-FloatType = Literal["float32", "float16"]
+FloatType = Literal["float32", "float16", "bfloat16"]
+
+_BF16_OPSET, _BF16_IR_VERSION = 22, 10  # the first whose convolutions may be bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,10 @@ class Dialect:
         integer_bias: the bias of an int8 convolution is int32 (else float).
         weight_limit: largest integer of a weight, and negated the smallest.
         half_floats: fp16 layers, and what int8 layers leave in float, have float16 tensors, weights and scales in the
-            graph. Else the graph is float32 there and the runtime is told to use half precision when it builds.
+            graph, and bf16 layers bfloat16 ones. Else the graph is float32 there and the runtime is told to use half
+            precision when it builds.
+        rounds_bf16: bf16 layers are float32 with every weight and tensor rounded to bfloat16, for their accuracy on a
+            runtime that has no such convolutions (ONNX Runtime on CPUs).
         opset: of the ONNX file.
         ir_version: of the ONNX file.
     """
@@ -48,12 +54,31 @@ class Dialect:
     integer_bias: bool = True
     weight_limit: int = 127
     half_floats: bool = False
+    rounds_bf16: bool = False
     opset: int = 17
     ir_version: int = 9
 
     def float_type(self, precision: Precision) -> FloatType:
         """Type of the tensors that a layer in this precision has between its convolutions."""
-        return "float16" if self.half_floats and precision != "fp32" else "float32"
+        if not self.half_floats or precision == "fp32" or (precision == "bf16" and self.rounds_bf16):
+            return "float32"
+        return "bfloat16" if precision == "bf16" else "float16"
+
+    @property
+    def mixable(self) -> tuple[Precision, ...]:
+        """Precisions that the parts of one network can have side by side.
+
+        Where the runtime is told by a flag to use half precision, it uses it for everything that is not int8.
+        """
+        if self.name == "ort" or self.half_floats:
+            return self.precisions
+        return tuple(p for p in self.precisions if p != "fp32")
+
+    def fitting(self, precisions: Iterable[Precision]) -> Dialect:
+        """The same in the operator set that layers in these precisions need."""
+        if self.rounds_bf16 or not self.half_floats or "bf16" not in precisions:
+            return self
+        return replace(self, opset=max(self.opset, _BF16_OPSET), ir_version=max(self.ir_version, _BF16_IR_VERSION))
 
     def scale_and_zero_point(self, lo: float, hi: float) -> tuple[np.floating, int]:
         """Scale (in the type that the graph holds) and zero point of a tensor with values in lo..hi."""
@@ -151,10 +176,10 @@ TRT_8_4 = Dialect(
 # JetPack 4.6: the parser of TensorRT 8.0 and 8.2 ends at opset 13, in which hard-swish is HardSigmoid and Mul.
 TRT_8_0 = replace(TRT_8_4, name="tensorrt-8.0", opset=newest_opset((8, 0)), ir_version=7)
 # Strongly typed, the only kind that TensorRT 11 knows: types are in the graph, scales of the type of their float side,
-# which ONNX allows for float16 from opset 19 on.
+# which ONNX allows for float16 from opset 19 on. bf16 has no flag there either: only a graph of this dialect has it.
 TRT_10_13 = Dialect(
     "tensorrt-10.13",
-    ("fp32", "fp16", "int8"),
+    ("fp32", "fp16", "bf16", "int8"),
     "int8",
     symmetric=True,
     pair_before=frozenset(),
@@ -163,6 +188,8 @@ TRT_10_13 = Dialect(
     half_floats=True,
     opset=19,
 )
+# Its answers on ONNX Runtime, which computes float16 but has no bfloat16 convolution.
+TRT_10_13_ANSWERS = replace(TRT_10_13, rounds_bf16=True)
 DIALECTS = (ORT, TRT_8_0, TRT_8_4, TRT_10_13)
 
 

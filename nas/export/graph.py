@@ -39,6 +39,7 @@ def layer_model(layer: LayerSpec, *, seed: int = 0, dialect: Dialect = ORT) -> b
     Raises:
         UsageError: the dialect does not have the layer's precision.
     """
+    dialect = dialect.fitting((layer.precision,))
     is_head = layer.kind in ("head", "exit_head")
     is_quantized = layer.precision == "int8" and dialect.pairs_at == "outputs"
     writer = LayerWriter(_random(((layer, spec) for spec in layer.convolutions), seed), _nominal([layer]), dialect)
@@ -98,6 +99,7 @@ def network_model(
         RecordError: weights or ranges of another candidate.
     """
     _check_normalisation(candidate, mean, std)
+    dialect = dialect.fitting(candidate.precisions)
     writer = LayerWriter(weights, quant, dialect)
     model, scope = _new_model(candidate.id, dialect, candidate.precision_label)
     _declare_image(scope, candidate, batch)
@@ -164,6 +166,7 @@ def segment_models(
         RecordError: weights or ranges of another candidate.
     """
     _check_normalisation(candidate, mean, std)
+    dialect = dialect.fitting(candidate.precisions)
     pieces = _pieces(candidate)
     result: list[Segment] = []
     x: Tensor | None = None

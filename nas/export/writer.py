@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, TensorProto, helper
@@ -32,6 +33,7 @@ Weights = Mapping[str, NDArray[np.float32]]
 ONNX_TYPES: dict[Any, int] = {
     np.dtype("float32"): TensorProto.FLOAT,
     np.dtype("float16"): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype("uint8"): TensorProto.UINT8,
     np.dtype("int8"): TensorProto.INT8,
     np.dtype("int32"): TensorProto.INT32,
@@ -283,6 +285,8 @@ class LayerWriter:
             weight_name = self._integer_weight(scope, base, weight, scale)
             bias_name = self._bias(scope, x, base, bias, scale, kind)
         else:
+            if self._rounds(layer):
+                weight, bias = (v.astype(ml_dtypes.bfloat16).astype(np.float32) for v in (weight, bias))
             weight_name = scope.constant(f"{base}.weight", _typed(weight, kind, f"{base}.weight"))
             bias_name = scope.constant(f"{base}.bias", _typed(bias, kind, f"{base}.bias"))
         pad = spec.kernel_size // 2
@@ -312,11 +316,17 @@ class LayerWriter:
 
         `layer` is the one that made it; None for the normalised image, which is float32.
         """
+        if layer is not None and self._rounds(layer):
+            rounded = scope.node("Cast", (source,), f"{source}.bf16", to=TensorProto.BFLOAT16)
+            source = scope.node("Cast", (rounded,), f"{source}.rounded", to=TensorProto.FLOAT)
         x = Tensor(name, source, kind="float32" if layer is None else self.dialect.float_type(layer.precision))
         self.seen.append(x)
         if layer is None or layer.precision != "int8" or self.dialect.pairs_at == "inputs":
             return x
         return scope.quantize(name, source, *self._scale(name), self.dialect)
+
+    def _rounds(self, layer: LayerSpec) -> bool:
+        return layer.precision == "bf16" and self.dialect.rounds_bf16
 
     def _scale(self, name: str) -> tuple[np.floating[Any], int]:
         if self.ranges is None:
@@ -394,9 +404,11 @@ class LayerWriter:
 
 
 def _typed(values: NDArray[np.float32], kind: FloatType, name: str) -> NDArray[np.floating[Any]]:
-    """Weights in a type; float16 holds values up to 65504."""
+    """Weights in a type; float16 holds values up to 65504, bfloat16 those of float32 with 8 bits of them."""
     if kind == "float32":
         return values
+    if kind == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16)
     if np.abs(values).max() > np.finfo(np.float16).max:
         raise RecordError(f"{name}: holds {float(np.abs(values).max()):g}, too large for fp16 (65504); use fp32 there")
     return values.astype(np.float16)

@@ -34,7 +34,7 @@ RAW_ERROR_UNKNOWN = 0.05
 # Sums for networks of tiny-32 (0.03 ms) are 0.6 us a layer too large, those of larger ones by too little to be seen.
 RAW_LAYER_CALLS = 0.2
 
-_CODES = {"fp32": 1, "fp16": 2, "int8": 4}
+_CODES = {"fp32": 1, "fp16": 2, "int8": 4, "bf16": 8}
 _LABELS = {code: name for name, code in _CODES.items()}
 
 FloatArray = NDArray[np.float64]
@@ -182,12 +182,15 @@ class VectorEstimator:
         """Columns of an estimate: exits of the space + 1."""
         return len(self._slots.ends)
 
-    def estimate(self, genotypes: ArrayLike, *, allow_missing: bool = False) -> VectorEstimate:
+    def estimate(
+        self, genotypes: ArrayLike, *, allow_missing: bool = False, label: str | None = None
+    ) -> VectorEstimate:
         """Latencies of canonical genotypes.
 
         Args:
             genotypes: integers [N, G], one index per gene.
             allow_missing: gives NaN to genotypes that need a row which was not measured, instead of an error.
+            label: whose correction is used for all of them; None: each that of its own precision.
 
         Raises:
             MissingRowError: a row is missing.
@@ -197,12 +200,14 @@ class VectorEstimator:
         codes = np.bitwise_or.reduce(self._codes.take(rows), axis=1)
         mean = np.full((self.exits, len(rows)), np.nan)
         std = np.full((self.exits, len(rows)), np.nan)
-        for code in np.unique(codes):
-            label = _LABELS.get(int(code), MIXED)
-            chosen = np.flatnonzero(codes == code)
+        if label is not None:
+            groups = [(label, np.arange(len(rows)))]
+        else:
+            groups = [(_LABELS.get(int(code), MIXED), np.flatnonzero(codes == code)) for code in np.unique(codes)]
+        for name, chosen in groups:
             for start in range(0, len(chosen), CHUNK):
                 part = chosen[start : start + CHUNK]
-                exits, candidates, exit_ms, exit_std = self._estimate(label, rows[part])
+                exits, candidates, exit_ms, exit_std = self._estimate(name, rows[part])
                 mean[exits, part[candidates]], std[exits, part[candidates]] = exit_ms, exit_std
         if not allow_missing and np.isnan(mean[-1]).any():
             raise self._missing_error(rows[np.isnan(mean[-1])])

@@ -17,7 +17,7 @@ from filelock import FileLock
 from nas.core.errors import StorageError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.data import Dataset, augmented
-from nas.train.targets import Targets
+from nas.train.targets import Targets, TargetsInfo, feature_files
 
 CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are enough for either
 
@@ -189,7 +189,7 @@ def _open(path: str) -> np.ndarray:
         raise StorageError(f"{path}: cannot be read: {e}. Delete it and run the same command again") from e
 
 
-TARGET_FILES = ("targets.json", "images.npy", "logits.npy", "labels.npy")
+TARGET_FILES = ("targets.json", "images.npy", "logits.npy", "labels.npy")  # and the features, where there are any
 
 
 def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
@@ -200,7 +200,8 @@ def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
     """
     record = read_record(ContextFile, path)
     targets = Path(record.targets)
-    files = {name: targets / name for name in TARGET_FILES}
+    features = feature_files(read_record(TargetsInfo, targets / "targets.json"))
+    files = {name: targets / name for name in (*TARGET_FILES, *features)}
     files |= {"val_labels.npy": Path(record.val_labels), "test_labels.npy": Path(record.test_labels)}
     if record.solve_labels:
         files["solve_labels.npy"] = Path(record.solve_labels)

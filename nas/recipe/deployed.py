@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nas.compress.calibrate import calibrate
 from nas.core.records import Candidate, QuantSpec
-from nas.export.dialect import ORT, TRT_10_13, Dialect
+from nas.export.dialect import ORT, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, tensors_model
 
 Run = Callable[[bytes, NDArray[np.float32]], Sequence[NDArray[np.generic]]]
@@ -38,9 +38,9 @@ def computed_dialect(dialect: Dialect) -> Dialect:
     """The dialect whose graph says what a device computes.
 
     For TensorRT it is the one with half floats, whatever the version: a weakly typed builder chooses them too, but does
-    not say so in its graph.
+    not say so in its graph. bf16 layers are rounded to it, because the host has no such convolutions.
     """
-    return ORT if dialect is ORT else TRT_10_13
+    return ORT if dialect is ORT else TRT_10_13_ANSWERS
 
 
 def deployed_logits(

@@ -49,6 +49,7 @@ from nas.recipe.pruning import (
 )
 from nas.recipe.qat import train_quantized
 from nas.recipe.records import FinishedStudent, read_logits, read_scored, top1_per_exit, write_scored
+from nas.recipe.sensitivity import IMAGES, keep_sensitivity, kept_sensitivity, sensitivity
 from nas.recipe.settings import ImportanceKind, PruneSettings, QatSettings
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
@@ -72,7 +73,8 @@ class FinishJob:
     is that of the device's runtime. With `importance` how much each channel matters is kept beside the weights, for a
     student that is cut from this one. Such a student has `parent`, the `arch_id` of the one that it is cut from, whose
     files `adopt_parent` has placed in its folder, and `prune`. `before` are the steps that led to the answers of the
-    context. `calibrate_confidence`: a temperature is fitted for each exit in each precision.
+    context. `sensitivity`: precisions in which every part is tried alone; none: no such table is kept.
+    `calibrate_confidence`: a temperature is fitted for each exit in each precision.
     """
 
     candidate: Candidate
@@ -89,6 +91,7 @@ class FinishJob:
     parent: str = ""
     prune: PruneSettings | None = None
     before: tuple[FinishStep, ...] = ()
+    sensitivity: tuple[Precision, ...] = ()
     calibrate_confidence: bool = True
 
     @property
@@ -131,6 +134,7 @@ def finish_student(job: FinishJob) -> FinishedStudent:
         write_importance(folder / importance_file(job.importance), found)
     for precisions in job.precisions:
         finished = _deploy(job, finished, architecture.with_precision(precisions), context)
+    _write_sensitivity(job, architecture, context, folder)
     return finished
 
 
@@ -143,6 +147,7 @@ def _known(job: FinishJob, folder: Path) -> FinishedStudent | None:
         return finished
     own = (
         RECORD_FILE,
+        "sensitivity.json",
         "final-*",
         "weights*",
         "quant*",
@@ -302,6 +307,17 @@ def _calibrated(job: FinishJob, candidate: Candidate, context: Context, folder: 
     cpu_s, label = time.thread_time() - started, precision_name(candidate.precisions)
     name = "calibrate" if "int8" in candidate.precisions else "convert"
     return _Quantized(weights, quant, logits, top1, FinishStep(name, 0, top1[-1], cpu_s, precision=label))
+
+
+def _write_sensitivity(job: FinishJob, architecture: Candidate, context: Context, folder: Path) -> None:
+    if not job.sensitivity or kept_sensitivity(folder) is not None:
+        return
+    weights, quant = load_finished(folder)
+    images, dialect = context.val[:IMAGES], dialect_named(job.dialect)
+    table = sensitivity(
+        architecture, weights, quant, context.mean, context.std, images, run_model, job.sensitivity, dialect
+    )
+    keep_sensitivity(folder, table)
 
 
 def _qat(

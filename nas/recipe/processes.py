@@ -7,8 +7,7 @@ are the same for any number of processes, and a training may go on with another 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -72,10 +71,9 @@ class Processes:
 
 
 @contextmanager
-def started_processes(environment: Mapping[str, str] | None = None) -> Iterator[Processes]:
-    """The processes of torchrun, from the variables that it sets; without them this one alone."""
-    given = os.environ if environment is None else environment
-    if int(given.get("WORLD_SIZE", "1")) == 1:
+def started_processes() -> Iterator[Processes]:
+    """The processes of torchrun; this one alone where it did not start it."""
+    if not dist.is_torchelastic_launched():
         yield Processes()
         return
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # the others wait while the first one makes a teacher

@@ -7,15 +7,17 @@ some epochs (going on from its checkpoint). Results are files named by architect
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from nas.core.errors import InterruptedRunError
-from nas.core.jsonio import write_bytes
-from nas.core.records import Candidate
+from nas.core.jsonio import read_record, write_bytes, write_record
+from nas.core.records import Candidate, Precision, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import Student, folded_weights
@@ -23,6 +25,7 @@ from nas.recipe.context import Context, open_context
 from nas.recipe.deployed import calibrated, deployed_logits
 from nas.recipe.finish import precision_name
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
+from nas.recipe.sensitivity import IMAGES, Sensitivity, sensitivity
 from nas.recipe.supernet import inherited_student, open_supernet, shared_importance
 from nas.train.evaluate import predict_logits
 from nas.train.loop import EpochRecord
@@ -30,6 +33,8 @@ from nas.train.settings import DistillSettings
 from nas.train.trainer import new_student, train_student
 
 Source = Literal["supernet", "standalone"]
+
+STUDENTS_KEPT = 4  # in the memory of a worker: what is scored next is often the same architecture in another precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,7 @@ def score(job: ScoreJob) -> ScoredStudent:
         return replace(known, cost_s=0.0)
     started = time.thread_time()
     context = open_context(job.context, job.candidate.resolution)
-    student = _inherited(job, context) if job.source == "supernet" else _trained(job, context, folder)
-    logits = deployed_answers(job, context, student, context.val)
+    logits = deployed_answers(job, context, context.val)
     return write_scored(
         folder,
         job.candidate,
@@ -89,13 +93,46 @@ def score(job: ScoreJob) -> ScoredStudent:
     )
 
 
-def deployed_answers(job: ScoreJob, context: Context, student: Student, images: np.ndarray) -> np.ndarray:
-    """Logits float32 [E, N, K] of a student in its deployed precision on images uint8 [N, H, W, 3]."""
+def deployed_answers(job: ScoreJob, context: Context, images: np.ndarray) -> np.ndarray:
+    """Logits float32 [E, N, K] of a candidate's student in its deployed precision on images uint8 [N, H, W, 3]."""
+    student, weights = _float_student(_of_architecture(job))
     if set(job.candidate.precisions) == {"fp32"}:
         return predict_logits(student, images, context.mean, context.std)
-    weights, dialect = folded_weights(student), dialect_named(job.dialect)
-    quant = calibrated(job.candidate, weights, context.mean, context.std, context.sample[: job.images], run_model)
+    quant = _ranges(job, context, weights)
+    dialect = dialect_named(job.dialect)
     return deployed_logits(job.candidate, weights, quant, context.mean, context.std, images, run_model, dialect)
+
+
+def candidate_sensitivity(job: ScoreJob, choices: tuple[Precision, ...]) -> Sensitivity:
+    """What each part of a scored candidate loses in each precision; the student is the one that was scored."""
+    context = open_context(job.context, job.candidate.resolution)
+    _, weights = _float_student(_of_architecture(job))
+    quant, images, dialect = _ranges(job, context, weights), context.val[:IMAGES], dialect_named(job.dialect)
+    return sensitivity(job.candidate, weights, quant, context.mean, context.std, images, run_model, choices, dialect)
+
+
+def _of_architecture(job: ScoreJob) -> ScoreJob:
+    """The job whose student, batch norm and ranges those of all precisions and thresholds are."""
+    return replace(job, candidate=job.candidate.architecture, dialect=ORT.name)
+
+
+@lru_cache(maxsize=STUDENTS_KEPT)
+def _float_student(job: ScoreJob) -> tuple[Student, Mapping[str, np.ndarray]]:
+    """The student of an architecture, and its weights with batch norm folded in; the last ones stay in memory."""
+    context = open_context(job.context, job.candidate.resolution)
+    folder = student_folder(job.students, job.candidate.arch_id)
+    student = _inherited(job, context) if job.source == "supernet" else _trained(job, context, folder)
+    return student, folded_weights(student)
+
+
+def _ranges(job: ScoreJob, context: Context, weights: Mapping[str, np.ndarray]) -> QuantSpec:
+    """Ranges of every tensor, computed for the first precision of an architecture and read for every other one."""
+    file = student_folder(job.students, job.candidate.arch_id) / f"ranges-{job.source}-{job.epochs}-{job.images}.json"
+    if file.exists():
+        return read_record(QuantSpec, file)
+    quant = calibrated(job.candidate, weights, context.mean, context.std, context.sample[: job.images], run_model)
+    write_record(file, quant)
+    return quant
 
 
 def _inherited(job: ScoreJob, context: Context) -> Student:

@@ -30,6 +30,9 @@ class SupernetSettings:
         clip_norm: largest norm of the gradient of a step, all its sub-networks together.
         checkpoint_steps: a killed training loses at most so many steps.
         seed: of the initial weights, the order of images and the sub-networks.
+        latency_weight: weight of the distance of the expected latency to the first device's deadline in a learned
+            distribution from which the random sub-networks are drawn; 0: they are drawn uniformly. It needs the latency
+            of every layer of the space.
     """
 
     cpu_seconds: float = 150.0
@@ -43,6 +46,7 @@ class SupernetSettings:
     clip_norm: float = 5.0
     checkpoint_steps: int = 100
     seed: int = 0
+    latency_weight: float = 0.0
 
     def __post_init__(self) -> None:
         where = "supernet"
@@ -61,8 +65,10 @@ class SupernetSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{where}.{name}: must be above 0, got {value}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"{where}.weight_decay: must be 0 or more, got {self.weight_decay}")
+        for name in ("weight_decay", "latency_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{where}.{name}: must be 0 or more, got {value}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"{where}.warmup: must be 0 or more and below 1, got {self.warmup}")
 

@@ -33,11 +33,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from nas.compress.prune import channel_units, prunable
-from nas.core.errors import RunMismatchError, StorageError
+from nas.core.errors import ConfigError, RunMismatchError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes, write_record
 from nas.core.records import Candidate, ExitConfig
 from nas.models.student import Student
 from nas.models.supernet import Supernet
+from nas.recipe.architecture import GeneDistribution, Genotype, SpaceLatency
 from nas.recipe.processes import Processes, Result
 from nas.recipe.pruning import (
     IMPORTANCE_FILE,
@@ -63,7 +64,7 @@ from nas.train.losses import student_loss
 from nas.train.settings import DistillSettings
 from nas.train.targets import Targets
 
-SUPERNET_SCHEMA = 2
+SUPERNET_SCHEMA = 3
 RECORD_FILE = "supernet.json"
 WEIGHTS_FILE = "weights.safetensors"
 CHECKPOINT_FILE = "supernet.ckpt"
@@ -74,7 +75,8 @@ PLAN_PERIODS = 3  # turns of the sub-networks that are timed and forgotten; thei
 class TrainedSupernet:
     """`supernet.json`: trained shared weights; `key` is the content hash of everything that decides them.
 
-    `loss` is the mean over the sub-networks of the last step; `cpu_s` are processor seconds, planning included.
+    `loss` is the mean over the sub-networks of the last step; `cpu_s` are processor seconds, planning included;
+    `expected_ms` the expected latency of the random sub-networks at the end, where their distribution was learned.
     """
 
     schema: int
@@ -84,6 +86,7 @@ class TrainedSupernet:
     loss: float
     cpu_s: float
     weights_sha256: str
+    expected_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +110,34 @@ def train_supernet(
     workers: int = 1,
     progress: Callable[[SupernetStep], None] | None = None,
     processes: Processes | None = None,
+    latency: SpaceLatency | None = None,
 ) -> TrainedSupernet:
     """Trains the shared weights of a space, or gives the record of those that are there.
 
     Args:
-        space: sub-networks are drawn from it uniformly, gene by gene.
+        space: sub-networks are drawn from it gene by gene, uniformly or from a distribution that is learned.
         targets: cached teacher targets for each resolution of the space, the same images in the same order.
-        distill: the loss: temperature, alpha, label smoothing and exit weights.
+        distill: the loss: temperature, alpha, label smoothing, exit weights, DIST and self-distillation; feature
+            losses, curriculum and mining are for students of their own.
         settings: length and recipe.
         folder: run_dir/supernet; gets `weights.safetensors` and `supernet.json`, and a checkpoint on the way.
         workers: threads that share the sub-networks of a step; the weights are the same for any number of them.
         progress: called after every step; when it raises, the steps so far are kept and the error goes on.
         processes: those of torchrun that share the sub-networks of a step, all on one folder; None: this one alone.
+        latency: of the layers of the space, needed where `settings.latency_weight` is above 0.
 
     Raises:
+        ConfigError: `settings.latency_weight` without latencies.
         TrainingError: the loss is not finite or runs away.
         RunMismatchError: the folder holds the supernet of another space, teacher, data set or settings.
         StorageError: files that cannot be read or written.
     """
+    if settings.latency_weight and latency is None:
+        raise ConfigError(
+            "supernet.latency_weight: the latency of every layer of the space is needed. Use a smaller space, or let "
+            "the rows be interpolated (--set feedback.max_rows=N), or set it to 0"
+        )
+    sampled = latency if settings.latency_weight else None
     whole, space = space, space.unpruned
     key = content_hash(
         [
@@ -138,7 +151,9 @@ def train_supernet(
                 distill.exit_gradient,
                 distill.label_smoothing,
             ],
+            [distill.dist_inter, distill.dist_intra, distill.dist_temperature, distill.self_distillation],
             {str(side): t.key for side, t in targets.items()},
+            None if sampled is None else sampled.budget_ms,
         ]
     )
     if (folder / RECORD_FILE).exists():
@@ -152,7 +167,7 @@ def train_supernet(
         return done
     together = processes or Processes()
     with threads(1), ThreadPoolExecutor(workers, initializer=_start_thread) as pool:
-        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map, together)
+        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map, together, sampled)
         training.resume(folder / CHECKPOINT_FILE, key)
         training.run(folder / CHECKPOINT_FILE, key, progress)
     if together.writes:
@@ -172,6 +187,7 @@ def _write(training: _Training, folder: Path, key: str, space: SearchSpace) -> N
         training.loss,
         training.cpu_s,
         file_sha256(folder / WEIGHTS_FILE),
+        None if training.genes is None else training.genes.expected_ms(),
     )
     write_record(folder / RECORD_FILE, record)
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
@@ -223,8 +239,9 @@ class _Training:
         settings: SupernetSettings,
         run: Callable[..., Iterable[_Gradients]],
         processes: Processes,
+        latency: SpaceLatency | None,
     ) -> None:
-        self._map, self._processes = run, processes
+        self._map, self._processes, self._latency = run, processes, latency
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
         self.heads = exit_heads(space)
         self.extremes = (space.decode(space.largest()), space.decode(space.smallest()))
@@ -241,6 +258,9 @@ class _Training:
             self.net = Supernet.of(self.space).to(memory_format=torch.channels_last)
         groups = parameter_groups(self.net, self.settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
+        self.genes: GeneDistribution | None = None
+        if self._latency is not None:
+            self.genes = GeneDistribution(self.space, self._latency, self.settings.latency_weight)
 
     def resume(self, path: Path, key: str) -> None:
         """Goes on from a checkpoint, or plans the number of steps."""
@@ -252,6 +272,8 @@ class _Training:
         self.guard.first = content["first_loss"]
         self.net.load_state_dict(content["weights"])
         self.optimizer.load_state_dict(content["optimizer"])
+        if self.genes is not None:
+            self.genes.load(content["genes"])
 
     def _planned(self) -> int:
         """Steps that fit into the CPU seconds, from a few that are timed and then forgotten."""
@@ -294,6 +316,7 @@ class _Training:
             "first_loss": self.guard.first,
             "weights": dict(self.net.state_dict()),
             "optimizer": self.optimizer.state_dict(),
+            "genes": None if self.genes is None else self.genes.content(),
         }
         write_checkpoint(path, key, content)
 
@@ -308,14 +331,20 @@ class _Training:
         work = partial(self._gradients, variant=variant)
         shares = np.array_split(index, max(1, networks))
         parameters = list(self.net.parameters())
-        parts = self._parts(work, list(zip(self._subnets(step), shares, strict=False)), parameters)
+        drawn = self._subnets(step)
+        given_to = list(zip([candidate for candidate, _ in drawn], shares, strict=False))
+        parts = self._parts(work, given_to, parameters)
         for i, parameter in enumerate(parameters):  # always in the order of the sub-networks, so that sums are equal
             given = [g for part in parts if (g := part.gradients[i]) is not None]
-            parameter.grad = torch.stack(given).sum(0) if given else None
+            # In the layout of the weights: the fused optimizer walks over memory and mixes up elements otherwise.
+            parameter.grad = torch.empty_like(parameter).copy_(torch.stack(given).sum(0)) if given else None
         nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         self.optimizer.step()
         self.loss = statistics.fmean(part.loss for part in parts)
         self.guard.step(self.loss, step // self._per_epoch)
+        if self.genes is not None:
+            random = [(g, part.loss) for (_, g), part in zip(drawn, parts, strict=False) if g is not None]
+            self.genes.learn([g for g, _ in random], [loss for _, loss in random])
         here = threading.get_ident()
         return time.thread_time() - started + sum(part.cpu_s for part in parts if part.thread != here)
 
@@ -363,18 +392,23 @@ class _Training:
         images = normalised(t.images[variant][index], t.mean, t.std)
         return images, torch.from_numpy(t.logits[variant][index]), torch.from_numpy(t.labels[index])
 
-    def _subnets(self, step: int) -> list[Candidate]:
-        """The networks of a step, with all exits: the next ones in the order largest, random, smallest, random."""
+    def _subnets(self, step: int) -> list[tuple[Candidate, Genotype | None]]:
+        """The networks of a step, with all exits: the next ones in the order largest, random, smallest, random.
+
+        Random ones come with the genes as they were drawn.
+        """
         turn = 2 + self.settings.random_subnets
         rng = np.random.default_rng([self.settings.seed, step, 1])
-        result = []
+        result: list[tuple[Candidate, Genotype | None]] = []
         for number in range(self.settings.networks_per_step):
             place = (step * self.settings.networks_per_step + number) % turn
+            genes: Genotype | None = None
             if place in (0, turn // 2):
                 candidate = self.extremes[0 if place == 0 else 1]
             else:
-                candidate = self.space.decode(self.space.sample(rng))
-            result.append(replace(candidate, exits=all_exits(self.heads, rng)))
+                genes = self.space.sample(rng) if self.genes is None else self.genes.sample(rng)
+                candidate = self.space.decode(self.space.canonical(genes))
+            result.append((replace(candidate, exits=all_exits(self.heads, rng)), genes))
         return result
 
 

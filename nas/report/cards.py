@@ -164,7 +164,7 @@ def _facts(view: RunView, point: Point) -> list[tuple[str, str, str]]:
         accuracy_part, _, latency_part = compared.partition(" at ")
         facts.append(("Against the teacher", latency_part.replace("of its ", "") or "-", accuracy_part))
     facts += [
-        ("Precision", point.precision, ""),
+        ("Precision", point.precision, point.candidate.precision_text if point.precision == "mixed" else ""),
         ("Parameters", format_count(point.params), ""),
         ("MACs", format_count(point.macs), "all exits passed"),
     ]

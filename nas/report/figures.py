@@ -147,7 +147,7 @@ def _hover(point: Point) -> str:
         f"<b>{escape(name_of(point))}</b><br>{100 * point.top1:.1f} % ({point.split}, {point.accuracy.images} images)"
         f"<br>expected {format_ms(latency.expected_ms)}, worst {format_ms(latency.worst_ms)}"
         f"<br>{latency.provenance}, ± {format_spread(latency.expected_ms, latency.std_ms)} ms"
-        f"<br>{point.precision}, {exits} early exit{'' if exits == 1 else 's'}, {size}"
+        f"<br>{point.candidate.precision_text}, {exits} early exit{'' if exits == 1 else 's'}, {size}"
     )
 
 

@@ -42,6 +42,7 @@ from nas.latency.exits import ExitTarget
 from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
 from nas.measure.fill import pace_of
+from nas.recipe.architecture import SpaceLatency
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
@@ -72,6 +73,7 @@ from nas.search.progress import (
     kept_clock,
     stop_on_signals,
 )
+from nas.search.robustness import robustness_table
 from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
 from nas.search.seeds import resolve
 from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
@@ -415,6 +417,9 @@ def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
             Path(parts.plan.supernet),
             workers=worker_count(e),
             progress=lambda s: parts.reporter.progress("supernet", s.step, s.steps, "steps"),
+            latency=SpaceLatency.of(parts.space.unpruned, parts.predictor.row_ms, parts.budget.ms)
+            if e.supernet.latency_weight and parts.predictor.is_whole
+            else None,
         )
 
 
@@ -439,6 +444,11 @@ def _finish(
         _outcome(inputs, own, points, sources, teacher, ms, (*failed_candidates(records, own.folder.events()), *failed))
         for own, points, ms in zip(parts.each, found, teacher_ms, strict=True)
     ]
+    if e.finish.robustness:
+        outcomes = [
+            replace(outcome, robustness=robustness_table(own, outcome, e.finish.robustness))
+            for own, outcome in zip(parts.each, outcomes, strict=True)
+        ]
     if parts.others:
         outcomes[0] = replace(outcomes[0], common=_common_pick(inputs, parts, found))
     return outcomes, lessons.cpu_s + sum(s.cost_s for s in students)

@@ -53,12 +53,20 @@ from nas.recipe.pool import JobFailure
 from nas.recipe.records import FinishedStudent, read_logits, read_scored
 from nas.search.assistants import Lesson
 from nas.search.folder import MeasuredExit, TrialRecord
+from nas.search.precision import (
+    Mixes,
+    all_mixes,
+    deployments,
+    measure_mixes,
+    mixable,
+    scored_mixes,
+    solved_jobs,
+)
 from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
 from nas.search.select import front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
-from nas.space.space import SearchSpace
 from nas.train.settings import DistillSettings
 
 EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
@@ -196,6 +204,7 @@ def finish(
         TrainingError: all of them failed.
     """
     mixes = scored_mixes(parts.folder.trials())
+    tried = mixable(parts) if settings.precision_ladder else ()
     direct = Lesson(parts.plan.context, ())
     taught = [(candidate, (lessons or {}).get(candidate.arch_id, direct)) for candidate in finalists]
     jobs = [
@@ -211,6 +220,7 @@ def finish(
             parts.plan.dialect,
             settings.qat,
             settings.prune_importance if settings.prune else None,
+            sensitivity=tried if len(tried) > 1 else (),
             before=lesson.steps,
             calibrate_confidence=settings.calibrate_confidence,
         )
@@ -223,6 +233,13 @@ def finish(
         epochs = distill.epochs if settings.prune_mode == "joint" else settings.prune_epochs
         pruned, lost = _finish_all(parts, pruned_jobs(parts, done, settings), "pruning", epochs)
         done, failed = [*done, *pruned], [*failed, *lost]
+    if len(tried) > 1:
+        measure_mixes(parts, [student.candidate for _, student in done])
+        again, lost = _finish_all(parts, solved_jobs(parts, done, settings), "solved precisions", settings.qat.epochs)
+        latest = {student.candidate.arch_id: student for _, student in again}
+        broken = {failure.id for failure in lost}
+        done = [(j, latest.get(s.candidate.arch_id, s)) for j, s in done if j.candidate.id not in broken]
+        failed = [*failed, *lost]
     return [student for _, student in done], failed
 
 
@@ -241,25 +258,6 @@ def _finish_all(
             done.append((result.job, result.value))
         parts.reporter.progress(stage, len(done) + len(failed), len(jobs), f"{epochs} epochs each")
     return done, failed
-
-
-Mixes = Mapping[str, Sequence[tuple[Precision, ...]]]
-
-
-def scored_mixes(records: Sequence[TrialRecord]) -> Mixes:
-    """Precisions, layer by layer, in which each architecture was scored to the end; from all trials, read once."""
-    found: dict[str, list[tuple[Precision, ...]]] = {}
-    for record in records:
-        if record.state == "complete":
-            found.setdefault(record.candidate.arch_id, []).append(record.candidate.precisions)
-    return found
-
-
-def deployments(space: SearchSpace, architecture: Candidate, mixes: Mixes) -> list[tuple[Precision, ...]]:
-    """Precisions in which a finished student is tried: each one throughout, and the mixes that the search scored."""
-    layers = len(architecture.stages) + 2
-    uniform: list[tuple[Precision, ...]] = [(p,) * layers for p in space.precisions]
-    return list(dict.fromkeys([*uniform, *mixes.get(architecture.arch_id, ())]))
 
 
 def variants(
@@ -293,7 +291,7 @@ def variants(
         kept = [loss <= int8_loss for loss in lost]
         if not kept[-1]:
             reason = (
-                f"{candidate.precision_label} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
+                f"{candidate.precision_text} loses {100 * lost[-1]:.1f} points on {len(labels)} validation images "
                 f"(limit {100 * int8_loss:.1f})"
             )
             refused.append(FailedCandidate(candidate.id, "quantization", reason))
@@ -365,7 +363,7 @@ def build_points(
     """
     everything: list[Variant] = []
     refused: list[FailedCandidate] = []
-    mixes = scored_mixes(parts.folder.trials())
+    mixes = all_mixes(parts, students, settings)
     for student in students:
         found, bad = variants(parts, student, settings.int8_loss, mixes)
         everything += found

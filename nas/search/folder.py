@@ -420,7 +420,7 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 # What a score means. Of these, a changed space spoils only scores from weights that the space shares.
 SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
 FINISHED_FILES = (
-    *("finished.json", "final-*", "quant.json", "weights.safetensors", "finish.ckpt"),
+    *("finished.json", "final-*", "quant.json", "sensitivity.json", "weights.safetensors", "finish.ckpt"),
     *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt", "confidence-*.json"),
     *("importance-*", "parent-*", "prune-*.ckpt"),
 )

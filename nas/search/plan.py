@@ -17,6 +17,7 @@ import numpy as np
 from nas.core.errors import RunMismatchError
 from nas.core.jsonio import parse_json, read_text
 from nas.core.walk import expand, total_macs
+from nas.data.corruptions import CORRUPTIONS
 from nas.devices.base import Device
 from nas.latency.interpolate import spread_rows
 from nas.latency.table import LatencyTable
@@ -277,6 +278,10 @@ def phases_of(inputs: Inputs, work: Sequence[DeviceWork], scored: int) -> tuple[
     what = f"{e.finish.students} students, {e.distill.epochs} epochs each"
     what += f", up to {qat_epochs} more in int8" if qat_epochs else ""
     phases.append(Phase("finalists", what, about_s))
+    if e.finish.robustness:
+        each = len(CORRUPTIONS) * len(e.finish.robustness) * len(dataset.test) * macs / STUDENT_ANSWERS
+        what = f"{e.finish.students} students on test images with {len(CORRUPTIONS)} corruptions"
+        phases.append(Phase("robustness", what, e.finish.students * each))
     return tuple(phases)
 
 

@@ -108,6 +108,11 @@ class Predictor:
         return self._max_rows is not None and row_count(self.space) > self._max_rows
 
     @property
+    def fitted(self) -> Fitted | None:
+        """The correction ready for use, None where no network was measured."""
+        return self._fitted
+
+    @property
     def correction(self) -> Correction | None:
         """What the measured networks taught, None where there are none."""
         return None if self._fitted is None else self._fitted.correction

@@ -34,6 +34,7 @@ from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.shared_jobs import version_of
 from nas.space.space import SearchSpace, load_space
 from nas.train.contributors import prepare_targets, read_files
+from nas.train.features import check_teacher_features
 from nas.train.settings import TeacherSettings
 from nas.train.targets import Targets
 from nas.train.teacher import Teacher
@@ -96,6 +97,7 @@ def load_inputs(
             raise ConfigError(
                 f"teacher.weights: {given} is not a file. Give that of the teacher: --set teacher.weights=FILE"
             )
+    check_teacher_features(experiment.teacher, experiment.distill)
     draft = load_space(Path(experiment.space), 2)
     datasets: list[Dataset] = []
 
@@ -217,11 +219,14 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"
         + (f", a ladder of {s.ladder}" if s.ladder else "")
         + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else "")
+        + (f", {s.precision_seeds} architectures in solved precisions" if s.precision_seeds else "")
         + (", energy as an objective" if s.energy else ""),
         "feedback": f"{e.feedback.first_networks} networks first, {e.feedback.networks_per_round} per round"
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
-        "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}",
+        "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}"
+        + (f", {finish.precision_ladder} solved precisions" if finish.precision_ladder else ""),
+        **({"robustness": f"at severities {list(finish.robustness)}"} if finish.robustness else {}),
         **({"pruning": _pruning(finish)} if finish.prune else {}),
         "calibration": f"{finish.calibration_images} images"
         + (f", QAT of {finish.qat.epochs} epochs {content_hash(finish.qat)}" if finish.qat.epochs else ""),
@@ -288,6 +293,7 @@ def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> t
         e.distill.variants,
         cache,
         seed=e.data.seed,
+        distill=e.distill,
         training=lambda done, total: reporter.progress("teacher", done, total, "epochs"),
         answering=lambda done, total: reporter.progress("teacher's answers", done, total, "augmented copies"),
     )

@@ -29,6 +29,7 @@ from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord, latest
 from nas.search.greybox_sampler import is_ordered
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
+from nas.search.precision import mixable, precision_seeds
 from nas.search.predictor import AnyBudget, BudgetFilter, Predictor
 from nas.search.progress import StopFlag, StoppableReporter
 from nas.search.scoring import Earlier, Result, ScoreFailure, ScoringPlan, score_batch
@@ -154,6 +155,11 @@ def _tell_unused(parts: SearchParts, sampler: str, is_latency_known: bool) -> No
         parts.reporter.warn(
             "search.ladder: not used, because rows of this space are measured only as candidates need them. Measure "
             "some and interpolate the others: --set feedback.max_rows=600"
+        )
+    if parts.search.precision_seeds and (parts.space.precision.per != "stage" or len(mixable(parts)) < 2):
+        parts.reporter.warn(
+            "search.precision_seeds: not used, because the space has no precision to choose for each stage. Write in "
+            "its file: precision: {choices: [fp32, int8], per: stage}"
         )
     if parts.search.predictor_candidates and sampler != "greybox":
         parts.reporter.warn(
@@ -379,8 +385,8 @@ def _proposed(
 ) -> tuple[Batch | None, dict[int, int]]:
     """A batch of new candidates, and the sampler's number of each trial that it proposed.
 
-    The user's own candidates come first, then the ends of the space, and in the second batch those of the ladder.
-    None when there is no new candidate inside the budget.
+    The user's own candidates come first, then the ends of the space, and in the second batch those of the ladder and
+    mixes of precisions. None when there is no new candidate inside the budget.
     """
     first = len(records)
     asked: dict[int, int] = {}
@@ -397,9 +403,13 @@ def _proposed(
         proposers += ["first"] * len(new)
         genotypes += new
         proposer.mark(new)
-    elif begun == 1 and parts.search.ladder:
+    elif begun == 1:
         new = _ladder(parts, proposer, records, min(parts.search.ladder, wanted - len(genotypes)))
         proposers += ["additive"] * len(new)
+        genotypes += new
+        proposer.mark(new)
+        new = _precision_seeds(parts, proposer, records, min(parts.search.precision_seeds, wanted - len(genotypes)))
+        proposers += ["precision"] * len(new)
         genotypes += new
         proposer.mark(new)
     while len(genotypes) < wanted:
@@ -473,6 +483,18 @@ def _ladder(parts: SearchParts, proposer: Proposer, records: Sequence[TrialRecor
     if not new:
         return []
     return [new[i] for i in rungs(parts.predictor.known_worst(np.array(new))[0], parts.budget.ms, count)]
+
+
+def _precision_seeds(
+    parts: SearchParts, proposer: Proposer, records: Sequence[TrialRecord], count: int
+) -> list[Genotype]:
+    """New mixes of precisions for scored architectures that keep the budget; see `nas.search.precision`."""
+    if count < 1:
+        return []
+    complete = [r for r in records if r.state == "complete"]
+    ms = [latency_of(now, parts.budget.of) for now in current_figures(parts, complete)]
+    found = precision_seeds(parts, complete, ms, parts.search.precision_seeds)
+    return [g for g in found if _enters(parts, proposer, g)][:count]
 
 
 def check_budget(predictor: Predictor, budget: BudgetSettings, seed: int, device: str = "") -> None:

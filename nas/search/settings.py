@@ -121,7 +121,10 @@ class SearchSettings:
     {NAME: VALUE, ...}, of which those that are not given are of the network in `like` or the smallest one.
     `ladder`: candidates that are solved for exactly, after the first batch, from the latency table and a score of each
     choice, for as many latencies up to the budget; 0: none. `predictor_candidates`: random candidates that the grey-box
-    sampler looks at for each batch beside its own local search, once two batches are scored; 0: none. `energy`: the
+    sampler looks at for each batch beside its own local search, once two batches are scored; 0: none.
+    `precision_seeds`: candidates of the second batch that are architectures of the front of the first one in other
+    mixes of precisions, solved for exactly from the table and from what each part loses in each precision; only in a
+    space with a precision for each stage; 0: none. `energy`: the
     energy of an inference is a further objective, on a first device that has power sensors.
     """
 
@@ -135,13 +138,14 @@ class SearchSettings:
     enqueue: tuple[EnqueueEntry, ...] = ()
     ladder: int = 0
     predictor_candidates: int = 0
+    precision_seeds: int = 0
     energy: bool = False
 
     def __post_init__(self) -> None:
         for name in ("trials", "rounds", "batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"search.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("workers", "ladder", "predictor_candidates"):
+        for name in ("workers", "ladder", "predictor_candidates", "precision_seeds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"search.{name} must not be negative, got {getattr(self, name)}")
         if len(self.enqueue) > self.trials:
@@ -197,7 +201,11 @@ class FinishSettings:
     the validation split (Guo et al. 2017, arXiv 1706.04599); it is inside the weights and costs nothing.
     `stream_images`: test images that pass each student with exits on the front one by one on the device, to check its
     expected latency; 0: none.
-
+    `precision_ladder`: mixes of precisions, one for the stem, each stage and the head, that each finalist is tried in
+    beside every precision throughout and the mixes that the search scored: solved for exactly from the table and from
+    what each part loses in each precision, also where the space has one precision for the whole network; 0: none.
+    `robustness`: severities (1 to 5), such as [1, 3, 5], at which the finished students are judged on test images that
+    are corrupted by noise, blur, exposure, dark corners and JPEG, for a table in the report; none by default.
     `qat_epochs`: epochs of quantization-aware training of each precision with int8 that needs it; what it gives is kept
     only where it is better on validation; 0: none. `qat_lr`: its highest learning rate as a share of `distill.lr`.
     `qat_least_loss`: loss of calibration alone (ratio, on validation, at one of the exits) from which on it is done;
@@ -219,6 +227,7 @@ class FinishSettings:
     exit_targets: tuple[str, ...] = ()
     calibrate_confidence: bool = True
     stream_images: int = 1000
+    precision_ladder: int = 3
     qat_epochs: int = 2
     qat_lr: float = 0.1
     qat_least_loss: float = 0.005
@@ -228,6 +237,7 @@ class FinishSettings:
     prune_epochs: int = 8
     prune_lr: float = 0.5
     prune_rows: int = 8
+    robustness: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for text in self.exit_targets:
@@ -238,9 +248,14 @@ class FinishSettings:
             raise ConfigError(f"finish.students must be at least 1, got {self.students}")
         if self.calibration_images < 1:
             raise ConfigError(f"finish.calibration_images must be at least 1, got {self.calibration_images}")
+        if self.precision_ladder < 0:
+            raise ConfigError(f"finish.precision_ladder must not be negative, got {self.precision_ladder}")
         for name in ("exit_loss", "int8_loss"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"finish.{name} must be a ratio from 0 to 1, got {getattr(self, name)}")
+        severities = list(self.robustness)
+        if not set(severities) <= set(range(1, 6)) or severities != sorted(set(severities)):
+            raise ConfigError(f"finish.robustness: rising severities from 1 to 5 are needed, got {severities}")
         _ = self.qat  # its own checks
         _ = self.pruning
         for share in self.prune:

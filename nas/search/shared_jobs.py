@@ -24,6 +24,7 @@ from nas.recipe.finish import RECORD_FILE, FinishJob, precision_name
 from nas.recipe.pruning import IMPORTANCE_FILE, importance_file
 from nas.recipe.records import FinishedStudent, ScoredStudent, read_scored
 from nas.recipe.score import ScoreJob, student_folder
+from nas.recipe.sensitivity import SENSITIVITY_FILE
 from nas.recipe.supernet import RECORD_FILE as SUPERNET_RECORD
 from nas.recipe.supernet import WEIGHTS_FILE as SUPERNET_WEIGHTS
 from nas.search.artifacts import Artifacts, FileRef
@@ -143,6 +144,7 @@ def known_result(job: Job) -> Result | None:
         known = read_scored(folder, job.name)
         return None if known is None else replace(known, cost_s=0.0)
     names = [f"final-{split}-{precision_name(p)}.json" for p in job.precisions for split in ("val", "test")]
+    names += [SENSITIVITY_FILE] * bool(job.sensitivity)
     if job.importance is not None:
         names.append(importance_file(job.importance))
     if not all((folder / name).exists() for name in (RECORD_FILE, *names)):

@@ -42,6 +42,11 @@ def train(experiment: Path, sets: list[str]) -> None:
         e = load_experiment(experiment, sets)
         if e.search.scorer != "supernet":
             raise ConfigError(f"{experiment}: search.scorer is {e.search.scorer!r}; shared weights are for 'supernet'")
+        if e.supernet.latency_weight:
+            raise ConfigError(
+                f"{experiment}: supernet.latency_weight needs the latency table, which only a search has. Run: nas "
+                "search, or set it to 0"
+            )
         reporter = _Lines()
         inputs = load_inputs(e, reporter)
         folder = RunFolder(e.run_dir)

@@ -25,6 +25,7 @@ from nas.core.run import (
     PackageView,
     PipelineTimes,
     Point,
+    RobustnessRow,
     RoundSummary,
     RunView,
     TableChange,
@@ -79,6 +80,7 @@ class Outcome:
     changes: tuple[TableChange, ...] = ()
     also: tuple[BudgetPick, ...] = ()
     common: CommonPick | None = None
+    robustness: tuple[RobustnessRow, ...] = ()
 
 
 def load_view(run_dir: Path, on: str = "") -> RunView:
@@ -153,6 +155,7 @@ def load_view(run_dir: Path, on: str = "") -> RunView:
         cpu_s=outcome.cpu_s,
         provenance=outcome.provenance,
         changes=outcome.changes,
+        robustness=outcome.robustness,
         commands=(f"nas pareto {named}", f"nas export {named} --best-under {budget.ms:g}ms"),
         common=load_outcome(run_dir).common if folder.device else outcome.common,
     )

@@ -259,12 +259,13 @@ def build_canoniser(layout: Layout, max_exits: int) -> Canoniser:
     pruned = []
     input_width = layout.stem_channels
     for stage in layout.stages:
-        for site, kinds in (
-            (stage.use_se, KINDS_WITH_SE),
-            *((block.expansion, KINDS_WITH_EXPANSION) for block in stage.blocks),
-        ):
-            if site.gene is not None and stage.kind.gene is not None:
-                kind_rules.append((site.gene, stage.kind.gene, [int(kind in kinds) for kind in stage.kind.choices]))
+        if stage.kind.gene is not None:
+            for gene, kinds in (
+                (stage.use_se.gene, KINDS_WITH_SE),
+                *((block.expansion.gene, KINDS_WITH_EXPANSION) for block in stage.blocks),
+            ):
+                if gene is not None:
+                    kind_rules.append((gene, stage.kind.gene, [int(kind in kinds) for kind in stage.kind.choices]))
         if stage.prune.choices != (0.0,):
             pruned.append(_pruned_stage(stage, input_width))
         for b, block in enumerate(stage.blocks):

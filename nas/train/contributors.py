@@ -20,7 +20,8 @@ from scipy.special import log_softmax, logsumexp
 from nas.core.jsonio import content_hash, read_record, write_record
 from nas.data import Dataset
 from nas.train.evaluate import top1
-from nas.train.settings import TeacherSettings
+from nas.train.features import wanted_features
+from nas.train.settings import DistillSettings, TeacherSettings
 from nas.train.soft_labels import SoftLabels, read_soft_labels
 from nas.train.targets import Targets, make_targets, with_logits
 from nas.train.teacher import LEAST_PROBABILITY, Teacher, prepare_teacher
@@ -61,6 +62,7 @@ def prepare_targets(
     cache_dir: Path,
     *,
     seed: int = 0,
+    distill: DistillSettings | None = None,
     training: Callable[[int, int], None] | None = None,
     answering: Callable[[int, int], None] | None = None,
 ) -> Taught:
@@ -72,6 +74,7 @@ def prepare_targets(
         variants: augmented copies of the training images.
         cache_dir: each network and its answers are kept apart, so a run with one contributor less finds the others.
         seed: of the augmentation.
+        distill: its losses may need features of the teacher, which one network alone can give.
         training: called with (epochs done, epochs) of all networks.
         answering: called with (copies done, copies) of all networks.
 
@@ -85,9 +88,16 @@ def prepare_targets(
     for i, network in enumerate(networks):
         told = _part(training, sum(epochs[:i]), sum(epochs))
         teachers.append(prepare_teacher(dataset, network.settings, cache_dir, told))
+    features = () if distill is None or len(teachers) > 1 else wanted_features(teachers[0], distill)
     each = [
         make_targets(
-            t, dataset, variants, cache_dir, _part(answering, i * variants, len(teachers) * variants), seed=seed
+            t,
+            dataset,
+            variants,
+            cache_dir,
+            _part(answering, i * variants, len(teachers) * variants),
+            seed=seed,
+            features=features,
         )
         for i, t in enumerate(teachers)
     ]

@@ -51,8 +51,12 @@ def batches(count: int, size: int, rng: np.random.Generator) -> Iterator[np.ndar
     """
     if count < 2:
         raise DataError(f"training needs at least 2 images, got {count}")
-    order = rng.permutation(count)
-    for start in range(0, count, size):
+    yield from cut(rng.permutation(count), size)
+
+
+def cut(order: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """An order of image numbers cut into batches, a last batch of a single image left out."""
+    for start in range(0, len(order), size):
         part = order[start : start + size]
         if len(part) > 1:
             yield part

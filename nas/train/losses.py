@@ -1,12 +1,13 @@
 """Losses of distillation: plain functions of tensors, put together by `student_loss`.
 
-A further term (feature hints, attention transfer) is another function here and another addend in `student_loss`.
-Letters: B batch, K classes, E exits with the head.
+A further term is another function here and another addend in `student_loss`.
+Letters: B batch, K classes, E exits with the head, C channels, H W pixels of a feature map.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,86 @@ def hinton_kd(
         alpha: share of the teacher, 0-1.
         label_smoothing: of the label part.
     """
-    soft = F.kl_div(
+    loss = alpha * temperature**2 * soft_kl(student_logits, teacher_logits, temperature)
+    if alpha < 1:
+        loss = loss + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+    return loss
+
+
+def soft_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(teacher / T || student / T) of logits [B, K], mean over the batch."""
+    return F.kl_div(
         F.log_softmax(student_logits / temperature, dim=1),
         F.log_softmax(teacher_logits / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )
-    loss = alpha * temperature**2 * soft
-    if alpha < 1:
-        loss = loss + (1 - alpha) * F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-    return loss
+
+
+def dist_relations(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """What is left of a perfect Pearson correlation between student and teacher: inter-class and intra-class loss.
+
+    Inter: of the K probabilities of each image; intra: of the B probabilities of each class. A student may so differ in
+    scale and shift from the teacher. Source: Huang et al. 2022, "Knowledge Distillation from A Stronger Teacher",
+    arXiv 2205.10536, eq. 8-10, with the factor T^2 of the authors' code.
+
+    Args:
+        student_logits: [B, K].
+        teacher_logits: [B, K].
+        temperature: T of the softmax of both.
+    """
+    p, q = F.softmax(student_logits / temperature, dim=1), F.softmax(teacher_logits / temperature, dim=1)
+    scale = temperature**2
+    return scale * (1 - _pearson(p, q, 1).mean()), scale * (1 - _pearson(p, q, 0).mean())
+
+
+def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    return F.cosine_similarity(a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True), dim=dim)
+
+
+def hint_loss(adapted: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of an adapted student map [B, C, H, W] to the teacher's, as a share of the teacher's square.
+
+    The larger map is averaged to the side of the smaller. Source: Romero et al. 2015, FitNets, arXiv 1412.6550, eq. 3.
+    Differs: relative to the teacher's mean square, so that one weight suits all layers and teachers; the 1x1 regressor
+    is trained along with everything else instead of in a stage of its own.
+    """
+    adapted, teacher = _to_smaller(adapted, teacher)
+    return (adapted - teacher).square().mean() / teacher.square().mean().clamp_min(1e-6)
+
+
+def attention_map(features: Tensor) -> Tensor:
+    """Where a map [B, C, H, W] is active: mean square over its channels, [B, 1, H, W]."""
+    return features.square().mean(1, keepdim=True)
+
+
+def attention_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance between two attention maps [B, 1, H, W] of unit length each, mean over the batch.
+
+    The larger map is averaged to the side of the smaller. Source: Zagoruyko and Komodakis 2017, arXiv 1612.03928, eq. 2
+    with sums of squares (activation-based).
+    """
+    student, teacher = _to_smaller(student, teacher)
+    distance = F.normalize(student.flatten(1)) - F.normalize(teacher.flatten(1))
+    return distance.square().sum(1).mean()
+
+
+def _to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    side = min(a.shape[-1], b.shape[-1])
+    return F.adaptive_avg_pool2d(a, side), F.adaptive_avg_pool2d(b, side)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FeaturePairs:
+    """Maps of student and teacher of one step, in pairs.
+
+    Fields:
+        hints: adapted student map and teacher map, [B, C, H, W] each.
+        attention: attention maps of student and teacher, [B, 1, H, W] each.
+    """
+
+    hints: tuple[tuple[Tensor, Tensor], ...] = ()
+    attention: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def attention_map_kd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -95,7 +166,11 @@ def branch_loss(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def student_loss(
-    outputs: Sequence[Tensor], teacher_logits: Tensor, labels: Tensor, settings: DistillSettings
+    outputs: Sequence[Tensor],
+    teacher_logits: Tensor,
+    labels: Tensor,
+    settings: DistillSettings,
+    features: FeaturePairs | None = None,
 ) -> Tensor:
     """The whole loss of one step.
 
@@ -103,10 +178,27 @@ def student_loss(
         outputs: logits [B, K] of each exit, head last.
         teacher_logits: [B, K], the same teacher for all exits.
         labels: [B].
-        settings: temperature, alpha, label smoothing and exit weights are read.
+        settings: temperature, alpha, label smoothing, and the weights of exits and of all further terms.
+        features: maps for hints and attention transfer, where these are on.
     """
-    losses = [
-        hinton_kd(z, teacher_logits, labels, settings.temperature, settings.alpha, settings.label_smoothing)
-        for z in outputs
-    ]
-    return branch_loss(losses, branch_weights(settings.exit_weights, len(outputs)))
+    head = outputs[-1].detach()
+    losses = []
+    for place, z in enumerate(outputs):
+        loss = hinton_kd(z, teacher_logits, labels, settings.temperature, settings.alpha, settings.label_smoothing)
+        if settings.dist_inter or settings.dist_intra:
+            inter, intra = dist_relations(z, teacher_logits, settings.dist_temperature)
+            loss = loss + settings.dist_inter * inter + settings.dist_intra * intra
+        if settings.self_distillation and place + 1 < len(outputs):
+            # Zhang et al. 2019, arXiv 1905.08094, eq. 7, second term; differs: T^2, and no feature term.
+            own = settings.self_distillation * settings.temperature**2
+            loss = loss + own * soft_kl(z, head, settings.temperature)
+        losses.append(loss)
+    total = branch_loss(losses, branch_weights(settings.exit_weights, len(outputs)))
+    if features is not None:
+        for weight, term, pairs in (
+            (settings.hints, hint_loss, features.hints),
+            (settings.attention, attention_loss, features.attention),
+        ):
+            if pairs:
+                total = total + weight * torch.stack([term(s, t) for s, t in pairs]).mean()
+    return total

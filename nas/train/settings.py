@@ -207,6 +207,24 @@ class DistillSettings:
         ema: decay per step of the moving average of the weights that is kept instead of the last; 0: the last.
         variants: augmented copies of the training images with cached teacher logits, used in turn.
         recalibration_images: training images from which batch norm is estimated when training stops.
+        hints: weight of feature hints (Romero et al. 2015): maps of the student, through learned 1x1 adapters that are
+            never exported, shall equal those of the teacher; 0: off. Students of their own only, not the supernet.
+        attention: weight of attention transfer (Zagoruyko and Komodakis 2017): the student shall be active where the
+            teacher is; 0: off. Students of their own only.
+        teacher_layers: layers of the teacher for these two, first to last, by their names in torch, such as ["layer2",
+            "layer4"]; the last is compared with the student's last stage, the others evenly before. Empty: the end of
+            every stage of the resnet; a torchvision teacher needs names.
+        dist_inter: weight of the relations of DIST (Huang et al. 2022) between the classes of an image; the paper has 2
+            for this and the next with `alpha` 0; 0: off.
+        dist_intra: weight of its relations between the images of a class; 0: off.
+        dist_temperature: T of the softmax of these relations.
+        self_distillation: weight of what the early exits learn from the student's own head (Zhang et al. 2019) beside
+            the teacher; 0: off.
+        curriculum: share of the epochs over which training images are admitted, easy ones first; 0: all from the start.
+            Easy is what the teacher is sure of. Every epoch has the same number of steps.
+        curriculum_start: share of each class's images with which a curriculum starts.
+        mining: share of an epoch's images that is drawn by how far the student is from a teacher who is sure and right;
+            0: every image once.
         assistants: networks of middle size between the teacher and finalists that are much smaller (Mirzadeh et al.
             2020): each learns from the one before and teaches the next. A number of them, or `auto`: one where the
             teacher is at least 20 times as large.
@@ -226,6 +244,16 @@ class DistillSettings:
     ema: float = 0.0
     variants: int = 6
     recalibration_images: int = 1024
+    hints: float = 0.0
+    attention: float = 0.0
+    teacher_layers: tuple[str, ...] = ()
+    dist_inter: float = 0.0
+    dist_intra: float = 0.0
+    dist_temperature: float = 1.0
+    self_distillation: float = 0.0
+    curriculum: float = 0.0
+    curriculum_start: float = 0.3
+    mining: float = 0.0
     assistants: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
@@ -233,14 +261,14 @@ class DistillSettings:
         _at_least(where, 1, epochs=self.epochs, variants=self.variants)
         _at_least(where, 2, batch_size=self.batch_size, recalibration_images=self.recalibration_images)
         _above_zero(where, lr=self.lr, temperature=self.temperature, clip_norm=self.clip_norm)
-        _share(
-            where,
-            warmup=self.warmup,
-            alpha=self.alpha,
-            label_smoothing=self.label_smoothing,
-            exit_gradient=self.exit_gradient,
-            upper=1.0,
-        )
+        _above_zero(where, dist_temperature=self.dist_temperature, curriculum_start=self.curriculum_start)
+        _share(where, warmup=self.warmup, alpha=self.alpha, label_smoothing=self.label_smoothing, upper=1.0)
+        _share(where, exit_gradient=self.exit_gradient, upper=1.0)
+        _share(where, curriculum=self.curriculum, curriculum_start=self.curriculum_start, mining=self.mining, upper=1.0)
+        _not_negative(where, hints=self.hints, attention=self.attention, self_distillation=self.self_distillation)
+        _not_negative(where, dist_inter=self.dist_inter, dist_intra=self.dist_intra)
+        if len(set(self.teacher_layers)) != len(self.teacher_layers):
+            raise ConfigError(f"{where}.teacher_layers: each layer once, got {list(self.teacher_layers)}")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"{where}.ema: must be 0 or more and below 1, got {self.ema}")
         if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
@@ -251,6 +279,11 @@ class DistillSettings:
             )
         if any(not (math.isfinite(w) and w >= 0) for w in self.exit_weights):
             raise ConfigError(f"{where}.exit_weights: must be 0 or more, got {list(self.exit_weights)}")
+
+    @property
+    def feature_losses(self) -> tuple[str, ...]:
+        """Names of the losses that are on and need features of the teacher: `hints`, `attention`."""
+        return tuple(name for name, weight in (("hints", self.hints), ("attention", self.attention)) if weight)
 
 
 def _at_least(where: str, least: int, **values: int) -> None:
@@ -263,6 +296,12 @@ def _above_zero(where: str, **values: float) -> None:
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{where}.{name}: must be above 0, got {value}")
+
+
+def _not_negative(where: str, **values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{where}.{name}: must be 0 or more, got {value}")
 
 
 def _share(where: str, upper: float = 0.999, **values: float) -> None:

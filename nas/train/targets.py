@@ -3,7 +3,8 @@
 Source of the idea: Shen & Xing 2021, "Fast Knowledge Distillation", arXiv 2112.01528; differs: whole augmented copies
 of the training set instead of crops, and full logits instead of compressed ones (they are small beside the images).
 
-On disk: `images.npy` uint8 [V, N, H, W, 3], `logits.npy` float32 [V, N, K], `labels.npy` int64 [N], `targets.json`.
+On disk: `images.npy` uint8 [V, N, H, W, 3], `logits.npy` float32 [V, N, K], `labels.npy` int64 [N], `targets.json`, and
+where a loss needs them `feature-<number>.npy` float16 [V, N, C, H, W], one for each of the record's `features`.
 The files are mapped read-only, so worker processes share their pages.
 """
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ from filelock import FileLock
 from nas.core.errors import StorageError, TrainingError
 from nas.core.jsonio import content_hash, read_record, write_record
 from nas.data import Dataset, augmented
+from nas.train.features import layer_of, reduced
 from nas.train.teacher import Teacher
 
 TARGETS_VERSION = 1
 PREDICT_BATCH = 500
+FEATURE_BATCH = 64  # feature maps of a large teacher are megabytes an image
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class TargetsInfo:
     std: tuple[float, float, float]
     teacher: str
     dataset: str
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +59,8 @@ class Targets:
         labels: int64 [N].
         mean, std: of the data set, per channel, on the scale 0-1.
         folder: where the files are; `Targets.open(folder)` gives them to another process.
+        features: what is kept of the teacher's maps, by name, float16 [V, N, C, H, W], mapped from disk; empty where no
+            loss needs them.
     """
 
     key: str
@@ -64,6 +70,7 @@ class Targets:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     folder: Path
+    features: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def variants(self) -> int:
@@ -81,6 +88,10 @@ class Targets:
             images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
             logits = np.load(folder / "logits.npy", mmap_mode="r", allow_pickle=False)
             labels = np.load(folder / "labels.npy", allow_pickle=False)
+            features = {
+                name: np.load(folder / file, mmap_mode="r", allow_pickle=False)
+                for name, file in zip(info.features, feature_files(info), strict=True)
+            }
         except (OSError, ValueError, EOFError, StorageError) as e:
             raise StorageError(
                 f"{folder}: cached targets cannot be read: {e}. Delete the folder to compute them again"
@@ -91,17 +102,24 @@ class Targets:
             (info.variants, info.images, info.classes),
             (info.images,),
         )
-        if (images.shape, logits.shape, labels.shape) != shapes or info.version != TARGETS_VERSION:
+        whole = all(f.shape[:2] == shapes[1][:2] and f.ndim == 5 for f in features.values())
+        if (images.shape, logits.shape, labels.shape) != shapes or info.version != TARGETS_VERSION or not whole:
             raise StorageError(
                 f"{folder}: cached targets do not fit their description. Delete the folder to compute them again"
             )
-        return Targets(info.key, images, logits, labels, info.mean, info.std, folder)
+        return Targets(info.key, images, logits, labels, info.mean, info.std, folder, features)
 
 
-def targets_key(teacher: Teacher, dataset: Dataset, variants: int, seed: int) -> str:
+def feature_files(info: TargetsInfo) -> tuple[str, ...]:
+    """File names of the cached features, in the order of their names."""
+    return tuple(f"feature-{number}.npy" for number in range(len(info.features)))
+
+
+def targets_key(teacher: Teacher, dataset: Dataset, variants: int, seed: int, features: tuple[str, ...] = ()) -> str:
     """Content hash of everything that decides the cached arrays."""
     return content_hash(
         {
+            **({"features": features} if features else {}),
             "version": TARGETS_VERSION,
             "dataset": dataset.sha256,
             "augment": dataset.augment,
@@ -121,6 +139,7 @@ def make_targets(
     progress: Callable[[int, int], None] | None = None,
     *,
     seed: int = 0,
+    features: tuple[str, ...] = (),
 ) -> Targets:
     """Variants of the training images with the teacher's logits, from the cache where they are.
 
@@ -131,11 +150,13 @@ def make_targets(
         cache_dir: the arrays are kept in `targets/<key>` below it.
         progress: called with (variants done, variants).
         seed: of the augmentation; variant v depends on (seed, v) only.
+        features: of `wanted_features`.
 
     Raises:
+        ConfigError: a layer that the teacher does not have.
         StorageError: the cache cannot be read or written.
     """
-    key = targets_key(teacher, dataset, variants, seed)
+    key = targets_key(teacher, dataset, variants, seed, features)
     home = cache_dir / "targets"
     folder = home / key
     try:
@@ -147,7 +168,7 @@ def make_targets(
     with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the files
         if not (folder / "targets.json").exists():
             _sweep(home, key)
-            _compute(teacher, dataset, variants, seed, key, folder, progress)
+            _compute(teacher, dataset, variants, seed, key, folder, features, progress)
     if progress is not None:
         progress(variants, variants)
     return Targets.open(folder)
@@ -155,6 +176,8 @@ def make_targets(
 
 def with_logits(base: Targets, logits: Callable[[], np.ndarray], teacher: str) -> Targets:
     """The same images and labels with the answers of another teacher, beside `base`; from the cache where they are.
+
+    Features stay those of `base`.
 
     Args:
         base: from `make_targets`; its images take no space a second time where the file system links files.
@@ -176,10 +199,10 @@ def with_logits(base: Targets, logits: Callable[[], np.ndarray], teacher: str) -
                 )
             try:
                 temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}.tmp-"))
-                for name in ("images.npy", "labels.npy"):
+                info = read_record(TargetsInfo, base.folder / "targets.json")
+                for name in ("images.npy", "labels.npy", *feature_files(info)):
                     _link(base.folder / name, temporary / name)
                 np.save(temporary / "logits.npy", found.astype(np.float32), allow_pickle=False)
-                info = read_record(TargetsInfo, base.folder / "targets.json")
                 write_record(temporary / "targets.json", replace(info, key=key, teacher=teacher))
                 temporary.chmod(0o755)
                 temporary.replace(folder)
@@ -208,6 +231,7 @@ def _compute(
     seed: int,
     key: str,
     folder: Path,
+    features: tuple[str, ...],
     progress: Callable[[int, int], None] | None,
 ) -> None:
     train = dataset.train
@@ -218,14 +242,16 @@ def _compute(
         images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
         _take_space(temporary / "images.npy")
         logits = np.empty((variants, count, classes), dtype=np.float32)
+        answers = _Answers(teacher, features, temporary, (variants, count))
         for v in range(variants):
             images[v] = augmented(train.images, dataset.augment, np.random.default_rng([seed, v]))
-            for start in range(0, count, PREDICT_BATCH):
-                logits[v, start : start + PREDICT_BATCH] = teacher.predict(images[v, start : start + PREDICT_BATCH])
+            step = FEATURE_BATCH if features else PREDICT_BATCH
+            for start in range(0, count, step):
+                logits[v, start : start + step] = answers(v, start, images[v, start : start + step])
             if progress is not None:
                 progress(v + 1, variants)
         images.flush()
-        del images
+        del images, answers  # what is mapped is written
         np.save(temporary / "logits.npy", logits, allow_pickle=False)
         np.save(temporary / "labels.npy", train.labels, allow_pickle=False)
         info = TargetsInfo(
@@ -239,6 +265,7 @@ def _compute(
             dataset.std,
             teacher.sha256,
             dataset.sha256,
+            features,
         )
         write_record(temporary / "targets.json", info)
         temporary.chmod(0o755)
@@ -248,6 +275,33 @@ def _compute(
             f"{folder}: cached targets cannot be written: {e.strerror or e}. Free space, or choose another cache: "
             "--set run.cache=DIR"
         ) from e
+
+
+class _Answers:
+    """Asks a teacher for logits and writes its features, where these are wanted, into files in passing."""
+
+    def __init__(self, teacher: Teacher, features: tuple[str, ...], folder: Path, shape: tuple[int, int]) -> None:
+        self._teacher, self._names, self._folder, self._shape = teacher, features, folder, shape
+        self._files: list[np.memmap] = []
+
+    def __call__(self, variant: int, start: int, images: np.ndarray) -> np.ndarray:
+        """Logits [B, K] of images uint8 [B, H, W, 3], which are numbers `start` and following of the variant."""
+        if not self._names or self._teacher.features is None:
+            return self._teacher.predict(images)
+        layers = tuple(dict.fromkeys(map(layer_of, self._names)))
+        logits, maps = self._teacher.features(images, layers)
+        parts = [reduced(name, maps[layer_of(name)]) for name in self._names]
+        if not self._files:
+            self._files = [self._file(number, part.shape[1:]) for number, part in enumerate(parts)]
+        for file, part in zip(self._files, parts, strict=True):
+            file[variant, start : start + len(part)] = part
+        return logits
+
+    def _file(self, number: int, shape: tuple[int, ...]) -> np.memmap:
+        path = self._folder / f"feature-{number}.npy"
+        file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(*self._shape, *shape))
+        _take_space(path)
+        return file
 
 
 def _take_space(path: Path) -> None:

@@ -7,7 +7,7 @@ looked at once per teacher.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nas.core.errors import ConfigError, RecordError, StorageError
+from nas.core.errors import ConfigError, RecordError, StorageError, did_you_mean
 from nas.core.jsonio import content_hash, file_sha256, read_record, to_plain, write_record
 from nas.data import Dataset, augmented
 from nas.data.records import Split
@@ -48,6 +48,7 @@ LEAST_PROBABILITY = 1e-7  # below it a softmax in float32 holds no information
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's published statistics
 
 Progress = Callable[[int, int], None]
+FeatureReader = Callable[[np.ndarray, Sequence[str]], tuple[np.ndarray, dict[str, np.ndarray]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,9 @@ class Teacher:
         resolution: side in pixels at which it sees the images.
         predict: uint8 [B, H, W, 3] at the data set's resolution to logits float32 [B, K].
         onnx: the network as ONNX bytes for measuring: raw pixels float32 [1, 3, R, R] to logits [1, K], R = resolution.
+        features: uint8 [B, H, W, 3] and names of layers to logits [B, K] and the layers' maps float32 [B, C, h, w] by
+            name; None where a teacher gives logits only.
+        feature_layers: names of the layers at the end of its stages; empty where they are not known.
         members: of several that teach together, each network; empty for one.
         contributors: where there is more than one network, a line for each that taught or was left out.
     """
@@ -96,6 +100,8 @@ class Teacher:
     resolution: int
     predict: Callable[[np.ndarray], np.ndarray]
     onnx: Callable[[], bytes]
+    features: FeatureReader | None = None
+    feature_layers: tuple[str, ...] = ()
     members: tuple[Teacher, ...] = ()
     contributors: tuple[str, ...] = ()
 
@@ -118,6 +124,8 @@ class _Model:
     params: int | None = None
     macs: int | None = None
     epochs: tuple[EpochRecord, ...] = ()
+    features: FeatureReader | None = None
+    feature_layers: tuple[str, ...] = ()
 
 
 def has_bf16() -> bool:
@@ -181,6 +189,8 @@ def prepare_teacher(
         model.resolution,
         model.predict,
         model.onnx,
+        model.features,
+        model.feature_layers,
     )
 
 
@@ -235,6 +245,48 @@ def _predictor(
     return predict
 
 
+def _feature_reader(
+    module: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    resolution: int,
+    precision: str,
+    count: int,
+) -> FeatureReader:
+    module = module.eval().to(memory_format=torch.channels_last)
+    parts = dict(module.named_modules())
+
+    def features(images: np.ndarray, layers: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        found: dict[str, np.ndarray] = {}
+
+        def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+                if not isinstance(output, Tensor) or output.ndim != 4:
+                    raise ConfigError(
+                        f"distill.teacher_layers: {name!r} gives no maps [B, C, H, W]; name a layer of convolutions"
+                    )
+                found[name] = output.float().numpy()
+
+            return keep
+
+        for name in layers:
+            if name not in parts or not name:
+                raise ConfigError(
+                    f"distill.teacher_layers: the teacher has no layer {name!r}{did_you_mean(name, list(parts))}; its "
+                    f"parts are {', '.join(n for n, _ in module.named_children())}, and their parts"
+                )
+        handles = [parts[name].register_forward_hook(keeper(name)) for name in layers]
+        try:
+            with threads(count), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
+                logits = module(resized(normalised(images, mean, std), resolution)).float().numpy()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return logits, found
+
+    return features
+
+
 def resized(x: Tensor, resolution: int) -> Tensor:
     """Images [B, 3, H, W] at another side in pixels, bilinear, averaged where they get smaller."""
     if x.shape[-1] == resolution:
@@ -269,6 +321,8 @@ def _resnet(
         sum(p.numel() for p in module.parameters()),
         count_macs(module, dataset.resolution),
         epochs,
+        _feature_reader(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads),
+        tuple(f"blocks.{(stage + 1) * settings.blocks - 1}" for stage in range(len(settings.widths))),
     )
 
 
@@ -390,6 +444,7 @@ def _torchvision(dataset: Dataset, settings: TeacherSettings, sha256: str, preci
         lambda: torch_model(module, mean, std, resolution, settings.name),
         sum(p.numel() for p in module.parameters()),
         macs,
+        features=_feature_reader(module, mean, std, resolution, precision, settings.threads),
     )
 
 

@@ -1,7 +1,8 @@
 """Distillation of one student from cached targets: one thread, resumable at every epoch.
 
 The same arguments give the same weights, whether or not the process was killed in between: the order of images depends
-on (seed, epoch) only, and a checkpoint holds weights, optimizer and average.
+on (seed, epoch) only (and on how the student did so far, where hard samples are mined), and a checkpoint holds weights,
+optimizer, average, adapters and those distances.
 
 Batch norm, decided 2026-11: the student's momentum of 0.01 (Howard et al. 2019) needs hundreds of steps to follow the
 weights, a short training has fewer, and students were evaluated at chance after one epoch. Raising the momentum lags
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +26,14 @@ from torch import Tensor, nn
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate
 from nas.models.student import Student
+from nas.train.curriculum import distances, easy_ranks, images_of_epoch
 from nas.train.evaluate import normalised, recalibrate_bn, threads
+from nas.train.features import Adapters, needed_features, stage_maps
 from nas.train.loop import (
     EpochRecord,
     LossGuard,
     batches,
+    cut,
     epochs_from_plain,
     epochs_to_plain,
     lr_share,
@@ -95,79 +100,106 @@ def train_student(
         [student.candidate.arch_id, settings, targets.key, seed, *([start_epoch] if start_epoch else [])]
     )
     student.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(parameter_groups(student, settings.weight_decay), lr=settings.lr, fused=True)
-    average = {name: p.detach().clone() for name, p in student.named_parameters()} if settings.ema else {}
-    guard = LossGuard(f"student {student.candidate.arch_id}", settings.lr, "distill.lr")
+    training = _Training(student, targets, settings, seed)
     done: list[EpochRecord] = []
     if checkpoint is not None and (content := read_checkpoint(checkpoint, identity)) is not None:
-        done, guard.first = epochs_from_plain(content["epochs"]), content["first_loss"]
-        student.load_state_dict(content["weights"])
-        optimizer.load_state_dict(content["optimizer"])
-        average = content["average"]
+        done = epochs_from_plain(content["epochs"])
+        training.load(content)
     with threads(1), _no_running_statistics(student):
         for epoch in range(start_epoch + len(done), stop):
             student.train()
-            record = _one_epoch(student, targets, settings, seed, epoch, optimizer, average, guard)
+            record = training.one_epoch(epoch)
             if not is_trained:
-                guard.epoch(record.loss, epoch, settings.epochs)
+                training.guard.epoch(record.loss, epoch, settings.epochs)
             done.append(record)
             if checkpoint is not None:
-                content = {
-                    "weights": dict(student.state_dict()),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average,
-                    "epochs": epochs_to_plain(done),
-                    "first_loss": guard.first,
-                }
-                write_checkpoint(checkpoint, identity, content)
+                write_checkpoint(checkpoint, identity, {**training.content(), "epochs": epochs_to_plain(done)})
             if progress is not None:
                 progress(record)
-    if average:
+    if training.average:
         with torch.no_grad():
             for name, p in student.named_parameters():
-                p.copy_(average[name])
+                p.copy_(training.average[name])
     recalibrate_bn(student, targets.images[0][: settings.recalibration_images], targets.mean, targets.std)
     student.eval()
     return History(tuple(done))
 
 
-def _one_epoch(
-    student: Student,
-    targets: Targets,
-    settings: DistillSettings,
-    seed: int,
-    epoch: int,
-    optimizer: torch.optim.Optimizer,
-    average: dict[str, Tensor],
-    guard: LossGuard,
-) -> EpochRecord:
-    started = time.thread_time()
-    variant = (epoch + seed) % targets.variants
-    images, logits, labels = targets.images[variant], targets.logits[variant], targets.labels
-    per_epoch = steps_per_epoch(len(labels), settings.batch_size)
-    rng = np.random.default_rng([seed, epoch])
-    loss_sum, right, seen = 0.0, 0, 0
-    parameters = list(student.parameters())
-    for i, index in enumerate(batches(len(labels), settings.batch_size, rng)):
-        share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * share
-        index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
-        target = torch.from_numpy(labels[index])
-        outputs = student(normalised(images[index], targets.mean, targets.std), settings.exit_gradient)
-        loss = student_loss(outputs, torch.from_numpy(logits[index]), target, settings)
-        value = loss.item()
-        guard.step(value, epoch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        optimizer.step()
-        if average:
-            _update_average(average, student, settings.ema, epoch * per_epoch + i)
-        loss_sum += value * len(index)
-        right += int((outputs[-1].detach().argmax(1) == target).sum())
-        seen += len(index)
-    return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
+class _Training:
+    """State of one training; everything that an epoch changes is in a checkpoint."""
+
+    def __init__(self, student: Student, targets: Targets, settings: DistillSettings, seed: int) -> None:
+        self.student, self.targets, self.settings, self.seed = student, targets, settings, seed
+        self.features = needed_features(targets.features, settings)
+        self.adapters = Adapters(student, self.features, seed)
+        groups = parameter_groups(nn.ModuleList([student, self.adapters]), settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
+        self.average = {name: p.detach().clone() for name, p in student.named_parameters()} if settings.ema else {}
+        self.guard = LossGuard(f"student {student.candidate.arch_id}", settings.lr, "distill.lr")
+        self.distance = np.zeros(len(targets.labels), dtype=np.float32)  # to the teacher, where it is mined
+        self.ranks = easy_ranks(targets) if settings.curriculum or settings.mining else None
+
+    def content(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "weights": dict(self.student.state_dict()),
+            "adapters": dict(self.adapters.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average,
+            "distance": torch.from_numpy(self.distance),
+            "first_loss": self.guard.first,
+        }
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's content."""
+        self.student.load_state_dict(content["weights"])
+        self.adapters.load_state_dict(content["adapters"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.average, self.guard.first = content["average"], content["first_loss"]
+        self.distance = content["distance"].numpy()
+
+    def one_epoch(self, epoch: int) -> EpochRecord:
+        """Passes over one variant of the training images."""
+        started = time.thread_time()
+        settings, targets = self.settings, self.targets
+        variant = (epoch + self.seed) % targets.variants
+        per_epoch = steps_per_epoch(len(targets.labels), settings.batch_size)
+        loss_sum, right, seen = 0.0, 0, 0
+        parameters = [*self.student.parameters(), *self.adapters.parameters()]
+        with stage_maps(self.student) as maps:
+            for i, index in enumerate(self._batches(epoch)):
+                share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = settings.lr * share
+                # The order inside a batch means nothing; a sorted gather reads the file forwards.
+                index = np.sort(index)
+                logits = torch.from_numpy(targets.logits[variant][index])
+                labels = torch.from_numpy(targets.labels[index])
+                images = normalised(targets.images[variant][index], targets.mean, targets.std)
+                outputs = self.student(images, settings.exit_gradient)
+                teacher = {n: torch.from_numpy(f[variant][index]).float() for n, f in self.features.items()}
+                pairs = self.adapters.pairs(maps, teacher) if teacher else None
+                loss = student_loss(outputs, logits, labels, settings, pairs)
+                value = loss.item()
+                self.guard.step(value, epoch)
+                self.optimizer.zero_grad()
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+                self.optimizer.step()
+                if self.average:
+                    _update_average(self.average, self.student, settings.ema, epoch * per_epoch + i)
+                if settings.mining:
+                    self.distance[index] = distances(outputs[-1], logits, labels)
+                loss_sum += value * len(index)
+                right += int((outputs[-1].detach().argmax(1) == labels).sum())
+                seen += len(index)
+        return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
+
+    def _batches(self, epoch: int) -> Iterator[np.ndarray]:
+        size, rng = self.settings.batch_size, np.random.default_rng([self.seed, epoch])
+        if self.ranks is None:
+            return batches(len(self.targets.labels), size, rng)
+        return cut(images_of_epoch(self.settings, epoch, self.ranks, self.distance, rng), size)
 
 
 def _update_average(average: dict[str, Tensor], student: Student, decay: float, step: int) -> None:

@@ -32,10 +32,10 @@ NEW = tuple(kind for kind in BLOCK_KINDS if kind != "inverted_residual")
 
 
 def _student(kind: BlockKind) -> tuple[Student, torch.Tensor]:
-    """A student whose batch norm knows some images [16, 3, 24, 24], 0-255, smooth as those of a camera."""
+    """A student whose batch norm knows some images [16, 3, 24, 24], 0-255, which differ in their colour."""
     torch.manual_seed(0)
     student = Student(kind_candidate(kind))
-    images = torch.nn.functional.interpolate(255 * torch.rand(16, 3, 4, 4), 24, mode="bilinear")
+    images = 255 * (torch.rand(16, 3, 1, 1) + 0.1 * torch.randn(16, 3, 24, 24)).clamp(0, 1)
     for part in student.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.momentum = 0.5

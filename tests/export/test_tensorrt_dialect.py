@@ -26,6 +26,7 @@ from nas.compress.calibrate import calibrate
 from nas.core.errors import RecordError, UsageError
 from nas.core.records import Candidate, ConvSpec, Precision, QuantSpec
 from nas.core.walk import expand
+from nas.devices.board.onnx_facts import onnx_facts
 from nas.devices.portable import portable_model, precision_of
 from nas.export.check import tensorrt_problems
 from nas.export.dialect import (
@@ -98,6 +99,45 @@ def test_every_graph_is_valid_and_obeys_the_rules_of_the_parser(dialect: Dialect
         row = onnx.load_from_string(layer_model(layer, dialect=dialect))
         onnx.checker.check_model(row, full_check=True)
         assert tensorrt_problems(row, dialect) == [], layer.key
+
+
+@pytest.mark.parametrize("mix", [("bf16",), ("fp32", "bf16", "int8"), ("bf16", "fp16")])
+def test_bf16_graphs_are_valid_and_hold_bfloat16_weights(mix: tuple[Precision, ...]) -> None:
+    base = wide_candidate()
+    candidate = base.with_precision([mix[i % len(mix)] for i in range(len(base.precisions))])
+    for form in ("plain", "if", "logits"):
+        model = graph_of(TRT_10_13, candidate, form)
+        onnx.checker.check_model(model, full_check=True)
+        assert tensorrt_problems(model, TRT_10_13) == []
+        assert model.opset_import[0].version == 22  # the first whose convolutions may be bfloat16
+    assert onnx_facts(graph_of(TRT_10_13, candidate).SerializeToString()).carries("bf16")
+    for layer in expand(candidate):
+        row = onnx.load_from_string(layer_model(layer, dialect=TRT_10_13))
+        onnx.checker.check_model(row, full_check=True)
+        assert tensorrt_problems(row, TRT_10_13) == [], layer.key
+    with pytest.raises(UsageError, match=r"precision 'bf16' does not exist in dialect 'tensorrt-8\.4'"):
+        graph_of(TRT_8_4, base.with_precision("bf16"))
+
+
+def test_answers_in_bf16_are_those_of_weights_and_tensors_rounded_to_it() -> None:
+    candidate = wide_candidate("fp32")
+    student = settled(candidate, 0)
+    weights = folded_weights(student)
+
+    def answers(precision: Precision) -> np.ndarray:
+        network = candidate.with_precision(precision)
+        return deployed_logits(network, weights, None, MEAN, STD, IMAGES, run, TRT_10_13)
+
+    full = answers("fp32")
+    off = {p: relative_l2(full, answers(p)) for p in ("fp16", "bf16")}
+    # 8 bits of mantissa against 11: about eight times coarser
+    assert 3 * off["fp16"] < off["bf16"] < 0.05
+
+
+def test_only_a_strongly_typed_graph_or_int8_stands_beside_fp32() -> None:
+    assert ORT.mixable == ("fp32", "int8")
+    assert TRT_8_4.mixable == ("fp16", "int8")
+    assert TRT_10_13.mixable == ("fp32", "fp16", "bf16", "int8")
 
 
 def test_the_rules_of_the_parser_find_the_form_of_another_runtime() -> None:
@@ -313,6 +353,8 @@ def test_a_chain_of_segments_answers_as_the_if_form_on_every_path(dialect: Diale
     weights = folded_weights(settled(base, 3))
     quant = calibrated(base, weights)
     images = network_input(IMAGES[:24])
+    if precision == "bf16":  # ONNX Runtime has no such convolutions
+        dialect = replace(dialect, rounds_bf16=True)
     taken = set()
     for thresholds in CHAINS:
         candidate = base.with_thresholds(thresholds).with_precision(precision)

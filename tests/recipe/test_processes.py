@@ -27,7 +27,7 @@ with started_processes() as processes:
 
 
 def test_without_torchrun_this_process_is_alone() -> None:
-    with started_processes({}) as processes:
+    with started_processes() as processes:
         assert processes == Processes(0, 1)
         assert processes.writes
         assert processes.agreed(7) == 7
@@ -37,7 +37,8 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "two")],

@@ -194,7 +194,11 @@ def test_precisions_of_a_student_share_its_training(job: ScoreJob) -> None:
     other = replace(job, candidate=candidate("int8").with_thresholds([0.4]))
     score(other)
     assert before.items() <= states(other).items()
-    assert sorted(set(states(other)) - set(before)) == ["standalone-2-int8-e0002.npy", "standalone-2-int8.json"]
+    assert sorted(set(states(other)) - set(before)) == [
+        "ranges-standalone-2-48.json",
+        "standalone-2-int8-e0002.npy",
+        "standalone-2-int8.json",
+    ]
 
 
 def test_a_score_that_is_there_is_read_and_not_computed_again(job: ScoreJob) -> None:

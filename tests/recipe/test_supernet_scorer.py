@@ -14,9 +14,11 @@ import torch
 
 from nas.core.errors import ConfigError, InterruptedRunError, RunMismatchError, StorageError
 from nas.core.records import Candidate
+from nas.recipe.processes import Processes
 from nas.recipe.settings import SupernetSettings
 from nas.recipe.supernet import (
     SupernetStep,
+    _Training,
     all_exits,
     exit_heads,
     inherited_student,
@@ -101,6 +103,16 @@ def test_same_seed_gives_same_weights(
     assert _equal(_weights(straight), _weights(tmp_path))
     train_supernet(space, targets, LOSS, replace(SHORT, seed=1), tmp_path / "other")
     assert not _equal(_weights(straight), _weights(tmp_path / "other"))
+
+
+def test_gradients_lie_in_memory_as_their_weights_do(space: SearchSpace, targets: dict[int, Targets]) -> None:
+    """A fused optimizer takes the elements of both in the order of the memory, whatever their strides say."""
+    training = _Training(space, targets, LOSS, SHORT, map, Processes())
+    training.steps = SHORT.steps or 1
+    training._one_step(0)
+    turned = [p for p in training.net.parameters() if p.grad is not None and not p.is_contiguous()]
+    assert turned
+    assert all(p.grad is not None and p.grad.stride() == p.stride() for p in turned)
 
 
 def test_training_that_was_stopped_goes_on_to_the_same_weights(
@@ -209,7 +221,7 @@ def test_damaged_weights_are_named(straight: Path, tmp_path: Path) -> None:
 
 def test_record_is_readable(straight: Path) -> None:
     record = json.loads((straight / "supernet.json").read_text())
-    assert set(record) == {"schema", "key", "space", "steps", "loss", "cpu_s", "weights_sha256"}
+    assert set(record) == {"schema", "key", "space", "steps", "loss", "cpu_s", "weights_sha256", "expected_ms"}
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def test_plan_of_a_new_run_has_every_row_to_measure_and_makes_nothing(inputs: In
         "scores",
         "networks",
         "finalists",
+        "robustness",
     ]
     assert _phase(plan, "latency table").what == f"{len(rows)} rows"
     assert _phase(plan, "scores").what == "10 of 10 candidates"
@@ -217,7 +218,8 @@ MATTERS = {
     "budget.total_ms=9",
     "data": "data.train_images=41 data.val_images=41 data.test_images=31 data.seed=1",
     "augmentation": "data.augment.shift=0.1 data.augment.horizontal_flip=false data.augment.vertical_flip=true "
-    "data.augment.quarter_turns=true data.augment.brightness=0.1 data.augment.contrast=0.1 data.augment.cutout=0.1",
+    "data.augment.quarter_turns=true data.augment.brightness=0.1 data.augment.contrast=0.1 data.augment.cutout=0.1 "
+    "data.augment.corruptions=[noise] data.augment.corrupted_share=0.2 data.augment.max_severity=5",
     "teacher": "teacher.name=x teacher.weights=given.onnx teacher.pixels=unit teacher.resolution=32 "
     "teacher.widths=[9] teacher.blocks=2 teacher.epochs=3 teacher.batch_size=21 teacher.lr=0.1 "
     "teacher.weight_decay=0.1 teacher.warmup=0.2 teacher.label_smoothing=0.1 teacher.seed=1 "
@@ -226,16 +228,19 @@ MATTERS = {
     "distillation": "distill.epochs=3 distill.batch_size=21 distill.lr=0.1 distill.weight_decay=0.1 "
     "distill.warmup=0.2 distill.temperature=2.0 distill.alpha=0.5 distill.exit_weights=[0.1] "
     "distill.label_smoothing=0.1 distill.clip_norm=1.0 distill.ema=0.9 distill.variants=3 "
-    "distill.recalibration_images=21 distill.assistants=1",
+    "distill.recalibration_images=21 distill.assistants=1 distill.hints=1.0 distill.attention=1.0 "
+    "distill.teacher_layers=[stem] distill.dist_inter=2.0 distill.dist_intra=2.0 distill.dist_temperature=4.0 "
+    "distill.self_distillation=0.5 distill.curriculum=0.5 distill.curriculum_start=0.5 distill.mining=0.3",
     "scorer": "search.scorer=standalone supernet.steps=5 supernet.batch_size=12 supernet.random_subnets=2 "
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
-    "supernet.clip_norm=1.0 supernet.seed=1",
+    "supernet.clip_norm=1.0 supernet.seed=1 supernet.latency_weight=0.5",
     "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random search.ladder=3 "
-    "search.predictor_candidates=9 search.energy=true",
+    "search.predictor_candidates=9 search.precision_seeds=2 search.energy=true",
     "enqueued": 'search.enqueue=[{"b.width":12}]',
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
-    "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1",
+    "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1 finish.precision_ladder=1",
+    "robustness": "finish.robustness=[3]",
     "pruning": "finish.prune=[0.3]",
     "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1",
     "foreign table": "run.foreign_table=x",

@@ -79,7 +79,10 @@ def test_a_candidate_is_trained_when_it_keeps_the_deadline_of_one_device(both: P
 def test_networks_are_measured_on_each_device(both: Path, views: tuple[RunView, RunView]) -> None:
     for view, device in zip(views, ("", SECOND), strict=True):
         events = RunFolder(both / "run", device).events()
-        assert [e.kind for e in events if e.kind != "teacher"] == ["first networks", "round", "round"]
+        assert [e.kind for e in events if e.kind != "teacher"] == [
+            *("first networks", "round", "round"),
+            "mixed networks",
+        ]
         assert len(view.predictions) >= 3
     assert {p.measured_ms for p in views[0].predictions}.isdisjoint(p.measured_ms for p in views[1].predictions)
 

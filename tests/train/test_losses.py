@@ -6,7 +6,18 @@ from torch.nn import functional
 from nas.core.errors import UsageError
 from nas.core.records import BlockConfig, Candidate, HeadConfig, StageConfig, StemConfig
 from nas.models.student import Student, attention_maps
-from nas.train.losses import attention_map_kd, branch_loss, branch_weights, hinton_kd, student_loss
+from nas.train.losses import (
+    FeaturePairs,
+    attention_loss,
+    attention_map,
+    attention_map_kd,
+    branch_loss,
+    branch_weights,
+    dist_relations,
+    hint_loss,
+    hinton_kd,
+    student_loss,
+)
 from nas.train.settings import DistillSettings
 
 
@@ -119,3 +130,63 @@ def test_every_exit_learns_from_the_teacher() -> None:
     outputs = [logits(i).requires_grad_() for i in range(3)]
     student_loss(outputs, logits(9), LABELS, DistillSettings()).backward()
     assert all(z.grad is not None and z.grad.abs().sum() > 0 for z in outputs)
+
+
+def test_relations_of_dist_equal_the_correlations_written_out() -> None:
+    student, teacher, t = logits(0), logits(1), 2.0
+    p, q = (torch.softmax(z / t, 1).double().numpy() for z in (student, teacher))
+    inter = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p, q, strict=True)])
+    intra = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(p.T, q.T, strict=True)])
+    got = [float(value) for value in dist_relations(student, teacher, t)]
+    assert got == pytest.approx([t**2 * inter, t**2 * intra], rel=1e-4)
+    assert [float(v) for v in dist_relations(teacher, teacher, t)] == pytest.approx([0.0, 0.0], abs=1e-5)
+
+
+def feature_maps(seed: int, channels: int = 3, side: int = 4) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 1, (6, channels, side, side)).astype(np.float32))
+
+
+def test_hints_compare_at_the_smaller_side_and_as_a_share_of_the_teacher() -> None:
+    student, teacher = feature_maps(0), feature_maps(1, side=2)
+    pooled = functional.avg_pool2d(student, 2)
+    expected = float((pooled - teacher).square().mean() / teacher.square().mean())
+    assert hint_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert hint_loss(10 * student, 10 * teacher).item() == pytest.approx(expected, rel=1e-5)
+    assert hint_loss(teacher, teacher).item() == 0
+
+
+def test_attention_sees_where_a_map_is_active_and_not_how_strongly() -> None:
+    teacher = attention_map(feature_maps(1))
+    assert attention_loss(attention_map(5 * feature_maps(1)), teacher).item() == pytest.approx(0, abs=1e-9)
+    corners = torch.zeros(6, 1, 4, 4), torch.zeros(6, 1, 4, 4)
+    corners[0][:, :, 0, 0] = corners[1][:, :, 3, 3] = 1.0
+    assert attention_loss(*corners).item() == pytest.approx(2.0)  # orthogonal unit vectors
+    assert attention_loss(functional.interpolate(corners[0], 8), corners[0]).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_self_distillation_pulls_the_exits_to_the_head_and_leaves_the_head_alone() -> None:
+    off, on = DistillSettings(alpha=0.0), DistillSettings(alpha=0.0, self_distillation=1.0)
+    gradients = []
+    for settings in (off, on):
+        outputs = [logits(i).requires_grad_() for i in range(2)]
+        student_loss(outputs, logits(9), LABELS, settings).backward()
+        gradients.append([z.grad for z in outputs])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+    assert not torch.allclose(gradients[0][0], gradients[1][0])
+
+
+def test_every_term_counts_by_its_weight_and_none_when_it_is_off() -> None:
+    pairs = FeaturePairs(
+        ((feature_maps(0), feature_maps(1)),), ((attention_map(feature_maps(0)), attention_map(feature_maps(1))),)
+    )
+
+    def loss(**settings: float) -> float:
+        return student_loss([logits(0)], logits(1), LABELS, DistillSettings(**settings), pairs).item()
+
+    plain = loss()
+    assert loss(hints=2.0) == pytest.approx(plain + 2 * hint_loss(*pairs.hints[0]).item(), rel=1e-5)
+    assert loss(attention=3.0) == pytest.approx(plain + 3 * attention_loss(*pairs.attention[0]).item(), rel=1e-5)
+    inter, intra = dist_relations(logits(0), logits(1), 1.0)
+    assert loss(dist_inter=2.0, dist_intra=0.5) == pytest.approx(
+        plain + 2 * inter.item() + 0.5 * intra.item(), rel=1e-5
+    )

@@ -48,8 +48,10 @@ class OnnxFacts(object):
             return self.is_half
         if precision == "bf16":
             return _BFLOAT16 in self.weight_types
-        if precision in ("int8", "mixed"):
+        if precision == "int8":
             return self.is_quantized
+        if precision == "mixed":
+            return self.is_quantized or self.is_half
         return True
 
 

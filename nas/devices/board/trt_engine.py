@@ -25,7 +25,7 @@ from .building import build_apart
 from .cuda import find_cuda
 from .errors import BoardError, as_board_error
 from .onnx_facts import onnx_facts
-from .trtexec import effective_precision, is_weak
+from .trtexec import BF16_VERSION, effective_precision, is_weak
 from .trtexec_output import failure_of, layers_of, skipped_tactics
 
 # The dtype table is ours: `trt.nptype` of 8.2 and 8.4 needs a NumPy older than 1.24. Member of DataType -> our name,
@@ -91,10 +91,11 @@ class TensorRtRunner(object):
         has_flags = hasattr(trt.BuilderFlag, "FP16")
         is_typed = hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         number = cuda.version()
+        has_bf16 = version_of(trt) >= BF16_VERSION and cuda.capability() >= (8, 0)  # from Ampere on
         return {
             "runtime": "tensorrt",
             "version": str(trt.__version__),
-            "precisions": ["fp32", "fp16", "int8"],
+            "precisions": ["fp32", "fp16", "bf16", "int8"] if has_bf16 else ["fp32", "fp16", "int8"],
             "details": {
                 "typing": ", ".join(["weak"] * has_flags + ["strong"] * is_typed),
                 "cuda": "%d.%d" % (number // 1000, number % 1000 // 10),

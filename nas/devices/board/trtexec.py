@@ -24,6 +24,7 @@ PLACES = (
     "/usr/local/tensorrt/bin/trtexec",
     "/usr/local/TensorRT/bin/trtexec",
 )
+BF16_VERSION = (10, 13, 0)  # from here on graphs are strongly typed, and only such a graph says bf16
 WORKSPACE_MIB = 512  # a Jetson shares its memory with the system: some of it has to stay free
 WARMUP_MS = 200
 PROFILE_RUNS = 50
@@ -77,7 +78,7 @@ def is_weak(version: Version, model: OnnxFacts, precision: str, typing: str = "a
         raise BoardError("unsupported", "TensorRT %d.%d.%d has no weak typing" % version)
     if typing == "strong" and version[0] < 10:
         raise BoardError("unsupported", "TensorRT %d.%d.%d has no strong typing" % version)
-    if precision in ("int8", "mixed") and not model.is_quantized:
+    if precision in ("int8", "mixed") and not model.carries(precision):
         raise BoardError("bad_request", "%s is asked for, but the file has no QuantizeLinear nodes" % precision)
     carried = model.carries(precision)
     is_strong = typing == "strong" or (typing == "auto" and (version[0] >= 11 or (version >= (10, 13, 0) and carried)))
@@ -178,7 +179,7 @@ class TrtexecRunner(object):
         return {
             "runtime": "tensorrt",
             "version": "%d.%d.%d" % version,
-            "precisions": ["fp32", "fp16", "int8"],
+            "precisions": ["fp32", "fp16", "bf16", "int8"] if version >= BF16_VERSION else ["fp32", "fp16", "int8"],
             "details": {
                 "program": str(self._program),
                 "typing": "strong" if version[0] >= 11 else "weak, strong" if version >= (10, 13, 0) else "weak",
