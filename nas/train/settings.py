@@ -39,8 +39,8 @@ class SoftLabelFile:
     """Soft labels of the training images that somebody contributed as a file.
 
     `name`: of the contributor. `path`: a .csv, .npy or .npz file (docs/students.md says what is in it). `weight`: its
-    share in the mean, relative to the other contributors. `values`: probabilities that sum to 1, or logits. `partial`:
-    images may be missing in the file; the mean of such an image is that of the other contributors.
+    share in the mean, relative to the other contributors. `values`: probabilities that sum to 1, or logits.
+    `partial`: images may be missing in the file; the mean of such an image is that of the other contributors.
     """
 
     name: str

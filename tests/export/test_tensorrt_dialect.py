@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from export_networks import (
@@ -254,7 +255,10 @@ def test_answers_agree_with_the_torch_student(dialect: Dialect, precision: str, 
         batch=None,
         dialect=dialect,
     )
-    got = np.stack(run(model, network_input(IMAGES)))
+    # As written: without VNNI the 8-bit sums of ONNX Runtime's own kernels saturate, which says nothing about TensorRT.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    got = np.stack(onnxruntime.InferenceSession(model, options).run(None, {"image": network_input(IMAGES)}))
     assert got.dtype == np.float32
     centred = [x - x.mean(1, keepdims=True) for x in (expected.astype(np.float64), got.astype(np.float64))]
     for a, b in zip(*centred, strict=True):  # what tells images apart, not the logits' common part

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import signal
 import time
@@ -21,6 +22,7 @@ from nas.recipe.records import ScoredStudent, read_logits
 from nas.search.folder import Batch, Chosen, Event, MeasuredExit, RunFolder, TrialRecord
 from nas.search.view import load_outcome, load_view
 
+OPEN_FILES = ("final-", "quant", "sensitivity", "confidence-")
 LINES = {
     "trials.jsonl": TrialRecord,
     "batches.jsonl": Batch,
@@ -75,11 +77,11 @@ class Watch:
 
     def _nothing_is_scored_twice(self) -> None:
         for path in self._files("students/*/*.json"):
-            if path.name not in ("finished.json", "quant.json"):
+            if "logits_file" in json.loads(path.read_text()):
                 assert np.isfinite(read_logits(path.parent, read_record(ScoredStudent, path))).all()
             # What is written of a finalist before its record stands for nothing yet and may be written again.
             is_open = not (path.parent / "finished.json").exists()
-            if is_open and (path.name.startswith("final-") or path.name == "quant.json"):
+            if path.name.startswith("ranges-") or (is_open and path.name.startswith(OPEN_FILES)):
                 continue
             state = (path.stat().st_mtime_ns, path.stat().st_ino)
             assert self.scores.setdefault(path, state) == state, f"{path} was computed twice"
