@@ -265,7 +265,7 @@ def test_answers_agree_with_the_torch_student(dialect: Dialect, precision: str, 
         cosine = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
         assert cosine >= least_cosine, f"{dialect.name} {precision}: cosine {cosine}"
     agreement = (expected.argmax(2) == got.argmax(2)).mean()
-    assert agreement >= (0.95 if precision == "int8" else 0.98), f"top-1 agreement {agreement}"
+    assert agreement >= (0.9 if precision == "int8" else 0.98), f"top-1 agreement {agreement}"
 
 
 def test_half_floats_are_in_the_graph_only_where_the_runtime_is_strongly_typed() -> None:
