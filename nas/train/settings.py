@@ -19,8 +19,8 @@ class TeacherMember:
 
     `name`: of the contributor. `weight`: its share in the mean, relative to the others. `kind`: resnet, torchvision or
     onnx. `model`: torchvision's name of the model. `weights`: path of its weights or .onnx file. `pixels`: what a given
-    model expects as input. `resolution`: side in pixels at which it sees the images. `widths`: channels of each stage of
-    the resnet. `blocks`: basic blocks per stage. `epochs`: passes over the training images. `seed`: of its training.
+    model expects as input. `resolution`: side in pixels at which it sees the images. `widths`: channels of each stage
+    of the resnet. `blocks`: basic blocks per stage. `epochs`: passes over the training images. `seed`: of its training.
     """
 
     name: str

@@ -81,7 +81,7 @@ class Watch:
                 assert np.isfinite(read_logits(path.parent, read_record(ScoredStudent, path))).all()
             # What is written of a finalist before its record stands for nothing yet and may be written again.
             is_open = not (path.parent / "finished.json").exists()
-            if path.name.startswith("ranges-") or (is_open and path.name.startswith(OPEN_FILES)):
+            if path.name.startswith(("ranges-", "quant-")) or (is_open and path.name.startswith(OPEN_FILES)):
                 continue
             state = (path.stat().st_mtime_ns, path.stat().st_ino)
             assert self.scores.setdefault(path, state) == state, f"{path} was computed twice"
