@@ -37,13 +37,13 @@ search: setup
 	@"$(VENV)/nas" search experiments/quickstart.yaml $(ARGS)
 
 test: setup
-	@"$(VENV)/python" -m pytest -q $(ARGS)
+	@"$(VENV)/python" -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: setup
 	@"$(VENV)/python" -m ruff check .
 	@"$(VENV)/python" -m ruff format --check .
 	@"$(VENV)/python" -m mypy
-	@"$(VENV)/python" -m pytest -q $(ARGS)
+	@"$(VENV)/python" -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 bench: setup
 	@"$(VENV)/python" -m benchmarks $(NAME) $(ARGS)

@@ -114,9 +114,9 @@ def commented(values: dict[str, Any], file: Path, spaces: tuple[str, ...]) -> st
         #   nas search {name}                        search; the same command goes on after a stop
         #   nas search {name} --set budget.ms=5      change one key for this run
         #
-        # Search spaces that come with the tool: {", ".join(spaces)}
         """
-    lines = [textwrap.dedent(head)]
+    told = "Search spaces that come with the tool: " + ", ".join(spaces)
+    lines = [textwrap.dedent(head) + textwrap.fill(told, 118, initial_indent="# ", subsequent_indent="# ") + "\n"]
     _section(Experiment(space=values["space"]), "", shown, lines)
     return "\n".join(lines) + "\n"
 

@@ -307,9 +307,9 @@ def read_target(text: str, where: str) -> ExitTarget:
         if 0.0 <= loss < 1.0:
             return ExitTarget("loss", loss)
         raise ConfigError(f"{where}: loss={value}: a ratio from 0 to 1 is needed, such as loss=0.01 for one point")
-    if kind == "expected" or kind == "p99":
+    if kind in ("expected", "p99"):
         try:
-            return ExitTarget(kind, parse_ms(value, f"{where}: {kind}"))
+            return ExitTarget("p99" if kind == "p99" else "expected", parse_ms(value, f"{where}: {kind}"))
         except UsageError as e:
             raise ConfigError(str(e)) from e
     raise ConfigError(f"{where}: {text!r} is no target; give loss=RATIO, expected=TIME or p99=TIME, such as p99=2ms")

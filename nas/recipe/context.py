@@ -17,7 +17,7 @@ from filelock import FileLock
 from nas.core.errors import StorageError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.data import Dataset, augmented
-from nas.train.targets import Targets, TargetsInfo, feature_files
+from nas.train.targets import FEATURE_PATTERN, Targets
 
 CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are enough for either
 
@@ -200,7 +200,7 @@ def context_parts(path: Path) -> tuple[ContextFile, dict[str, Path]]:
     """
     record = read_record(ContextFile, path)
     targets = Path(record.targets)
-    features = feature_files(read_record(TargetsInfo, targets / "targets.json"))
+    features = sorted(path.name for path in targets.glob(FEATURE_PATTERN))
     files = {name: targets / name for name in (*TARGET_FILES, *features)}
     files |= {"val_labels.npy": Path(record.val_labels), "test_labels.npy": Path(record.test_labels)}
     if record.solve_labels:

@@ -207,7 +207,8 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
     return {
         "program": f"nas {version_of('nas')}",
         "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
-        "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}",
+        "data": f"{inputs.dataset.name} {inputs.dataset.sha256[:12]}"
+        + (f", {e.data.threshold_share:g} of validation for thresholds" if e.data.threshold_share else ""),
         "augmentation": content_hash(inputs.dataset.augment),
         "teacher": _teacher_mark(e.teacher),
         "distillation": content_hash(e.distill),
@@ -225,11 +226,13 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         + ("" if e.feedback.max_engines is None else f", {e.feedback.max_engines} at most")
         + ("" if e.feedback.max_rows is None else f", {e.feedback.max_rows} rows first"),
         "finish": f"{finish.students} students, exits may cost {finish.exit_loss:g}, int8 {finish.int8_loss:g}"
-        + (f", {finish.precision_ladder} solved precisions" if finish.precision_ladder else ""),
+        + (f", {finish.precision_ladder} solved precisions" if finish.precision_ladder else "")
+        + (f", thresholds for {', '.join(finish.exit_targets)}" if finish.exit_targets else ""),
         **({"robustness": f"at severities {list(finish.robustness)}"} if finish.robustness else {}),
         **({"pruning": _pruning(finish)} if finish.prune else {}),
         "calibration": f"{finish.calibration_images} images"
-        + (f", QAT of {finish.qat.epochs} epochs {content_hash(finish.qat)}" if finish.qat.epochs else ""),
+        + (f", QAT of {finish.qat.epochs} epochs {content_hash(finish.qat)}" if finish.qat.epochs else "")
+        + ("" if finish.calibrate_confidence else ", confidences as they are"),
         **_enqueued(inputs),
         **_further(inputs),
         **({FOREIGN_MARK: str(Path(e.run.foreign_table).resolve())} if e.run.foreign_table else {}),

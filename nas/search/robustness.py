@@ -15,7 +15,7 @@ from nas.export.dialect import dialect_for
 from nas.latency.exits import evaluate_thresholds
 from nas.recipe.context import open_context
 from nas.recipe.deployed import deployed_logits
-from nas.recipe.finish import deployed_parts, load_finished
+from nas.recipe.finish import deployed_parts, kept_exits, load_deployed
 from nas.search.rounds import SearchParts
 from nas.search.view import Outcome
 
@@ -75,10 +75,9 @@ def representatives(outcome: Outcome) -> list[Point]:
 def _row(parts: SearchParts, outcome: Outcome, point: Point, severities: Sequence[int]) -> RobustnessRow:
     candidate, source = point.candidate, outcome.sources[point.id]
     context = open_context(parts.plan.context, candidate.resolution)
-    weights, quant = load_finished(parts.folder.student(source.student.candidate.arch_id), source.precisions)
-    weights, quant = deployed_parts(
-        source.student.candidate, weights, quant, source.cut, keep_exits=bool(candidate.exits)
-    )
+    trained = source.student.candidate
+    weights, quant = load_deployed(parts.folder.student(trained.arch_id), source.precisions)
+    weights, quant = deployed_parts(trained, weights, quant, source.cut, kept_exits(trained, candidate))
     dialect = dialect_for(parts.predictor.device.profile)
     labels = np.asarray(context.test_labels)
 

@@ -134,6 +134,11 @@ class SearchSpace:
     def to_plain(self) -> dict[str, Any]:
         """The fields of a space file; `space_from_plain` reads them back."""
         exits = {key: value for key, value in to_plain(self.exits).items() if value != []}
+        # as it was before heads were choices: the hash of a space without such choices is what it was
+        if len(self.exits.hidden_channels) == 1:
+            exits["hidden_channels"] = self.exits.hidden_channels[0]
+        if self.exits.conv_channels == (0,):
+            del exits["conv_channels"]
         return {
             "name": self.name,
             "source": self.source,

@@ -17,8 +17,10 @@ MOST_ASSISTANTS = 2
 class TeacherMember:
     """One of several networks that teach together. What is not given is as in the section `teacher`.
 
-    `name`: of the contributor. `weight`: its share in the mean, relative to the others. `model`: torchvision's name of
-    the model. All other keys mean what they mean in the section `teacher`.
+    `name`: of the contributor. `weight`: its share in the mean, relative to the others. `kind`: resnet, torchvision or
+    onnx. `model`: torchvision's name of the model. `weights`: path of its weights or .onnx file. `pixels`: what a given
+    model expects as input. `resolution`: side in pixels at which it sees the images. `widths`: channels of each stage
+    of the resnet. `blocks`: basic blocks per stage. `epochs`: passes over the training images. `seed`: of its training.
     """
 
     name: str
@@ -39,8 +41,8 @@ class SoftLabelFile:
     """Soft labels of the training images that somebody contributed as a file.
 
     `name`: of the contributor. `path`: a .csv, .npy or .npz file (docs/students.md says what is in it). `weight`: its
-    share in the mean, relative to the other contributors. `values`: probabilities that sum to 1, or logits. `partial`:
-    images may be missing in the file; the mean of such an image is that of the other contributors.
+    share in the mean, relative to the other contributors. `values`: probabilities that sum to 1, or logits.
+    `partial`: images may be missing in the file; the mean of such an image is that of the other contributors.
     """
 
     name: str

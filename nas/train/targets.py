@@ -27,6 +27,7 @@ from nas.train.features import layer_of, reduced
 from nas.train.teacher import Teacher
 
 TARGETS_VERSION = 1
+FEATURE_PATTERN = "feature-*.npy"  # of the names of `feature_files`
 PREDICT_BATCH = 500
 FEATURE_BATCH = 64  # feature maps of a large teacher are megabytes an image
 

@@ -17,7 +17,15 @@ from nas.core.jsonio import read_record
 from nas.data import DataSettings, load_dataset
 from nas.models.student import Student, folded_weights
 from nas.recipe.context import Context, open_context
-from nas.recipe.finish import FinishedStudent, FinishJob, adopt_parent, finish_student, finished_logits, load_finished
+from nas.recipe.finish import (
+    FinishedStudent,
+    FinishJob,
+    adopt_parent,
+    finish_student,
+    finished_confidence,
+    finished_logits,
+    load_finished,
+)
 from nas.recipe.pruning import (
     SharedImportance,
     importance_of,
@@ -84,7 +92,10 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
 
 def test_unfolded_student_answers_as_the_finished_one(parent: Path, student: Student, context: Context) -> None:
     found = predict_logits(student, context.val, context.mean, context.std)
-    np.testing.assert_allclose(found, finished_logits(parent, "val", candidate().precisions), rtol=1e-3, atol=1e-4)
+    names = candidate().precisions
+    temperatures = np.array([[[c.temperature]] for c in finished_confidence(parent, names)])  # only where deployed
+    expected = finished_logits(parent, "val", names) * temperatures
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_unfolded_student_answers_alike_with_the_statistics_of_a_batch(student: Student, context: Context) -> None:

@@ -107,7 +107,7 @@ def test_same_seed_gives_same_weights(
 
 def test_gradients_lie_in_memory_as_their_weights_do(space: SearchSpace, targets: dict[int, Targets]) -> None:
     """A fused optimizer takes the elements of both in the order of the memory, whatever their strides say."""
-    training = _Training(space, targets, LOSS, SHORT, map, Processes())
+    training = _Training(space, targets, LOSS, SHORT, map, Processes(), None)
     training.steps = SHORT.steps or 1
     training._one_step(0)
     turned = [p for p in training.net.parameters() if p.grad is not None and not p.is_contiguous()]

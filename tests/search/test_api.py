@@ -26,7 +26,7 @@ from nas.latency.exits import ExitTarget, solve_for_loss, sweep
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
-from nas.recipe.finish import finished_logits, load_finished
+from nas.recipe.finish import finished_confidence, finished_logits, load_finished
 from nas.recipe.records import write_scored
 from nas.search.api import export_student, run_search
 from nas.search.exit_targets import solved_point
@@ -619,7 +619,10 @@ def test_every_student_of_a_real_search_tells_its_steps_and_its_package_has_the_
     constants = {t.name: t for t in onnx.load(package.folder / "model.onnx").graph.initializer}
     integers, scale = (to_array(constants[f"head.classifier.weight.{part}"]) for part in ("q", "scale"))
     origin = "head" if source.cut is None else f"exits.{source.cut}"
-    assert np.allclose(integers * scale[:, None, None, None], 0.5 * base[f"{origin}.classifier.weight"], atol=1e-2)
+    place = -1 if source.cut is None else source.cut
+    temperature = finished_confidence(home, source.precisions)[place].temperature
+    expected = 0.5 * base[f"{origin}.classifier.weight"] / temperature
+    assert np.allclose(integers * scale[:, None, None, None], expected, atol=np.abs(expected).max() / 100)
 
 
 def test_a_search_may_borrow_rows_of_another_device_state_and_says_so(

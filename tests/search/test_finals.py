@@ -46,7 +46,7 @@ from nas.search.finals import (
     finish,
     mark_front,
     scored_mixes,
-    variant_models,
+    variant_artefact,
     variants,
 )
 from nas.search.folder import TrialRecord
@@ -401,11 +401,11 @@ def test_each_precision_is_deployed_with_the_weights_that_were_trained_for_it(ma
     )
     folder = parts.folder.student(student.candidate.arch_id)
     (fp32, int8), _ = variants(parts, student, 0.02, {})
-    before = [variant_models(parts, v, v.candidate) for v in (fp32, int8)]
+    before = [variant_artefact(parts, v, v.candidate) for v in (fp32, int8)]
     write_bytes(folder / "weights-int8.safetensors", save(random_weights(student.candidate, 1)))
     write_record(folder / "quant-int8.json", nominal_quant(student.candidate))
-    assert variant_models(parts, fp32, fp32.candidate) == before[0]
-    assert variant_models(parts, int8, int8.candidate) != before[1]
+    assert variant_artefact(parts, fp32, fp32.candidate) == before[0]
+    assert variant_artefact(parts, int8, int8.candidate) != before[1]
     points, _, _ = built(parts, [student])
     assert [[s.name for s in p.steps] for p in points] == [["distil"], ["distil", "QAT"]]
 

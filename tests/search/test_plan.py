@@ -216,7 +216,7 @@ def test_a_folder_in_which_nothing_was_scored_counts_as_new(tmp_path: Path) -> N
 MATTERS = {
     "budget": "budget.ms=9 budget.of=p99 budget.margin_std=0.5 budget.package_margin_std=0 budget.also_ms=[0.001] "
     "budget.total_ms=9",
-    "data": "data.train_images=41 data.val_images=41 data.test_images=31 data.seed=1",
+    "data": "data.train_images=41 data.val_images=41 data.test_images=31 data.seed=1 data.threshold_share=0.4",
     "augmentation": "data.augment.shift=0.1 data.augment.horizontal_flip=false data.augment.vertical_flip=true "
     "data.augment.quarter_turns=true data.augment.brightness=0.1 data.augment.contrast=0.1 data.augment.cutout=0.1 "
     "data.augment.corruptions=[noise] data.augment.corrupted_share=0.2 data.augment.max_severity=5",
@@ -230,7 +230,8 @@ MATTERS = {
     "distill.label_smoothing=0.1 distill.clip_norm=1.0 distill.ema=0.9 distill.variants=3 "
     "distill.recalibration_images=21 distill.assistants=1 distill.hints=1.0 distill.attention=1.0 "
     "distill.teacher_layers=[stem] distill.dist_inter=2.0 distill.dist_intra=2.0 distill.dist_temperature=4.0 "
-    "distill.self_distillation=0.5 distill.curriculum=0.5 distill.curriculum_start=0.5 distill.mining=0.3",
+    "distill.self_distillation=0.5 distill.curriculum=0.5 distill.curriculum_start=0.5 distill.mining=0.3 "
+    "distill.exit_gradient=0.5",
     "scorer": "search.scorer=standalone supernet.steps=5 supernet.batch_size=12 supernet.random_subnets=2 "
     "supernet.networks_per_step=1 supernet.lr=0.1 supernet.weight_decay=0.1 supernet.warmup=0.2 "
     "supernet.clip_norm=1.0 supernet.seed=1 supernet.latency_weight=0.5",
@@ -239,10 +240,12 @@ MATTERS = {
     "enqueued": 'search.enqueue=[{"b.width":12}]',
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
-    "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1 finish.precision_ladder=1",
+    "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1 finish.precision_ladder=1 "
+    "finish.exit_targets=[loss=0.02]",
     "robustness": "finish.robustness=[3]",
     "pruning": "finish.prune=[0.3]",
-    "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1",
+    "calibration": "finish.calibration_images=17 finish.qat_epochs=3 finish.qat_lr=0.2 finish.qat_least_loss=0.1 "
+    "finish.calibrate_confidence=false",
     "foreign table": "run.foreign_table=x",
     "also on": 'also_on=[{"device":"simulated:1","ms":0.01}]',
 }
@@ -250,7 +253,8 @@ MATTERS = {
 MATTERS_NOT = (
     "name=other run.dir=x run.tables=x run.cache=x search.workers=7 standalone.rungs=[1,3] standalone.keep=0.9 "
     "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false "
-    "finish.prune_mode=joint finish.prune_importance=l1 finish.prune_epochs=3 finish.prune_lr=0.1 finish.prune_rows=4"
+    "finish.prune_mode=joint finish.prune_importance=l1 finish.prune_epochs=3 finish.prune_lr=0.1 finish.prune_rows=4 "
+    "finish.stream_images=7"
 )
 # Have tests of their own, or enter with their section although they decide no result.
 OTHERS = (

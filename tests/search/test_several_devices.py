@@ -189,7 +189,7 @@ def test_when_no_file_keeps_every_deadline_the_student_for_all_is_none_and_the_p
     write_record(folder / "outcome.json", replace(outcome, common=replace(outcome.common, packages=())))
     (folder / "devices" / "simulated-1" / "package.json").unlink()
     (folder / "package.json").unlink()
-    slow = SimulatedDevice(1, noise=0.1, network_factor=9.0)
+    slow = SimulatedDevice(1, noise=0.1, network_factor=99.0)
     notes = Notes()
     experiment = load_experiment(folder / "experiment.yaml", [f"run.dir={folder}"])
     view = run_search(experiment, notes, device=SimulatedDevice(), others=[slow])
