@@ -48,12 +48,11 @@ from nas.measure.stream import evenly, measured_stream
 from nas.recipe.context import open_context, write_context
 from nas.recipe.finish import (
     FinishJob,
-    deployed_parts,
+    deployed_rows,
+    deployed_student,
     finish_student,
     finished_confidence,
     finished_logits,
-    kept_exits,
-    load_deployed,
 )
 from nas.recipe.records import FinishedStudent
 from nas.train.settings import DistillSettings, TeacherSettings
@@ -181,13 +180,12 @@ def deployable(name: str, folder: str, student: FinishedStudent) -> list[Deploye
 def logits_of(own: Deployed, split: str) -> np.ndarray:
     """Logits [E, N, K] of its own exits."""
     full = finished_logits(Path(own.folder), split, FP32)
-    return full[[*kept_exits(own.trained, own.candidate), len(full) - 1 if own.cut is None else own.cut]]
+    return full[deployed_rows(own.trained, own.candidate, own.cut)]
 
 
 def model_of(own: Deployed, context: str, candidate: Candidate) -> bytes:
     """The exported graph; the candidate has thresholds where it has exits."""
-    weights, quant = load_deployed(Path(own.folder), FP32)
-    weights, quant = deployed_parts(own.trained, weights, quant, own.cut, kept_exits(own.trained, candidate))
+    weights, _ = deployed_student(Path(own.folder), own.trained, candidate, FP32, own.cut)
     data = open_context(context, SIDE)
     form = "if" if candidate.exits else "plain"
     return network_model(candidate, weights, data.mean, data.std, form=form)

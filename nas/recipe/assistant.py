@@ -17,7 +17,8 @@ from nas.core.records import Candidate
 from nas.devices.onnxruntime_cpu import run_model
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.deployed import deployed_logits
-from nas.recipe.finish import WEIGHTS_FILE, load_finished
+from nas.recipe.finish import load_finished
+from nas.recipe.records import WEIGHTS_FILE
 from nas.train.targets import Targets, with_logits
 
 

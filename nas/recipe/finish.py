@@ -48,7 +48,18 @@ from nas.recipe.pruning import (
     write_importance,
 )
 from nas.recipe.qat import train_quantized
-from nas.recipe.records import FinishedStudent, read_logits, read_scored, top1_per_exit, write_scored
+from nas.recipe.records import (
+    FINISHED_FILES,
+    PARENT,
+    QUANT_FILE,
+    RECORD_FILE,
+    WEIGHTS_FILE,
+    FinishedStudent,
+    read_logits,
+    read_scored,
+    top1_per_exit,
+    write_scored,
+)
 from nas.recipe.sensitivity import IMAGES, keep_sensitivity, kept_sensitivity, sensitivity
 from nas.recipe.settings import ImportanceKind, PruneSettings, QatSettings
 from nas.train.evaluate import predict_logits
@@ -57,10 +68,6 @@ from nas.train.settings import DistillSettings
 from nas.train.trainer import new_student, train_student
 
 FINISHED_SCHEMA = 1
-WEIGHTS_FILE = "weights.safetensors"
-QUANT_FILE = "quant.json"
-RECORD_FILE = "finished.json"
-PARENT = "parent-"  # before the names of a parent's files, in the folder of the student that is cut from it
 
 Weights = Mapping[str, NDArray[np.float32]]
 
@@ -145,19 +152,7 @@ def _known(job: FinishJob, folder: Path) -> FinishedStudent | None:
     finished = read_record(FinishedStudent, folder / RECORD_FILE)
     if finished.pruning == job.pruning:
         return finished
-    own = (
-        RECORD_FILE,
-        "sensitivity.json",
-        "final-*",
-        "weights*",
-        "quant*",
-        "confidence-*",
-        "importance-*",
-        "prune-*.ckpt",
-        "finish.ckpt",
-        "qat-*.ckpt",
-    )
-    for path in (path for pattern in own for path in folder.glob(pattern)):  # the record first
+    for path in (path for pattern in FINISHED_FILES for path in folder.glob(pattern)):
         path.unlink(missing_ok=True)
     return None
 
@@ -428,6 +423,29 @@ def kept_exits(trained: Candidate, deployed: Candidate) -> tuple[int, ...]:
     """Indices of the exits of a trained student that a deployed form of it has."""
     places = {e.after_stage for e in deployed.exits}
     return tuple(k for k, e in enumerate(trained.exits) if e.after_stage in places)
+
+
+def deployed_rows(trained: Candidate, deployed: Candidate, cut: int | None) -> list[int]:
+    """Which rows of a trained student's logits [E, N, K] are those of a deployed form, the head last."""
+    return [*kept_exits(trained, deployed), len(trained.exits) if cut is None else cut]
+
+
+def deployed_student(
+    folder: Path, trained: Candidate, deployed: Candidate, precisions: tuple[Precision, ...], cut: int | None
+) -> tuple[dict[str, NDArray[np.float32]], QuantSpec]:
+    """Weights and ranges of one deployed form of a finished student.
+
+    Args:
+        folder: of the student.
+        trained: the whole student.
+        deployed: the form, with some of its exits.
+        precisions: of the whole student, as `Candidate.precisions`.
+        cut: as in `deployed_parts`.
+
+    Raises:
+        StorageError: a file is missing or damaged.
+    """
+    return deployed_parts(trained, *load_deployed(folder, precisions), cut, kept_exits(trained, deployed))
 
 
 def deployed_parts(

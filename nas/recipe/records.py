@@ -16,6 +16,18 @@ from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate
 from nas.core.run import FinishStep
 
+# Files of a finished student, in its folder.
+WEIGHTS_FILE = "weights.safetensors"
+QUANT_FILE = "quant.json"
+RECORD_FILE = "finished.json"
+SENSITIVITY_FILE = "sensitivity.json"
+PARENT = "parent-"  # before the names of a parent's files, in the folder of the student that is cut from it
+# Patterns of what finishing writes into a student's folder, the record first.
+FINISHED_FILES = (
+    *(RECORD_FILE, "final-*", QUANT_FILE, "quant-*.json", WEIGHTS_FILE, "weights-*.safetensors", "confidence-*.json"),
+    *(SENSITIVITY_FILE, "importance-*", "finish.ckpt", "qat-*.ckpt", "prune-*.ckpt"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class FinishedStudent:

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 
 from nas.core.errors import RecordError
 from nas.core.jsonio import read_record, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
 from nas.export.dialect import ORT, Dialect
 from nas.recipe.deployed import Run, deployed_logits
+from nas.recipe.records import SENSITIVITY_FILE
 
-SENSITIVITY_FILE = "sensitivity.json"
 IMAGES = 256  # of the validation split at most
 
 
@@ -43,14 +44,8 @@ class Sensitivity:
 
 def divergence(reference: NDArray[np.float32], logits: NDArray[np.float32]) -> float:
     """Mean Kullback-Leibler divergence of answers from reference answers, nats; both logits [E, N, K]."""
-    a, b = (_log_softmax(x.astype(np.float64)) for x in (reference, logits))
+    a, b = (log_softmax(x.astype(np.float64), axis=-1) for x in (reference, logits))
     return float(np.maximum((np.exp(a) * (a - b)).sum(axis=-1), 0.0).mean())
-
-
-def _log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = x - x.max(axis=-1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def sensitivity(

@@ -13,7 +13,7 @@ from nas.core.run import Point, SplitAccuracy
 from nas.latency.estimate import figures
 from nas.latency.exits import ExitTarget, evaluate_thresholds, sweep
 from nas.recipe.context import open_context
-from nas.recipe.finish import finished_logits, kept_exits
+from nas.recipe.finish import deployed_rows, finished_logits
 from nas.search.view import PointSource
 
 
@@ -36,7 +36,7 @@ def solved_point(run_dir: Path, point: Point, source: PointSource, target: ExitT
     names, home = source.precisions, run_dir / "students" / source.student.candidate.arch_id
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
     trained = source.student.candidate
-    rows = [*kept_exits(trained, point.candidate), len(trained.exits) if source.cut is None else source.cut]
+    rows = deployed_rows(trained, point.candidate, source.cut)
     std = (point.latency.std_ms,) * len(rows)
     logits = {split: finished_logits(home, split, names)[rows] for split in context.splits}
     solve_labels = np.asarray(context.solve_labels)

@@ -41,12 +41,10 @@ from nas.measure.stream import evenly, measured_stream, stream_timer, warn_if_of
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishJob,
-    deployed_parts,
+    deployed_student,
     finish_student,
     finished_confidence,
     finished_logits,
-    kept_exits,
-    load_deployed,
     precision_name,
 )
 from nas.recipe.pool import JobFailure
@@ -333,8 +331,8 @@ def variant_artefact(parts: SearchParts, variant: Variant, candidate: Candidate)
         candidate: the variant's candidate, with thresholds where it has exits.
     """
     trained = variant.student.candidate
-    weights, quant = load_deployed(parts.folder.student(trained.arch_id), variant.precisions)
-    weights, quant = deployed_parts(trained, weights, quant, variant.cut, kept_exits(trained, candidate))
+    folder = parts.folder.student(trained.arch_id)
+    weights, quant = deployed_student(folder, trained, candidate, variant.precisions, variant.cut)
     context = open_context(parts.plan.context, candidate.resolution)
     dialect = dialect_for(parts.predictor.device.profile)
     if candidate.exits and exits_form(dialect) == "segments":

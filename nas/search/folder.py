@@ -35,6 +35,7 @@ from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import append_line, parse_json, read_lines, read_record, read_text, write_record, write_text
 from nas.core.records import Candidate
 from nas.core.run import FailedCandidate, PredictedMeasured, StreamLatency
+from nas.recipe.records import FINISHED_FILES, PARENT
 from nas.space.yamlio import parse_yaml
 
 SCHEMA = 1
@@ -121,11 +122,13 @@ class Batch:
 class Chosen:
     """Whole networks that a round measures, written before it does: after a kill the same ones are measured to the end.
 
-    Round 0 stands for those that are measured before anything is trained.
+    Round 0 stands for those that are measured before anything is trained; the one after the last for the mixed networks
+    of the finalists, which are `candidates`, because the space may not contain them.
     """
 
     round: int
     genotypes: tuple[tuple[int, ...], ...]
+    candidates: tuple[Candidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,11 +422,6 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 # What a score means. Of these, a changed space spoils only scores from weights that the space shares.
 SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
-FINISHED_FILES = (
-    *("finished.json", "final-*", "quant.json", "sensitivity.json", "weights.safetensors", "finish.ckpt"),
-    *("quant-*.json", "weights-*.safetensors", "qat-*.ckpt", "confidence-*.json"),
-    *("importance-*", "parent-*", "prune-*.ckpt"),
-)
 
 
 def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
@@ -455,7 +453,7 @@ def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
         parts.remove("supernet")
         left_out.append("supernet-*")
     if stored.get("calibration") != now.get("calibration"):
-        left_out += FINISHED_FILES
+        left_out += (*FINISHED_FILES, f"{PARENT}*")
     staged = new.with_name(f".{new.name}.tmp-{os.getpid()}")
     try:
         present = [part for part in parts if (old / part).is_dir()]

@@ -21,7 +21,7 @@ from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.measure.stream import evenly, measured_stream
 from nas.recipe.context import Context, open_context
-from nas.recipe.finish import deployed_parts, finished_logits, kept_exits, load_deployed
+from nas.recipe.finish import deployed_rows, deployed_student, finished_logits
 from nas.search.view import PointSource
 
 PARITY_IMAGES = 16
@@ -62,12 +62,11 @@ def export_point(
         UsageError, DeviceError, StorageError: from `export_package`.
     """
     trained = source.student.candidate
-    home, kept = run_dir / "students" / trained.arch_id, kept_exits(trained, point.candidate)
-    weights, quant = load_deployed(home, source.precisions)
-    weights, quant = deployed_parts(trained, weights, quant, source.cut, kept)
+    home = run_dir / "students" / trained.arch_id
+    weights, quant = deployed_student(home, trained, point.candidate, source.precisions, source.cut)
     context = open_context(str((run_dir / "context.json").resolve()), point.candidate.resolution)
     full = finished_logits(home, "test", ("fp32",))
-    full = full[[*kept, len(trained.exits) if source.cut is None else source.cut]]
+    full = full[deployed_rows(trained, point.candidate, source.cut)]
     # The same exits and thresholds in fp32: what exits give up was chosen, what the file loses on top was not.
     thresholds = tuple(NEVER if t is None else t for t in point.thresholds)
     reference, _, _ = evaluate_thresholds(full, np.asarray(context.test_labels), thresholds, np.zeros(len(full)))

@@ -22,7 +22,7 @@ from nas.recipe.finish import FinishJob
 from nas.recipe.records import FinishedStudent
 from nas.recipe.score import candidate_sensitivity
 from nas.recipe.sensitivity import Sensitivity, kept_sensitivity
-from nas.search.folder import Event, TrialRecord
+from nas.search.folder import Chosen, Event, TrialRecord
 from nas.search.select import front_indices
 from nas.search.settings import FinishSettings
 from nas.space.space import SearchSpace
@@ -66,20 +66,29 @@ def measure_mixes(parts: SearchParts, candidates: Sequence[Candidate]) -> None:
     out. Once in a run on each device.
     """
     for own in parts.each:
-        table = own.predictor.table
-        there = sum(n.candidate.precision_label == "mixed" for n in table.networks.values())
         events = own.folder.events()
-        if there >= MIXED_NETWORKS or any(e.kind == EVENT for e in events):
+        if any(e.kind == EVENT for e in events):
             continue
-        spent = sum(len(e.pairs) + len(e.failed) for e in events)
-        networks = []
-        for candidate in candidates[: own.feedback.within(MIXED_NETWORKS - there, spent)]:
-            solved = _solved(own, candidate, None)
-            if solved is not None:
-                mix = candidate.with_precision(solved.precisions(solved.fastest(0.0)))
-                networks += [mix] if mix.precision_label == "mixed" else []
-        pairs, failed = own.predictor.measure(networks, own.search.rounds) if networks else ((), ())
+        number = own.search.rounds + 1
+        chosen = own.folder.chosen(number)
+        if chosen is None:
+            spent = sum(len(e.pairs) + len(e.failed) for e in events)
+            chosen = Chosen(number, (), _fastest_mixes(own, candidates, spent))
+            own.folder.add_chosen(chosen)
+        pairs, failed = own.predictor.measure(chosen.candidates, own.search.rounds) if chosen.candidates else ((), ())
         own.folder.add_event(Event(EVENT, time.time(), {"measured": len(pairs)}, pairs, failed))
+
+
+def _fastest_mixes(own: SearchParts, candidates: Sequence[Candidate], spent: int) -> tuple[Candidate, ...]:
+    """The fastest mix of each of the first candidates, as many as the table lacks; `spent`: engines of the search."""
+    there = sum(n.candidate.precision_label == "mixed" for n in own.predictor.table.networks.values())
+    found = []
+    for candidate in candidates[: own.feedback.within(max(0, MIXED_NETWORKS - there), spent)]:
+        solved = _solved(own, candidate, None)
+        if solved is not None:
+            mix = candidate.with_precision(solved.precisions(solved.fastest(0.0)))
+            found += [mix] if mix.precision_label == "mixed" else []
+    return tuple(found)
 
 
 def _solved(own: SearchParts, candidate: Candidate, table: Sensitivity | None) -> Assignments | None:

@@ -15,7 +15,7 @@ from nas.export.dialect import dialect_for
 from nas.latency.exits import evaluate_thresholds
 from nas.recipe.context import open_context
 from nas.recipe.deployed import deployed_logits
-from nas.recipe.finish import deployed_parts, kept_exits, load_deployed
+from nas.recipe.finish import deployed_student
 from nas.search.rounds import SearchParts
 from nas.search.view import Outcome
 
@@ -76,8 +76,8 @@ def _row(parts: SearchParts, outcome: Outcome, point: Point, severities: Sequenc
     candidate, source = point.candidate, outcome.sources[point.id]
     context = open_context(parts.plan.context, candidate.resolution)
     trained = source.student.candidate
-    weights, quant = load_deployed(parts.folder.student(trained.arch_id), source.precisions)
-    weights, quant = deployed_parts(trained, weights, quant, source.cut, kept_exits(trained, candidate))
+    folder = parts.folder.student(trained.arch_id)
+    weights, quant = deployed_student(folder, trained, candidate, source.precisions, source.cut)
     dialect = dialect_for(parts.predictor.device.profile)
     labels = np.asarray(context.test_labels)
 

@@ -20,11 +20,10 @@ from nas.core.errors import RecordError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record
 from nas.core.records import Candidate
 from nas.recipe.context import ContextFile, context_parts, place_context
-from nas.recipe.finish import RECORD_FILE, FinishJob, precision_name
+from nas.recipe.finish import FinishJob, precision_name
 from nas.recipe.pruning import IMPORTANCE_FILE, importance_file
-from nas.recipe.records import FinishedStudent, ScoredStudent, read_scored
+from nas.recipe.records import RECORD_FILE, SENSITIVITY_FILE, FinishedStudent, ScoredStudent, read_scored
 from nas.recipe.score import ScoreJob, student_folder
-from nas.recipe.sensitivity import SENSITIVITY_FILE
 from nas.recipe.supernet import RECORD_FILE as SUPERNET_RECORD
 from nas.recipe.supernet import WEIGHTS_FILE as SUPERNET_WEIGHTS
 from nas.search.artifacts import Artifacts, FileRef

@@ -233,9 +233,11 @@ def test_the_board_finds_the_latency_that_this_machine_finds(device: RemoteDevic
     """The same machine behind SSH: what is measured there and reduced here is what is measured here."""
     job = MeasureJob("n", "network", "fp32", mean_model(size=96), 1000)
     there, here = [], []
-    for _ in range(4):
+    for attempt in range(12):  # other tests run beside this one
         there.append(device.measure([job])[0].latency_ms or 0.0)
         here.append(OnnxRuntimeCpu(QUICK).measure([job])[0].latency_ms or 0.0)
+        if attempt >= 3 and min(there) == pytest.approx(min(here), rel=0.25):
+            break
     assert min(there) == pytest.approx(min(here), rel=0.25)
 
 

@@ -333,8 +333,8 @@ def test_a_folder_of_somebody_else_is_refused_before_anything_is_measured_and_ca
     for path in folder.iterdir():
         path.chmod(0o444)
     folder.chmod(0o555)
-    for parent in (tmp_path, *tmp_path.parents[:3]):
-        if parent.name.startswith("pytest") or parent == tmp_path:
+    for parent in (tmp_path, *tmp_path.parents[:4]):
+        if parent.name.startswith(("pytest", "popen")) or parent == tmp_path:  # popen: one of several test processes
             parent.chmod(0o755)
     tmp_path.chmod(0o555)
     try:

@@ -33,9 +33,9 @@ from nas.devices.base import MeasureJob, OnProgress, OnResult, StreamJob, Stream
 from nas.export.graph import nominal_quant, random_weights
 from nas.latency.estimate import figures
 from nas.latency.exits import evaluate_thresholds
-from nas.recipe.finish import FINISHED_SCHEMA, QUANT_FILE, WEIGHTS_FILE, FinishedStudent, FinishJob, precision_name
+from nas.recipe.finish import FINISHED_SCHEMA, FinishedStudent, FinishJob, precision_name
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
-from nas.recipe.records import write_scored
+from nas.recipe.records import QUANT_FILE, WEIGHTS_FILE, write_scored
 from nas.search.finals import (
     _best_settings,
     _measure,
