@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nas.core.records import HEAD_DIM, Branch, Candidate, ConvSpec, LayerSpec
 from nas.core.walk import expand
+from nas.models.hooks import hooked
 
 BN_EPS = 1e-3  # Howard et al. 2019
 BN_MOMENTUM = 0.01
@@ -185,16 +186,9 @@ def attention_maps(student: nn.Module) -> Iterator[list[Tensor]]:
     In the order of execution, the last block's last; gradients flow through them. Clear the list between two forwards.
     """
     maps: list[Tensor] = []
-    handles = [
-        module.register_forward_hook(lambda _module, _inputs, found: maps.append(found))
-        for module in student.modules()
-        if isinstance(module, Attention)
-    ]
-    try:
+    attentions = [module for module in student.modules() if isinstance(module, Attention)]
+    with hooked((module, lambda _module, _inputs, found: maps.append(found)) for module in attentions):
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def module_name(layer: LayerSpec) -> str:

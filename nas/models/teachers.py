@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.core.errors import ConfigError, RecordError, StorageError, did_you_mean
+from nas.models.hooks import hooked
 
 STEM_MAP_PX = 28  # the stem halves the map until its side is at most this: once for 32 px, three times for 224 px
 
@@ -88,15 +89,13 @@ def count_macs(module: nn.Module, resolution: int) -> int:
         each = part.weight[0].numel() if isinstance(part, nn.Conv2d) else part.in_features
         total += each * output.numel()
 
-    handles = [m.register_forward_hook(add) for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    counted = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     was_training = module.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), hooked((m, add) for m in counted):
             module.eval()(torch.zeros(1, 3, resolution, resolution))
     finally:
         module.train(was_training)
-        for handle in handles:
-            handle.remove()
     return total
 
 

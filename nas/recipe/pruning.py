@@ -37,6 +37,7 @@ from nas.compress.prune import (
 from nas.core.errors import StorageError
 from nas.core.jsonio import write_bytes
 from nas.core.records import Candidate, LayerSpec
+from nas.models.hooks import Hook, hooked
 from nas.models.student import ConvUnit, Student, folded_weights, module_name
 from nas.recipe.settings import ImportanceKind, PruneSettings
 from nas.train.evaluate import normalised, threads
@@ -77,7 +78,7 @@ def unfolded_student(candidate: Candidate, weights: Mapping[str, NDArray[np.floa
     """
     with torch.random.fork_rng(devices=[]):  # a student starts from random weights, which are not used here
         student = Student(candidate).to(memory_format=torch.channels_last)
-    handles = []
+    hooks: list[tuple[nn.Module, Hook]] = []
     for layer in student.layers:
         for spec in layer.convolutions:
             unit: ConvUnit = getattr(student.body[module_name(layer)], spec.name)
@@ -88,12 +89,10 @@ def unfolded_student(candidate: Candidate, weights: Mapping[str, NDArray[np.floa
                 if unit.conv.bias is not None:
                     unit.conv.bias.copy_(bias)
             if unit.bn is not None:
-                handles.append(unit.conv.register_forward_hook(_absorb(unit.bn, bias)))
+                hooks.append((unit.conv, _absorb(unit.bn, bias)))
     # One pass over all images, layer after layer: each batch norm is set before the next layer sees its output.
-    with threads(1), torch.no_grad():
+    with threads(1), torch.no_grad(), hooked(hooks):
         student.eval()(normalised(targets.images[0][: _images(targets)], targets.mean, targets.std))
-    for handle in handles:
-        handle.remove()
     return student
 
 
@@ -101,7 +100,7 @@ def _images(targets: Targets) -> int:
     return max(LEAST_IMAGES, min(MOST_IMAGES, PIXELS // targets.images.shape[2] ** 2))
 
 
-def _absorb(bn: nn.BatchNorm2d, bias: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _absorb(bn: nn.BatchNorm2d, bias: Tensor) -> Hook:
     """A hook that sets batch norm so that it adds `bias` to what passes now, and nothing else."""
 
     def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:

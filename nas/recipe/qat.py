@@ -7,7 +7,6 @@ distillation. Like it, it is the same whether or not the process was killed in b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
 from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.jsonio import content_hash
@@ -29,6 +28,7 @@ from nas.train.loop import (
     epochs_from_plain,
     epochs_to_plain,
     lr_share,
+    one_pass,
     parameter_groups,
     read_checkpoint,
     steps_per_epoch,
@@ -117,35 +117,31 @@ def _one_epoch(
     optimizer: torch.optim.Optimizer,
     guard: LossGuard,
 ) -> EpochRecord:
-    started = time.thread_time()
     variant = (epoch + seed) % targets.variants
     images, logits, labels = targets.images[variant], targets.logits[variant], targets.labels
-    per_epoch = steps_per_epoch(len(labels), distill.batch_size)
-    steps = settings.epochs * per_epoch
-    loss_sum, right, seen = 0.0, 0, 0
-    parameters = list(network.parameters())
-    for i, index in enumerate(batches(len(labels), distill.batch_size, np.random.default_rng([seed, epoch]))):
-        step = epoch * per_epoch + i
-        network.observes = step < (1 - FROZEN) * steps
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * distill.lr * lr_share(step, steps, WARMUP)
+    first = epoch * steps_per_epoch(len(labels), distill.batch_size)
+    steps = settings.epochs * steps_per_epoch(len(labels), distill.batch_size)
+
+    def forward(step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        network.observes = first + step < (1 - FROZEN) * steps
         index = np.sort(index)
         target = torch.from_numpy(labels[index])
         outputs = network(raw_tensor(images[index]))
-        loss = student_loss(outputs, torch.from_numpy(logits[index]), target, distill)
-        value = loss.item()
-        guard.step(value, epoch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, distill.clip_norm)
-        optimizer.step()
-        loss_sum += value * len(index)
-        right += int((outputs[-1].detach().argmax(1) == target).sum())
-        seen += len(index)
-    return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
+        return student_loss(outputs, torch.from_numpy(logits[index]), target, distill), outputs[-1], target
+
+    return one_pass(
+        batches(len(labels), distill.batch_size, np.random.default_rng([seed, epoch])),
+        forward,
+        optimizer,
+        list(network.parameters()),
+        guard,
+        lambda step: settings.lr * distill.lr * lr_share(first + step, steps, WARMUP),
+        clip_norm=distill.clip_norm,
+        epoch=epoch,
+    )
 
 
-def raw_tensor(images: NDArray[np.uint8]) -> torch.Tensor:
+def raw_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Raw pixels float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3]."""
     return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
 

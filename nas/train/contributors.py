@@ -22,9 +22,9 @@ from nas.data import Dataset
 from nas.train.evaluate import top1
 from nas.train.features import wanted_features
 from nas.train.settings import DistillSettings, TeacherSettings
-from nas.train.soft_labels import SoftLabels, read_soft_labels
+from nas.train.soft_labels import LEAST_PROBABILITY, SoftLabels, read_soft_labels
 from nas.train.targets import Targets, make_targets, with_logits
-from nas.train.teacher import LEAST_PROBABILITY, Teacher, prepare_teacher
+from nas.train.teacher import Teacher, prepare_teacher
 
 COMBINE_IMAGES = 4096  # so many at a time: the logits of all contributors are held in float64
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import log_softmax
 from torch import Tensor
 
 from nas.train.settings import DistillSettings
@@ -24,10 +25,8 @@ Numbers = NDArray[np.int64]
 
 def easy_ranks(targets: Targets) -> NDArray[np.float64]:
     """Rank of each training image within its class, 0 the easiest to 1, by the teacher's probability of the label."""
-    logits = np.asarray(targets.logits, dtype=np.float64)  # [V, N, K]
-    logits = logits - logits.max(2, keepdims=True)
-    own = np.take_along_axis(logits, targets.labels[None, :, None], 2)[:, :, 0]
-    sure = (own - np.log(np.exp(logits).sum(2))).mean(0)
+    logs = log_softmax(np.asarray(targets.logits, dtype=np.float64), axis=2)  # [V, N, K]
+    sure = np.take_along_axis(logs, targets.labels[None, :, None], 2)[:, :, 0].mean(0)
     ranks = np.empty(len(sure))
     for label in np.unique(targets.labels):
         members = np.flatnonzero(targets.labels == label)

@@ -6,7 +6,7 @@ side, of attention one map per layer is kept, scaled to unit length (the loss do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.core.errors import ConfigError
+from nas.models.hooks import Hook, hooked
 from nas.models.student import Student, module_name
 from nas.train.losses import FeaturePairs, attention_map
 from nas.train.settings import DistillSettings, TeacherSettings
@@ -158,15 +159,11 @@ def stage_maps(student: Student) -> Iterator[list[Tensor]]:
     last = {int(layer.name.split(".")[1]): layer for layer in student.layers if layer.name.startswith("stages.")}
     maps = [torch.empty(0)] * len(last)
 
-    def keeper(stage: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def keeper(stage: int) -> Hook:
         def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
             maps[stage] = output
 
         return keep
 
-    handles = [student.body[module_name(layer)].register_forward_hook(keeper(stage)) for stage, layer in last.items()]
-    try:
+    with hooked((student.body[module_name(layer)], keeper(stage)) for stage, layer in last.items()):
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nas.core.errors import DataError, RunMismatchError, StorageError, TrainingError
 from nas.core.jsonio import write_bytes
@@ -116,6 +117,56 @@ class LossGuard:
                 f"{self.where}: nothing was learnt in {epoch + 1} of {epochs} epochs (loss {mean_loss:.3g}, "
                 f"{self.first:.3g} at the start) with lr {self.lr:g}; {self._hint}, and look at the labels"
             )
+
+
+def one_pass(
+    indices: Iterable[np.ndarray],
+    forward: Callable[[int, np.ndarray], tuple[Tensor, Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    guard: LossGuard,
+    lr: Callable[[int], float],
+    *,
+    clip_norm: float,
+    epoch: int,
+    clock: Callable[[], float] = time.thread_time,
+    after_step: Callable[[int], None] | None = None,
+) -> EpochRecord:
+    """One epoch: a step of the optimizer for every batch.
+
+    Args:
+        indices: image numbers of each batch.
+        forward: of step i, from 0, and its images: loss, logits [B, K] whose right answers are counted, labels [B].
+        optimizer: of `parameters`, whose gradients are clipped to `clip_norm` together.
+        parameters: what is trained.
+        guard: looks at the loss of every step.
+        lr: learning rate of step i.
+        clip_norm: largest norm of the gradient of a step.
+        epoch: number of the epoch.
+        clock: CPU seconds.
+        after_step: called with i when the weights of step i are there.
+
+    Raises:
+        TrainingError: from the guard.
+    """
+    started = clock()
+    loss_sum, right, seen = 0.0, 0, 0
+    for i, index in enumerate(indices):
+        for group in optimizer.param_groups:
+            group["lr"] = lr(i)
+        loss, logits, labels = forward(i, index)
+        value = loss.item()
+        guard.step(value, epoch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+        optimizer.step()
+        if after_step is not None:
+            after_step(i)
+        loss_sum += value * len(index)
+        right += int((logits.detach().argmax(1) == labels).sum())
+        seen += len(index)
+    return EpochRecord(epoch, loss_sum / seen, right / seen, clock() - started)
 
 
 def write_checkpoint(path: Path, identity: str, content: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from nas.data import Dataset
 from nas.train.settings import SoftLabelFile
 
 SUM_TOLERANCE = 1e-2  # of probabilities that were written with two or three digits; they are scaled to 1 afterwards
-LEAST_PROBABILITY = 1e-7  # as for networks that give probabilities
+LEAST_PROBABILITY = 1e-7  # below it a softmax in float32 holds no information
 SHOWN = 3  # names in a message
 
 

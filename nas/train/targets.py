@@ -13,7 +13,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -198,18 +199,32 @@ def with_logits(base: Targets, logits: Callable[[], np.ndarray], teacher: str) -
                 raise TrainingError(
                     f"answers of a teacher: expected {base.logits.shape}, all finite, got {found.shape}"
                 )
-            try:
-                temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}.tmp-"))
-                info = read_record(TargetsInfo, base.folder / "targets.json")
+            info = read_record(TargetsInfo, base.folder / "targets.json")
+            with _new_folder(folder) as temporary:
                 for name in ("images.npy", "labels.npy", *feature_files(info)):
                     _link(base.folder / name, temporary / name)
                 np.save(temporary / "logits.npy", found.astype(np.float32), allow_pickle=False)
                 write_record(temporary / "targets.json", replace(info, key=key, teacher=teacher))
-                temporary.chmod(0o755)
-                temporary.replace(folder)
-            except OSError as e:
-                raise StorageError(f"{folder}: cached targets cannot be written: {e.strerror or e}") from e
     return Targets.open(folder)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes its place when it is whole.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.tmp-"))
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.replace(folder)
+    except OSError as e:
+        raise StorageError(
+            f"{folder}: cached targets cannot be written: {e.strerror or e}. Free space, or choose another cache: "
+            "--set run.cache=DIR"
+        ) from e
 
 
 def _link(source: Path, target: Path) -> None:
@@ -237,8 +252,7 @@ def _compute(
 ) -> None:
     train = dataset.train
     count, side, classes = len(train), dataset.resolution, len(dataset.class_names)
-    try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{key}.tmp-"))
+    with _new_folder(folder) as temporary:
         shape = (variants, count, side, side, 3)
         images = np.lib.format.open_memmap(temporary / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
         _take_space(temporary / "images.npy")
@@ -269,13 +283,6 @@ def _compute(
             features,
         )
         write_record(temporary / "targets.json", info)
-        temporary.chmod(0o755)
-        temporary.replace(folder)
-    except OSError as e:
-        raise StorageError(
-            f"{folder}: cached targets cannot be written: {e.strerror or e}. Free space, or choose another cache: "
-            "--set run.cache=DIR"
-        ) from e
 
 
 class _Answers:

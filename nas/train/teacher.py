@@ -23,6 +23,7 @@ from nas.core.jsonio import content_hash, file_sha256, read_record, to_plain, wr
 from nas.data import Dataset, augmented
 from nas.data.records import Split
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
+from nas.models.hooks import Hook, hooked
 from nas.models.teachers import ResNet, count_macs, torchvision_model
 from nas.train.evaluate import normalised, threads, top1
 from nas.train.loop import (
@@ -32,19 +33,20 @@ from nas.train.loop import (
     epochs_from_plain,
     epochs_to_plain,
     lr_share,
+    one_pass,
     parameter_groups,
     read_checkpoint,
     steps_per_epoch,
     write_checkpoint,
 )
 from nas.train.settings import TeacherSettings
+from nas.train.soft_labels import LEAST_PROBABILITY
 from nas.train.teacher_onnx import input_side, resnet_model, torch_model, with_batch_one, with_pixel_input
 
 TEACHER_VERSION = 1  # raise it when a change of the code changes what a teacher learns
 PREDICT_BATCH = 250
 PROBE_IMAGES = 64  # of a given file, to see whether it gives logits or probabilities
 OF_SEVERAL = ("members", "files", "weight", "average", "without")  # settings that do not decide what one network is
-LEAST_PROBABILITY = 1e-7  # below it a softmax in float32 holds no information
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's published statistics
 
 Progress = Callable[[int, int], None]
@@ -224,42 +226,34 @@ def _accuracy(model: _Model, split: Split) -> float:
     return top1(model.predict(split.images), split.labels)
 
 
-def _predictor(
-    module: nn.Module,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    resolution: int,
-    precision: str,
-    count: int,
+def _forward(
+    module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], resolution: int, precision: str, count: int
 ) -> Callable[[np.ndarray], np.ndarray]:
+    """Logits float32 [B, K] of one batch uint8 [B, H, W, 3], computed by `count` threads."""
     module = module.eval().to(memory_format=torch.channels_last)
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        parts = []
+    def forward(images: np.ndarray) -> np.ndarray:
         with threads(count), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            for start in range(0, len(images), PREDICT_BATCH):
-                x = resized(normalised(images[start : start + PREDICT_BATCH], mean, std), resolution)
-                parts.append(module(x).float().numpy())
-        return np.concatenate(parts)
+            return module(resized(normalised(images, mean, std), resolution)).float().numpy()
+
+    return forward
+
+
+def _predictor(forward: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    def predict(images: np.ndarray) -> np.ndarray:
+        starts = range(0, len(images), PREDICT_BATCH)
+        return np.concatenate([forward(images[start : start + PREDICT_BATCH]) for start in starts])
 
     return predict
 
 
-def _feature_reader(
-    module: nn.Module,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    resolution: int,
-    precision: str,
-    count: int,
-) -> FeatureReader:
-    module = module.eval().to(memory_format=torch.channels_last)
+def _feature_reader(module: nn.Module, forward: Callable[[np.ndarray], np.ndarray]) -> FeatureReader:
     parts = dict(module.named_modules())
 
     def features(images: np.ndarray, layers: Sequence[str]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         found: dict[str, np.ndarray] = {}
 
-        def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def keeper(name: str) -> Hook:
             def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
                 if not isinstance(output, Tensor) or output.ndim != 4:
                     raise ConfigError(
@@ -275,14 +269,8 @@ def _feature_reader(
                     f"distill.teacher_layers: the teacher has no layer {name!r}{did_you_mean(name, list(parts))}; its "
                     f"parts are {', '.join(n for n, _ in module.named_children())}, and their parts"
                 )
-        handles = [parts[name].register_forward_hook(keeper(name)) for name in layers]
-        try:
-            with threads(count), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
-                logits = module(resized(normalised(images, mean, std), resolution)).float().numpy()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return logits, found
+        with hooked((parts[name], keeper(name)) for name in layers):
+            return forward(images), found
 
     return features
 
@@ -311,17 +299,18 @@ def _resnet(
     else:
         epochs = _train(module, dataset, settings, folder, key, precision, progress)
         _save_weights(module, weights)
+    forward = _forward(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads)
     return _Model(
         f"resnet-{'-'.join(map(str, settings.widths))}x{settings.blocks}",
         file_sha256(weights),
         precision,
         dataset.resolution,
-        _predictor(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads),
+        _predictor(forward),
         lambda: resnet_model(module, dataset.mean, dataset.std, dataset.resolution),
         sum(p.numel() for p in module.parameters()),
         count_macs(module, dataset.resolution),
         epochs,
-        _feature_reader(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads),
+        _feature_reader(module, forward),
         tuple(f"blocks.{(stage + 1) * settings.blocks - 1}" for stage in range(len(settings.widths))),
     )
 
@@ -381,32 +370,32 @@ def _one_epoch(
     optimizer: torch.optim.Optimizer,
     guard: LossGuard,
 ) -> EpochRecord:
-    started = time.process_time()
     train = dataset.train
-    per_epoch = steps_per_epoch(len(train), settings.batch_size)
+    first = epoch * steps_per_epoch(len(train), settings.batch_size)
+    steps = settings.epochs * steps_per_epoch(len(train), settings.batch_size)
     rng = np.random.default_rng([settings.seed, epoch])
-    parameters = list(module.parameters())
-    loss_sum, right, seen = 0.0, 0, 0
-    for i, index in enumerate(batches(len(train), settings.batch_size, rng)):
-        share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * share
+
+    def forward(_step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         x = normalised(augmented(train.images[index], dataset.augment, rng), dataset.mean, dataset.std)
         labels = torch.from_numpy(train.labels[index])
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = module(x)
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
-        value = loss.item()
-        guard.step(value, epoch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
-        optimizer.step()
-        loss_sum += value * len(index)
-        right += int((logits.detach().argmax(1) == labels).sum())
-        seen += len(index)
-    guard.epoch(loss_sum / seen, epoch, settings.epochs)
-    return EpochRecord(epoch, loss_sum / seen, right / seen, time.process_time() - started)
+        return loss, logits, labels
+
+    record = one_pass(
+        batches(len(train), settings.batch_size, rng),
+        forward,
+        optimizer,
+        list(module.parameters()),
+        guard,
+        lambda step: settings.lr * lr_share(first + step, steps, settings.warmup),
+        clip_norm=5.0,
+        epoch=epoch,
+        clock=time.process_time,
+    )
+    guard.epoch(record.loss, epoch, settings.epochs)
+    return record
 
 
 def _statistics(dataset: Dataset, settings: TeacherSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -435,16 +424,17 @@ def _torchvision(dataset: Dataset, settings: TeacherSettings, sha256: str, preci
             f"teacher.resolution: {settings.name} cannot take images of {resolution} px ({e}); "
             f"set teacher.resolution to the side it was trained with, such as 224"
         ) from e
+    forward = _forward(module, mean, std, resolution, precision, settings.threads)
     return _Model(
         settings.name,
         sha256,
         precision,
         resolution,
-        _predictor(module, mean, std, resolution, precision, settings.threads),
+        _predictor(forward),
         lambda: torch_model(module, mean, std, resolution, settings.name),
         sum(p.numel() for p in module.parameters()),
         macs,
-        features=_feature_reader(module, mean, std, resolution, precision, settings.threads),
+        features=_feature_reader(module, forward),
     )
 
 

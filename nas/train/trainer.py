@@ -12,9 +12,8 @@ estimated once from `recalibration_images` training images with the final weight
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from nas.train.loop import (
     epochs_from_plain,
     epochs_to_plain,
     lr_share,
+    one_pass,
     parameter_groups,
     read_checkpoint,
     steps_per_epoch,
@@ -160,41 +160,38 @@ class _Training:
 
     def one_epoch(self, epoch: int) -> EpochRecord:
         """Passes over one variant of the training images."""
-        started = time.thread_time()
         settings, targets = self.settings, self.targets
         variant = (epoch + self.seed) % targets.variants
-        per_epoch = steps_per_epoch(len(targets.labels), settings.batch_size)
-        loss_sum, right, seen = 0.0, 0, 0
-        parameters = [*self.student.parameters(), *self.adapters.parameters()]
-        with stage_maps(self.student) as maps:
-            for i, index in enumerate(self._batches(epoch)):
-                share = lr_share(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = settings.lr * share
-                # The order inside a batch means nothing; a sorted gather reads the file forwards.
-                index = np.sort(index)
-                logits = torch.from_numpy(targets.logits[variant][index])
-                labels = torch.from_numpy(targets.labels[index])
-                outputs = self.student(
-                    normalised(targets.images[variant][index], targets.mean, targets.std), settings.exit_gradient
-                )
-                teacher = {n: torch.from_numpy(f[variant][index]).float() for n, f in self.features.items()}
-                pairs = self.adapters.pairs(maps, teacher) if teacher else None
-                loss = student_loss(outputs, logits, labels, settings, pairs)
-                value = loss.item()
-                self.guard.step(value, epoch)
-                self.optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-                self.optimizer.step()
-                if self.average:
-                    _update_average(self.average, self.student, settings.ema, epoch * per_epoch + i)
-                if settings.mining:
-                    self.distance[index] = distances(outputs[-1], logits, labels)
-                loss_sum += value * len(index)
-                right += int((outputs[-1].detach().argmax(1) == labels).sum())
-                seen += len(index)
-        return EpochRecord(epoch, loss_sum / seen, right / seen, time.thread_time() - started)
+        first = epoch * steps_per_epoch(len(targets.labels), settings.batch_size)
+        steps = settings.epochs * steps_per_epoch(len(targets.labels), settings.batch_size)
+
+        def forward(_step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+            index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
+            logits = torch.from_numpy(targets.logits[variant][index])
+            labels = torch.from_numpy(targets.labels[index])
+            images = normalised(targets.images[variant][index], targets.mean, targets.std)
+            outputs = self.student(images, settings.exit_gradient)
+            teacher = {n: torch.from_numpy(f[variant][index]).float() for n, f in self.features.items()}
+            pairs = self.adapters.pairs(maps, teacher) if teacher else None
+            if settings.mining:
+                self.distance[index] = distances(outputs[-1], logits, labels)
+            return student_loss(outputs, logits, labels, settings, pairs), outputs[-1], labels
+
+        def average(step: int) -> None:
+            _update_average(self.average, self.student, settings.ema, first + step)
+
+        with stage_maps(self.student) if self.features else nullcontext([]) as maps:
+            return one_pass(
+                self._batches(epoch),
+                forward,
+                self.optimizer,
+                [*self.student.parameters(), *self.adapters.parameters()],
+                self.guard,
+                lambda step: settings.lr * lr_share(first + step, steps, settings.warmup),
+                clip_norm=settings.clip_norm,
+                epoch=epoch,
+                after_step=average if self.average else None,
+            )
 
     def _batches(self, epoch: int) -> Iterator[np.ndarray]:
         size, rng = self.settings.batch_size, np.random.default_rng([self.seed, epoch])
