@@ -143,9 +143,8 @@ class Ssh:
                 "sudo apt-get install openssh-client"
             )
         if address.config is not None and not address.config.is_file():
-            raise RemoteError(
-                f"{address.shown}: ssh does not accept its configuration: config={address.config}: there is no such file"
-            )
+            told = f"config={address.config}: there is no such file"
+            raise RemoteError(f"{address.shown}: ssh does not accept its configuration: {told}")
         self.address = address
         self._program = program
         os.putenv("SSH_ASKPASS_REQUIRE", "never")  # from OpenSSH 8.4 on: without a terminal it would ask in a window
