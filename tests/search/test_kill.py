@@ -18,7 +18,7 @@ from nas.core.jsonio import file_sha256, parse_json, read_lines, read_record
 from nas.export.manifest import Manifest
 from nas.latency.lines import GATE_KEY, OVERHEAD_KEY, REFERENCE_KEY
 from nas.latency.table import LatencyTable
-from nas.recipe.records import ScoredStudent, read_logits
+from nas.recipe.records import FinishedStudent, ScoredStudent, read_logits
 from nas.search.folder import Batch, Chosen, Event, MeasuredExit, RunFolder, TrialRecord
 from nas.search.precision import EVENT as MIXED_EVENT
 from nas.search.view import load_outcome, load_view
@@ -85,9 +85,7 @@ class Watch:
         for path in (*self._files("students/*/*.json"), *self._files("students/*/weights.safetensors")):
             if path.suffix == ".json" and "logits_file" in json.loads(path.read_text()):
                 assert np.isfinite(read_logits(path.parent, read_record(ScoredStudent, path))).all()
-            # What is written of a finalist before its record stands for nothing yet and may be written again.
-            is_open = not (path.parent / "finished.json").exists()
-            if path.name.startswith(REWRITTEN) or (is_open and path.name.startswith(OPEN_FILES)):
+            if path.name.startswith(REWRITTEN) or (path.name.startswith(OPEN_FILES) and not _is_settled(path)):
                 continue
             state = (path.stat().st_mtime_ns, path.stat().st_ino)
             assert self.scores.setdefault(path, state) == state, f"{path} was computed twice"
@@ -110,6 +108,16 @@ class Watch:
             manifest = read_record(Manifest, folder / "manifest.json")
             for name, sha256 in manifest.files.items():
                 assert file_sha256(folder / name) == sha256, f"{folder.name}/{name}"
+
+
+def _is_settled(path: Path) -> bool:
+    """Whether a finalist's record tells of the step that wrote the file; before that it may be written again."""
+    record = path.parent / "finished.json"
+    if not record.exists():
+        return False
+    told = {step.precision or "fp32" for step in read_record(FinishedStudent, record).steps}
+    kind, _, label = path.stem.partition("-")
+    return kind not in ("confidence", "weights") or (label or "fp32") in told
 
 
 def _counts(folder: Path) -> dict[str, object]:
