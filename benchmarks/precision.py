@@ -127,7 +127,11 @@ def compare(device: Device, choices: Sequence[Choice], repeat: int, kept: Compar
             for n in (*(c.network.with_precision(p) for p in CHOICES), c.chosen)
         }
         jobs = [network_job(n, "plain", network_bytes(n, "plain")) for n in networks.values()]
-        ms = {m.key: m.latency_ms for m in device.measure(jobs)}
+        measured = device.measure(jobs)
+        ms = {m.key: m.latency_ms for m in measured}
+        failed = {m.key: m.error for m in measured if m.latency_ms is None}
+        for key, error in failed.items():
+            say(f"\n{key}: {error}")
         for c in part:
             named = {p: ms[network_key(c.network.with_precision(p), "plain")] for p in CHOICES}
             named["chosen"] = ms[network_key(c.chosen, "plain")]
@@ -189,6 +193,21 @@ def figures(choices: Sequence[Choice], kept: Comparisons, repeats: int) -> tuple
     return records, summary
 
 
+def print_goals(summary: dict[str, Any]) -> None:
+    """The two figures that are aimed at."""
+    if not summary["networks"]:
+        print("no network could be compared: see the errors above")
+        return
+    noise = summary["noise_of_a_ratio"]
+    beyond = "" if noise is None else f", {summary['slower_beyond_noise']} beyond the noise of a ratio ({noise:.4f})"
+    speed_up = summary["speed_up"]
+    print(f"slower than the best uniform precision: {summary['slower']} of {summary['networks']} (goal 0){beyond}")
+    print(
+        f"speed-up: median {speed_up['median']:.3f} (goal {GOAL_SPEED_UP}) [{speed_up['min']:.3f}, "
+        f"{speed_up['max']:.3f}]; {summary['mixed']} networks mix precisions"
+    )
+
+
 def main(arguments: list[str]) -> int:
     """Measures what is missing, then compares and prints; gives the exit code."""
     options = parser(__doc__)
@@ -231,6 +250,7 @@ def main(arguments: list[str]) -> int:
     ]
     columns = ("network", "chosen precision", *(f"{p}, us" for p in CHOICES), "chosen, us", "predicted", "measured")
     document = {"space": space.name, "device": device.profile.name, "summary": summary, "networks": records}
+    print_goals(summary)
     report(f"Speed-up over the best uniform precision: {json.dumps(summary)}", columns, rows, document, chosen.json)
     return 0
 
