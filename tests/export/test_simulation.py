@@ -76,7 +76,9 @@ def test_every_kind_of_block_is_simulated(kind: BlockKind) -> None:
     candidate = kind_candidate(kind).with_precision("int8")
     here, there = both(candidate, network(candidate))
     # Attention is float in both: its last bits differ, and now and then a step of what follows.
-    assert (here == there).all(axis=(0, 2)).mean() >= (0.92 if kind != "attention" else 0.0)
+    # Of six networks with random weights one had the same bits on 73 % of the images, the others on 99 % or more.
+    assert (here == there).all(axis=(0, 2)).mean() >= (0.92 if kind != "attention" else 0.5)
+    assert (here.argmax(2) == there.argmax(2)).mean() >= (0.999 if kind != "attention" else 0.97)
     assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
     here, there = as_written(candidate, TRT_8_4)
     assert np.linalg.norm(here - there) < 0.02 * np.linalg.norm(there)
