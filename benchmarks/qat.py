@@ -215,7 +215,7 @@ def _report(args: argparse.Namespace, rows: Sequence[Row]) -> None:
     shown = ("fp32", "ptq_loss", "qat_loss", "kept_loss", "same_images", "same_answers", "distil_cpu_s", "qat_cpu_s")
     table = [(name, len(args.seeds), *(f"{own[key]['mean']:.4g}" for key in shown)) for name, own in summary.items()]
     title = f"QAT of {args.epochs} epochs, lr {args.lr:g} of that of the distillation; points on test, mean of seeds"
-    chosen = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    chosen = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
     document = {"options": chosen, "summary": summary, "rows": [to_plain(r) for r in rows]}
     common.report(title, ("student", "seeds", *shown), table, document, args.json)
 

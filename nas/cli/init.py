@@ -24,6 +24,8 @@ EMBEDDED_SPACE, PHOTO_SPACE = "tiny-32", "small-64"
 # Images that a student sees in its full distillation: 10 passes over 8,000 images in experiments/quickstart.yaml and 60
 # over 1,440 in experiments/surface-inspection.yaml, where the teacher gets as many. A small folder needs many passes.
 SEEN_IMAGES = 86_000
+# Weight of attention transfer, as in those two files: it needs the maps of the built-in teacher, so it is no default.
+ATTENTION = 3.0
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 120
 
 
@@ -59,7 +61,7 @@ def command(
         raise UsageError(
             f"--space: no space {space!r}{did_you_mean(space, names)} (names: {', '.join(names)}, or a file)"
         )
-    values: dict[str, Any] = {"space": chosen}
+    values: dict[str, Any] = {"space": chosen, "distill.attention": ATTENTION}
     if Path(chosen).suffix:
         values["space"] = str(Path(chosen).absolute())
     if budget is not None:

@@ -14,16 +14,17 @@ import pytest
 from nas.cli.main import run
 from nas.search.checked import key_paths
 from nas.search.experiment import Experiment, load_experiment
+from nas.train.settings import DistillSettings
 
 
-def test_the_written_file_gives_the_defaults_and_names_every_key(
+def test_the_written_file_gives_the_defaults_with_attention_transfer_and_names_every_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["init"]) == 0
     text = Path("experiment.yaml").read_text(encoding="utf-8")
     experiment = load_experiment(Path("experiment.yaml"))
-    assert experiment == Experiment(space=experiment.space)
+    assert experiment == Experiment(space=experiment.space, distill=DistillSettings(attention=3.0))
     assert Path(experiment.space).stem == "tiny-32"
     for key in key_paths(Experiment):
         assert re.search(rf"^ *#?{key.split('.')[-1]}:", text, re.MULTILINE), key
@@ -62,6 +63,14 @@ def test_a_folder_with_few_images_gets_many_passes(tmp_path: Path, images: int, 
     assert run(["init", str(file), "--data", str(tmp_path / "photos")]) == 0
     loaded = load_experiment(file)
     assert (loaded.teacher.epochs, loaded.distill.epochs) == (epochs, epochs)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "surface-inspection", "jetson"])
+def test_students_look_where_the_teacher_looks_as_in_the_experiments_that_come_along(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "experiment.yaml"
+    assert run(["init", str(file)]) == 0
+    given = load_experiment(Path(__file__).parents[2] / "experiments" / f"{name}.yaml")
+    assert load_experiment(file).distill.attention == given.distill.attention > 0
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
