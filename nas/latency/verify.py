@@ -229,4 +229,7 @@ def _without(message: str, place: object) -> str:
 def summary_line(problems: tuple[Problem, ...]) -> str:
     """One sentence for all problems, for the end of a command."""
     files = len({p.place.rpartition(":")[0] or p.place for p in problems})
-    return f"{len(problems)} problems in {files} files, the first: {json.dumps(problems[0].place)}: {problems[0].what}"
+    first = f"{json.dumps(problems[0].place)}: {problems[0].what}"
+    if len(problems) == 1:
+        return f"1 problem, at {first}"
+    return f"{len(problems)} problems in {files} file{'' if files == 1 else 's'}, the first: {first}"

@@ -284,10 +284,13 @@ def test_verify_prints_each_problem_with_its_fix(tmp_path: Path, capsys: pytest.
     out, error = capsys.readouterr()
     assert f"{path}:9: the last line is torn" in out
     assert "  fix: " in out
-    assert "problems in 1 files" in error
+    assert "problems in 1 file, the first: " in error
     assert run(["table", "verify", str(folder), "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
     assert (found["ok"], len(found["problems"])) == (False, out.count("fix:"))
+    path.write_bytes(table(tmp_path / "other").joinpath("rows.jsonl").read_bytes()[:-3])
+    assert run(["table", "verify", str(folder)]) == 2
+    assert "1 problem, at " in capsys.readouterr().err
 
 
 def test_a_missing_table_names_the_next_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
