@@ -515,7 +515,7 @@ def _csv(records: list[dict[str, Any]]) -> str:
 
 
 def _ofa_yaml(console: Console, table: LatencyTable, precision: str | None) -> str:
-    """Blocks with count, mean and std, as Once-for-All reads them: `se` and `hs` always said."""
+    """Blocks with mean, count and std (where there are samples), as Once-for-All reads them; `se`, `hs` always said."""
     from nas.latency.keys import layer_of_key
 
     layers = [layer_of_key(key) for key, row in table.rows.items() if row.latency_ms is not None]
@@ -537,9 +537,10 @@ def _ofa_yaml(console: Console, table: LatencyTable, precision: str | None) -> s
             f"-kernel:{x.kernel_size}-stride:{x.stride}-idskip:{int(x.has_residual)}-se:{int(x.use_se)}"
             f"-hs:{int(x.activation == 'hard_swish')}:"
         )
-        lines += [
-            f"  count: {sum(map(len, row.rounds_ms))}",
-            f"  mean: {table.net_ms(x.key)!r}",
-            f"  std: {table.row_std_ms(x.key)!r}",
-        ]
+        count = sum(map(len, row.rounds_ms))
+        if count:
+            lines += [f"  count: {count}", f"  mean: {table.net_ms(x.key)!r}", f"  std: {table.row_std_ms(x.key)!r}"]
+        else:  # imported or interpolated: a spread that nobody measured is not written
+            told = " ".join(row.source.split()) or "no samples"
+            lines += [f"  # {told}", f"  mean: {table.net_ms(x.key)!r}"]
     return "\n".join(lines) + "\n"

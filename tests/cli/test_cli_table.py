@@ -261,6 +261,9 @@ def test_exported_blocks_can_be_imported_again(tmp_path: Path, capsys: pytest.Ca
     assert set(back.rows) == {BLOCK, GATED}
     for key in back.rows:
         assert back.row_ms(key) == first.net_ms(key)  # the overhead of a call is counted once, not per block
+    again = ok(capsys, "export", tmp_path / "back", "--format", "ofa-yaml")
+    assert ("std:" in out, "std:" in again) == (True, False)  # no spread is made up where samples are not known
+    assert back.rows[BLOCK].source in again
 
 
 def test_export_refuses_what_a_format_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
