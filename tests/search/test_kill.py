@@ -142,7 +142,7 @@ def _counts(folder: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("settings", "kills_wanted"),
     [
