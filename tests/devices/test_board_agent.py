@@ -501,6 +501,7 @@ def test_the_governor_is_part_of_what_may_not_change(tmp_path: Path) -> None:
         "power_mode": "MAXN",
         "governor": "performance",
         "clocks_locked": None,
+        "locked_mhz": None,
     }
 
 

@@ -16,6 +16,7 @@ from nas.devices.board.errors import BoardError
 from nas.devices.board.state import (
     are_locked,
     identity,
+    locked_mhz,
     parse_current_mode,
     parse_power_modes,
     read_identity,
@@ -159,8 +160,13 @@ def test_locked_clocks_are_those_with_one_frequency(tmp_path: Path) -> None:
     clocks["gpu_mhz"] = 816.0
     assert are_locked(clocks) is True, "slower than locked is throttled, not unlocked"
     assert slow_clocks(clocks) == "the GPU is locked to 1020 MHz and runs at 816 MHz"
+    assert locked_mhz(clocks) == "gpu 1020, cpu 1728"
+    lower = dict(clocks, gpu_min_mhz=816.0, gpu_max_mhz=816.0)
+    assert are_locked(lower) is True
+    assert locked_mhz(lower) == "gpu 816, cpu 1728", "locked anew at another frequency is another state"
     clocks["cpu_min_mhz"] = [115.2] * 6
     assert are_locked(clocks) is False
+    assert locked_mhz(clocks) is None
     assert are_locked({}) is None
 
 

@@ -23,16 +23,20 @@ from nas.testing import DEVICE_CONTRACT, SimulatedDevice, SshServer, mean_model,
 class Board(SimulatedDevice):
     """A simulated board that is lost before it gives result number `lost_after`, and takes its time."""
 
-    def __init__(self, lost_after: int | None = None, *, pause_s: float = 0.0, mode: str = "none") -> None:
+    def __init__(
+        self, lost_after: int | None = None, *, pause_s: float = 0.0, mode: str = "none", locked: str = ""
+    ) -> None:
         super().__init__()
         self.measured: list[str] = []
         self._lost_after = lost_after
         self._pause_s = pause_s
         self._mode = mode
+        self._locked = locked
 
     @property
     def profile(self) -> DeviceProfile:
-        return replace(super().profile, power_mode=self._mode)
+        details = {"locked_mhz": self._locked} if self._locked else {}
+        return replace(super().profile, power_mode=self._mode, details=details)
 
     def measure(
         self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
@@ -100,6 +104,8 @@ def test_when_the_last_board_is_lost_each_reason_is_told_and_results_were_given(
 def test_boards_in_different_states_are_refused_with_the_fields_that_differ() -> None:
     with pytest.raises(DeviceError, match=r"a and b are not in one state.*\n  power_mode: 'MAXN' and '15W'\n"):
         Boards([Board(mode="MAXN"), Board(mode="15W")], ["a", "b"])
+    with pytest.raises(DeviceError, match=r"\n  locked_mhz: 'gpu 1020' and 'gpu 816'\n"):
+        Boards([Board(locked="gpu 1020"), Board(locked="gpu 816")], ["a", "b"])
 
 
 def test_work_that_is_stopped_ends_on_all_boards_and_they_can_be_used_again() -> None:

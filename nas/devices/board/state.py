@@ -166,7 +166,8 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         processor is chosen): texts or None.
         power_mode: {"id", "name"} or None; power_modes: list of {"id", "name"}; power_mode_default: id or None.
         clocks: gpu_mhz, gpu_min_mhz, gpu_max_mhz, gpu_governor, cpu_mhz, cpu_min_mhz, cpu_max_mhz (lists over the
-        cores that are on), emc_mhz, emc_max_mhz. clocks_locked: bool, or None where nothing tells.
+        cores that are on), emc_mhz, emc_max_mhz. clocks_locked: bool, or None where nothing tells. locked_mhz: at
+        what, such as "gpu 1020, cpu 1510.4"; None where they are not locked.
         temperature_c, trip_c: by zone; trip_c is where the kernel begins to slow the board down.
         throttle: counters that only rise, and alarms. cooling: state of each device that cools by slowing down.
         rails: list of {"name", "mw"}. memory_mb: total, available, swap, swap_free.
@@ -180,6 +181,7 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     record.update(_power_modes(tree, run))
     record.update(snapshot(root, tree))
     record["clocks_locked"] = are_locked(record["clocks"])
+    record["locked_mhz"] = locked_mhz(record["clocks"])
     record["trip_c"] = trips(root)
     record["memory_mb"] = _memory(tree)
     record["desktop"] = _desktop(run) if record["soc"] else None
@@ -193,7 +195,8 @@ def identity(state: Dict[str, Any]) -> Dict[str, Any]:
     """The part of a state record that may not change while something is measured.
 
     Returns:
-        `boot_id`, `power_mode` (its name), `governor`, `clocks_locked`; None for what the board does not tell.
+        `boot_id`, `power_mode` (its name), `governor`, `clocks_locked`, `locked_mhz`; None for what the board does not
+        tell.
     """
     mode = state.get("power_mode")
     return {
@@ -201,6 +204,7 @@ def identity(state: Dict[str, Any]) -> Dict[str, Any]:
         "power_mode": mode.get("name") if isinstance(mode, dict) else mode,
         "governor": state.get("governor"),
         "clocks_locked": state.get("clocks_locked"),
+        "locked_mhz": state.get("locked_mhz"),
     }
 
 
@@ -212,6 +216,7 @@ def read_identity(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
         "boot_id": tree.text(BOOT_ID),
         "governor": tree.text(GOVERNOR) or None,
         "clocks_locked": are_locked(clocks),
+        "locked_mhz": locked_mhz(clocks),
     }
     return identity(dict(record, **_power_modes(tree, run)))
 
@@ -435,6 +440,18 @@ def are_locked(clocks: Dict[str, Any]) -> Optional[bool]:
     pairs = [] if None in gpu else [gpu]
     pairs += list(zip(clocks.get("cpu_min_mhz") or [], clocks.get("cpu_max_mhz") or []))
     return all(low == high for low, high in pairs) if pairs else None
+
+
+def locked_mhz(clocks: Dict[str, Any]) -> Optional[str]:
+    """The frequencies that GPU and CPU are locked to, as text; None where they are not locked.
+
+    Clocks that were locked anew at another frequency are still locked, and a latency is not what it was.
+    """
+    if not are_locked(clocks):
+        return None
+    cores = sorted(set(clocks.get("cpu_min_mhz") or []))
+    told = [("gpu", [] if clocks.get("gpu_min_mhz") is None else [clocks["gpu_min_mhz"]]), ("cpu", cores)]
+    return ", ".join("%s %s" % (name, "/".join("%.5g" % mhz for mhz in values)) for name, values in told if values)
 
 
 # -- heat, throttling, power -------------------------------------------------------------------------------------------
