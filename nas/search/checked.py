@@ -153,18 +153,34 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 
 
 def _problems(cls: type, errors: Sequence[ErrorDetails], origins: Mapping[str, str]) -> list[str]:
-    problems: dict[str, str] = {}  # by key: of a union's complaints about one value the first is enough
+    problems: dict[str, str] = {}
+    complaints: dict[str, list[ErrorDetails]] = {}  # of the members of a union about one value
     for error in errors:
         *above, last = error["loc"][1:] or ("",)
         is_unknown = error["type"] == "unexpected_keyword_argument"  # its name may be anything
         keys = [part for part in above if _is_key(part)] + ([last] if is_unknown or _is_key(last) else [])
         path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
+        place = path + error["type"] * (error["type"] == "value_error")
+        complaints.setdefault(place, []).append(error)
+        words = [e for e in complaints[place] if e["type"] == "literal_error"]
+        if place in problems and not (words and complaints[place][0]["type"] in _EXPECTED):
+            continue  # the first complaint is enough
         message = _message(cls, error, [k for k in keys if isinstance(k, str)])
+        if place in problems:
+            kind, given = complaints[place][0]["type"], error["input"]
+            allowed = [word for e in words for word in _allowed(e)]
+            wanted = " or ".join([_EXPECTED[kind], *allowed])
+            message = f"expected {wanted}, got {_shown(given)}{did_you_mean(str(given), allowed)}"
         origin = f" ({origins[path]})" if path in origins else ""
         # A record's own message may name the key already.
         named = message if path and message.startswith(path) else ": ".join(part for part in (path, message) if part)
-        problems.setdefault(path + error["type"] * (error["type"] == "value_error"), named + origin)
+        problems[place] = named + origin
     return list(problems.values())
+
+
+def _allowed(error: ErrorDetails) -> list[str]:
+    """Words that a `literal_error` would have taken."""
+    return re.findall(r"'([^']*)'", error["ctx"]["expected"])
 
 
 def _is_key(part: int | str) -> bool:
@@ -186,7 +202,7 @@ def _message(cls: type, error: ErrorDetails, keys: list[str]) -> str:
         allowed = list(_hints(_within_lists(cls, keys)))
         return f"expected a mapping with keys such as {', '.join(allowed[:4])}, got {_shown(given)}"
     if kind == "literal_error":
-        allowed = re.findall(r"'([^']*)'", error["ctx"]["expected"])
+        allowed = _allowed(error)
         return f"{_shown(given)} is not allowed; allowed: {', '.join(allowed)}{did_you_mean(str(given), allowed)}"
     if kind == "value_error":
         return str(error["ctx"]["error"])

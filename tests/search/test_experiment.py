@@ -294,7 +294,8 @@ def test_several_deadlines_may_have_units_and_are_sorted(tmp_path: Path) -> None
         ("{total_ms: 30, capture_ms: 20, preprocess: 10}", "budget.total_ms: 30 of 30 ms are gone before the network"),
         ("{total_ms: 30, preprocess: -1}", "budget.preprocess must not be negative, got -1.0"),
         ("{total_ms: 30, also_ms: [0.5]}", "budget.also_ms goes with budget.ms"),
-        ("{total_ms: 30, preprocess: guessed}", "budget.preprocess"),
+        ("{total_ms: 30, preprocess: guessed}", 'budget.preprocess: expected a number or measured, got "guessed"'),
+        ("{total_ms: 30, postprocess: mesured}", "got \"mesured\"; did you mean 'measured'?"),
     ],
 )
 def test_impossible_deadlines_of_a_pipeline_are_refused(tmp_path: Path, budget: str, message: str) -> None:
