@@ -118,7 +118,8 @@ def main(arguments: list[str]) -> int:
     dataset = load_dataset(e.data, max(draft.resolution))
     space = replace(draft, num_classes=dataset.num_classes)
     chosen.folder.mkdir(parents=True, exist_ok=True)
-    taught = prepare_targets(dataset, e.teacher, e.distill.variants, chosen.folder / "cache", seed=e.data.seed)
+    cache = chosen.folder / "cache"
+    taught = prepare_targets(dataset, e.teacher, e.distill.variants, cache, seed=e.data.seed, distill=e.distill)
     context = chosen.folder / "context.json"
     write_context(context, (dataset,), taught.targets, chosen.folder / "cache", e.data.seed)
     bench = Bench(chosen.folder, str(context.resolve()), e.distill, dataset.val.labels, dataset.test.labels)

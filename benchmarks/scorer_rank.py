@@ -215,7 +215,7 @@ def open_bench(options: Any, pool: WorkerPool) -> Bench:
     datasets = tuple(load_dataset(e.data, side) for side in sorted(draft.resolution))
     space = replace(draft, num_classes=datasets[-1].num_classes)
     cache = options.folder / "cache"
-    taught = prepare_targets(datasets[-1], e.teacher, e.distill.variants, cache, seed=e.data.seed)
+    taught = prepare_targets(datasets[-1], e.teacher, e.distill.variants, cache, seed=e.data.seed, distill=e.distill)
     context = options.folder / "context.json"
     write_context(context, datasets, taught.targets, cache, e.data.seed)
     samples = space.sample_many(np.random.default_rng(0), RANDOM_POOL)
