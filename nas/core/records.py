@@ -524,6 +524,7 @@ class DeviceProfile:
     """State of a device: a latency is valid for one such state only.
 
     `details` holds what is worth knowing but does not change the state (load, kernel, memory); it is not compared.
+    `locked_mhz` are the frequencies that clocks are locked to, as text; empty where they are not, or nothing tells.
     """
 
     name: str
@@ -537,11 +538,17 @@ class DeviceProfile:
     precisions: tuple[Precision, ...]
     kind: Literal["measured", "simulated", "imported"]
     details: dict[str, str] = field(default_factory=dict, compare=False)
+    locked_mhz: str = ""
+
+    @property
+    def state(self) -> dict[str, object]:
+        """The compared fields by name; without `locked_mhz` where it is empty."""
+        return {name: getattr(self, name) for name in PROFILE_STATE_FIELDS if name != "locked_mhz" or self.locked_mhz}
 
     @property
     def fingerprint(self) -> str:
-        """Content hash of the compared fields."""
-        return content_hash({**{name: getattr(self, name) for name in PROFILE_STATE_FIELDS}})
+        """Content hash of the state."""
+        return content_hash(self.state)
 
 
 PROFILE_STATE_FIELDS = (
@@ -550,6 +557,7 @@ PROFILE_STATE_FIELDS = (
     "runtime_version",
     "power_mode",
     "clocks_locked",
+    "locked_mhz",
     "threads",
     "driver",
     "kind",

@@ -639,6 +639,7 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
         runtime_version=runner.version,
         power_mode=str(mode),
         clocks_locked=bool(state.get("clocks_locked")),
+        locked_mhz=state.get("locked_mhz") or "",
         threads=address.threads if on_processor else 1,
         driver=" ".join(known) or "unknown",
         precisions=runner.precisions if can is None else can.offered(runner.precisions),
@@ -648,7 +649,7 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
             **({} if can is None else can.details(runner.precisions)),
             "address": address.ssh.shown,
             "runner": runner.name,
-            **{name: str(state[name]) for name in ("python", "jetpack", "soc", "locked_mhz") if state.get(name)},
+            **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
         },
     )
 
@@ -663,7 +664,6 @@ def _capability(runner: RemoteRunner, state: Message) -> Capability | None:
 def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:
     """`field: first, other` for each field in which two boards differ; empty where one table holds for both."""
     pairs = [(name, getattr(first, name), getattr(other, name)) for name in PROFILE_STATE_FIELDS]
-    pairs.append(("locked_mhz", *(profile.details.get("locked_mhz", "") for profile in (first, other))))
     return [f"{name}: {a!r} and {b!r}" for name, a, b in pairs if a != b]
 
 

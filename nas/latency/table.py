@@ -743,7 +743,7 @@ def _now() -> str:
 
 
 def _readme(profile: DeviceProfile) -> str:
-    state = "\n".join(f"| {name} | {getattr(profile, name)} |" for name in PROFILE_STATE_FIELDS)
+    state = "\n".join(f"| {name} | {value} |" for name, value in profile.state.items())
     details = "\n".join(f"| {name} | {value} |" for name, value in sorted(profile.details.items()))
     return f"""# Latency table: {profile.name}
 

@@ -169,6 +169,7 @@ def _device_rows(view: RunView) -> list[tuple[str, str]]:
         ("Runtime", f"{device.runtime} {device.runtime_version}"),
         ("Power mode", device.power_mode),
         ("Clocks", "locked" if device.clocks_locked else "not locked"),
+        ("Locked to (MHz)", device.locked_mhz),
         ("Threads", str(device.threads)),
         ("Driver", device.driver),
         ("Precisions", ", ".join(device.precisions)),

@@ -35,8 +35,7 @@ class Board(SimulatedDevice):
 
     @property
     def profile(self) -> DeviceProfile:
-        details = {"locked_mhz": self._locked} if self._locked else {}
-        return replace(super().profile, power_mode=self._mode, details=details)
+        return replace(super().profile, power_mode=self._mode, locked_mhz=self._locked)
 
     def measure(
         self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None

@@ -198,6 +198,7 @@ OTHER_STATE = {
     "runtime_version": "2.0",
     "power_mode": "governor=powersave",
     "clocks_locked": True,
+    "locked_mhz": "gpu 816",
     "threads": 2,
     "driver": "none",
     "kind": "simulated",

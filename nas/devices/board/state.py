@@ -180,8 +180,7 @@ def read_state(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     record["governor"] = tree.text(GOVERNOR) or None
     record.update(_power_modes(tree, run))
     record.update(snapshot(root, tree))
-    record["clocks_locked"] = are_locked(record["clocks"])
-    record["locked_mhz"] = locked_mhz(record["clocks"])
+    record.update(_locks(record["clocks"]))
     record["trip_c"] = trips(root)
     record["memory_mb"] = _memory(tree)
     record["desktop"] = _desktop(run) if record["soc"] else None
@@ -211,13 +210,8 @@ def identity(state: Dict[str, Any]) -> Dict[str, Any]:
 def read_identity(root: str = "/", run: Run = run_program) -> Dict[str, Any]:
     """`identity` of the board now, without the rest of the record: it is asked for around each group of models."""
     tree = Tree(root)
-    clocks = _clocks(tree)
-    record = {
-        "boot_id": tree.text(BOOT_ID),
-        "governor": tree.text(GOVERNOR) or None,
-        "clocks_locked": are_locked(clocks),
-        "locked_mhz": locked_mhz(clocks),
-    }
+    record = {"boot_id": tree.text(BOOT_ID), "governor": tree.text(GOVERNOR) or None}
+    record.update(_locks(_clocks(tree)))
     return identity(dict(record, **_power_modes(tree, run)))
 
 
@@ -449,9 +443,14 @@ def locked_mhz(clocks: Dict[str, Any]) -> Optional[str]:
     """
     if not are_locked(clocks):
         return None
-    cores = sorted(set(clocks.get("cpu_min_mhz") or []))
-    told = [("gpu", [] if clocks.get("gpu_min_mhz") is None else [clocks["gpu_min_mhz"]]), ("cpu", cores)]
-    return ", ".join("%s %s" % (name, "/".join("%.5g" % mhz for mhz in values)) for name, values in told if values)
+    gpu, cores = clocks.get("gpu_min_mhz"), sorted(set(clocks.get("cpu_min_mhz") or []))
+    told = [] if gpu is None else ["gpu %.5g" % gpu]
+    return ", ".join(told + (["cpu " + "/".join("%.5g" % mhz for mhz in cores)] if cores else []))
+
+
+def _locks(clocks: Dict[str, Any]) -> Dict[str, Any]:
+    """What a state record says of the locks of its clocks."""
+    return {"clocks_locked": are_locked(clocks), "locked_mhz": locked_mhz(clocks)}
 
 
 # -- heat, throttling, power -------------------------------------------------------------------------------------------
