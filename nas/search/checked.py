@@ -153,29 +153,29 @@ def _adapter(cls: Any) -> TypeAdapter[Any]:
 
 
 def _problems(cls: type, errors: Sequence[ErrorDetails], origins: Mapping[str, str]) -> list[str]:
-    problems: dict[str, str] = {}
-    complaints: dict[str, list[ErrorDetails]] = {}  # of the members of a union about one value
+    """One line for each value: the members of a union complain one by one, and each record has a word of its own."""
+    complaints: dict[tuple[str, bool], list[ErrorDetails]] = {}
     for error in errors:
-        *above, last = error["loc"][1:] or ("",)
-        is_unknown = error["type"] == "unexpected_keyword_argument"  # its name may be anything
-        keys = [part for part in above if _is_key(part)] + ([last] if is_unknown or _is_key(last) else [])
-        path = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
-        place = path + error["type"] * (error["type"] == "value_error")
-        complaints.setdefault(place, []).append(error)
-        words = [e for e in complaints[place] if e["type"] == "literal_error"]
-        if place in problems and not (words and complaints[place][0]["type"] in _EXPECTED):
-            continue  # the first complaint is enough
-        message = _message(cls, error, [k for k in keys if isinstance(k, str)])
-        if place in problems:
-            kind, given = complaints[place][0]["type"], error["input"]
-            allowed = [word for e in words for word in _allowed(e)]
-            wanted = " or ".join([_EXPECTED[kind], *allowed])
-            message = f"expected {wanted}, got {_shown(given)}{did_you_mean(str(given), allowed)}"
+        complaints.setdefault((_path(_keys(error)), error["type"] == "value_error"), []).append(error)
+    problems = []
+    for (path, _), own in complaints.items():
+        message = _message(cls, own)
         origin = f" ({origins[path]})" if path in origins else ""
         # A record's own message may name the key already.
         named = message if path and message.startswith(path) else ": ".join(part for part in (path, message) if part)
-        problems[place] = named + origin
-    return list(problems.values())
+        problems.append(named + origin)
+    return problems
+
+
+def _keys(error: ErrorDetails) -> list[str | int]:
+    """Keys and places in lists that lead to the value."""
+    *above, last = error["loc"][1:] or ("",)
+    is_unknown = error["type"] == "unexpected_keyword_argument"  # its name may be anything
+    return [part for part in above if _is_key(part)] + ([last] if is_unknown or _is_key(last) else [])
+
+
+def _path(keys: Sequence[str | int]) -> str:
+    return "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
 
 
 def _allowed(error: ErrorDetails) -> list[str]:
@@ -190,8 +190,11 @@ def _is_key(part: int | str) -> bool:
     )
 
 
-def _message(cls: type, error: ErrorDetails, keys: list[str]) -> str:
+def _message(cls: type, complaints: Sequence[ErrorDetails]) -> str:
+    """What is wrong with a value: the first complaint, and the words that would have been taken instead."""
+    error = complaints[0]
     kind, given = error["type"], error["input"]
+    keys = [k for k in _keys(error) if isinstance(k, str)]
     if kind == "unexpected_keyword_argument":
         allowed = list(_hints(_within_lists(cls, keys[:-1])))
         return f"unknown key{did_you_mean(keys[-1], allowed)} (keys: {', '.join(allowed)})"
@@ -206,7 +209,9 @@ def _message(cls: type, error: ErrorDetails, keys: list[str]) -> str:
         return f"{_shown(given)} is not allowed; allowed: {', '.join(allowed)}{did_you_mean(str(given), allowed)}"
     if kind == "value_error":
         return str(error["ctx"]["error"])
-    return f"expected {_EXPECTED.get(kind, error['msg'])}, got {_shown(given)}"
+    words = [word for e in complaints if e["type"] == "literal_error" for word in _allowed(e)]
+    wanted = " or ".join([_EXPECTED.get(kind, error["msg"]), *words])
+    return f"expected {wanted}, got {_shown(given)}{did_you_mean(str(given), words)}"
 
 
 def _shown(value: Any) -> str:
