@@ -48,7 +48,6 @@ def command(ctx: click.Context) -> None:
 @click.pass_obj
 def show(console: Console, table: Path, group: str | None, text: str | None, summary: bool) -> None:
     """Shows TABLE: every row with its samples, and the totals of each operator group."""
-    from nas.core.records import PROFILE_STATE_FIELDS
     from nas.latency.table import LatencyTable
 
     opened = LatencyTable.read(table)
@@ -63,8 +62,8 @@ def show(console: Console, table: Path, group: str | None, text: str | None, sum
             )
     profile = opened.profile
     console.say(f"{table}: {profile.name}")
-    for name in PROFILE_STATE_FIELDS:
-        console.say(f"  {name}: {getattr(profile, name)}")
+    for name, state in profile.state.items():
+        console.say(f"  {name}: {state}")
     for name, value in sorted(profile.details.items()):
         console.say(f"  ({name}: {value})")
     if not summary:
@@ -537,10 +536,9 @@ def _ofa_yaml(console: Console, table: LatencyTable, precision: str | None) -> s
             f"-kernel:{x.kernel_size}-stride:{x.stride}-idskip:{int(x.has_residual)}-se:{int(x.use_se)}"
             f"-hs:{int(x.activation == 'hard_swish')}:"
         )
-        count = sum(map(len, row.rounds_ms))
-        if count:
-            lines += [f"  count: {count}", f"  mean: {table.net_ms(x.key)!r}", f"  std: {table.row_std_ms(x.key)!r}"]
+        lines.append(f"  mean: {table.net_ms(x.key)!r}")
+        if count := sum(map(len, row.rounds_ms)):
+            lines += [f"  count: {count}", f"  std: {table.row_std_ms(x.key)!r}"]
         else:  # imported or interpolated: a spread that nobody measured is not written
-            told = " ".join(row.source.split()) or "no samples"
-            lines += [f"  # {told}", f"  mean: {table.net_ms(x.key)!r}"]
+            lines.append(f"  # {' '.join(row.source.split()) or 'no samples'}")
     return "\n".join(lines) + "\n"
