@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
     cache = chosen.folder / "cache"
     taught = prepare_targets(dataset, e.teacher, e.distill.variants, cache, seed=e.data.seed, distill=e.distill)
     context = chosen.folder / "context.json"
-    write_context(context, (dataset,), taught.targets, chosen.folder / "cache", e.data.seed)
+    write_context(context, (dataset,), taught.targets, cache, e.data.seed)
     bench = Bench(chosen.folder, str(context.resolve()), e.distill, dataset.val.labels, dataset.test.labels)
     found: list[Trained] = []
     sizes: dict[str, Any] = {"teacher": taught.teacher.macs}

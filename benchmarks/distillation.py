@@ -54,8 +54,6 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "kd-alpha1": {"alpha": 1.0},
     "hints": {"hints": 1.0},
     "attention": {"attention": 3.0},
-    "attention 10": {"attention": 10.0},
-    "attention + alpha.9": {"attention": 3.0, "alpha": 0.9},
     "attention + curriculum": {"attention": 3.0, "curriculum": 0.4},
     "dist": {"alpha": 0.0, "dist_inter": 2.0, "dist_intra": 2.0},
     "kd+dist": {"dist_inter": 1.0, "dist_intra": 1.0},

@@ -367,8 +367,8 @@ def one_seed(
             {"temperature": c.temperature, "before": c.error_before, "after": c.error_after}
             for c in finished_confidence(Path(folder), FP32)
         ]
-    folder_ = bench.folder / f"seed-{seed}"
-    exit_ms = measured(device, everything, bench.context, folder_ / "latencies.json")
+    home = bench.folder / f"seed-{seed}"
+    exit_ms = measured(device, everything, bench.context, home / "latencies.json")
     singles, choices = singles_and_choices(everything, way_of, exit_ms, bench.context)
     able = {way: [c for c in choices if c.way == way] for way in ways}
     found = {way: best(singles, own_choices) for way, own_choices in able.items() if own_choices}
@@ -383,7 +383,7 @@ def one_seed(
         single = fastest_equal(singles, choice.test_top1, "test")
         against = None if single is None else by_name[single.name]
         sessions = stream_sessions(
-            device, own, choice, against, test_images, bench.context, folder_ / "sessions.json", most_sessions
+            device, own, choice, against, test_images, bench.context, home / "sessions.json", most_sessions
         )
         best_run, shares = least(sessions), choice.setting.shares
         stream_ms, expected_ms = statistics.fmean(best_run.image_ms), expected(shares, best_run.exit_ms)
@@ -433,11 +433,11 @@ def stream_sessions(
     asked = [own.name, choice.setting.thresholds, None if against is None else against.name, len(images)]
     key = json.dumps(asked)
     sessions, shares = known.by_key.get(key, ()), choice.setting.shares
-    candidate = own.candidate.with_thresholds(choice.setting.thresholds)
-    model = model_of(own, context, candidate)
-    single = None if against is None else model_of(against, context, against.candidate)
+    if len(sessions) >= most or agree(sessions, shares):
+        return sessions
+    jobs, stream = session_jobs(own, choice, against, images, context)
     while len(sessions) < most and not agree(sessions, shares):
-        sessions = (*sessions, one_session(device, candidate, model, single, images))
+        sessions = (*sessions, one_session(device, jobs, stream))
         known.by_key[key] = sessions
         write_record(file, known)
         now = sessions[-1].sums(shares)
@@ -445,22 +445,29 @@ def stream_sessions(
     return sessions
 
 
-def one_session(
-    device: OnnxRuntimeCpu, candidate: Candidate, model: bytes, single: bytes | None, images: np.ndarray
-) -> Session:
-    """Measures each exit and the other student, and the stream right behind."""
-    macs = exit_macs(candidate)
+def session_jobs(
+    own: Deployed, choice: Choice, against: Deployed | None, images: np.ndarray, context: str
+) -> tuple[list[MeasureJob], StreamJob]:
+    """What each session measures: every exit and the other student alone, and the stream of images."""
+    candidate = own.candidate.with_thresholds(choice.setting.thresholds)
+    model, macs = model_of(own, context, candidate), exit_macs(candidate)
     jobs = [MeasureJob(f"exit {k}", "network", "fp32", forced_exit(model, k), macs[k]) for k in range(len(macs))]
-    if single is not None:
-        jobs.append(MeasureJob("single", "network", "fp32", single, macs[-1]))
+    if against is not None:
+        single = model_of(against, context, against.candidate)
+        jobs.append(MeasureJob("single", "network", "fp32", single, exit_macs(against.candidate)[-1]))
+    pixels = np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)), dtype=np.float32)
+    return jobs, StreamJob("stream", (model,), (), pixels)
+
+
+def one_session(device: OnnxRuntimeCpu, jobs: Sequence[MeasureJob], stream: StreamJob) -> Session:
+    """Measures each exit and the other student, and the stream right behind."""
     ms = {}
     for m in device.measure(jobs):
         if m.latency_ms is None:
             raise SystemExit(f"{m.key}: {m.error}")
         ms[m.key] = m.latency_ms
-    pixels = np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)), dtype=np.float32)
-    times = device.stream_times(StreamJob("stream", (model,), (), pixels))
-    exit_ms = tuple(ms[f"exit {k}"] for k in range(len(macs)))
+    times = device.stream_times(stream)
+    exit_ms = tuple(ms[job.key] for job in jobs if job.key != "single")
     return Session(times.latency_ms, exit_ms, ms.get("single"), times.is_calm)
 
 

@@ -24,9 +24,9 @@ EMBEDDED_SPACE, PHOTO_SPACE = "tiny-32", "small-64"
 # Images that a student sees in its full distillation: 10 passes over 8,000 images in experiments/quickstart.yaml and 60
 # over 1,440 in experiments/surface-inspection.yaml, where the teacher gets as many. A small folder needs many passes.
 SEEN_IMAGES = 86_000
-# Weight of attention transfer, as in those two files: it needs the maps of the built-in teacher, so it is no default.
-ATTENTION = 3.0
 FEWEST_EPOCHS, MOST_EPOCHS = 10, 120
+# Weight of attention transfer, as in the files of experiments/. It needs the maps of the teacher, so it is no default.
+ATTENTION = 3.0
 
 
 @click.command(short_help="Write a commented experiment file to start from.")
