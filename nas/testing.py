@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 import onnx
@@ -49,6 +49,9 @@ from nas.devices.base import (
 from nas.devices.graphs import IR_VERSION, OPSET, overhead_job, reference_job
 from nas.latency.keys import layer_of_key
 from nas.latency.lines import STREAMING_MB, NetworkForm, network_key, streaming_key
+
+if TYPE_CHECKING:
+    import torch
 
 # Multiply-adds per millisecond; about those of one thread of a server CPU.
 _MACS_PER_MS = {"fp32": 2e7, "fp16": 3e7, "bf16": 3e7, "int8": 4e7, "mixed": 2.7e7, "none": 2e7}
@@ -472,6 +475,15 @@ def requires_package(name: str, what: str) -> None:
     """Skips the calling test where an optional package is not installed."""
     if importlib.util.find_spec(name) is None:
         skip(f"{what} needs the package {name}, which is not installed")
+
+
+def requires_gpu(what: str) -> torch.device:
+    """The first GPU that torch sees; otherwise the calling test is skipped."""
+    import torch
+
+    if not torch.cuda.is_available():
+        skip(f"{what} needs a GPU that torch sees")
+    return torch.device("cuda")
 
 
 def requires_postgresql() -> Path:

@@ -35,6 +35,7 @@ MIN_PYTHON = (3, 11)
 GIB = 1 << 30
 # The quickstart keeps about 0.3 GiB on disk and stays below 3 GB of memory.
 DISK_WARN, DISK_FAIL = 2 * GIB, GIB // 2
+GPU_TOLERANCE = 0.1  # of the loss of a short training, against float32 on a processor
 MEMORY_WARN, MEMORY_FAIL = 3 * GIB, GIB
 REJECTED_WARN = 0.3  # share of disturbed readings above which measuring takes noticeably longer
 DRIFT_WARN = 0.10
@@ -124,6 +125,7 @@ def run_checks(folder: Path) -> Iterator[Check]:
     for name in ("runs", "latency_tables", ".nas-cache"):
         yield check_writable(folder / name)
     yield _guarded("training", "environment", "make setup", check_training)
+    yield _guarded("GPU", "device", "train on processors: --set search.accelerator=cpu", check_gpu)
     yield from check_devices()
 
 
@@ -232,8 +234,37 @@ def check_training() -> Check:
     torch.autograd.backward(loss)
     if first.weight.grad is None or not float(first.weight.grad.abs().sum()) > 0:
         return Check("training", "FAIL", "a training step gave no gradient", "make setup")
-    cuda = f"; {torch.cuda.get_device_name()} is there but not used" if torch.cuda.is_available() else ""
-    return Check("training", "OK", f"a training step on the CPU works, torch {torch.__version__}{cuda}")
+    return Check("training", "OK", f"a training step on the CPU works, torch {torch.__version__}")
+
+
+def check_gpu() -> Check:
+    """A training of a small student on the first GPU gives what it gives on a processor."""
+    import numpy as np
+    import torch
+
+    if not torch.cuda.is_available():
+        return Check("GPU", "OK", "torch sees none; students are trained on processors (search.accelerator)")
+    from nas.core.records import BlockConfig, Candidate, HeadConfig, StageConfig, StemConfig
+    from nas.train.compute import CPU
+    from nas.train.settings import DistillSettings
+    from nas.train.targets import Targets
+    from nas.train.trainer import new_student, train_student
+
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (1, 64, 16, 16, 3), np.uint8), rng.integers(0, 2, 64)
+    images[0, labels == 1] //= 4
+    logits = np.eye(2, dtype=np.float32)[labels][None]
+    targets = Targets("bright or dark", images, logits, labels, (0.5,) * 3, (0.25,) * 3, Path())
+    stages = (StageConfig((BlockConfig(8, 16, 8, stride=2, use_se=True),)),)
+    student = Candidate(16, 2, StemConfig(8), stages, HeadConfig(), ())
+    name, losses = torch.cuda.get_device_name(), []
+    for device in (CPU, torch.device("cuda")):
+        trained = train_student(new_student(student, 0).to(device), targets, DistillSettings(epochs=4), seed=0)
+        losses.append(trained.epochs[-1].loss)
+    if abs(losses[1] / losses[0] - 1) > GPU_TOLERANCE:
+        text = f"{name}: a loss of {losses[1]:.4g} after a training that gives {losses[0]:.4g} on a processor"
+        return Check("GPU", "FAIL", text, "train on processors: --set search.accelerator=cpu", "device")
+    return Check("GPU", "OK", f"a training on {name} works; to train there: --set search.accelerator=cuda")
 
 
 def _each_device(name: str, *how: Any) -> Iterator[Check]:

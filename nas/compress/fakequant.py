@@ -142,7 +142,7 @@ class FakeQuantNetwork(nn.Module):
 
     def weights(self) -> dict[str, NDArray[np.float32]]:
         """The trained weights, by the names that the writer reads."""
-        return {key.replace("/", "."): p.detach().contiguous().numpy().copy() for key, p in self.folded.items()}
+        return {key.replace("/", "."): p.detach().contiguous().cpu().numpy().copy() for key, p in self.folded.items()}
 
     def ranges(self) -> QuantSpec:
         """The ranges as they are now; tensors that no pair stands behind keep those of the calibration."""
@@ -153,7 +153,7 @@ class FakeQuantNetwork(nn.Module):
         self._lo, self._hi = dict(quant.lo), dict(quant.hi)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        x = _Map("image", pixels * self._factor + self._offset)
+        x = _Map("image", pixels * self._factor.to(pixels.device) + self._offset.to(pixels.device))
         outputs = []
         for layer in self.layers:
             x_in = self._entered(x, layer)
@@ -231,11 +231,12 @@ class FakeQuantNetwork(nn.Module):
     def _integer_conv(self, x: _Map, spec: ConvSpec, base: str, weight: Tensor, bias: Tensor) -> _Map:
         if x.scale is None:
             raise RecordError(f"{base}: input {x.name!r} of an int8 convolution is not quantized")
-        scales = self.rules.weight_scales(weight.detach().numpy(), bias.detach().numpy(), x.scale).astype(np.float32)
+        own = weight.detach().cpu().numpy(), bias.detach().cpu().numpy()
+        scales = self.rules.weight_scales(*own, x.scale).astype(np.float32)
         limit = self.rules.weight_limit
-        integers = _rounded(weight / torch.from_numpy(scales).view(-1, 1, 1, 1), -limit, limit)
+        integers = _rounded(weight / torch.from_numpy(scales).to(weight.device).view(-1, 1, 1, 1), -limit, limit)
         # Exactly the float32 product, as in the graph: the integer kernel knows no other scale of its bias.
-        step = torch.from_numpy(np.float32(x.scale) * scales)
+        step = torch.from_numpy(np.float32(x.scale) * scales).to(weight.device)
         if not self.rules.integer_bias:
             return _Map(
                 base, _convolved(x.values, integers, None, spec) * step.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)

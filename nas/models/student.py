@@ -223,7 +223,7 @@ def folded_weights(student: Student) -> dict[str, np.ndarray]:
             for spec in layer.convolutions:
                 unit: ConvUnit = getattr(module, spec.name)
                 weight = unit.conv.weight.double()
-                bias = torch.zeros(spec.out_channels, dtype=torch.float64)
+                bias = torch.zeros(spec.out_channels, dtype=torch.float64, device=weight.device)
                 if unit.conv.bias is not None:
                     bias = unit.conv.bias.double()
                 if unit.bn is not None:
@@ -234,6 +234,6 @@ def folded_weights(student: Student) -> dict[str, np.ndarray]:
                     weight = weight * scale[:, None, None, None]
                     bias = bn.bias.double() + (bias - bn.running_mean.double()) * scale
                 base = f"{layer.name}.{spec.name}"
-                result[f"{base}.weight"] = np.ascontiguousarray(weight.float().numpy())
-                result[f"{base}.bias"] = np.ascontiguousarray(bias.float().numpy())
+                result[f"{base}.weight"] = np.ascontiguousarray(weight.float().cpu().numpy())
+                result[f"{base}.bias"] = np.ascontiguousarray(bias.float().cpu().numpy())
     return result

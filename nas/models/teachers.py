@@ -93,7 +93,7 @@ def count_macs(module: nn.Module, resolution: int) -> int:
     was_training = module.training
     try:
         with torch.no_grad(), hooked((m, add) for m in counted):
-            module.eval()(torch.zeros(1, 3, resolution, resolution))
+            module.eval()(torch.zeros(1, 3, resolution, resolution, device=next(module.parameters()).device))
     finally:
         module.train(was_training)
     return total

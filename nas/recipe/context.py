@@ -12,11 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from filelock import FileLock
 
 from nas.core.errors import StorageError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.data import Dataset, augmented
+from nas.train.compute import training_device
+from nas.train.settings import Accelerator
 from nas.train.targets import FEATURE_PATTERN, Targets
 
 CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are enough for either
@@ -36,7 +39,7 @@ class ResolutionFiles:
 
 @dataclass(frozen=True, slots=True)
 class ContextFile:
-    """`context.json`: where the arrays of a data set and of its teacher's targets lie."""
+    """`context.json`: where the arrays of a data set and of its teacher's targets lie, and what students train on."""
 
     dataset: str
     class_names: tuple[str, ...]
@@ -47,6 +50,7 @@ class ContextFile:
     test_labels: str
     resolutions: tuple[ResolutionFiles, ...]
     solve_labels: str = ""
+    accelerator: Accelerator = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,6 +63,7 @@ class Context:
         test: images of the final figures; `test_labels` int64 [N].
         sample: training images without augmentation, for int8 ranges and batch norm.
         solve: images for exit thresholds and temperatures; those of `val` where the data set keeps none apart.
+        accelerator: what students are trained on where a process has it.
     """
 
     class_names: tuple[str, ...]
@@ -72,6 +77,12 @@ class Context:
     sample: np.ndarray
     solve: np.ndarray
     solve_labels: np.ndarray
+    accelerator: Accelerator = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process trains students."""
+        return training_device(self.accelerator)
 
     @property
     def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -80,7 +91,14 @@ class Context:
         return found if self.solve is self.val else found | {"solve": (self.solve, self.solve_labels)}
 
 
-def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, cache: Path, seed: int) -> ContextFile:
+def write_context(
+    path: Path,
+    datasets: tuple[Dataset, ...],
+    targets: Targets,
+    cache: Path,
+    seed: int,
+    accelerator: Accelerator = "cpu",
+) -> ContextFile:
     """Keeps the arrays of each resolution in the cache and writes the record that names them.
 
     Args:
@@ -89,6 +107,7 @@ def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, c
         targets: of the largest resolution.
         cache: folder of the arrays; they are shared by all runs on the same data.
         seed: of the augmentation, as given to `make_targets`.
+        accelerator: what students shall be trained on.
 
     Raises:
         StorageError: the cache cannot be written.
@@ -134,6 +153,7 @@ def write_context(path: Path, datasets: tuple[Dataset, ...], targets: Targets, c
         test_labels=str(folder / "test_labels.npy"),
         resolutions=tuple(files for _, files in sets),
         solve_labels="" if largest.solve is None else str(folder / "solve_labels.npy"),
+        accelerator=accelerator,
     )
     write_record(path, record)
     return record
@@ -179,6 +199,7 @@ def open_context(path: str, resolution: int) -> Context:
         _open(files.sample),
         _open(files.solve) if files.solve else val,
         _open(record.solve_labels) if record.solve_labels else val_labels,
+        record.accelerator,
     )
 
 

@@ -13,12 +13,17 @@ from nas.export.dialect import ORT, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, tensors_model
 
 Run = Callable[[bytes, NDArray[np.float32]], Sequence[NDArray[np.generic]]]
-RUN_BATCH = 250
+PART_BYTES = 64 * 2**20  # of images as float32 that are given to a runtime at once: each part makes a session
 
 
 def raw_pixels(images: np.ndarray) -> NDArray[np.float32]:
     """Network input float32 [B, 3, H, W], 0-255, from uint8 [B, H, W, 3]."""
     return np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)), dtype=np.float32)
+
+
+def images_at_once(images: np.ndarray) -> int:
+    """How many of `images`, uint8 [N, H, W, 3], are answered in one call of a runtime."""
+    return max(1, PART_BYTES // (4 * int(np.prod(images.shape[1:]))))
 
 
 def calibrated(
@@ -57,7 +62,8 @@ def deployed_logits(
     written_for = computed_dialect(dialect)
     model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None, dialect=written_for)
     parts = []
-    for start in range(0, len(images), RUN_BATCH):
-        outputs = run(model, raw_pixels(images[start : start + RUN_BATCH]))
+    step = images_at_once(images)
+    for start in range(0, len(images), step):
+        outputs = run(model, raw_pixels(images[start : start + step]))
         parts.append(np.stack([np.asarray(o, dtype=np.float32) for o in outputs]))
     return np.concatenate(parts, axis=1)

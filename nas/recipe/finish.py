@@ -136,7 +136,7 @@ def finish_student(job: FinishJob) -> FinishedStudent:
     context = open_context(job.context, architecture.resolution)
     finished = _known(job, folder) or _train(job, architecture, context, folder)
     if job.importance is not None and not (folder / importance_file(job.importance)).exists():
-        student = unfolded_student(architecture, load_finished(folder)[0], context.targets)
+        student = unfolded_student(architecture, load_finished(folder)[0], context.targets, context.device)
         found = importance_of(student, job.importance, context.targets, job.distill)
         write_importance(folder / importance_file(job.importance), found)
     for precisions in job.precisions:
@@ -184,12 +184,13 @@ def _pruned(job: FinishJob, settings: PruneSettings, context: Context, folder: P
         seed=job.seed,
         checkpoint=folder / f"prune-{job.pruning}",
         progress=_stop_when_told(job),
+        device=context.device,
     )
 
 
 def _distilled(job: FinishJob, context: Context, folder: Path) -> PrunedStudent:
     """A new student, distilled over the whole schedule."""
-    student = new_student(job.candidate.architecture, job.seed)
+    student = new_student(job.candidate.architecture, job.seed).to(context.device)
     history = train_student(
         student,
         context.targets,
@@ -206,7 +207,7 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
         trained = _distilled(job, context, folder)
     else:
         trained = _pruned(job, job.prune, context, folder)
-    student, epochs, top1 = trained.student, trained.epochs, 0.0
+    student, epochs, top1 = trained.student.cpu(), trained.epochs, 0.0  # figures are those of a processor, in float32
     weights = folded_weights(student)
     write_bytes(folder / WEIGHTS_FILE, save(weights))
     started = time.thread_time()
@@ -327,6 +328,7 @@ def _qat(
     label = precision_name(candidate.precisions)
     dialect = computed_dialect(dialect_named(job.dialect))
     network = FakeQuantNetwork(candidate, start.weights, start.quant, context.mean, context.std, dialect)
+    network.to(context.device)
     try:
         epochs = train_quantized(
             network,

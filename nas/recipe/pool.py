@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running
+from multiprocessing.sharedctypes import Synchronized
 from typing import Generic, Literal, Protocol, TypeVar
 
 from nas.core.errors import InterruptedRunError, NasError, StorageError
@@ -76,10 +77,12 @@ class WorkerPool:
         workers: number of processes; each uses one thread.
         start: `spawn` makes fresh interpreters; `fork` copies this process, which must have no other threads and must
             have imported everything: for tests, which start hundreds.
+        gpus: number of GPUs that the workers share, each of them using one; 0: none.
     """
 
-    def __init__(self, workers: int, start: StartMethod = "spawn") -> None:
+    def __init__(self, workers: int, start: StartMethod = "spawn", gpus: int = 0) -> None:
         self.workers = workers
+        self._gpus, self._started = gpus, get_context(start).Value("i", 0)
         self._start: StartMethod = start
         self._executor: ProcessPoolExecutor | None = None
         self._processes: list[BaseProcess] = []
@@ -117,7 +120,7 @@ class WorkerPool:
                     self.workers,
                     mp_context=get_context(self._start),
                     initializer=_start_worker,
-                    initargs=(os.getpid(),),
+                    initargs=(os.getpid(), self._gpus, self._started),
                 )
             future = self._executor.submit(function, job)
             self._processes = list((self._executor._processes or {}).values())
@@ -225,8 +228,11 @@ def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(parent: int) -> None:
-    """One thread, flushed denormals, no reaction to Ctrl-C (the parent decides), an end together with the parent."""
+def _start_worker(parent: int, gpus: int, started: Synchronized[int]) -> None:
+    """One thread, flushed denormals, no reaction to Ctrl-C (the parent decides), an end together with the parent.
+
+    With several GPUs the workers take them in turn.
+    """
     for number in _PARENTS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker has the parent's handler
@@ -239,3 +245,7 @@ def _start_worker(parent: int) -> None:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    if gpus:
+        with started.get_lock():
+            number, started.value = started.value, started.value + 1
+        torch.cuda.set_device(number % gpus)

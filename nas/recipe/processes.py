@@ -56,10 +56,11 @@ class Processes:
 
     def _told(self, mine: Result | None, source: int, like: Sequence[Tensor]) -> Result:
         sizes = [t.numel() for t in like]
-        flat = torch.zeros(sum(sizes) + len(sizes) + NUMBERS)  # all values, which of them are there, the numbers
+        # All values, which of them are there, the numbers; in main memory, from which gloo sends.
+        flat = torch.zeros(sum(sizes) + len(sizes) + NUMBERS)
         if mine is not None:
             pairs = zip(mine[0], sizes, strict=True)
-            values = [torch.zeros(n) if g is None else g.detach().reshape(-1) for g, n in pairs]
+            values = [torch.zeros(n) if g is None else g.detach().reshape(-1).cpu() for g, n in pairs]
             marks = [float(g is not None) for g in mine[0]]
             flat = torch.cat([*values, torch.tensor([*marks, *mine[1]])])
         dist.broadcast(flat, source)
@@ -76,6 +77,8 @@ def started_processes() -> Iterator[Processes]:
     if not dist.is_torchelastic_launched():
         yield Processes()
         return
+    if torch.cuda.is_available():  # a GPU for each process of this machine
+        torch.cuda.set_device(dist.get_node_local_rank() % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # the others wait while the first one makes a teacher
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())

@@ -40,6 +40,7 @@ from nas.core.records import Candidate, LayerSpec
 from nas.models.hooks import Hook, hooked
 from nas.models.student import ConvUnit, Student, folded_weights, module_name
 from nas.recipe.settings import ImportanceKind, PruneSettings
+from nas.train.compute import CPU, device_of
 from nas.train.evaluate import normalised, threads
 from nas.train.loop import EpochRecord
 from nas.train.losses import student_loss
@@ -65,7 +66,9 @@ class PrunedStudent:
     cpu_s: float
 
 
-def unfolded_student(candidate: Candidate, weights: Mapping[str, NDArray[np.float32]], targets: Targets) -> Student:
+def unfolded_student(
+    candidate: Candidate, weights: Mapping[str, NDArray[np.float32]], targets: Targets, device: torch.device = CPU
+) -> Student:
     """A student that can be trained on from weights into which batch norm was folded; it answers as they do.
 
     Batch norm gets the mean and deviation that its convolution has over training images, and the scale and shift that
@@ -75,15 +78,16 @@ def unfolded_student(candidate: Candidate, weights: Mapping[str, NDArray[np.floa
         candidate: of the weights.
         weights: of `folded_weights`.
         targets: give the images.
+        device: where the student shall be.
     """
     with torch.random.fork_rng(devices=[]):  # a student starts from random weights, which are not used here
-        student = Student(candidate).to(memory_format=torch.channels_last)
+        student = Student(candidate).to(device, memory_format=torch.channels_last)
     hooks: list[tuple[nn.Module, Hook]] = []
     for layer in student.layers:
         for spec in layer.convolutions:
             unit: ConvUnit = getattr(student.body[module_name(layer)], spec.name)
             base = f"{layer.name}.{spec.name}"
-            bias = torch.from_numpy(weights[f"{base}.bias"].copy())
+            bias = torch.from_numpy(weights[f"{base}.bias"].copy()).to(device)
             with torch.no_grad():
                 unit.conv.weight.copy_(torch.from_numpy(weights[f"{base}.weight"].copy()))
                 if unit.conv.bias is not None:
@@ -92,7 +96,7 @@ def unfolded_student(candidate: Candidate, weights: Mapping[str, NDArray[np.floa
                 hooks.append((unit.conv, _absorb(unit.bn, bias)))
     # One pass over all images, layer after layer: each batch norm is set before the next layer sees its output.
     with threads(1), torch.no_grad(), hooked(hooks):
-        student.eval()(normalised(targets.images[0][: _images(targets)], targets.mean, targets.std))
+        student.eval()(normalised(targets.images[0][: _images(targets)], targets.mean, targets.std, device))
     return student
 
 
@@ -128,6 +132,7 @@ def importance_of(
     """
     if kind == "l1":
         return l1_importance(student.candidate, folded_weights(student))
+    device = device_of(student)
     units = {name: _gated(student, layer) for name, layer in prunable(student.candidate).items()}
     rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in own] for name, own in units.items()}
     was_training = student.training
@@ -136,8 +141,9 @@ def importance_of(
     with threads(1):
         for start in range(0, min(_images(targets), len(targets.labels)), BATCH):
             part = slice(start, start + BATCH)
-            outputs = student(normalised(targets.images[0][part], targets.mean, targets.std))
-            logits, labels = torch.tensor(targets.logits[0][part]), torch.tensor(targets.labels[part])
+            outputs = student(normalised(targets.images[0][part], targets.mean, targets.std, device))
+            logits = torch.tensor(targets.logits[0][part], device=device)
+            labels = torch.tensor(targets.labels[part], device=device)
             student_loss(outputs, logits, labels, distill).backward()
             for name, own in units.items():
                 for unit, found in zip(own, rows[name], strict=True):
@@ -146,7 +152,7 @@ def importance_of(
     student.train(was_training)
     result = {}
     for name, found in rows.items():
-        each = [gate_importance(torch.stack(r).double().numpy()) for r in found]
+        each = [gate_importance(torch.stack(r).cpu().double().numpy()) for r in found]
         result[name] = BlockImportance(each[0], each[1] if len(each) > 1 else np.empty(0))
     return result
 
@@ -181,12 +187,12 @@ def narrowed_student(student: Student, target: Candidate, importance: Importance
     for key, value in student.state_dict().items():
         _, module, rest = key.split(".", 2)  # body.stages_0_1.expand.conv.weight
         name = f"{names[module]}.{rest}"
-        arrays[name], owners[name] = value.contiguous().numpy(), key
+        arrays[name], owners[name] = value.contiguous().cpu().numpy(), key
     left = narrowed(arrays, kept_channels(importance, target))
     with torch.random.fork_rng(devices=[]):
         result = Student(target)
     result.load_state_dict({owners[name]: torch.from_numpy(np.array(array)) for name, array in left.items()})
-    return result.to(memory_format=torch.channels_last)
+    return result.to(device_of(student), memory_format=torch.channels_last)
 
 
 def importance_file(kind: ImportanceKind) -> str:
@@ -273,6 +279,7 @@ def prune_student(
     seed: int,
     checkpoint: Path,
     progress: Progress | None = None,
+    device: torch.device = CPU,
 ) -> PrunedStudent:
     """The narrower student, distilled; the same with and without a kill in between.
 
@@ -286,14 +293,15 @@ def prune_student(
         seed: of the order of images; with `joint` also of the initial weights.
         checkpoint: beginning of the checkpoints' names, to which a number and `.ckpt` are added.
         progress: called after every epoch; may raise to stop.
+        device: where it is trained.
 
     Raises:
         TrainingError: the training diverged.
     """
     if settings.mode == "joint":
-        return _prune_on_the_way(parent, target, targets, distill, settings, seed, checkpoint, progress)
+        return _prune_on_the_way(parent, target, targets, distill, settings, seed, checkpoint, progress, device)
     started = time.thread_time()
-    student = narrowed_student(unfolded_student(parent, weights, targets), target, importance)
+    student = narrowed_student(unfolded_student(parent, weights, targets, device), target, importance)
     spent = time.thread_time() - started
     tuned = settings.fine_tuning(distill)
     file = _numbered(checkpoint, 0)
@@ -310,9 +318,10 @@ def _prune_on_the_way(
     seed: int,
     checkpoint: Path,
     progress: Progress | None,
+    device: torch.device,
 ) -> PrunedStudent:
     """Distillation in parts of one schedule, each with a checkpoint of its own, narrower from part to part."""
-    student = new_student(parent, seed)
+    student = new_student(parent, seed).to(device)
     ends = joint_ends(distill.epochs)
     spent = 0.0
     for part, end in enumerate([*ends, distill.epochs]):

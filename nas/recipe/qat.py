@@ -20,6 +20,7 @@ from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, QuantSpec
 from nas.recipe.settings import QatSettings
+from nas.train.compute import CPU, device_of
 from nas.train.evaluate import EVAL_BATCH, threads
 from nas.train.loop import (
     EpochRecord,
@@ -53,7 +54,7 @@ def train_quantized(
     checkpoint: Path | None = None,
     progress: Callable[[EpochRecord], None] | None = None,
 ) -> tuple[EpochRecord, ...]:
-    """Trains weights and ranges of a network in place; the epochs, those before a restart included.
+    """Trains weights and ranges of a network in place, where it is; the epochs, those before a restart included.
 
     Args:
         network: with the weights and ranges of post-training quantization.
@@ -119,15 +120,17 @@ def _one_epoch(
 ) -> EpochRecord:
     variant = (epoch + seed) % targets.variants
     images, logits, labels = targets.images[variant], targets.logits[variant], targets.labels
+    device = device_of(network)
     first = epoch * steps_per_epoch(len(labels), distill.batch_size)
     steps = settings.epochs * steps_per_epoch(len(labels), distill.batch_size)
 
     def forward(step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         network.observes = first + step < (1 - FROZEN) * steps
         index = np.sort(index)
-        target = torch.from_numpy(labels[index])
-        outputs = network(raw_tensor(images[index]))
-        return student_loss(outputs, torch.from_numpy(logits[index]), target, distill), outputs[-1], target
+        target = torch.from_numpy(labels[index]).to(device)
+        outputs = network(raw_tensor(images[index], device))
+        loss = student_loss(outputs, torch.from_numpy(logits[index]).to(device), target, distill)
+        return loss, outputs[-1], target
 
     return one_pass(
         batches(len(labels), distill.batch_size, np.random.default_rng([seed, epoch])),
@@ -141,9 +144,9 @@ def _one_epoch(
     )
 
 
-def raw_tensor(images: NDArray[np.uint8]) -> Tensor:
+def raw_tensor(images: NDArray[np.uint8], device: torch.device = CPU) -> Tensor:
     """Raw pixels float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3]."""
-    return torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
+    return torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device).permute(0, 3, 1, 2).float()
 
 
 def simulated_logits(network: FakeQuantNetwork, images: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -152,5 +155,6 @@ def simulated_logits(network: FakeQuantNetwork, images: NDArray[np.uint8]) -> ND
     parts = []
     with threads(1), torch.inference_mode():
         for start in range(0, len(images), EVAL_BATCH):
-            parts.append(torch.stack(network(raw_tensor(images[start : start + EVAL_BATCH]))).numpy())
+            outputs = network(raw_tensor(images[start : start + EVAL_BATCH], device_of(network)))
+            parts.append(torch.stack(outputs).cpu().numpy())
     return np.concatenate(parts, axis=1)

@@ -50,7 +50,9 @@ from nas.recipe.pruning import (
 )
 from nas.recipe.settings import SupernetSettings
 from nas.space.space import SearchSpace
-from nas.train.evaluate import normalised, recalibrate_bn, threads
+from nas.train.compute import mixed_precision, training_device
+from nas.train.evaluate import recalibrate_bn, threads
+from nas.train.feed import Feed
 from nas.train.loop import (
     LossGuard,
     batches,
@@ -61,7 +63,7 @@ from nas.train.loop import (
     write_checkpoint,
 )
 from nas.train.losses import student_loss
-from nas.train.settings import DistillSettings
+from nas.train.settings import Accelerator, DistillSettings
 from nas.train.targets import Targets
 
 SUPERNET_SCHEMA = 3
@@ -111,6 +113,7 @@ def train_supernet(
     progress: Callable[[SupernetStep], None] | None = None,
     processes: Processes | None = None,
     latency: SpaceLatency | None = None,
+    accelerator: Accelerator = "cpu",
 ) -> TrainedSupernet:
     """Trains the shared weights of a space, or gives the record of those that are there.
 
@@ -125,6 +128,8 @@ def train_supernet(
         progress: called after every step; when it raises, the steps so far are kept and the error goes on.
         processes: those of torchrun that share the sub-networks of a step, all on one folder; None: this one alone.
         latency: of the layers of the space, needed where `settings.latency_weight` is above 0.
+        accelerator: where it is trained; on a GPU one thread does it, and the weights depend on the order in which it
+            adds.
 
     Raises:
         ConfigError: `settings.latency_weight` without latencies.
@@ -138,6 +143,7 @@ def train_supernet(
             "the rows be interpolated (--set feedback.max_rows=N), or set it to 0"
         )
     sampled = latency if settings.latency_weight else None
+    device = training_device(accelerator)
     whole, space = space, space.unpruned
     key = content_hash(
         [
@@ -163,22 +169,24 @@ def train_supernet(
                 f"{folder}: this supernet belongs to another space, teacher, data set or settings. "
                 f"Delete the folder to train it anew, or undo the change"
             )
-        _keep_importance(whole, targets, distill, folder)
+        _keep_importance(whole, targets, distill, folder, device)
         return done
     together = processes or Processes()
+    workers = workers if device.type == "cpu" else 1
     with threads(1), ThreadPoolExecutor(workers, initializer=_start_thread) as pool:
-        training = _Training(space, targets, distill, settings, pool.map if workers > 1 else map, together, sampled)
+        each = pool.map if workers > 1 else map
+        training = _Training(space, targets, distill, settings, each, together, sampled, device)
         training.resume(folder / CHECKPOINT_FILE, key)
         training.run(folder / CHECKPOINT_FILE, key, progress)
     if together.writes:
         _write(training, folder, key, space)
-        _keep_importance(whole, targets, distill, folder)
+        _keep_importance(whole, targets, distill, folder, device)
     together.wait()
     return read_record(TrainedSupernet, folder / RECORD_FILE)
 
 
 def _write(training: _Training, folder: Path, key: str, space: SearchSpace) -> None:
-    write_bytes(folder / WEIGHTS_FILE, save({n: p.contiguous() for n, p in training.net.state_dict().items()}))
+    write_bytes(folder / WEIGHTS_FILE, save({n: p.cpu().contiguous() for n, p in training.net.state_dict().items()}))
     record = TrainedSupernet(
         SUPERNET_SCHEMA,
         key,
@@ -194,7 +202,7 @@ def _write(training: _Training, folder: Path, key: str, space: SearchSpace) -> N
 
 
 def _keep_importance(
-    space: SearchSpace, targets: Mapping[int, Targets], distill: DistillSettings, folder: Path
+    space: SearchSpace, targets: Mapping[int, Targets], distill: DistillSettings, folder: Path, device: torch.device
 ) -> None:
     """Writes how much each shared channel matters and in which widths each block was trained, for pruned stages."""
     if not space.is_pruned or (folder / IMPORTANCE_FILE).exists():
@@ -203,7 +211,7 @@ def _keep_importance(
     largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=exits).architecture
     mine = targets[largest.resolution]
     images = mine.images[0][: distill.recalibration_images]
-    student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std)
+    student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std, device=device)
     widths: dict[str, set[int]] = {}
     for slot in space.unpruned.slots():
         found = {layer.expanded_channels for layer in slot.layers if layer is not None and channel_units(layer)}
@@ -239,7 +247,10 @@ class _Training:
         run: Callable[..., Iterable[_Gradients]],
         processes: Processes,
         latency: SpaceLatency | None,
+        device: torch.device,
     ) -> None:
+        self._device = device
+        self._feeds = {side: Feed(t, {}, device) for side, t in targets.items()}
         self._map, self._processes, self._latency = run, processes, latency
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
         self.heads = exit_heads(space)
@@ -254,7 +265,7 @@ class _Training:
     def _start(self) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            self.net = Supernet.of(self.space).to(memory_format=torch.channels_last)
+            self.net = Supernet.of(self.space).to(self._device, memory_format=torch.channels_last)
         groups = parameter_groups(self.net, self.settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=self.settings.lr, fused=True)
         self.genes: GeneDistribution | None = None
@@ -370,11 +381,10 @@ class _Training:
 
     def _gradients(self, candidate: Candidate, index: np.ndarray, variant: int) -> _Gradients:
         started = time.thread_time()
-        index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
-        images, teacher_logits, labels = self._images(candidate.resolution, variant, index)
-        loss = student_loss(
-            self.net(images, candidate, self.distill.exit_gradient), teacher_logits, labels, self.distill
-        )
+        batch = self._feeds[candidate.resolution].batch(variant, index)
+        with mixed_precision(self._device):
+            outputs = self.net(batch.images, candidate, self.distill.exit_gradient)
+        loss = student_loss([z.float() for z in outputs], batch.logits, batch.labels, self.distill)
         # Not backward(): threads must not add to the same gradients, and sums in changing order would differ.
         gradients = torch.autograd.grad(loss, list(self.net.parameters()), allow_unused=True)
         return _Gradients(loss.item(), gradients, time.thread_time() - started, threading.get_ident())
@@ -385,11 +395,6 @@ class _Training:
         rng = np.random.default_rng([self.settings.seed, epoch])
         order = list(batches(self._count, self.settings.batch_size, rng))
         return (epoch + self.settings.seed) % self._variants, order[i]
-
-    def _images(self, side: int, variant: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        t = self.targets[side]
-        images = normalised(t.images[variant][index], t.mean, t.std)
-        return images, torch.from_numpy(t.logits[variant][index]), torch.from_numpy(t.labels[index])
 
     def _subnets(self, step: int) -> list[tuple[Candidate, Genotype | None]]:
         """The networks of a step, with all exits: the next ones in the order largest, random, smallest, random.
@@ -465,6 +470,7 @@ def inherited_student(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     importance: SharedImportance | None = None,
+    device: torch.device | None = None,
 ) -> Student:
     """A new student with copied weights and batch norm estimated on training images uint8 [N, H, W, 3], to evaluate.
 
@@ -473,6 +479,7 @@ def inherited_student(
         candidate: of the space, pruned blocks among them only with `importance`.
         images, mean, std: for batch norm.
         importance: which channels a pruned block keeps.
+        device: where the student shall be; None: where the shared weights are.
     """
     target = candidate.architecture
     wide = target if importance is None else importance.widened(target)
@@ -481,5 +488,7 @@ def inherited_student(
         layers = prunable(wide)
         own = {name: importance.blocks[name].first(layer) for name, layer in layers.items()}
         student = narrowed_student(student, target, own)
+    if device is not None:
+        student.to(device)
     recalibrate_bn(student, images, mean, std)
     return student.eval()

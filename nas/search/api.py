@@ -91,6 +91,7 @@ from nas.search.view import (
     load_outcome,
     load_view,
 )
+from nas.train.compute import check_accelerator, gpu_count
 from nas.train.teacher import Teacher
 
 
@@ -193,7 +194,8 @@ def _run(
             for _, device in inputs.each:
                 reporter.say(f"device {device.profile.name}")
             if shared is None:
-                with WorkerPool(worker_count(e), start_workers) as pool:
+                check_accelerator(e.search.accelerator)
+                with WorkerPool(worker_count(e), start_workers, gpu_count(e.search.accelerator)) as pool:
                     _search(inputs, folder, reporter, stop, pool, clock)
             else:
                 names, marks = [name for name, _ in inputs.each[1:]], fingerprint(inputs)
@@ -420,6 +422,7 @@ def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
             latency=SpaceLatency.of(parts.space.unpruned, parts.predictor.row_ms, parts.budget.ms)
             if e.supernet.latency_weight and parts.predictor.is_whole
             else None,
+            accelerator=e.search.accelerator,
         )
 
 

@@ -33,6 +33,7 @@ from nas.search.seeds import resolve
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.shared_jobs import version_of
 from nas.space.space import SearchSpace, load_space
+from nas.train.compute import WORKERS_PER_GPU, gpu_count
 from nas.train.contributors import prepare_targets, read_files
 from nas.train.features import check_teacher_features
 from nas.train.settings import TeacherSettings
@@ -217,6 +218,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         f"{e.budget.package_margin_std:g}",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
         "seed": str(s.seed),
+        **({} if s.accelerator == "cpu" else {"accelerator": s.accelerator}),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"
         + (f", a ladder of {s.ladder}" if s.ladder else "")
         + (f", {s.predictor_candidates} candidates screened" if s.predictor_candidates else "")
@@ -299,6 +301,7 @@ def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> t
         distill=e.distill,
         training=lambda done, total: reporter.progress("teacher", done, total, "epochs"),
         answering=lambda done, total: reporter.progress("teacher's answers", done, total, "augmented copies"),
+        accelerator=e.search.accelerator,
     )
     teacher, targets = taught.teacher, taught.targets
     reporter.say(f"teacher {teacher.name}: {100 * teacher.val_accuracy:.1f} % on search validation")
@@ -320,7 +323,7 @@ def prepare_training(inputs: Inputs, folder: RunFolder, reporter: Reporter) -> t
     for line in teacher.contributors:
         reporter.say(f"contributor {line}")
     path = folder.path / "context.json"
-    write_context(path, inputs.datasets, targets, cache, e.data.seed)
+    write_context(path, inputs.datasets, targets, cache, e.data.seed, e.search.accelerator)
     return teacher, targets, str(path.resolve())
 
 
@@ -366,5 +369,8 @@ def scoring_plan(inputs: Inputs, folder: RunFolder, context: str) -> ScoringPlan
 
 
 def worker_count(experiment: Experiment) -> int:
-    """Training processes: as asked for, or one per core this process may use."""
-    return experiment.search.workers or usable_cores()
+    """Training processes: as asked for, or one per core this process may use, on a GPU a few."""
+    if experiment.search.workers:
+        return experiment.search.workers
+    gpus = gpu_count(experiment.search.accelerator)
+    return min(usable_cores(), gpus * WORKERS_PER_GPU) if gpus else usable_cores()

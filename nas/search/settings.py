@@ -10,6 +10,7 @@ from nas.core.errors import ConfigError
 from nas.core.run import LatencyKind
 from nas.latency.exits import read_target
 from nas.recipe.settings import ImportanceKind, PruneMode, PruneSettings, QatSettings
+from nas.train.settings import Accelerator
 
 SamplerName = Literal["auto", "greybox", "tpe", "nsga2", "random"]
 ScorerName = Literal["supernet", "standalone"]
@@ -115,9 +116,11 @@ class SearchSettings:
     which models accuracy alone, where all rows of the space have a latency; else multivariate TPE up to 300 trials at
     most and NSGA-II with a small population above. `scorer`: how accuracy is
     estimated before finalists are distilled in full. `workers`: training processes,
-    one thread each; 0 means one per core. `seed`: of everything. `enqueue`: candidates that are scored before any other
-    one, if they keep the budget; each is the name of a published network of the space (mobilenet_v3_small,
-    mobilenet_v3_large), a .json file of a candidate, a candidate of an earlier run as {run: DIR, id: ID}, or genes as
+    one thread each; 0 means one per core, and at most four per GPU. `accelerator`: cpu, or cuda to train teacher,
+    shared weights and students on the GPUs that CUDA_VISIBLE_DEVICES shows; latencies do not depend on it. `seed`: of
+    everything. `enqueue`: candidates that are scored before any other one, if they keep the budget; each is the name of
+    a published network of the space (mobilenet_v3_small, mobilenet_v3_large), a .json file of a candidate, a candidate
+    of an earlier run as {run: DIR, id: ID}, or genes as
     {NAME: VALUE, ...}, of which those that are not given are of the network in `like` or the smallest one.
     `ladder`: candidates that are solved for exactly, after the first batch, from the latency table and a score of each
     choice, for as many latencies up to the budget; 0: none. `predictor_candidates`: random candidates that the grey-box
@@ -134,6 +137,7 @@ class SearchSettings:
     sampler: SamplerName = "auto"
     scorer: ScorerName = "supernet"
     workers: int = 0
+    accelerator: Accelerator = "cpu"
     seed: int = 0
     enqueue: tuple[EnqueueEntry, ...] = ()
     ladder: int = 0

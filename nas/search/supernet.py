@@ -17,6 +17,7 @@ from nas.recipe.supernet import SupernetStep, train_supernet
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder
 from nas.search.prepare import load_inputs, prepare_training
+from nas.train.compute import check_accelerator
 
 
 class _Lines:
@@ -47,6 +48,7 @@ def train(experiment: Path, sets: list[str]) -> None:
                 f"{experiment}: supernet.latency_weight needs the latency table, which only a search has. Run: nas "
                 "search, or set it to 0"
             )
+        check_accelerator(e.search.accelerator)
         reporter = _Lines()
         inputs = load_inputs(e, reporter)
         folder = RunFolder(e.run_dir)
@@ -62,7 +64,16 @@ def train(experiment: Path, sets: list[str]) -> None:
 
         targets = {side: open_context(str(path.resolve()), side).targets for side in inputs.space.resolution}
         home = folder.path / "supernet"
-        done = train_supernet(inputs.space, targets, e.distill, e.supernet, home, progress=told, processes=processes)
+        done = train_supernet(
+            inputs.space,
+            targets,
+            e.distill,
+            e.supernet,
+            home,
+            progress=told,
+            processes=processes,
+            accelerator=e.search.accelerator,
+        )
         if processes.writes:
             reporter.say(f"{home}: {done.steps} steps, {done.cpu_s:.0f} CPU s of {processes.count} processes")
 

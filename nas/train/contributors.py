@@ -21,7 +21,7 @@ from nas.core.jsonio import content_hash, read_record, write_record
 from nas.data import Dataset
 from nas.train.evaluate import top1
 from nas.train.features import wanted_features
-from nas.train.settings import DistillSettings, TeacherSettings
+from nas.train.settings import Accelerator, DistillSettings, TeacherSettings
 from nas.train.soft_labels import LEAST_PROBABILITY, SoftLabels, read_soft_labels
 from nas.train.targets import Targets, make_targets, with_logits
 from nas.train.teacher import Teacher, prepare_teacher
@@ -65,6 +65,7 @@ def prepare_targets(
     distill: DistillSettings | None = None,
     training: Callable[[int, int], None] | None = None,
     answering: Callable[[int, int], None] | None = None,
+    accelerator: Accelerator = "cpu",
 ) -> Taught:
     """The teacher and its cached answers, of one network or of all contributors together.
 
@@ -77,6 +78,7 @@ def prepare_targets(
         distill: its losses may need features of the teacher, which one network alone can give.
         training: called with (epochs done, epochs) of all networks.
         answering: called with (copies done, copies) of all networks.
+        accelerator: where networks are trained and asked.
 
     Raises:
         ConfigError, DataError, RecordError, StorageError, TrainingError: as `prepare_teacher` and `read_soft_labels`.
@@ -87,7 +89,7 @@ def prepare_targets(
     teachers = []
     for i, network in enumerate(networks):
         told = _part(training, sum(epochs[:i]), sum(epochs))
-        teachers.append(prepare_teacher(dataset, network.settings, cache_dir, told))
+        teachers.append(prepare_teacher(dataset, network.settings, cache_dir, told, accelerator))
     features = () if distill is None or len(teachers) > 1 else wanted_features(teachers[0], distill)
     each = [
         make_targets(

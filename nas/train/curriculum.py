@@ -89,4 +89,4 @@ def distances(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) ->
         teacher = torch.softmax(teacher_logits, 1).gather(1, labels[:, None])[:, 0]
         student = torch.softmax(student_logits, 1).gather(1, labels[:, None])[:, 0]
         is_right = teacher_logits.argmax(1) == labels
-        return (teacher * (1 - student) * is_right).numpy()
+        return (teacher * (1 - student) * is_right).cpu().numpy()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nas.models.student import Student
+from nas.train.compute import device_of
 
 EVAL_BATCH = 250  # maps of a small student stay in the second-level cache; measured flat from 128 to 512
 
@@ -36,15 +37,23 @@ def _flushes_denormals() -> bool:
     return bool(torch.full((1,), 1e-39).mul_(0.5).item() == 0.0)
 
 
-def normalised(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalised(
+    images: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None
+) -> Tensor:
     """Network input float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3].
 
     The layout comes for free here: the bytes at rest are channels-last already. A later `x[index]` would lose it.
+
+    Args:
+        images: an array, or a tensor that is on a device already.
+        mean, std: per channel, on the scale 0-1.
+        device: where the input is needed; None: where the images are.
     """
-    x = torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
+    x = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
+    x = x.to(device or x.device).permute(0, 3, 1, 2).float()  # bytes travel, not floats
     scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32))
     shift = torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
-    return x.mul_(scale.view(3, 1, 1)).sub_(shift.view(3, 1, 1))
+    return x.mul_(scale.view(3, 1, 1).to(x.device)).sub_(shift.view(3, 1, 1).to(x.device))
 
 
 def predict_logits(
@@ -56,8 +65,8 @@ def predict_logits(
     parts = []
     with threads(1), torch.inference_mode():
         for start in range(0, len(images), batch_size):
-            outputs = student(normalised(images[start : start + batch_size], mean, std))
-            parts.append(torch.stack(outputs).numpy())
+            outputs = student(normalised(images[start : start + batch_size], mean, std, device_of(student)))
+            parts.append(torch.stack(outputs).cpu().numpy())
     student.train(was_training)
     return np.concatenate(parts, axis=1)
 
@@ -83,7 +92,7 @@ def recalibrate_bn(
         for start in range(0, len(images), batch_size):
             part = images[start : start + batch_size]
             if len(part) > 1:
-                module(normalised(part, mean, std))
+                module(normalised(part, mean, std, device_of(module)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     module.train(was_training)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from nas.core.errors import ConfigError, did_you_mean
 
+Accelerator = Literal["cpu", "cuda"]
 TeacherKind = Literal["resnet", "torchvision", "onnx"]
 TeacherPixels = Literal["dataset", "imagenet", "unit", "raw"]
 MOST_ASSISTANTS = 2

@@ -6,10 +6,13 @@ looked at once per teacher.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from nas.data.records import Split
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.models.hooks import Hook, hooked
 from nas.models.teachers import ResNet, count_macs, torchvision_model
+from nas.train.compute import computes_bf16, device_of, training_device
 from nas.train.evaluate import normalised, threads, top1
 from nas.train.loop import (
     EpochRecord,
@@ -39,7 +43,7 @@ from nas.train.loop import (
     steps_per_epoch,
     write_checkpoint,
 )
-from nas.train.settings import TeacherSettings
+from nas.train.settings import Accelerator, TeacherSettings
 from nas.train.soft_labels import LEAST_PROBABILITY
 from nas.train.teacher_onnx import input_side, resnet_model, torch_model, with_batch_one, with_pixel_input
 
@@ -49,6 +53,7 @@ PROBE_IMAGES = 64  # of a given file, to see whether it gives logits or probabil
 OF_SEVERAL = ("members", "files", "weight", "average", "without")  # settings that do not decide what one network is
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's published statistics
 
+Module = TypeVar("Module", bound=nn.Module)
 Progress = Callable[[int, int], None]
 FeatureReader = Callable[[np.ndarray, Sequence[str]], tuple[np.ndarray, dict[str, np.ndarray]]]
 
@@ -130,13 +135,19 @@ class _Model:
     feature_layers: tuple[str, ...] = ()
 
 
-def has_bf16() -> bool:
-    """True where the processor multiplies bf16 in hardware; elsewhere it is emulated and slower than fp32."""
+def has_bf16(device: torch.device) -> bool:
+    """True where bf16 is multiplied in hardware; elsewhere it is emulated and slower than fp32."""
+    if device.type == "cuda":
+        return computes_bf16(device)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def prepare_teacher(
-    dataset: Dataset, settings: TeacherSettings, cache_dir: Path, progress: Progress | None = None
+    dataset: Dataset,
+    settings: TeacherSettings,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    accelerator: Accelerator = "cpu",
 ) -> Teacher:
     """The teacher of a run, from the cache where it is; trained, resumed or loaded otherwise.
 
@@ -145,6 +156,7 @@ def prepare_teacher(
         settings: which teacher.
         cache_dir: it is kept in `teachers/<key>` below.
         progress: called with (epochs done, epochs) while it is trained, the checkpoint written; may raise to stop.
+        accelerator: where it is trained and asked; an ONNX teacher is asked on processors.
 
     Raises:
         ConfigError: settings that fit no teacher.
@@ -153,7 +165,8 @@ def prepare_teacher(
         TrainingError: the training diverged.
     """
     given = _given_file(settings)
-    precision = "bf16" if settings.kind != "onnx" and has_bf16() else "fp32"
+    device = training_device(accelerator)
+    precision = "bf16" if settings.kind != "onnx" and has_bf16(device) else "fp32"
     own = {name: value for name, value in to_plain(settings).items() if name not in OF_SEVERAL}
     key = content_hash([TEACHER_VERSION, dataset.sha256, dataset.augment, own, given, precision])
     home = cache_dir / "teachers"
@@ -167,9 +180,9 @@ def prepare_teacher(
     folder = home / key
     with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the teacher
         if settings.kind == "resnet":
-            model = _resnet(dataset, settings, folder, key, precision, progress)
+            model = _resnet(dataset, settings, folder, key, precision, progress, device)
         elif settings.kind == "torchvision":
-            model = _torchvision(dataset, settings, given, precision)
+            model = _torchvision(dataset, settings, given, precision, device)
         else:
             model = _onnx(dataset, settings, given)
         path = folder / "teacher.json"
@@ -227,16 +240,31 @@ def _accuracy(model: _Model, split: Split) -> float:
 
 
 def _forward(
-    module: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], resolution: int, precision: str, count: int
+    module: nn.Module,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    resolution: int,
+    precision: str,
+    count: int,
+    device: torch.device,
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Logits float32 [B, K] of one batch uint8 [B, H, W, 3], computed by `count` threads."""
-    module = module.eval().to(memory_format=torch.channels_last)
+    """Logits float32 [B, K] of one batch uint8 [B, H, W, 3], computed by `count` threads, or by the GPU."""
+    module = module.eval().to(device, memory_format=torch.channels_last)
 
     def forward(images: np.ndarray) -> np.ndarray:
-        with threads(count), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return module(resized(normalised(images, mean, std), resolution)).float().numpy()
+        with threads(count), torch.inference_mode(), _in_precision(device, precision):
+            return module(resized(normalised(images, mean, std, device), resolution)).float().cpu().numpy()
 
     return forward
+
+
+def _in_main_memory(module: Module) -> Module:
+    """The module, or a copy of one that is on a GPU."""
+    return module if device_of(module).type == "cpu" else copy.deepcopy(module).cpu()
+
+
+def _in_precision(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _predictor(forward: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
@@ -259,7 +287,7 @@ def _feature_reader(module: nn.Module, forward: Callable[[np.ndarray], np.ndarra
                     raise ConfigError(
                         f"distill.teacher_layers: {name!r} gives no maps [B, C, H, W]; name a layer of convolutions"
                     )
-                found[name] = output.float().numpy()
+                found[name] = output.float().cpu().numpy()
 
             return keep
 
@@ -283,7 +311,13 @@ def resized(x: Tensor, resolution: int) -> Tensor:
 
 
 def _resnet(
-    dataset: Dataset, settings: TeacherSettings, folder: Path, key: str, precision: str, progress: Progress | None
+    dataset: Dataset,
+    settings: TeacherSettings,
+    folder: Path,
+    key: str,
+    precision: str,
+    progress: Progress | None,
+    device: torch.device,
 ) -> _Model:
     classes = len(dataset.class_names)
     with torch.random.fork_rng(devices=[]):
@@ -297,16 +331,16 @@ def _resnet(
         except Exception as e:  # safetensors and torch raise types without a common base; all mean a damaged file
             raise StorageError(f"{weights}: cannot be read: {e}. Delete the folder {folder} to train again") from e
     else:
-        epochs = _train(module, dataset, settings, folder, key, precision, progress)
+        epochs = _train(module.to(device), dataset, settings, folder, key, precision, progress)
         _save_weights(module, weights)
-    forward = _forward(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads)
+    forward = _forward(module, dataset.mean, dataset.std, dataset.resolution, precision, settings.threads, device)
     return _Model(
         f"resnet-{'-'.join(map(str, settings.widths))}x{settings.blocks}",
         file_sha256(weights),
         precision,
         dataset.resolution,
         _predictor(forward),
-        lambda: resnet_model(module, dataset.mean, dataset.std, dataset.resolution),
+        lambda: resnet_model(_in_main_memory(module), dataset.mean, dataset.std, dataset.resolution),
         sum(p.numel() for p in module.parameters()),
         count_macs(module, dataset.resolution),
         epochs,
@@ -318,7 +352,7 @@ def _resnet(
 def _save_weights(module: nn.Module, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({name: value.contiguous() for name, value in module.state_dict().items()}, temporary)
+        save_file({name: value.cpu().contiguous() for name, value in module.state_dict().items()}, temporary)
         temporary.replace(path)
     except OSError as e:
         raise StorageError(f"{path}: cannot be written: {e}") from e
@@ -374,11 +408,12 @@ def _one_epoch(
     first = epoch * steps_per_epoch(len(train), settings.batch_size)
     steps = settings.epochs * steps_per_epoch(len(train), settings.batch_size)
     rng = np.random.default_rng([settings.seed, epoch])
+    device = device_of(module)
 
     def forward(_step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        x = normalised(augmented(train.images[index], dataset.augment, rng), dataset.mean, dataset.std)
-        labels = torch.from_numpy(train.labels[index])
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        x = normalised(augmented(train.images[index], dataset.augment, rng), dataset.mean, dataset.std, device)
+        labels = torch.from_numpy(train.labels[index]).to(device)
+        with _in_precision(device, precision):
             logits = module(x)
         loss = functional.cross_entropy(logits.float(), labels, label_smoothing=settings.label_smoothing)
         return loss, logits, labels
@@ -408,7 +443,9 @@ def _statistics(dataset: Dataset, settings: TeacherSettings) -> tuple[tuple[floa
     }[settings.pixels]
 
 
-def _torchvision(dataset: Dataset, settings: TeacherSettings, sha256: str, precision: str) -> _Model:
+def _torchvision(
+    dataset: Dataset, settings: TeacherSettings, sha256: str, precision: str, device: torch.device
+) -> _Model:
     classes = len(dataset.class_names)
     module = torchvision_model(settings.name, Path(settings.weights or ""), classes)
     resolution = settings.resolution or dataset.resolution
@@ -424,14 +461,14 @@ def _torchvision(dataset: Dataset, settings: TeacherSettings, sha256: str, preci
             f"teacher.resolution: {settings.name} cannot take images of {resolution} px ({e}); "
             f"set teacher.resolution to the side it was trained with, such as 224"
         ) from e
-    forward = _forward(module, mean, std, resolution, precision, settings.threads)
+    forward = _forward(module, mean, std, resolution, precision, settings.threads, device)
     return _Model(
         settings.name,
         sha256,
         precision,
         resolution,
         _predictor(forward),
-        lambda: torch_model(module, mean, std, resolution, settings.name),
+        lambda: torch_model(_in_main_memory(module), mean, std, resolution, settings.name),
         sum(p.numel() for p in module.parameters()),
         macs,
         features=_feature_reader(module, forward),

@@ -2,7 +2,7 @@
 
 The same arguments give the same weights, whether or not the process was killed in between: the order of images depends
 on (seed, epoch) only (and on how the student did so far, where hard samples are mined), and a checkpoint holds weights,
-optimizer, average, adapters and those distances.
+optimizer, average, adapters and those distances. On a GPU they are the same up to the order in which it adds.
 
 Batch norm, decided 2026-11: the student's momentum of 0.01 (Howard et al. 2019) needs hundreds of steps to follow the
 weights, a short training has fewer, and students were evaluated at chance after one epoch. Raising the momentum lags
@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate
 from nas.models.student import Student
+from nas.train.compute import device_of, mixed_precision
 from nas.train.curriculum import distances, easy_ranks, images_of_epoch
-from nas.train.evaluate import normalised, recalibrate_bn, threads
+from nas.train.evaluate import recalibrate_bn, threads
 from nas.train.features import Adapters, needed_features, stage_maps
+from nas.train.feed import Feed
 from nas.train.loop import (
     EpochRecord,
     LossGuard,
@@ -80,7 +82,7 @@ def train_student(
     """Trains `student` in place up to `stop_epoch`; it is ready for evaluation afterwards.
 
     Args:
-        student: from `new_student`, or with inherited weights.
+        student: from `new_student`, or with inherited weights; it is trained where they are.
         targets: cached variants of the training images with the teacher's logits.
         settings: `settings.epochs` is the length of the learning rate's schedule, whatever `stop_epoch` is.
         seed: of the order of images and of the first variant.
@@ -131,7 +133,8 @@ class _Training:
     def __init__(self, student: Student, targets: Targets, settings: DistillSettings, seed: int) -> None:
         self.student, self.targets, self.settings, self.seed = student, targets, settings, seed
         self.features = needed_features(targets.features, settings)
-        self.adapters = Adapters(student, self.features, seed)
+        self.feed = Feed(targets, self.features, device_of(student))
+        self.adapters = Adapters(student, self.features, seed).to(self.feed.device)
         groups = parameter_groups(nn.ModuleList([student, self.adapters]), settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True)
         self.average = {name: p.detach().clone() for name, p in student.named_parameters()} if settings.ema else {}
@@ -155,7 +158,8 @@ class _Training:
         self.student.load_state_dict(content["weights"])
         self.adapters.load_state_dict(content["adapters"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.average, self.guard.first = content["average"], content["first_loss"]
+        self.average = {name: value.to(self.feed.device) for name, value in content["average"].items()}
+        self.guard.first = content["first_loss"]
         self.distance = content["distance"].numpy()
 
     def one_epoch(self, epoch: int) -> EpochRecord:
@@ -166,16 +170,15 @@ class _Training:
         steps = settings.epochs * steps_per_epoch(len(targets.labels), settings.batch_size)
 
         def forward(_step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-            index = np.sort(index)  # the order inside a batch means nothing; a sorted gather reads the file forwards
-            logits = torch.from_numpy(targets.logits[variant][index])
-            labels = torch.from_numpy(targets.labels[index])
-            images = normalised(targets.images[variant][index], targets.mean, targets.std)
-            outputs = self.student(images, settings.exit_gradient)
-            teacher = {n: torch.from_numpy(f[variant][index]).float() for n, f in self.features.items()}
-            pairs = self.adapters.pairs(maps, teacher) if teacher else None
+            batch = self.feed.batch(variant, index)
+            with mixed_precision(self.feed.device):
+                outputs = self.student(batch.images, settings.exit_gradient)
+            outputs = [logits.float() for logits in outputs]
+            found = [m.float() for m in maps]
+            pairs = self.adapters.pairs(found, batch.features) if batch.features else None
             if settings.mining:
-                self.distance[index] = distances(outputs[-1], logits, labels)
-            return student_loss(outputs, logits, labels, settings, pairs), outputs[-1], labels
+                self.distance[np.sort(index)] = distances(outputs[-1], batch.logits, batch.labels)
+            return student_loss(outputs, batch.logits, batch.labels, settings, pairs), outputs[-1], batch.labels
 
         def average(step: int) -> None:
             _update_average(self.average, self.student, settings.ema, first + step)

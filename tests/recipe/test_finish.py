@@ -28,8 +28,9 @@ from nas.data import Dataset, DataSettings, augmented, load_dataset
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.graph import network_model, tensors_model
 from nas.models.student import Student, folded_weights
+from nas.recipe import deployed
 from nas.recipe.context import Context, ContextFile, open_context, write_context
-from nas.recipe.deployed import RUN_BATCH, calibrated, deployed_logits, raw_pixels
+from nas.recipe.deployed import calibrated, deployed_logits, raw_pixels
 from nas.recipe.finish import (
     FinishedStudent,
     FinishJob,
@@ -406,11 +407,13 @@ def test_raw_pixels_are_channels_first_and_not_scaled() -> None:
 
 
 def test_logits_of_many_images_come_in_their_order(
-    large: Student, parts: tuple[Weights, QuantSpec], context: Context
+    large: Student, parts: tuple[Weights, QuantSpec], context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (RUN_BATCH + 3, 16, 16, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (103, 16, 16, 3), dtype=np.uint8)
+    monkeypatch.setattr(deployed, "PART_BYTES", 10 * images[0].nbytes * 4)
+    assert deployed.images_at_once(images) == 10
     logits = deployed_logits(large.candidate, parts[0], None, context.mean, context.std, images, run_model)
-    assert (logits.shape, logits.dtype) == ((3, RUN_BATCH + 3, 10), np.float32)
+    assert (logits.shape, logits.dtype) == ((3, 103, 10), np.float32)
     assert difference(predict_logits(large, images, context.mean, context.std), logits) < 1e-5
 
 
