@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import conditions, parser, report
-from benchmarks.problems import SIMULATED, STAGE_SIZES, STAGES, Genotypes, Problem, load_problem
+from benchmarks.problems import SIMULATED, STAGE_SIZES, STAGES, Genotypes, Problem, best_known, load_problem
 from nas.core.jsonio import to_plain
 from nas.search.calibration import accuracy_fit
 from nas.search.greybox import GreyBoxProblem, Scored, propose
@@ -177,10 +177,12 @@ def main() -> None:
     document: dict[str, Any] = {"seeds": args.seeds, "counts": args.counts, "conditions": conditions(), "problems": {}}
     for kind in args.problem:
         problem = load_problem(kind)
-        rows, found, base = [], {}, None
+        rows, found, base, best = [], {}, None, best_known(problem)
         for name in args.methods:
             runs = [run(problem, METHODS[name], max(args.counts), seed) for seed in range(args.seeds)]
-            shares = np.array([problem.shares(genotypes) for genotypes, _, _ in runs])[:, np.array(args.counts) - 1]
+            shares = (
+                np.array([problem.volumes(genotypes) for genotypes, _, _ in runs])[:, np.array(args.counts) - 1] / best
+            )
             base = shares if name == BASE else base
             batch_s = [float(np.median(spent[2:])) for _, spent, _ in runs if len(spent) > 2]
             cells = [f"{m:.3f} +- {s:.3f}" for m, s in zip(shares.mean(axis=0), shares.std(axis=0), strict=True)]

@@ -76,7 +76,8 @@ def main(arguments: list[str]) -> int:
         targets = make_targets(teacher, dataset, 1, folder)
         write_context(folder / "context.json", (dataset,), targets, folder, 0)
         context = open_context(str(folder / "context.json"), side)
-        train_supernet(space, {side: targets}, e.distill, replace(e.supernet, steps=1), folder / "supernet")
+        distill = replace(e.distill, attention=0.0)  # weights of one step serve for timing
+        train_supernet(space, {side: targets}, distill, replace(e.supernet, steps=1), folder / "supernet")
         supernet = open_supernet(str(folder / "supernet"))
         rng = np.random.default_rng(0)
         measured: dict[str, list[list[float]]] = {}
