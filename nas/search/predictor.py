@@ -33,6 +33,8 @@ WHOLE_TABLE_ROWS = 1200
 DRIFT_STDS = 3.0  # deviations between a measured network and its prediction that contradict the table,
 PROVEN_NETWORKS = 5  # where so many networks of that precision agreed with it before
 UNKNOWN_MS = 1e6  # cost of a layer without a row, where the fastest or the best network is looked for
+LOST_SAMPLES = 4096  # random networks among which choices are looked for that no network runs with
+LOST_LEAST = 16  # of these have a choice at least; fewer say little
 
 Genotype = tuple[int, ...]
 
@@ -134,6 +136,9 @@ class Predictor:
             )
         else:
             self.fill(self.space.layers() if self.is_whole else ())
+        if self.is_whole:
+            for choice in lost_choices(self.space, self.table):
+                self._reporter.say(f"{self.device.profile.name} cannot run {choice}: dropped")
         if self._fitted is not None:  # the networks as stored, so that a killed run goes on; the rows as they are now
             self._fitted = fit_again(self.table, self._fitted.correction)
             self._vector = None
@@ -361,6 +366,30 @@ def contradicts(m: Measurement, estimate: LatencyEstimate, fit: LabelFit | None)
     if m.latency_ms is None or fit is None or len(fit.record.networks) < PROVEN_NETWORKS:
         return False
     return abs(m.latency_ms - estimate.worst_ms) > DRIFT_STDS * float(np.hypot(estimate.worst_std_ms, m.std_ms))
+
+
+def lost_choices(space: SearchSpace, table: LatencyTable) -> list[str]:
+    """Choices of a space without which every network fails on a device, each with the reason of one of its rows.
+
+    Found on random networks: a choice is lost where each network that has it needs a row that could not be measured,
+    while others run. Whatever else fails only together with another choice is a failed candidate when it is met.
+    """
+    failed = {key: m.error for key, m in table.rows.items() if m.latency_ms is None}
+    if not any(layer.key in failed for layer in space.layers()):
+        return []
+    genotypes = np.asarray(space.sample_many(np.random.default_rng(0), LOST_SAMPLES), np.int64)
+    runs = ~np.isnan(VectorEstimator(space, table).estimate(genotypes, allow_missing=True).worst_ms)
+    result = []
+    for number, gene in enumerate(space.genes):
+        for place, value in enumerate(gene.choices):
+            has = genotypes[:, number] == place
+            if has.sum() < LOST_LEAST or runs[has].any() or not runs.any():
+                continue
+            own = [{x.key for x in expand(space.decode(g))} for g in genotypes[has][:LOST_LEAST].tolist()]
+            shared = [key for key in failed if sum(key in keys for keys in own)]
+            key = max(shared, key=lambda k: sum(k in keys for keys in own))
+            result.append(f"{gene.name} = {value} (row {key}: {failed[key]})")
+    return result
 
 
 def _least(estimate: VectorEstimate) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +19,7 @@ from nas.devices.base import MeasureJob, OnProgress, OnResult
 from nas.latency.interpolate import family_of
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
-from nas.search.predictor import BudgetFilter, Predictor, deployed_form
+from nas.search.predictor import BudgetFilter, Predictor, deployed_form, lost_choices
 from nas.search.rounds import check_budget
 from nas.search.settings import BudgetSettings
 from nas.space.space import SearchSpace, space_from_plain
@@ -478,3 +479,22 @@ def test_rows_that_noise_spoiled_are_measured_again_before_a_network_judges_them
     (pair,), _ = predictor.measure([candidate], 1)
     assert all(predictor.table.rows[layer.key].is_stable for layer in expand(candidate))
     assert abs(pair.error) < 0.25  # half as long again would be 0.5
+
+
+def test_choices_that_no_network_runs_with_are_told_with_the_reason(space: SearchSpace, tmp_path: Path) -> None:
+    device, notes = Asked(broken="|k=5|"), Notes()
+    table = LatencyTable.open(tmp_path / "table", device.profile)
+    Predictor(space, table, device, notes).prepare()
+    told = [line for line in notes.said if "dropped" in line]
+    assert len(told) == 1, "every other choice has networks that run"
+    start = f"{device.profile.name} cannot run a.0.kernel_size = 5 (row ir|in="
+    assert re.fullmatch(re.escape(start) + r"\S+\|k=5\|\S+: not an ONNX model: .+\): dropped", told[0])
+
+
+def test_no_choice_is_told_as_dropped_where_all_rows_are_there(
+    space: SearchSpace, tables: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tables, tmp_path / "tables")
+    device = SimulatedDevice()
+    table = LatencyTable.open(tmp_path / "tables" / device.profile.name, device.profile)
+    assert lost_choices(space, table) == []
