@@ -103,7 +103,7 @@ def _write_study(run_dir: Path, view: RunView, records: Iterable[TrialRecord], f
     for r in records:
         # A candidate is proposed where its prediction keeps the budget; that of one with exits holds for them only.
         excess = min(0.0, r.latency_ms / budget_ms - 1)
-        scored = Scored(r.genotype, r.top1 or 0.0, (r.latency_ms, *r.elsewhere_ms), excess, r.candidate.id)
+        scored = Scored(r.genotype, r.score, (r.latency_ms, *r.elsewhere_ms), excess, r.candidate.id)
         rows.append((scored, {"trial": r.number, "round": r.round, "epochs": r.epochs, "proposer": r.proposer}))
     mirror(file, view.name, space, rows, ["", *(own.device_name for own in view.others)])
 

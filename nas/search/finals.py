@@ -165,14 +165,14 @@ def _inside(budget: BudgetSettings, limited_ms: Sequence[float]) -> list[list[in
 
 
 def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
-    """Accuracy and latency of the sampled thresholds and of the solved ones."""
+    """Score and latency of the sampled thresholds and of the solved ones."""
     estimate = parts.predictor.estimate(record.candidate)
     return [(accuracy, figures(estimate, shares)) for accuracy, shares in _score_settings(parts, record)]
 
 
 def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float, tuple[float, ...]]]:
-    """Accuracy and exit shares of the sampled thresholds and of those solved for this device."""
-    settings = [(record.top1 or 0.0, record.exit_shares)]
+    """Score and exit shares of the sampled thresholds and of those solved for this device."""
+    settings = [(record.score, record.exit_shares)]
     if record.candidate.exits:
         name = parts.plan.job(record.candidate, record.epochs).name
         folder = parts.folder.student(record.candidate.arch_id)
@@ -182,7 +182,8 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
             swept = sweep(read_logits(folder, scored), parts.labels, estimate.exit_ms)
             solved = [solve_for_loss(swept, loss) for loss in EXIT_LOSSES]
             solved += _for_deadline(swept, estimate, parts.budget)
-            settings += [(s.top1, s.shares) for s in solved]
+            softer = record.score - (record.top1 or 0.0)
+            settings += [(s.top1 + softer, s.shares) for s in solved]
     return settings
 
 

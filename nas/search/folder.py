@@ -59,7 +59,8 @@ class TrialRecord:
 
     `exit_shares` and `exit_top1` are of the search validation split under the candidate's thresholds. `latency_ms` is
     what was predicted when it was proposed (worst case), `elsewhere_ms` the same on further devices; later estimates
-    are computed anew from the candidate. `rung_top1` is the accuracy of the head at each rung of a standalone training.
+    are computed anew from the candidate. `rung_scores` are those of the head at each rung of a standalone training.
+    `soft_top1` is `top1` with the mean probability of the right label in place of the head's share of right answers.
 
     A candidate that was stopped may go on during a later batch. Then it has a second line, whose `decided_in` is the
     first number of that batch.
@@ -79,8 +80,15 @@ class TrialRecord:
     cost_s: float = 0.0
     reason: str = ""
     elsewhere_ms: tuple[float, ...] = ()
-    rung_top1: tuple[float, ...] = ()
+    rung_scores: tuple[float, ...] = ()
     decided_in: int = 0
+    soft_top1: float | None = None
+
+    @property
+    def score(self) -> float:
+        """What candidates are ranked by: sampled, compared and chosen; 0 where there is none."""
+        found = self.top1 if self.soft_top1 is None else self.soft_top1
+        return 0.0 if found is None else found
 
 
 @dataclass(frozen=True, slots=True)

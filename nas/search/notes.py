@@ -92,8 +92,8 @@ def study_note(view: RunView, copied_at: str) -> str:
     parts = [
         f"**{view.name}: {view.status}**",
         _table(("", ""), [row for row in rows if row[1]]),
-        "`top1` is a score of validation images, not the accuracy of a finished student. `latency_ms` is the estimate "
-        "under the exits that these images took.",
+        "`top1` is a score on validation images, the mean probability of the right label, not the accuracy of a "
+        "finished student. `latency_ms` is the estimate under the exits that these images took.",
         "**Which trials keep the budget** this dashboard does not see: it does not read the constraints of Optuna 5, "
         f"so its best trials and its Pareto front hold candidates over the budget too. The figure *{FIGURE_TITLE}* "
         "marks them, and the note of each trial says it.",

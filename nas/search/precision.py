@@ -164,8 +164,8 @@ def precision_seeds(
     choices = mixable(parts)
     if parts.space.precision.per != "stage" or len(choices) < 2 or not complete:
         return []
-    front = front_indices([r.top1 or 0.0 for r in complete], latency_ms)
-    best = {complete[i].candidate.arch_id: complete[i] for i in sorted(front, key=lambda i: complete[i].top1 or 0.0)}
+    front = front_indices([r.score for r in complete], latency_ms)
+    best = {complete[i].candidate.arch_id: complete[i] for i in sorted(front, key=lambda i: complete[i].score)}
     first: list[Genotype] = []
     second: list[Genotype] = []
     for record in list(best.values())[::-1][:count]:

@@ -23,6 +23,7 @@ from nas.latency.estimate import figures
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import JobPool
+from nas.recipe.records import top1_per_exit
 from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
 from nas.search.choice import choose_sampler
@@ -317,13 +318,13 @@ def _proposer(
 
 def _with_foreseen(records: Sequence[TrialRecord], complete: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Complete candidates, and those that were stopped with the accuracy that they would have reached."""
-    curves = [r.rung_top1 for r in complete if r.rung_top1]
+    curves = [r.rung_scores for r in complete if r.rung_scores]
     found = []
     for r in records:
         if r.state == "complete":
             found.append(r)
-        elif r.state == "stopped" and r.rung_top1 and curves:
-            found.append(replace(r, top1=foreseen(curves, len(r.rung_top1) - 1, r.top1 or 0.0)))
+        elif r.state == "stopped" and r.rung_scores and curves:
+            found.append(replace(r, soft_top1=foreseen(curves, len(r.rung_scores) - 1, r.score)))
     return found
 
 
@@ -472,7 +473,7 @@ def _ladder(parts: SearchParts, proposer: Proposer, records: Sequence[TrialRecor
     space, limit = parts.space, _any_budget(parts)
     scores = choice_scores(
         np.array([r.genotype for r in complete], np.int64),
-        np.array([r.top1 or 0.0 for r in complete]),
+        np.array([r.score for r in complete]),
         space.gene_sizes,
         [is_ordered(gene.choices) for gene in space.genes],
     )
@@ -601,7 +602,7 @@ def _scored(parts: SearchParts, batch: Batch, records: Sequence[TrialRecord]) ->
         parts.search.trials,
         {n: r.epochs for n, r in mine.items() if r.state == "failed"},
         [
-            Earlier(n, r.candidate, (r.latency_ms, *r.elsewhere_ms), r.rung_top1, r.cost_s, r.state == "failed")
+            Earlier(n, r.candidate, (r.latency_ms, *r.elsewhere_ms), r.rung_scores, r.cost_s, r.state == "failed")
             for n, r in before.items()
         ],
     )
@@ -624,7 +625,7 @@ def _before(
         return []
     lines = parts.folder.decisions() if mine else records  # an earlier call may have decided some of them anew
     earlier = latest(r for r in lines if r.number < batch.first and r.decided_in < batch.first)
-    return [r for r in earlier if r.rung_top1]
+    return [r for r in earlier if r.rung_scores]
 
 
 def _elsewhere(batch: Batch) -> tuple[tuple[float, ...], ...]:
@@ -649,16 +650,20 @@ def _record(
     parts: SearchParts, known: TrialRecord, estimate: LatencyEstimate, result: Result, decided_in: int
 ) -> TrialRecord:
     """A trial with its result, in the place of an earlier one where there was one."""
-    decided = replace(known, epochs=result.epochs, rung_top1=result.rung_top1, decided_in=decided_in)
+    decided = replace(known, epochs=result.epochs, rung_scores=result.rung_scores, decided_in=decided_in)
     if isinstance(result, ScoreFailure):
-        return replace(decided, state="failed", reason=result.reason, top1=None, exit_top1=(), exit_shares=())
+        return replace(
+            decided, state="failed", reason=result.reason, top1=None, soft_top1=None, exit_top1=(), exit_shares=()
+        )
     thresholds = tuple(NEVER if e.threshold is None else e.threshold for e in known.candidate.exits)
     top1, shares, _ = evaluate_thresholds(result.logits, parts.labels, thresholds, estimate.exit_ms)
+    alone = top1_per_exit(result.logits, parts.labels)
     return replace(
         decided,
         state="complete" if result.is_complete else "stopped",
         top1=top1,
-        exit_top1=tuple(float((row.argmax(1) == parts.labels).mean()) for row in result.logits),
+        soft_top1=top1 + result.score - alone[-1],
+        exit_top1=alone,
         exit_shares=tuple(float(s) for s in shares),
         cost_s=result.cost_s,
     )
@@ -677,7 +682,7 @@ def _outcomes(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Scored
     return [
         Scored(
             r.genotype,
-            r.top1 or 0.0,
+            r.score,
             tuple(f.expected_ms for f in now),
             min(latency_of(f, own.budget.of) / own.budget.ms - 1 for f, own in zip(now, everywhere, strict=True)),
             r.candidate.id,
@@ -713,7 +718,7 @@ def search_hypervolume(parts: SearchParts, records: Sequence[TrialRecord]) -> fl
     """Hypervolume of all scores under today's estimates; reference: accuracy of guessing, and the budget."""
     complete = [r for r in records if r.state == "complete"]
     latency = [now.expected_ms for now in current_figures(parts, complete)]
-    return hypervolume([r.top1 or 0.0 for r in complete], latency, parts.chance, parts.budget.ms)
+    return hypervolume([r.score for r in complete], latency, parts.chance, parts.budget.ms)
 
 
 def _measure_chosen(
@@ -752,7 +757,7 @@ def _choose(parts: SearchParts, records: Sequence[TrialRecord]) -> tuple[Genotyp
     chosen: list[int] = []
     for left, budget_ms in zip(range(len(parts.budget.all_ms), 0, -1), parts.budget.all_ms, strict=True):
         found = worth_measuring(
-            [r.top1 or 0.0 for r in scored],
+            [r.score for r in scored],
             [f.expected_ms for f in now],
             [latency_of(f, parts.budget.of) for f in now],
             std,

@@ -21,20 +21,20 @@ from nas.train.settings import DistillSettings
 class ScoredCandidate:
     """A candidate with its score: logits float32 [E, N, K] on search validation, CPU seconds of all its rungs.
 
-    `rung_top1`: accuracy of the head at each rung that it has reached; `is_complete`: the last one is among them.
+    `rung_scores`: of the head at each rung that it has reached; `is_complete`: the last one is among them.
     """
 
     candidate: Candidate
     logits: np.ndarray
     epochs: int
     cost_s: float
-    rung_top1: tuple[float, ...]
+    rung_scores: tuple[float, ...]
     is_complete: bool
 
     @property
-    def top1(self) -> float:
-        """Accuracy of the head."""
-        return self.rung_top1[-1]
+    def score(self) -> float:
+        """What it is ranked by."""
+        return self.rung_scores[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class ScoreFailure:
 
     reason: str
     epochs: int
-    rung_top1: tuple[float, ...] = ()
+    rung_scores: tuple[float, ...] = ()
 
 
 Result = ScoredCandidate | ScoreFailure
@@ -95,22 +95,22 @@ Result = ScoredCandidate | ScoreFailure
 class Earlier:
     """A candidate of an earlier batch that was compared at some rungs; stopped, it may go on now from its checkpoint.
 
-    `rung_top1`: accuracy of the head at each rung that it has reached; `latency_ms` as it was compared, on each device;
+    `rung_scores`: of the head at each rung that it has reached; `latency_ms` as it was compared, on each device;
     `has_failed`: in the training for the next rung.
     """
 
     number: int
     candidate: Candidate
     latency_ms: tuple[float, ...]
-    rung_top1: tuple[float, ...]
+    rung_scores: tuple[float, ...]
     cost_s: float = 0.0
     has_failed: bool = False
 
     @property
     def standing(self) -> Standing:
         """The same for the halving."""
-        went_on = len(self.rung_top1) - (not self.has_failed)
-        return Standing(self.number, self.rung_top1, self.latency_ms, went_on)
+        went_on = len(self.rung_scores) - (not self.has_failed)
+        return Standing(self.number, self.rung_scores, self.latency_ms, went_on)
 
 
 def score_batch(
@@ -191,7 +191,7 @@ class _Batch:
         self._plan = plan
         self._failed_before = failed_before
         self._candidates = {e.number: e.candidate for e in earlier} | dict(enumerate(candidates, start=before))
-        self._rung_top1 = {e.number: e.rung_top1 for e in earlier}
+        self._rung_scores = {e.number: e.rung_scores for e in earlier}
         self._cost_s = {e.number: e.cost_s for e in earlier}
         self._running: dict[ScoreJob, tuple[int, list[int]]] = {}
         self._jobs: dict[tuple[int, int], ScoreJob] = {}
@@ -227,22 +227,22 @@ class _Batch:
         self.results.pop(number, None)
         self._halving.arrive(number, place, None)
         self._pass_over()
-        return ScoreFailure(reason, self._plan.rungs[place], self._rung_top1.get(number, ()))
+        return ScoreFailure(reason, self._plan.rungs[place], self._rung_scores.get(number, ()))
 
     def scored(self, number: int, place: int, record: ScoredStudent, shared_by: int) -> None:
         """Keeps what a candidate has reached, and lets it be compared; its seconds are shared by so many."""
         candidate = self._candidates[number]
-        self._rung_top1[number] = (*self._rung_top1.get(number, ()), record.top1[-1])
+        self._rung_scores[number] = (*self._rung_scores.get(number, ()), record.score)
         self._cost_s[number] = self._cost_s.get(number, 0.0) + record.cost_s / shared_by
         self.results[number] = ScoredCandidate(
             candidate,
             read_logits(student_folder(self._plan.students, candidate.arch_id), record),
             self._plan.rungs[place],
             self._cost_s[number],
-            self._rung_top1[number],
+            self._rung_scores[number],
             place + 1 == len(self._plan.rungs),
         )
-        self._halving.arrive(number, place, record.top1[-1])
+        self._halving.arrive(number, place, record.score)
         self._pass_over()
 
     def _job(self, number: int, place: int) -> ScoreJob:

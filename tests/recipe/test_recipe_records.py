@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from nas.core.errors import RecordError, StorageError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
-from nas.recipe.records import ScoredStudent, read_logits, read_scored, write_scored
+from nas.recipe.records import ScoredStudent, read_logits, read_scored, soft_top1, write_scored
 
 LABELS = np.array([0, 1, 2, 0])
 
@@ -29,7 +30,8 @@ def _logits() -> np.ndarray:
 
 def test_score_is_read_back_with_its_logits(tmp_path: Path, candidate: Candidate) -> None:
     scored = write_scored(tmp_path, candidate, epochs=3, cost_s=1.5, logits=_logits(), labels=LABELS)
-    assert scored == ScoredStudent(candidate.arch_id, 3, 1.5, (0.5, 1.0), "score-e0003.npy")
+    assert scored == ScoredStudent(candidate.arch_id, 3, 1.5, (0.5, 1.0), "score-e0003.npy", scored.soft_top1)
+    assert scored.score == pytest.approx(np.e / (np.e + 2))
     assert read_scored(tmp_path) == scored
     assert np.array_equal(read_logits(tmp_path, scored), _logits())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["score-e0003.npy", "score.json"]
@@ -71,3 +73,18 @@ def test_damaged_logits_say_what_to_delete(tmp_path: Path, candidate: Candidate,
 def test_record_cannot_point_out_of_its_folder() -> None:
     with pytest.raises(RecordError, match="logits_file must be a plain file name"):
         ScoredStudent("a0", 1, 0.0, (0.5,), "../x.npy")
+
+
+def test_soft_accuracy_counts_right_answers_with_their_certainty() -> None:
+    labels = np.array([0, 1, 1])
+    sure = np.array([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]], np.float32)
+    assert soft_top1(100 * sure, labels) == pytest.approx(2 / 3)
+    chances = np.array([[0.9, 0.1], [0.4, 0.6], [0.55, 0.45]])
+    assert soft_top1(np.log(chances).astype(np.float32), labels) == pytest.approx((0.9 + 0.6 + 0.45) / 3)
+    assert soft_top1(np.full((3, 4), 700.0, np.float32), labels) == pytest.approx(0.25)
+
+
+def test_a_score_from_before_there_was_a_soft_accuracy_is_the_share_of_right_answers() -> None:
+    old = ScoredStudent("a", 1, 0.0, (0.5, 0.75), "a.npy")
+    assert old.score == 0.75
+    assert replace(old, soft_top1=0.7).score == 0.7

@@ -124,7 +124,7 @@ def free(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 def reached(records: Iterable[TrialRecord]) -> list[int]:
     """How many candidates have reached each rung."""
-    counts = [len(r.rung_top1) for r in records]
+    counts = [len(r.rung_scores) for r in records]
     return [sum(count > place for count in counts) for place in range(len(RUNGS))]
 
 
@@ -133,9 +133,9 @@ def test_half_of_all_candidates_of_the_search_go_on_at_each_rung(whole: SearchPa
     assert reached(records) == [20, 10, 5]
     assert sum(r.cost_s for r in records) == pytest.approx(len(pool_of(whole).trained))
     for r in records:
-        assert r.epochs == RUNGS[len(r.rung_top1) - 1]
+        assert r.epochs == RUNGS[len(r.rung_scores) - 1]
         assert r.state == ("complete" if r.epochs == 4 else "stopped")
-        assert r.top1 == pytest.approx(r.rung_top1[-1])
+        assert r.score == pytest.approx(r.rung_scores[-1])
 
 
 @pytest.mark.parametrize(("workers", "sampler"), [(2, "greybox"), (5, "greybox"), (8, "random")])
@@ -162,8 +162,8 @@ def test_nothing_is_scored_twice_and_a_stopped_candidate_may_go_on_in_a_later_ba
     for r in late:
         [first] = [line for line in lines if line.number == r.number and line.decided_in <= r.number]
         assert first.state == "stopped"
-        assert r.rung_top1[: len(first.rung_top1)] == first.rung_top1
-        assert len(r.rung_top1) > len(first.rung_top1)
+        assert r.rung_scores[: len(first.rung_scores)] == first.rung_scores
+        assert len(r.rung_scores) > len(first.rung_scores)
         assert (r.round, r.proposer, r.latency_ms) == (first.round, first.proposer, first.latency_ms)
     assert len(parts.folder.trials()) == TRIALS < len(lines)
 
@@ -205,7 +205,7 @@ def test_a_candidate_that_fails_on_its_way_up_is_not_tried_again(make: Make) -> 
     run_rounds(whole)
     failed = [r for r in whole.folder.trials() if r.state == "failed"]
     assert failed
-    assert {(r.epochs, len(r.rung_top1), r.top1) for r in failed} == {(2, 1, None)}
+    assert {(r.epochs, len(r.rung_scores), r.top1) for r in failed} == {(2, 1, None)}
     assert sum(r.state != "failed" for r in whole.folder.trials()) == TRIALS  # each is replaced
     parts = make("stopped", failing=is_bad, workers=2, stop_after=24)
     with pytest.raises(InterruptedRunError):
@@ -234,12 +234,12 @@ def test_the_sampler_is_taught_what_stopped_candidates_would_have_reached(
     assert {s.genotype for s in last} == set(records)
     complete = [s for s in last if not s.is_estimate]
     assert {s.genotype for s in complete} == {g for g, r in records.items() if r.state == "complete"}
-    assert all(s.top1 == records[s.genotype].top1 for s in complete)
-    curves = [r.rung_top1 for r in records.values() if r.state == "complete"]
+    assert all(s.top1 == records[s.genotype].score for s in complete)
+    curves = [r.rung_scores for r in records.values() if r.state == "complete"]
     stopped = [(records[s.genotype], s.top1) for s in last if s.is_estimate]
     for r, guess in stopped:
-        assert guess == pytest.approx(foreseen(curves, len(r.rung_top1) - 1, r.top1 or 0.0))
-    assert np.mean([guess - (r.top1 or 0.0) for r, guess in stopped]) > 0.0  # they would have gone on learning
+        assert guess == pytest.approx(foreseen(curves, len(r.rung_scores) - 1, r.score))
+    assert np.mean([guess - r.score for r, guess in stopped]) > 0.0  # they would have gone on learning
     assert [len(known) for known in taught] == [0, 5, 10, 10, 15, 20]
 
 

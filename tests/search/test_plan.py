@@ -238,6 +238,7 @@ MATTERS = {
     "search": "search.trials=11 search.rounds=1 search.batch=4 search.sampler=random search.ladder=3 "
     "search.predictor_candidates=9 search.precision_seeds=2 search.energy=true",
     "enqueued": 'search.enqueue=[{"b.width":12}]',
+    "accelerator": "search.accelerator=cuda",
     "seed": "search.seed=1",
     "feedback": "feedback.first_networks=4 feedback.networks_per_round=3 feedback.max_engines=5 feedback.max_rows=9",
     "finish": "finish.students=4 finish.exit_loss=0.01 finish.int8_loss=0.1 finish.precision_ladder=1 "

@@ -389,7 +389,7 @@ def test_event_of_a_round_has_the_hypervolume_of_all_scores(make: Make) -> None:
     records = parts.folder.trials()
     now = current_figures(parts, records)
     for event, count in zip(rounds, (5, 10), strict=True):
-        points = [(r.top1 or 0.0, f.expected_ms) for r, f in zip(records[:count], now[:count], strict=True)]
+        points = [(r.score, f.expected_ms) for r, f in zip(records[:count], now[:count], strict=True)]
         assert event.values["hypervolume"] == pytest.approx(_area(points, 0.25, 0.01))
         assert (event.values["trials"], event.values["measured"], event.values["mape"]) == (count, 0, None)
     assert any(f"hypervolume {rounds[1].values['hypervolume']:.3f}" in text for text in notes.said)
@@ -527,7 +527,7 @@ def test_scored_candidates_are_estimated_anew_when_the_correction_changes(make: 
     write_study(parts)
     path = parts.folder.path / "study.db"
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{path}")
-    assert [t.values for t in study.trials] == [[r.top1, f.expected_ms] for r, f in zip(records, after, strict=True)]
+    assert [t.values for t in study.trials] == [[r.score, f.expected_ms] for r, f in zip(records, after, strict=True)]
     assert (parts.folder.path / "importances.json").exists()
 
 

@@ -15,7 +15,7 @@ from nas.core.jsonio import content_hash
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
 from nas.recipe.context import open_context
 from nas.recipe.pool import J, JobResult, R
-from nas.recipe.records import ScoredStudent, read_logits, read_scored
+from nas.recipe.records import ScoredStudent, read_logits, read_scored, soft_top1
 from nas.recipe.score import ScoreJob
 from nas.search.scoring import Result, ScoredCandidate, ScoreFailure, ScoringPlan, score_batch
 from nas.train.loop import read_checkpoint, write_checkpoint
@@ -118,7 +118,7 @@ def decisions(results: Iterable[tuple[int, Result]]) -> dict[int, tuple[object, 
     for i, result in results:
         assert i not in decided
         r = scored(result)
-        decided[i] = (r.candidate, r.epochs, r.top1, r.is_complete, r.logits.tobytes())
+        decided[i] = (r.candidate, r.epochs, r.score, r.is_complete, r.logits.tobytes())
     return decided
 
 
@@ -166,7 +166,7 @@ def test_half_of_the_students_go_on_at_each_rung(prepared: Prepared, tmp_path: P
     assert notes.stages == [f"scoring, rung of {epochs} epochs" for epochs in pool.epochs]
     assert [i for i, _ in results] == [0, 1, 2, 3]
     assert sorted(r.epochs for _, r in results) == [1, 1, 2, 4]
-    assert [len(scored(r).rung_top1) for _, r in results] == [RUNGS.index(r.epochs) + 1 for _, r in results]
+    assert [len(scored(r).rung_scores) for _, r in results] == [RUNGS.index(r.epochs) + 1 for _, r in results]
     assert [trained_epochs(plan, FOUR[i]) for i, _ in results] == [r.epochs for _, r in results]
 
 
@@ -186,20 +186,20 @@ def test_results_hold_logits_accuracy_and_the_cost_of_all_rungs(prepared: Prepar
         assert student.candidate == FOUR[i]
         assert student.logits.shape == (2, len(labels), 10)
         assert np.array_equal(student.logits, read_logits(folder, record(plan, FOUR[i], student.epochs)))
-        assert student.top1 == pytest.approx((student.logits[-1].argmax(1) == labels).mean())
+        assert student.score == pytest.approx(soft_top1(student.logits[-1], labels))
         spent = [record(plan, FOUR[i], epochs).cost_s for epochs in RUNGS if epochs <= student.epochs]
         assert student.cost_s == pytest.approx(sum(spent))
         assert min(spent) > 0
-        assert student.rung_top1 == tuple(record(plan, FOUR[i], e).top1[-1] for e in RUNGS if e <= student.epochs)
+        assert student.rung_scores == tuple(record(plan, FOUR[i], e).score for e in RUNGS if e <= student.epochs)
 
 
 def test_nobody_who_goes_on_is_dominated_by_one_who_does_not(whole: Whole) -> None:
     plan, results = whole
-    top1 = [record(plan, c, 1).top1[-1] for c in FOUR]
+    scores = [record(plan, c, 1).score for c in FOUR]
     left = [i for i, r in results.items() if r.epochs == 1]
     for i in left:
         for j in set(results) - set(left):  # no two latencies are the same
-            assert not (top1[i] >= top1[j] and LATENCY_MS[i] < LATENCY_MS[j])
+            assert not (scores[i] >= scores[j] and LATENCY_MS[i] < LATENCY_MS[j])
 
 
 @pytest.mark.parametrize(("latency_ms", "winner"), [([2.0, 1.0], 1), ([1.0, 2.0], 0)])
@@ -215,10 +215,10 @@ def test_of_equally_fast_candidates_the_most_accurate_goes_on(prepared: Prepared
     plan = replace(rungs_plan(prepared, tmp_path, (6, 7)), keep=0.25)
     results = list(batch(plan, latency_ms=[1.0] * 4))
     assert sorted(r.epochs for _, r in results) == [6, 6, 6, 7]
-    top1 = [record(plan, c, 6).top1[-1] for c in FOUR]
-    assert len(set(top1)) > 1
+    scores = [record(plan, c, 6).score for c in FOUR]
+    assert len(set(scores)) > 1
     [winner] = [i for i, r in results if r.epochs == 7]
-    assert top1[winner] == max(top1)
+    assert scores[winner] == max(scores)
 
 
 def test_the_same_call_after_a_kill_trains_nothing_again(whole: Whole) -> None:
@@ -288,7 +288,7 @@ def test_a_candidate_that_failed_on_a_later_rung_is_compared_before_it_but_does_
     results = dict(batch(plan, pool=pool))
     failure, winner = results.pop(second), scored(results[third])
     assert isinstance(failure, ScoreFailure)
-    assert (failure.epochs, len(failure.rung_top1)) == (2, 1)
+    assert (failure.epochs, len(failure.rung_scores)) == (2, 1)
     assert (winner.epochs, winner.is_complete) == (4, True)
 
     pool = NotingPool()
