@@ -10,9 +10,8 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from nas.devices.base import MeasureJob
-
-PRECISION_KEY = "precision"  # in the metadata of a model: what it is to be built in
-OURS = "nas"  # what the writers of this project call themselves
+from nas.devices.board.errors import BoardError
+from nas.devices.board.onnx_facts import OURS, onnx_facts
 
 # Newer definitions that only took in further types of tensors, which the models of this project do not have (onnx,
 # docs/Changelog.md): operator -> the operator set whose definition they have used since.
@@ -72,12 +71,11 @@ def _split_hard_swish(graph: onnx.GraphProto) -> None:
 
 
 def precision_of(model: bytes) -> str:
-    """The precision that a model's metadata asks for; fp32 where they do not tell."""
+    """The precision that a model of this project says it is to be built in; fp32 where it does not tell."""
     try:
-        entries = onnx.load_model_from_string(model).metadata_props
-    except DecodeError:
+        return onnx_facts(model).precision or "fp32"
+    except BoardError:  # the runtime will say what is wrong with it
         return "fp32"
-    return next((entry.value for entry in entries if entry.key == PRECISION_KEY), "fp32")
 
 
 def feed_bytes(job: MeasureJob) -> dict[str, bytes]:

@@ -141,6 +141,21 @@ class Dialect:
         return is_multiple and (layer.kind == "stem" or out_channels >= 16 or in_channels >= 16)
 
 
+def building_precision(precisions: Iterable[Precision], *, is_quantized: bool) -> Precision | Literal["mixed"]:
+    """What a TensorRT builder is asked for, of a file with layers in these precisions.
+
+    Where no convolution of an int8 layer is an integer one, as in heads, the file has no quantized tensor and no
+    builder takes it as int8. It is fp16 then, as what is float in an int8 network always is: by the flag that is
+    set together with that of int8, or in the graph where that has half floats.
+
+    Args:
+        precisions: of the layers.
+        is_quantized: whether the file has quantized tensors.
+    """
+    names: set[Precision] = {"fp16" if p == "int8" and not is_quantized else p for p in precisions}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
 _INT32_LIMIT = 2.0**30  # a bias stays a factor of two below the int32 range: the sum of products is added to it
 # The least scale in float16: half of its subnormal numbers above 0 still have four bits below it.
 _SMALLEST_HALF_SCALE = 2.0**-20

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from nas.core.errors import RecordError, UsageError
-from nas.core.records import Candidate, ConvSpec, LayerSpec, QuantSpec
+from nas.core.records import Candidate, ConvSpec, LayerSpec, Precision, QuantSpec
 from nas.core.walk import expand
-from nas.devices.portable import PRECISION_KEY
-from nas.export.dialect import ORT, Dialect
+from nas.devices.board.onnx_facts import OURS, PRECISION_KEY
+from nas.export.check import all_graphs
+from nas.export.dialect import ORT, Dialect, building_precision
 from nas.export.writer import ONNX_TYPES, LayerWriter, Scope, Tensor, Weights
 
 Form = Literal["plain", "logits", "if"]
@@ -43,7 +44,7 @@ def layer_model(layer: LayerSpec, *, seed: int = 0, dialect: Dialect = ORT) -> b
     is_head = layer.kind in ("head", "exit_head")
     is_quantized = layer.precision == "int8" and dialect.pairs_at == "outputs"
     writer = LayerWriter(_random(((layer, spec) for spec in layer.convolutions), seed), _nominal([layer]), dialect)
-    model, scope = _new_model(layer.key, dialect, layer.precision)
+    model, scope = _new_model(layer.key, dialect)
     if layer.kind == "stem":
         _declare(scope.graph.input, "x", "float32", (1, layer.in_channels, layer.in_size, layer.in_size))
         x = writer.image(scope, "x", (0.5,) * layer.in_channels, (0.25,) * layer.in_channels)
@@ -60,7 +61,7 @@ def layer_model(layer: LayerSpec, *, seed: int = 0, dialect: Dialect = ORT) -> b
         y = writer.layer(scope, x, layer)
         out_type = dialect.activation_type if is_quantized else y.kind
         _declare(scope.graph.output, y.source, out_type, (1, layer.out_channels, layer.out_size, layer.out_size))
-    return _serialised(model)
+    return _finished(model, dialect, (layer.precision,))
 
 
 def network_model(
@@ -101,14 +102,14 @@ def network_model(
     _check_normalisation(candidate, mean, std)
     dialect = dialect.fitting(candidate.precisions)
     writer = LayerWriter(weights, quant, dialect)
-    model, scope = _new_model(candidate.id, dialect, candidate.precision_label)
+    model, scope = _new_model(candidate.id, dialect)
     _declare_image(scope, candidate, batch)
     x = writer.image(scope, "image", mean, std)
     if form == "if":
         if batch != 1:
             raise UsageError(f"form 'if' decides image by image: batch must be 1, got {batch}")
         _write_gated(writer, scope, x, candidate)
-        return _serialised(model)
+        return _finished(model, dialect, candidate.precisions)
     for layer in expand(candidate):
         if layer.kind not in ("head", "exit_head"):
             x = writer.layer(scope, x, layer)
@@ -116,7 +117,7 @@ def network_model(
             name = f"logits_{layer.segment}" if form == "logits" else "logits"
             writer.head(scope, x, layer, name)
             _declare(scope.graph.output, name, "float32", ("N" if batch is None else batch, layer.out_channels))
-    return _serialised(model)
+    return _finished(model, dialect, candidate.precisions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def segment_models(
     side, channels = candidate.resolution, candidate.in_channels
     for number, (layers, threshold) in enumerate(pieces):
         writer = LayerWriter(weights, quant, dialect)
-        model, scope = _new_model(f"{candidate.id}#{number}", dialect, candidate.precision_label)
+        model, scope = _new_model(f"{candidate.id}#{number}", dialect)
         if x is None:
             entered = "image"
             _declare_image(scope, candidate, 1)
@@ -193,7 +194,8 @@ def segment_models(
             left = scope.float_of(x, dialect, x.kind)
             _declare(scope.graph.output, left, x.kind, (1, channels, side, side))
             x = Tensor(x.name, x.name, kind=x.kind)  # float at the border, whatever it was before
-        result.append(Segment(head.segment, threshold, entered, left, _serialised(model)))
+        data = _finished(model, dialect, [layer.precision for layer in layers])
+        result.append(Segment(head.segment, threshold, entered, left, data))
     return tuple(result)
 
 
@@ -232,7 +234,7 @@ def tensors_model(
     _check_normalisation(candidate, mean, std)
     plain = candidate.with_precision("fp32")
     writer = LayerWriter(weights, None, ORT)
-    model, scope = _new_model(plain.id, ORT, "fp32")
+    model, scope = _new_model(plain.id, ORT)
     _declare_image(scope, candidate, None)
     x = writer.image(scope, "image", mean, std)
     for layer in expand(plain):
@@ -388,14 +390,23 @@ def _declare(infos: MutableSequence[ValueInfoProto], name: str, kind: str, shape
     infos.append(helper.make_tensor_value_info(name, ONNX_TYPES[np.dtype(kind)], shape))
 
 
-def _new_model(name: str, dialect: Dialect, precision: str) -> tuple[ModelProto, Scope]:
+def _new_model(name: str, dialect: Dialect) -> tuple[ModelProto, Scope]:
     """An empty model and its graph to write into."""
     opset = helper.make_opsetid("", dialect.opset)
-    model = ModelProto(ir_version=dialect.ir_version, producer_name="nas", opset_import=[opset])
-    if dialect is not ORT:
-        # A weakly typed builder has to be told: its graph is float32 whether or not half precision is meant.
-        model.metadata_props.add(key=PRECISION_KEY, value=precision)
+    model = ModelProto(ir_version=dialect.ir_version, producer_name=OURS, opset_import=[opset])
     return model, Scope(model.graph, name)
+
+
+def _finished(model: ModelProto, dialect: Dialect, precisions: Iterable[Precision]) -> bytes:
+    """The file of a model with layers in these precisions; for TensorRT it says in which one it is to be built.
+
+    A weakly typed builder has to be told: its graph is float32 whether or not half precision is meant.
+    """
+    if dialect is not ORT:
+        is_quantized = any(n.op_type == "DequantizeLinear" for graph in all_graphs(model.graph) for n in graph.node)
+        precision = building_precision(precisions, is_quantized=is_quantized)
+        model.metadata_props.add(key=PRECISION_KEY, value=precision)
+    return _serialised(model)
 
 
 def _serialised(model: ModelProto) -> bytes:

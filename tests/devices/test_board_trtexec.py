@@ -378,3 +378,17 @@ def test_a_quantized_file_is_built_in_int8_even_where_nobody_asks_for_it(asked: 
     assert effective_precision(onnx_facts(onnx("int8")), asked) == "int8"
     assert effective_precision(onnx_facts(onnx()), asked) == "fp32"
     assert effective_precision(onnx_facts(onnx()), "fp16") == "fp16"
+
+
+@pytest.mark.parametrize("asked", ["int8", "mixed"])
+def test_only_a_file_of_ours_says_what_it_is_built_in_where_its_network_is_int8(asked: str) -> None:
+    import onnx as package
+
+    proto = package.load_model_from_string(onnx())
+    proto.metadata_props.add(key="precision", value="fp16")
+    for producer, expected in (("nas", "fp16"), ("another", asked)):
+        proto.producer_name = producer
+        facts = onnx_facts(proto.SerializeToString())
+        assert effective_precision(facts, asked) == expected
+    with pytest.raises(BoardError, match=f"{asked} is asked for, but the file has no QuantizeLinear nodes"):
+        is_weak((10, 3, 0), facts, effective_precision(facts, asked))

@@ -17,9 +17,12 @@ from fake_board.tools import VERSIONS, calls_of, install_trtexec
 
 from nas.cli.main import run
 from nas.core.errors import DeviceError
+from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
 from nas.devices.address import parse_address
 from nas.devices.base import MeasureJob
 from nas.devices.remote import SLOW_START, RemoteDevice
+from nas.export.dialect import dialect_for
+from nas.export.graph import layer_model, nominal_quant, random_weights, segment_models
 from nas.latency.table import LatencyTable
 from nas.measure.covering import fill_covering
 from nas.space.space import load_space
@@ -70,6 +73,37 @@ def test_trtexec_is_found_first_and_its_compute_times_are_the_latency(server: Ss
         assert any("--onnx" in option for call in calls_of(program) for option in call)
     finally:
         device.close()
+
+
+@pytest.mark.parametrize("version", ["8.2", "8.5", "10.3"])
+def test_float_parts_of_int8_and_mixed_networks_are_built_in_half_precision(server: SshServer, version: str) -> None:
+    """The file of an int8 head and a segment in fp16 have no quantized tensor, but what they belong to has."""
+    space = load_space(Path(__file__).parents[2] / "search_spaces" / "jetson-64.yaml", 4)
+    layers = {layer.kind: layer for layer in space.layers() if layer.precision == "int8"}
+    stages = (StageConfig((BlockConfig(8, 16, 16),)), StageConfig((BlockConfig(16, 32, 16),)))
+    mixed = Candidate(16, 4, StemConfig(8), stages, HeadConfig(), (ExitConfig(0, threshold=0.5),))
+    mixed = mixed.with_precision(("fp16", "fp16", "int8", "int8"))
+    device, program = board(server, version)
+    try:
+        dialect = dialect_for(device.profile)
+        jobs = [
+            MeasureJob(kind, "row", "int8", layer_model(layers[kind], dialect=dialect), 1000)
+            for kind in ("head", "exit_head", "inverted_residual")
+        ]
+        chain = segment_models(
+            mixed, random_weights(mixed, 0), (0.5,) * 3, (0.25,) * 3, quant=nominal_quant(mixed), dialect=dialect
+        )
+        jobs += [MeasureJob(f"#{i}", "row", mixed.precision_label, s.model, 1000) for i, s in enumerate(chain)]
+        found = device.measure(jobs)
+        foreign = device.measure([MeasureJob("f", "row", "int8", mean_model(size=8), 1000)])[0]
+    finally:
+        device.close()
+    assert [m.error for m in found] == [None] * 5 and mixed.precision_label == "mixed"
+    assert [m.precision for m in found] == ["int8"] * 3 + ["mixed"] * 2, "what it is a part of stays its precision"
+    builds = [call for call in calls_of(program) if any(x.startswith("--onnx=") for x in call)]
+    flags = ["+".join(x[2:] for x in call if x in ("--int8", "--fp16")) for call in builds]
+    assert flags == ["fp16", "fp16", "int8+fp16", "fp16", "int8+fp16"]
+    assert foreign.error is not None and "the file has no QuantizeLinear nodes" in foreign.error
 
 
 def test_an_engine_that_is_not_built_is_a_row_with_its_reason_and_the_next_is_measured(server: SshServer) -> None:

@@ -337,6 +337,17 @@ class TestBuilding:
         assert done.returncode == 1 and json.loads(done.stdout) == {"built": False, "error": told}
         assert not (tmp_path / "e" / "engine.json").exists()
 
+    def test_every_segment_of_a_mixed_network_is_built_in_its_own_precision(self, tmp_path: Path) -> None:
+        mixed = replace(plan(), candidate=CANDIDATE.with_precision(("fp16", "fp16", "int8", "fp16", "fp16")))
+        folder = export(tmp_path / "p", mixed)
+        done = script(folder, "build_engine.py", "--engines", str(tmp_path / "e"), "--json")
+        assert done.returncode == 0, done.stdout + done.stderr
+        entries = json.loads(done.stdout)["engines"]
+        built = [entries[f"segment_{k}.onnx"] for k in range(3)]
+        assert [e["precision"] for e in built] == ["fp16", "int8", "fp16"]
+        assert {e["typing"] for e in built} == {"weak"}
+        assert script(folder, "parity.py", "--engines", str(tmp_path / "e")).returncode == 0
+
     def test_without_tensorrt_the_other_runtime_is_named(self, package: Path, tmp_path: Path) -> None:
         done = script(package, "build_engine.py", "--engines", str(tmp_path / "e"), FAKE_TENSORRT="")
         assert done.returncode == 2

@@ -1,6 +1,8 @@
 """Graphs for TensorRT: what its parser reads, where quantized tensors stand, and that the answers stay the same."""
 
 from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -28,6 +30,7 @@ from nas.core.errors import RecordError, UsageError
 from nas.core.records import Candidate, ConvSpec, Precision, QuantSpec
 from nas.core.walk import expand
 from nas.devices.board.onnx_facts import onnx_facts
+from nas.devices.board.trtexec import effective_precision, is_weak
 from nas.devices.portable import portable_model, precision_of
 from nas.export.check import tensorrt_problems
 from nas.export.dialect import (
@@ -46,6 +49,7 @@ from nas.export.graph import layer_model, network_model, nominal_quant, random_w
 from nas.models.student import Student, folded_weights
 from nas.recipe.deployed import deployed_logits
 from nas.search.predictor import deployed_form
+from nas.space.space import load_space
 
 TENSORRT = (TRT_8_0, TRT_8_4, TRT_10_13)
 IMAGES = smooth_images(64, 32)
@@ -427,7 +431,66 @@ def test_a_model_says_in_which_precision_it_is_to_be_built(precision: str) -> No
         ]
         assert {precision_of(portable_model(model)) for model in models} == {precision}
     assert precision_of(b"no model") == "fp32"
+    foreign = onnx.load_from_string(layer_model(expand(candidate)[1], dialect=TRT_8_4))
+    foreign.producer_name = "somebody else"
+    assert precision_of(foreign.SerializeToString()) == "fp32"
     assert precision_of(graph_of(ORT, wide_candidate("int8")).SerializeToString()) == "fp32"
+
+
+# Versions of TensorRT that read a dialect.
+VERSIONS = [(TRT_8_0, (8, 2, 1)), (TRT_8_4, (8, 5, 2)), (TRT_8_4, (10, 3, 0)), (TRT_10_13, (10, 13, 3))]
+VERSIONS.append((TRT_10_13, (11, 4, 0)))
+BY_VERSION = pytest.mark.parametrize(
+    ("dialect", "version"), [pytest.param(d, v, id=".".join(map(str, v))) for d, v in VERSIONS]
+)
+
+
+def built_in(model: bytes, version: tuple[int, int, int], asked: str) -> str:
+    """What a file is built in after its way to a board; strong typing takes it from the file, weak from flags."""
+    facts = onnx_facts(portable_model(model))
+    precision = effective_precision(facts, asked)
+    is_strong = version >= (10, 13, 0)
+    assert is_weak(version, facts, precision) is not is_strong
+    return precision
+
+
+@BY_VERSION
+def test_every_row_of_the_space_for_a_jetson_is_built_by_every_version(
+    dialect: Dialect, version: tuple[int, int, int]
+) -> None:
+    """The file of an int8 head has no quantized tensor: it is fp16, as the head is inside an int8 network."""
+    layers = load_space(Path(__file__).parents[2] / "search_spaces" / "jetson-64.yaml", 10).layers()
+    heads = 0
+    for layer in layers:
+        model = layer_model(layer, dialect=dialect)
+        is_float = layer.precision == "int8" and not onnx_facts(model).is_quantized
+        assert built_in(model, version, layer.precision) == ("fp16" if is_float else layer.precision), layer.key
+        assert not is_float or layer.kind in ("head", "exit_head")
+        heads += is_float
+    assert heads >= 2, "an int8 head and int8 exit heads are what this test is about"
+
+
+@BY_VERSION
+@pytest.mark.parametrize("form", ["plain", "chain"])
+def test_every_part_of_a_mixed_network_is_built_by_every_version(
+    dialect: Dialect, version: tuple[int, int, int], form: str
+) -> None:
+    base = wide_candidate()
+    weights, names = random_weights(base, 0), dialect.mixable
+    found = set()
+    for mix in product(names, repeat=2):
+        candidate = base.with_precision([*mix[:1] * 2, *mix[1:] * (len(base.precisions) - 2)])
+        quant = nominal_quant(candidate)
+        if form == "plain":
+            models = [network_model(candidate, weights, MEAN, STD, quant=quant, dialect=dialect)]
+        else:
+            models = [s.model for s in segment_models(candidate, weights, MEAN, STD, quant=quant, dialect=dialect)]
+        for model in models:
+            precision = built_in(model, version, candidate.precision_label)
+            assert precision in {"mixed", "fp16", *mix}
+            assert onnx_facts(model).is_quantized or precision != "int8"
+            found.add(precision)
+    assert found >= set(names), "parts in one precision are built in that one"
 
 
 def test_what_travels_to_a_board_still_obeys_the_parser() -> None:

@@ -28,7 +28,7 @@ def build_apart(
         run: starts the process; tests set it.
 
     Returns:
-        `warnings` and `typing`, as it tells them, and the `seconds` of the whole process.
+        `warnings`, `typing` and `precision`, as it tells them, and the `seconds` of the whole process.
 
     Raises:
         BoardError: `build_failed`, `out_of_memory`, `hung`, `killed`, `unsupported`, `bad_request`, `not_found`.

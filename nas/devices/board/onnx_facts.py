@@ -1,7 +1,8 @@
 """What an ONNX file says of itself, read without the onnx package, which no board has: its inputs and precisions.
 
 Only the few fields that are needed are read from the protocol buffer (onnx.proto of ONNX, IR version 3 and later):
-graph = 7 of a model; node = 1, initializer = 5, input = 11, output = 12 of a graph.
+producer_name = 2, graph = 7, metadata_props = 14 of a model; node = 1, initializer = 5, input = 11, output = 12 of a
+graph.
 """
 
 from typing import Any, Dict, Iterator, List, Set, Tuple, Union
@@ -22,15 +23,22 @@ TYPES = {
 }
 _FLOAT16, _BFLOAT16 = 10, 16
 
+OURS = "nas"  # what the writers of this project call themselves
+PRECISION_KEY = "precision"  # in the metadata of a file of theirs: what it is to be built in
+
 
 class OnnxFacts(object):
-    """Inputs and outputs (name, dtype, shape; -1: a free size), the operators, and the types of the weights."""
+    """Inputs and outputs (name, dtype, shape; -1: a free size), the operators, and the types of the weights.
+
+    `precision` is what a file of this project says that it is to be built in; empty where another program wrote it.
+    """
 
     def __init__(self) -> None:
         self.inputs: List[Dict[str, Any]] = []
         self.outputs: List[Dict[str, Any]] = []
         self.operators: Set[str] = set()
         self.weight_types: Set[int] = set()
+        self.precision = ""
 
     @property
     def is_quantized(self) -> bool:
@@ -63,9 +71,18 @@ def onnx_facts(model: bytes) -> OnnxFacts:
     """
     facts = OnnxFacts()
     try:
-        graphs = [value for number, value in _fields(memoryview(model)) if number == 7]
-        for graph in graphs:
-            _read_graph(graph, facts, is_main=True)
+        producer = ""
+        metadata: Dict[str, str] = {}
+        for number, value in _fields(memoryview(model)):
+            if number == 2:
+                producer = _text(value)
+            elif number == 7:
+                _read_graph(value, facts, is_main=True)
+            elif number == 14:
+                entry = dict((n, _text(v)) for n, v in _fields(value) if n in (1, 2))
+                metadata[entry.get(1, "")] = entry.get(2, "")
+        if producer == OURS:
+            facts.precision = metadata.get(PRECISION_KEY, "")
     except (IndexError, ValueError, TypeError) as e:
         raise BoardError("bad_request", "not an ONNX model (%d bytes): %s" % (len(model), e)) from e
     if not facts.operators:

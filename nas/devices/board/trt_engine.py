@@ -580,7 +580,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
         request: `model`, `engine`: paths; `precision`; `typing`; `workspace_mib`; `timing_cache`: a path or None.
 
     Returns:
-        `warnings` and `typing`.
+        `warnings`, `typing`, and the `precision` that it was built in.
 
     Raises:
         BoardError: `build_failed`, `out_of_memory`, `bad_request`, `unsupported`.
@@ -611,7 +611,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
     skipped = skipped_tactics("\n".join(lines))
     if skipped:
         warnings.append("skipped_tactics: %d tactics were passed over because memory was short" % skipped)
-    return {"warnings": warnings, "typing": "weak" if weak else "strong"}
+    return {"warnings": warnings, "typing": "weak" if weak else "strong", "precision": precision}
 
 
 def _network_flags(trt: Any, weak: bool) -> int:

@@ -51,9 +51,15 @@ def effective_precision(model: OnnxFacts, precision: str) -> str:
     """The precision to build in: that of the file where none, or only fp32, is asked for.
 
     A file with QuantizeLinear nodes cannot be built without int8, nor one of half precision without fp16.
+
+    int8 and mixed name a whole layer or network, of which the file may be a float part without such nodes (an int8
+    head, a segment of a mixed network). A file of this project says what it is built in itself; where another file has
+    no such nodes, `is_weak` refuses it.
     """
     if precision in ("fp32", "none", "auto"):
         return "int8" if model.is_quantized else "fp16" if model.is_half else "fp32"
+    if precision in ("int8", "mixed"):
+        return model.precision or precision
     return precision
 
 
