@@ -19,7 +19,7 @@ from nas.core.records import Candidate, ConvSpec, LayerSpec, Precision, QuantSpe
 from nas.core.walk import expand
 from nas.devices.board.onnx_facts import OURS, PRECISION_KEY
 from nas.export.check import all_graphs
-from nas.export.dialect import ORT, Dialect, building_precision
+from nas.export.dialect import ORT, Dialect, FloatType, building_precision
 from nas.export.writer import ONNX_TYPES, LayerWriter, Scope, Tensor, Weights
 
 Form = Literal["plain", "logits", "if"]
@@ -130,7 +130,7 @@ class Segment:
         features_in: name of the input; `image` for the first segment, else of the feature map of the one before it.
         features_out: name of the output that the next segment takes; None for the last.
         model: ONNX file. Outputs in order: `logits` float32 [1, K]; unless it is the last one also `confidence` float32
-            [1] (largest softmax probability) and the feature map.
+            [1] (largest softmax probability) and the feature map, float32 or float16.
     """
 
     exit_index: int
@@ -191,9 +191,11 @@ def segment_models(
         if threshold is not None:
             confidence = writer.confidence(scope, "logits", head.name, "confidence", is_scalar=False)
             _declare(scope.graph.output, confidence, "float32", (1,))
-            left = scope.float_of(x, dialect, x.kind)
-            _declare(scope.graph.output, left, x.kind, (1, channels, side, side))
-            x = Tensor(x.name, x.name, kind=x.kind)  # float at the border, whatever it was before
+            # Float at the border, whatever it was before, and of a type that NumPy has: the host passes it on.
+            kind: FloatType = "float32" if x.kind == "bfloat16" else x.kind
+            left = scope.float_of(x, dialect, kind)
+            _declare(scope.graph.output, left, kind, (1, channels, side, side))
+            x = Tensor(x.name, x.name, kind=kind)
         data = _finished(model, dialect, [layer.precision for layer in layers])
         result.append(Segment(head.segment, threshold, entered, left, data))
     return tuple(result)

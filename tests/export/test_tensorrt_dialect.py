@@ -417,6 +417,25 @@ def test_segments_obey_the_rules_of_the_parser_and_fit_together(dialect: Dialect
     assert kind == (onnx.TensorProto.FLOAT16 if dialect.half_floats else onnx.TensorProto.FLOAT)
 
 
+@pytest.mark.parametrize("mix", [("bf16",), ("bf16", "fp16"), ("fp16", "bf16"), ("bf16", "int8"), ("bf16", "fp32")])
+def test_feature_maps_between_segments_have_a_type_that_numpy_has(mix: tuple[Precision, ...]) -> None:
+    """The host passes them on: `infer.py` and devices read them with NumPy, which has no bfloat16."""
+    base = wide_candidate()
+    candidate = base.with_precision([mix[i % len(mix)] for i in range(len(base.precisions))])
+    weights, quant = random_weights(candidate, 0), nominal_quant(candidate)
+    chain = segment_models(candidate, weights, MEAN, STD, quant=quant, dialect=TRT_10_13)
+    left = None
+    for segment in chain:
+        onnx.checker.check_model(onnx.load_from_string(segment.model), full_check=True)
+        assert tensorrt_problems(onnx.load_from_string(segment.model), TRT_10_13) == []
+        facts = onnx_facts(segment.model)
+        (entered,) = facts.inputs
+        assert left is None or (entered["dtype"], entered["shape"]) == (left["dtype"], left["shape"])
+        assert {np.dtype(e["dtype"]).name for e in (entered, *facts.outputs)} <= {"float32", "float16"}
+        left = facts.outputs[-1]
+    assert any(onnx_facts(s.model).carries("bf16") for s in chain), "inside it stays bfloat16"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_model_says_in_which_precision_it_is_to_be_built(precision: str) -> None:
     """A float32 graph for a weakly typed builder would otherwise become an fp32 engine when a device runs it."""
