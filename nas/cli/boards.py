@@ -94,12 +94,14 @@ def _command(fix: str, by_hand: str) -> str:
 
 def capability_checks(state: Mapping[str, Any], runtime: str, version: str) -> Iterator[Check]:
     """What the board can do with its TensorRT, and why not the rest; nothing for another runtime or unknown silicon."""
-    from nas.devices.capability import SILICON, capability_of
+    from nas.devices.capability import BF16_OPSET, SILICON, capability_of
 
     if runtime != "tensorrt" or state.get("soc") not in SILICON:
         return
     can = capability_of(str(state["soc"]), version)
     text = f"TensorRT {version}: {', '.join(can.precisions)}; ONNX up to opset {can.max_opset}"
+    if "bf16" in can.precisions:
+        text += f" (bf16 graphs are opset {BF16_OPSET}: never built on a board)"
     text += "".join(f"; {r.operator} is written as {r.instead}" for r in can.rewrites)
     without = "; ".join(f"no {p}: {why}" for p, why in can.without.items())
     yield Check("board can do", "OK", f"{text}. {without}" if without else text, area="device")

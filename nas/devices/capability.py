@@ -11,15 +11,23 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from nas.core.errors import DeviceError
 from nas.core.records import Precision
+from nas.devices.board.trtexec import BF16_VERSION
 
 BoardPrecision = Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4"]
 Version = tuple[int, ...]
 
 WITHOUT = "without_"  # begins the name of a detail of a profile that says why it lacks a precision
+
+# bf16 graphs are written in the first opset whose convolutions may be bfloat16 (onnx, docs/Changelog.md). It is above
+# what the documents of TensorRT 10.0 name; what later parsers say of it is not known here, and no board has built one.
+BF16_OPSET = 22
+
+_TYPED = BF16_VERSION[:2]
+_UNTYPED = f"only strongly typed graphs say it, which are written for TensorRT {_TYPED[0]}.{_TYPED[1]} and newer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +62,7 @@ class Capability:
     """What one board can do with one version of TensorRT.
 
     `precisions` can be built and are worth it; `without` says of every other one why not. `max_opset` is the newest
-    ONNX opset that the parser reads.
+    ONNX opset that the parser is known to read.
     """
 
     precisions: tuple[BoardPrecision, ...]
@@ -66,9 +74,21 @@ class Capability:
         """Those of `precisions` that the board can do."""
         return tuple(p for p in precisions if p in self.precisions)
 
-    def details(self, precisions: tuple[Precision, ...]) -> dict[str, str]:
-        """Details for a device's profile: why it does not offer some of `precisions`."""
-        return {f"{WITHOUT}{p}": self.without[p] for p in precisions if p in self.without}
+
+def without_details(offered: tuple[Precision, ...], tensorrt: str, can: Capability | None) -> dict[str, str]:
+    """Details for a device's profile: why it lacks each precision of a space that it does not offer.
+
+    Args:
+        offered: what it offers.
+        tensorrt: version of its TensorRT.
+        can: what its silicon can do with that, where that is known.
+    """
+    lacking: list[Precision] = [p for p in get_args(Precision) if p not in offered]
+    known: dict[Precision, str] = {} if can is None else {p: can.without[p] for p in lacking if p in can.without}
+    if version_of(tensorrt) < _TYPED:
+        known.setdefault("bf16", _UNTYPED)
+    known.setdefault("bf16", "its GPU is older than Ampere, which brought it")
+    return {f"{WITHOUT}{p}": known.get(p, f"TensorRT {tensorrt} does not offer it there") for p in lacking}
 
 
 def capability_of(soc: str, tensorrt: str) -> Capability:
@@ -122,7 +142,7 @@ def reads_hard_swish(version: Version) -> bool:
 
 
 def newest_opset(version: Version) -> int:
-    """Newest opset of the ONNX parser of this TensorRT: 13 before 8.4, 17 from there on, 20 from 10.0 on."""
+    """Newest opset that the ONNX parser of this TensorRT is known to read: 13 before 8.4, then 17, from 10.0 on 20."""
     return 13 if version < (8, 4) else 17 if version < (10,) else 20
 
 
@@ -132,12 +152,14 @@ _ORDER: tuple[BoardPrecision, ...] = ("fp32", "tf32", "fp16", "bf16", "int8", "f
 def _why_not(precision: BoardPrecision, silicon: Silicon, version: Version) -> str:
     """Why a precision is not there or not worth it; empty where it is."""
     least_sm = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (10, 0), "fp4": (10, 0)}.get(precision)
-    least_version = {"bf16": (10, 0), "fp8": (8, 6), "fp4": (10, 13)}.get(precision)
+    least_version = {"fp8": (8, 6), "fp4": (10, 13)}.get(precision)
     if precision == "int8" and silicon.sm < (7, 0):
         return f"{silicon.name} has no int8 instructions (DP4A): TensorRT builds something slower than fp16"
     if least_sm is not None and silicon.sm < least_sm:
         since = "Ampere (Jetson Orin)" if least_sm == (8, 0) else "Jetson Thor"
         return f"{silicon.name} (sm {silicon.sm[0]}.{silicon.sm[1]}) cannot; it begins with {since}"
+    if precision == "bf16" and version < _TYPED:
+        return _UNTYPED
     if least_version is not None and version < least_version:
         return f"TensorRT {'.'.join(map(str, version))} cannot; it begins with {'.'.join(map(str, least_version))}"
     return ""

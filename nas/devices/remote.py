@@ -40,7 +40,14 @@ from nas.devices.base import (
     layer_times_of,
 )
 from nas.devices.board.state import identity
-from nas.devices.capability import SILICON, Capability, capability_of, reads_hard_swish, version_of
+from nas.devices.capability import (
+    SILICON,
+    Capability,
+    capability_of,
+    reads_hard_swish,
+    version_of,
+    without_details,
+)
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
@@ -630,6 +637,7 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
     mode = identity(state)["power_mode"] or (f"governor={state['governor']}" if state.get("governor") else "unknown")
     board = " ".join(str(state.get("board") or "unknown").split())
     on_processor = runner.runtime == "ort"
+    offered = runner.precisions if can is None else can.offered(runner.precisions)
     names = [board, f"{runner.runtime}{runner.version}", f"{address.threads}t" if on_processor else str(mode)]
     known = [f"{name}={state[name]}" for name in ("l4t", "cuda") if state.get(name)]
     return DeviceProfile(
@@ -642,11 +650,11 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
         locked_mhz=state.get("locked_mhz") or "",
         threads=address.threads if on_processor else 1,
         driver=" ".join(known) or "unknown",
-        precisions=runner.precisions if can is None else can.offered(runner.precisions),
+        precisions=offered,
         kind="measured",
         details={
             **runner.details,
-            **({} if can is None else can.details(runner.precisions)),
+            **(without_details(offered, runner.version, can) if runner.runtime == "tensorrt" else {}),
             "address": address.ssh.shown,
             "runner": runner.name,
             **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},

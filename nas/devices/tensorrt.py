@@ -38,6 +38,7 @@ from nas.devices.board.errors import BoardError
 from nas.devices.board.onnx_facts import onnx_facts
 from nas.devices.board.trt_engine import TensorRtRunner
 from nas.devices.board.trtexec import TrtexecRunner
+from nas.devices.capability import without_details
 from nas.devices.graphs import reference_model
 from nas.devices.host import probe_host, safe_name
 from nas.devices.portable import precision_of
@@ -145,7 +146,11 @@ class TensorRt:
             driver=" ".join([gpu.get("driver", "unknown"), "cuda", str(told["details"].get("cuda", "unknown"))]),
             precisions=tuple(told["precisions"]),
             kind="measured",
-            details={"runner": self._runner.name, **{str(k): str(v) for k, v in told["details"].items()}},
+            details={
+                "runner": self._runner.name,
+                **without_details(tuple(told["precisions"]), str(told["version"]), None),
+                **{str(k): str(v) for k, v in told["details"].items()},
+            },
         )
 
     def measure(

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import ConvSpec, DeviceProfile, LayerSpec, Precision
-from nas.devices.capability import newest_opset, reads_hard_swish, version_of
+from nas.devices.capability import BF16_OPSET, newest_opset, reads_hard_swish, version_of
 
 FloatType = Literal["float32", "float16", "bfloat16"]
 
-_BF16_OPSET, _BF16_IR_VERSION = 22, 10  # the first whose convolutions may be bfloat16
+_BF16_IR_VERSION = 10  # that came with BF16_OPSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ class Dialect:
         """The same in the operator set that layers in these precisions need."""
         if self.rounds_bf16 or not self.half_floats or "bf16" not in precisions:
             return self
-        return replace(self, opset=max(self.opset, _BF16_OPSET), ir_version=max(self.ir_version, _BF16_IR_VERSION))
+        return replace(self, opset=max(self.opset, BF16_OPSET), ir_version=max(self.ir_version, _BF16_IR_VERSION))
 
     def scale_and_zero_point(self, lo: float, hi: float) -> tuple[np.floating, int]:
         """Scale (in the type that the graph holds) and zero point of a tensor with values in lo..hi."""

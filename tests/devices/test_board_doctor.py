@@ -70,6 +70,11 @@ def test_what_the_board_can_do_stands_there_with_what_it_cannot(tmp_path: Path) 
     )
     assert "no int8: Jetson Nano, TX1 has no int8 instructions" in check.text
     assert list(capability_checks(state, "ort", "1.6.0")) == []
+    orin = state_of(tmp_path / "orin", ORIN_NANO_SUPER)[0]
+    (of_10_3,), (of_10_16,) = (list(capability_checks(orin, "tensorrt", v)) for v in ("10.3.0", "10.16.2"))
+    assert of_10_3.text.startswith("TensorRT 10.3.0: fp32, tf32, fp16, int8; ONNX up to opset 20. ")
+    assert "no bf16: only strongly typed graphs say it, which are written for TensorRT 10.13 and newer" in of_10_3.text
+    assert "bf16, int8; ONNX up to opset 20 (bf16 graphs are opset 22: never built on a board)" in of_10_16.text
 
 
 def test_one_runtime_is_enough_and_none_is_a_failure() -> None:

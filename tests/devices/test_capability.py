@@ -9,9 +9,11 @@ import pytest
 
 from nas.core.errors import DeviceError
 from nas.devices.address import parse_address
-from nas.devices.capability import SILICON, capability_of, version_of
+from nas.devices.capability import BF16_OPSET, SILICON, capability_of, version_of
 from nas.devices.remote import RemoteRunner, remote_profile
 from nas.export.dialect import tensorrt_dialect
+
+UNTYPED = "only strongly typed graphs say it, which are written for TensorRT 10.13 and newer"
 
 
 @pytest.mark.parametrize(
@@ -21,9 +23,10 @@ from nas.export.dialect import tensorrt_dialect
         ("tegra186", "8.2.1", ("fp32", "fp16")),
         ("tegra194", "8.5.2", ("fp32", "fp16", "int8")),
         ("tegra234", "8.5.2", ("fp32", "tf32", "fp16", "int8")),
-        ("tegra234", "10.3.0", ("fp32", "tf32", "fp16", "bf16", "int8")),
+        ("tegra234", "10.3.0", ("fp32", "tf32", "fp16", "int8")),
+        ("tegra234", "10.16.2", ("fp32", "tf32", "fp16", "bf16", "int8")),
         ("tegra264", "10.13.3", ("fp32", "tf32", "fp16", "bf16", "int8", "fp8", "fp4")),
-        ("tegra264", "10.10.0", ("fp32", "tf32", "fp16", "bf16", "int8", "fp8")),
+        ("tegra264", "10.10.0", ("fp32", "tf32", "fp16", "int8", "fp8")),
     ],
 )
 def test_precisions_by_silicon_and_version(soc: str, version: str, expected: tuple[str, ...]) -> None:
@@ -37,19 +40,23 @@ def test_why_a_precision_is_missing_is_said() -> None:
     assert "no int8 instructions (DP4A)" in capability_of("tegra210", "8.2.1").without["int8"]
     orin = capability_of("tegra234", "8.5.2").without
     assert orin["fp8"] == "Jetson Orin (sm 8.7) cannot; it begins with Jetson Thor"
-    assert orin["bf16"] == "TensorRT 8.5.2 cannot; it begins with 10.0"
+    for without in (orin, capability_of("tegra234", "10.3.0").without):
+        assert without["bf16"] == UNTYPED
 
 
 @pytest.mark.parametrize(
     ("version", "opset", "rewritten"),
-    [("8.2.1", 13, ["HardSwish"]), ("8.4.1", 17, []), ("8.6.2", 17, []), ("10.3.0", 20, [])],
+    [("8.2.1", 13, ["HardSwish"]), ("8.4.1", 17, []), ("8.6.2", 17, []), ("10.3.0", 20, []), ("10.16.2", 20, [])],
 )
 def test_opset_and_operators_by_version(version: str, opset: int, rewritten: list[str]) -> None:
     can = capability_of("tegra194" if version.startswith("8") else "tegra234", version)
     assert can.max_opset == opset
     assert [r.operator for r in can.rewrites] == rewritten
     assert all(r.instead == "HardSigmoid, Mul" for r in can.rewrites)
-    assert tensorrt_dialect(version).opset <= opset, "a graph that its parser cannot read would be written"
+    dialect = tensorrt_dialect(version)
+    assert dialect.opset <= opset, "a graph that its parser cannot read would be written"
+    assert ("bf16" in dialect.precisions) == ("bf16" in can.precisions)
+    assert dialect.fitting(("bf16",)).opset == (BF16_OPSET if "bf16" in can.precisions else dialect.opset)
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -75,6 +82,22 @@ def test_a_boards_profile_offers_only_what_it_can_do_and_says_why() -> None:
     assert "no int8 instructions" in nano.details["without_int8"]
     xavier = remote_profile(parse_address("ssh:me@nx"), TENSORRT, state("tegra194"))
     assert xavier.precisions == ("fp32", "fp16", "int8") and "without_int8" not in xavier.details
+
+
+@pytest.mark.parametrize(
+    ("soc", "version", "reason"),
+    [
+        ("tegra210", "8.2.1", "Jetson Nano, TX1 (sm 5.3) cannot; it begins with Ampere (Jetson Orin)"),
+        ("tegra234", "10.3.0", UNTYPED),
+        ("unknown", "10.3.0", UNTYPED),
+        ("unknown", "10.16.2", "its GPU is older than Ampere, which brought it"),
+    ],
+)
+def test_a_profile_gives_the_reason_for_what_its_runtime_lacks_as_well(soc: str, version: str, reason: str) -> None:
+    profile = remote_profile(parse_address("ssh:me@board"), dataclasses.replace(TENSORRT, version=version), state(soc))
+    assert "bf16" not in profile.precisions and profile.details["without_bf16"] == reason
+    offered = {f"without_{p}" for p in profile.precisions}
+    assert not offered & set(profile.details)
 
 
 def test_the_processor_of_a_board_is_not_bound_by_its_gpu() -> None:

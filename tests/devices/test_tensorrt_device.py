@@ -144,6 +144,11 @@ def test_a_failed_build_is_a_result_of_its_kind(tmp_path: Path) -> None:
     assert failed.error == "hung: building model.onnx: did not return within 1800 s"
 
 
+def test_its_profile_says_why_it_lacks_a_precision(tmp_path: Path) -> None:
+    why = device(CpuRunner(), tmp_path).profile.details["without_bf16"]
+    assert why == "only strongly typed graphs say it, which are written for TensorRT 10.13 and newer"
+
+
 def test_the_precision_of_a_job_is_asked_for(tmp_path: Path) -> None:
     runner = CpuRunner()
     device(runner, tmp_path).measure([job("row", "int8"), job("row", "none")])
