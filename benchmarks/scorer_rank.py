@@ -2,8 +2,9 @@
 
 Truth: students of the space, at equal ranks of multiply-adds among random ones, each distilled in full with several
 seeds; the mean of their test accuracies. A scorer with seeds is scored with each of them; the interval is a bootstrap
-over students. `within thirds` is the mean correlation inside thirds by multiply-adds: a search under a deadline
-compares networks of similar cost.
+over students. Each scorer ranks by what a search ranks by, the mean probability of the right label, and for comparison
+by the share of right answers. `within thirds` is the mean correlation inside thirds by multiply-adds: a search under a
+deadline compares networks of similar cost.
 
 Run: python -m benchmarks.scorer_rank [--students 24] [--seeds 3] [--folder DIR] [--json]; the same command goes on
 """
@@ -110,7 +111,7 @@ def standalone(bench: Bench) -> list[Scorer]:
     e = bench.experiment
     rungs = e.standalone.rungs
     distill = replace(e.distill, epochs=rungs[-1])
-    found = {rung: np.zeros((bench.seeds, len(bench.students))) for rung in rungs}
+    found = {rung: np.zeros((2, bench.seeds, len(bench.students))) for rung in rungs}
     cost = dict.fromkeys(rungs, 0.0)
     for rung in rungs:
         jobs = [
@@ -124,17 +125,17 @@ def standalone(bench: Bench) -> list[Scorer]:
         bench.run(f"{rung} epochs", score, jobs)
         for i, job in enumerate(jobs):
             known = _known(job)
-            found[rung][divmod(i, len(bench.students))] = known[0]
+            found[rung][:, *divmod(i, len(bench.students))] = known[:2]
             for longer in (r for r in rungs if r >= rung):
-                cost[longer] += known[1] / len(jobs)
-    return [Scorer(f"standalone, {rung} of {rungs[-1]} epochs", found[rung], cost[rung]) for rung in rungs]
+                cost[longer] += known[2] / len(jobs)
+    return [s for rung in rungs for s in _both(f"standalone, {rung} of {rungs[-1]} epochs", found[rung], cost[rung])]
 
 
-def supernet(bench: Bench, cpu_seconds: float, images: int) -> Scorer:
+def supernet(bench: Bench, cpu_seconds: float, images: int) -> list[Scorer]:
     """Scores with inherited weights of a supernet of so many CPU seconds, batch norm from so many images."""
     e = bench.experiment
     targets = {side: open_context(bench.context, side).targets for side in bench.space.resolution}
-    found = np.zeros((bench.seeds, len(bench.students)))
+    found = np.zeros((2, bench.seeds, len(bench.students)))
     cost = once = 0.0
     for seed in range(bench.seeds):
         home = bench.folder / f"supernet-{cpu_seconds:g}-{seed}"
@@ -151,18 +152,23 @@ def supernet(bench: Bench, cpu_seconds: float, images: int) -> Scorer:
         ]  # fmt: skip
         bench.run(f"supernet of {cpu_seconds:g} CPU s, {images} images, seed {seed}", score, jobs)
         for i, job in enumerate(jobs):
-            right, cpu_s = _known(job)
-            found[seed, i] = right
+            *found[:, seed, i], cpu_s = _known(job)
             cost += cpu_s / (len(jobs) * bench.seeds)
-    return Scorer(f"supernet of {cpu_seconds:g} CPU s, {images} images", found, cost, once)
+    return _both(f"supernet of {cpu_seconds:g} CPU s, {images} images", found, cost, once)
 
 
-def _known(job: ScoreJob) -> tuple[float, float]:
-    """Accuracy of the head and CPU seconds of a score that is there."""
+def _both(name: str, found: Scores, cpu_s: float, once_cpu_s: float = 0.0) -> list[Scorer]:
+    """Scores [2, S, N] by probability and by right answers."""
+    soft, right = found
+    return [Scorer(name, soft, cpu_s, once_cpu_s), Scorer(f"{name}, right answers", right, cpu_s, once_cpu_s)]
+
+
+def _known(job: ScoreJob) -> tuple[float, float, float]:
+    """Score of the head, its share of right answers, and CPU seconds of a score that is there."""
     scored = read_scored(student_folder(job.students, job.candidate.arch_id), job.name)
     if scored is None:
         raise SystemExit(f"error: no score of {job.candidate.arch_id}")
-    return scored.top1[-1], scored.cost_s
+    return scored.score, scored.top1[-1], scored.cost_s
 
 
 def rank_sum(name: str, a: Scorer, b: Scorer) -> Scorer:
@@ -251,7 +257,7 @@ def main(arguments: list[str]) -> int:
             scorers.append(
                 Scorer("table latency", np.array([[estimator.estimate(c).worst_ms for c in bench.students]]))
             )
-        nets = [supernet(bench, s, n) for s in chosen.supernet_cpu for n in chosen.images]
+        nets = [x for s in chosen.supernet_cpu for n in chosen.images for x in supernet(bench, s, n)]
         alone = standalone(bench)
         scorers += [*nets, *alone]
         scorers += [rank_sum(f"ranks of {s.name} + multiply-adds", s, by_macs) for s in (*nets, *alone)]
