@@ -155,10 +155,7 @@ class Supernet(nn.Module):
             raise RecordError(f"not the weights of a supernet: {str(e).splitlines()[0]}") from e
         return net
 
-    def forward(
-        self, x: Tensor, candidate: Candidate, exit_gradient: float = 1.0, maps: list[Tensor] | None = None
-    ) -> list[Tensor]:
-        """Logits of each exit; `maps` gets the map behind every stage, where it is given."""
+    def forward(self, x: Tensor, candidate: Candidate, exit_gradient: float = 1.0) -> list[Tensor]:
         outputs = []
         for layer, place in _placed(candidate):
             units = {spec.name: (self._unit(unit), spec) for unit, spec in _units(place, layer)}
@@ -166,8 +163,6 @@ class Supernet(nn.Module):
                 outputs.append(_head(branch_input(x, exit_gradient) if layer.kind == "exit_head" else x, units))
             else:
                 x = run_block(x, layer.branches, layer.heads, partial(_convolved, units), self.attention)
-                if maps is not None and layer.name.startswith("stages."):
-                    maps[int(layer.name.split(".")[1]) :] = [x]  # the last block of a stage is the one that stays
         return outputs
 
     def _unit(self, unit: str) -> SharedConv:

@@ -52,7 +52,6 @@ from nas.recipe.settings import SupernetSettings
 from nas.space.space import SearchSpace
 from nas.train.compute import mixed_precision, training_device
 from nas.train.evaluate import recalibrate_bn, threads
-from nas.train.features import attention_pairs, needed_features
 from nas.train.feed import Feed
 from nas.train.loop import (
     LossGuard,
@@ -63,7 +62,7 @@ from nas.train.loop import (
     steps_per_epoch,
     write_checkpoint,
 )
-from nas.train.losses import FeaturePairs, student_loss
+from nas.train.losses import student_loss
 from nas.train.settings import Accelerator, DistillSettings
 from nas.train.targets import Targets
 
@@ -121,8 +120,8 @@ def train_supernet(
     Args:
         space: sub-networks are drawn from it gene by gene, uniformly or from a distribution that is learned.
         targets: cached teacher targets for each resolution of the space, the same images in the same order.
-        distill: the loss: temperature, alpha, label smoothing, exit weights, DIST, self-distillation and
-            attention transfer; hints, curriculum and mining are for students of their own.
+        distill: the loss: temperature, alpha, label smoothing, exit weights, DIST and self-distillation; feature
+            losses, curriculum and mining are for students of their own.
         settings: length and recipe.
         folder: run_dir/supernet; gets `weights.safetensors` and `supernet.json`, and a checkpoint on the way.
         workers: threads that share the sub-networks of a step; the weights are the same for any number of them.
@@ -159,7 +158,6 @@ def train_supernet(
                 distill.label_smoothing,
             ],
             [distill.dist_inter, distill.dist_intra, distill.dist_temperature, distill.self_distillation],
-            *([distill.attention, list(distill.teacher_layers)] if distill.attention else []),
             {str(side): t.key for side, t in targets.items()},
             None if sampled is None else sampled.budget_ms,
         ]
@@ -252,8 +250,7 @@ class _Training:
         device: torch.device,
     ) -> None:
         self._device = device
-        attention = {side: needed_features(t.features, replace(distill, hints=0.0)) for side, t in targets.items()}
-        self._feeds = {side: Feed(t, attention[side], device) for side, t in targets.items()}
+        self._feeds = {side: Feed(t, {}, device) for side, t in targets.items()}
         self._map, self._processes, self._latency = run, processes, latency
         self.space, self.targets, self.distill, self.settings = space, targets, distill, settings
         self.heads = exit_heads(space)
@@ -386,12 +383,8 @@ class _Training:
         started = time.thread_time()
         batch = self._feeds[candidate.resolution].batch(variant, index)
         with mixed_precision(self._device):
-            maps: list[Tensor] | None = [] if batch.features else None
-            outputs = self.net(batch.images, candidate, self.distill.exit_gradient, maps)
-        pairs = None
-        if maps is not None:
-            pairs = FeaturePairs(attention=attention_pairs([m.float() for m in maps], batch.features))
-        loss = student_loss([z.float() for z in outputs], batch.logits, batch.labels, self.distill, pairs)
+            outputs = self.net(batch.images, candidate, self.distill.exit_gradient)
+        loss = student_loss([z.float() for z in outputs], batch.logits, batch.labels, self.distill)
         # Not backward(): threads must not add to the same gradients, and sums in changing order would differ.
         gradients = torch.autograd.grad(loss, list(self.net.parameters()), allow_unused=True)
         return _Gradients(loss.item(), gradients, time.thread_time() - started, threading.get_ident())

@@ -144,15 +144,13 @@ class Adapters(nn.Module):
             teacher: features of the batch by name, [B, ...], in the order in which they are cached.
         """
         hints = [t for name, t in teacher.items() if name.startswith(HINT)]
+        attention = [t for name, t in teacher.items() if name.startswith(ATTENTION)]
         hinted = zip(self.convs, compared_stages(len(hints), len(maps)), hints, strict=True)
-        return FeaturePairs(tuple((conv(maps[stage]), t) for conv, stage, t in hinted), attention_pairs(maps, teacher))
-
-
-def attention_pairs(maps: Sequence[Tensor], teacher: Mapping[str, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Attention maps of student and teacher, as `Adapters.pairs` takes them."""
-    attention = [t for name, t in teacher.items() if name.startswith(ATTENTION)]
-    stages = compared_stages(len(attention), len(maps))
-    return tuple((attention_map(maps[stage]), t) for stage, t in zip(stages, attention, strict=True))
+        attended = zip(compared_stages(len(attention), len(maps)), attention, strict=True)
+        return FeaturePairs(
+            tuple((conv(maps[stage]), t) for conv, stage, t in hinted),
+            tuple((attention_map(maps[stage]), t) for stage, t in attended),
+        )
 
 
 @contextmanager

@@ -213,7 +213,7 @@ class DistillSettings:
         hints: weight of feature hints (Romero et al. 2015): maps of the student, through learned 1x1 adapters that are
             never exported, shall equal those of the teacher; 0: off. Students of their own only, not the supernet.
         attention: weight of attention transfer (Zagoruyko and Komodakis 2017): the student shall be active where the
-            teacher is; 0: off.
+            teacher is; 0: off. Students of their own only.
         teacher_layers: layers of the teacher for these two, first to last, by their names in torch, such as ["layer2",
             "layer4"]; the last is compared with the student's last stage, the others evenly before. Empty: the end of
             every stage of the resnet; a torchvision teacher needs names.

@@ -28,8 +28,7 @@ from nas.recipe.supernet import (
 )
 from nas.space.space import SearchSpace, space_from_plain
 from nas.train.compute import CPU
-from nas.train.evaluate import normalised, predict_logits
-from nas.train.losses import attention_loss, attention_map
+from nas.train.evaluate import predict_logits
 from nas.train.settings import DistillSettings
 from nas.train.targets import Targets
 
@@ -275,25 +274,3 @@ def test_pruned_block_keeps_the_important_channels_of_the_shared_weights(
         for i in (importance, None)
     ]
     np.testing.assert_array_equal(*found)
-
-
-def test_shared_weights_look_where_the_teacher_looks(
-    space: SearchSpace, targets: dict[int, Targets], tmp_path: Path
-) -> None:
-    maps = np.random.default_rng(0).random((2, 60, 1, 4, 4)).astype(np.float16) ** 4
-    taught = {8: replace(targets[8], features={"attention.last": maps})}
-    largest = replace(space.decode(space.largest()), exits=all_exits(exit_heads(space), np.random.default_rng(0)))
-    x = normalised(targets[8].images[0], MEAN, STD)
-    wanted = torch.from_numpy(maps[0]).float()
-    distance = []
-    for weight in (0.0, 30.0):
-        folder = tmp_path / f"{weight:g}"
-        settings = replace(SHORT, steps=40)
-        train_supernet(space, taught, replace(LOSS, attention=weight), settings, folder)
-        found: list[torch.Tensor] = []
-        open_supernet(str(folder))(x, largest, maps=found)
-        assert len(found) == 2, "one map behind each stage"
-        distance.append(attention_loss(attention_map(found[-1]), wanted).item())
-    assert distance[1] < 0.8 * distance[0]
-    with pytest.raises(ConfigError, match="the cached targets hold no features for it"):
-        train_supernet(space, targets, replace(LOSS, attention=1.0), SHORT, tmp_path / "without")
