@@ -259,3 +259,18 @@ def test_pycuda_copies_and_times_without_graphs() -> None:
     with pytest.raises(BoardError) as full:
         runtime.alloc(1 << 40)
     assert full.value.kind == "out_of_memory"
+
+
+def test_a_binding_that_raises_anything_leaves_the_next_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    monkeypatch.setattr(cuda, "_cuda_python", broken)
+    monkeypatch.setattr(cuda, "load_cudart", lambda: fake_cudart(tmp_path))
+    assert cuda.find_cuda().name == "ctypes"
+    for name in ("_ctypes_cuda", "_pycuda"):
+        monkeypatch.setattr(cuda, name, broken)
+    with pytest.raises(
+        BoardError, match=r"cuda-python: RuntimeError: Failed to dlopen libcuda\.so\.1; libcudart: Runt"
+    ):
+        cuda.find_cuda()

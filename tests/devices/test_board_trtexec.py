@@ -209,6 +209,70 @@ def test_skipped_tactics_are_a_warning_of_the_session(program: str, tmp_path: Pa
     assert session.warnings == ["skipped_tactics: 2 tactics were passed over because memory was short"]
 
 
+DEVICE_REQUEST = (
+    "[W] [TRT] Tactic Device request: 2457MB Available: 1536MB. Device memory is insufficient to use tactic.\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ((DEVICE_REQUEST + SKIPPED) * 2, 2),
+        (DEVICE_REQUEST * 3, 3),
+        ("[W] [TRT] Skipping tactic 3 due to insuficient memory on requested size of 9 detected for tactic 4.", 1),
+        ("[W] [TRT] Skipping tactic 0x0 due to exception Assertion dims failed", 0),
+        ("[W] [TRT] Skipping tactic 0x0 due to Myelin error: oom", 1),
+    ],
+)
+def test_only_tactics_skipped_for_memory_are_counted_and_each_once(text: str, expected: int) -> None:
+    assert output.skipped_tactics(text) == expected
+
+
+def test_a_trtexec_that_cannot_start_says_what_it_lacks(program: str) -> None:
+    lacks = f"{program}: error while loading shared libraries: libnvinfer.so.8: cannot open shared object file"
+    missing = TrtexecRunner(program, lambda *_: (127, "", lacks + "\n")).available()
+    assert missing is not None and missing.endswith(f"is it trtexec? It ended with exit code 127: {lacks}")
+    silent = TrtexecRunner(program, lambda *_: (-11, "", "")).available()
+    assert silent is not None and silent.endswith("It ended with signal 11: nothing was printed")
+
+
+class DamagedCache(FakeTrtexec):
+    """Fails to build, with `said`, while there is a timing cache."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__((8, 5, 2))
+        self._said = said
+
+    def __call__(self, argv: list[str], limit_s: float) -> tuple[int, str, str]:
+        paths = [part.partition("=")[2] for part in argv if part.startswith("--timingCacheFile=")]
+        self.changes.clear()
+        if paths and Path(paths[0]).exists():
+            failed = f"&&&& FAILED TensorRT.trtexec [TensorRT v8502] # trtexec --timingCacheFile={paths[0]}\n"
+            self.changes.update(code=1, err=self._said + failed)
+        return super().__call__(argv, limit_s)
+
+
+def test_a_damaged_timing_cache_is_begun_anew_and_said(program: str, tmp_path: Path) -> None:
+    cache = tmp_path / "timing-cache-x.bin"
+    cache.write_bytes(b"cut of")
+    runner = TrtexecRunner(program, DamagedCache("[E] [TRT] Cannot deserialize the timing cache: magic tag\n"))
+    session = runner.load(model_file(tmp_path), {"work": str(tmp_path), "timing_cache": str(cache)})
+    (warning,) = session.warnings
+    assert warning.startswith("the timing cache could not be used and a new one was begun: building model.onnx")
+    assert "magic tag" in warning and not cache.exists()
+
+
+def test_a_failure_that_does_not_name_the_timing_cache_leaves_it(program: str, tmp_path: Path) -> None:
+    cache = tmp_path / "timing-cache-x.bin"
+    cache.write_bytes(b"good")
+    fake = DamagedCache("")
+    runner = TrtexecRunner(program, fake)
+    with pytest.raises(BoardError, match="exit code 1"):
+        runner.load(model_file(tmp_path), {"work": str(tmp_path), "timing_cache": str(cache)})
+    builds = [command for command in fake.commands if "--help" not in command]
+    assert cache.read_bytes() == b"good" and len(builds) == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

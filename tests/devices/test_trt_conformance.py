@@ -193,6 +193,70 @@ def test_a_plan_that_does_not_fit_is_an_error(library: Any) -> None:
         trt_engine.TensorRtSession(trt, CtypesCuda(library), b"plan", 0, [])
 
 
+def logging_module(library: Any, label: str, *messages: str) -> tuple[ModuleType, list[Any]]:
+    """A module one of whose functions logs errors and gives None, and the loggers that were made of it."""
+    loggers: list[Any] = []
+
+    def answer(*_: Any) -> None:
+        for message in messages:
+            loggers[-1].log(made[0].ILogger.ERROR, message)
+
+    made = [stand_in("10.3.0", library.fake_work, **{label: answer})]
+    return made[0], loggers
+
+
+@pytest.mark.parametrize(
+    ("label", "message", "kind", "told"),
+    [
+        ("Runtime.deserialize_cuda_engine", "OutOfMemory (no further information)", "out_of_memory", "OutOfMemory"),
+        ("Runtime.deserialize_cuda_engine", "Serialization: magic tag", "build_failed", "does not fit .*magic tag"),
+        ("ICudaEngine.create_execution_context", "cannot bind", "out_of_memory", "execution context: cannot bind"),
+    ],
+)
+def test_what_tensorrt_logs_of_an_engine_is_the_reason(
+    label: str, message: str, kind: str, told: str, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt, loggers = logging_module(library, label, message)
+    real = trt_engine.make_logger
+    monkeypatch.setattr(trt_engine, "make_logger", lambda *a: loggers.append(real(*a)) or loggers[-1])
+    with pytest.raises(BoardError, match=told) as failed:
+        trt_engine.TensorRtSession(trt, CtypesCuda(library), b"plan", 0, [])
+    assert failed.value.kind == kind
+
+
+def test_what_bindings_raise_is_told_with_what_tensorrt_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(_: Any, __: dict[str, Any], lines: list[str]) -> None:
+        lines.append("[E] CUDA initialization failure with error: 35")
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    report = tmp_path / "report.json"
+    monkeypatch.setattr(trt_engine, "build", build)
+    monkeypatch.setattr(trt_engine, "import_tensorrt", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["-c", json.dumps({"report": str(report)})])
+    trt_engine.main()
+    told = json.loads(report.read_text())
+    assert told["kind"] == "build_failed"
+    assert told["error"].startswith("TypeError: pybind11::init(): factory function returned nullptr")
+    assert told["error"].endswith("CUDA initialization failure with error: 35")
+
+
+def test_a_session_that_cannot_be_opened_gives_back_what_it_took(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt, before = stand_in("10.3.0", library.fake_work), library.fake_live()
+    cuda = CtypesCuda(library)
+    real, calls = cuda.host_buffer, []
+
+    def host_buffer(count: int) -> Any:
+        calls.append(count)
+        if len(calls) == 2:
+            raise BoardError("out_of_memory", "cudaHostAlloc failed")
+        return real(count)
+
+    monkeypatch.setattr(cuda, "host_buffer", host_buffer)
+    with pytest.raises(BoardError, match="cudaHostAlloc failed"):
+        trt_engine.TensorRtSession(trt, cuda, b"plan", 0, [])
+    assert len(calls) == 2 and library.fake_live() == before
+
+
 @pytest.mark.parametrize("release", ["8.2", "11.4.0.106"])
 def test_a_builder_that_gives_nothing_tells_its_errors(release: str, library: Any, tmp_path: Path) -> None:
     loggers: list[Any] = []

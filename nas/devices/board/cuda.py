@@ -14,7 +14,7 @@ import os
 import sys
 from typing import Any, Callable, List, Optional, Tuple
 
-from .errors import BoardError
+from .errors import BoardError, as_board_error
 
 # Values of CUDA's C interface, which never change (cuda_runtime_api.h, cuda.h).
 _SUCCESS, _NOT_READY, _OUT_OF_MEMORY = 0, 600, 2
@@ -433,8 +433,8 @@ def find_cuda() -> Any:
     for name, make in (("cuda-python", _cuda_python), ("libcudart", _ctypes_cuda), ("pycuda", _pycuda)):
         try:
             return make()
-        except BoardError as e:
-            tried.append("%s: %s" % (name, e.message))
+        except Exception as e:  # a binding without its driver raises whatever it likes; the next one may do
+            tried.append("%s: %s" % (name, as_board_error(e, "not_found").message))
     raise BoardError("not_found", "CUDA cannot be used from Python (%s)" % "; ".join(tried))
 
 

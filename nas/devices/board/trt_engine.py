@@ -18,6 +18,7 @@ import struct
 import sys
 import tempfile
 import time
+from collections import deque
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 from . import processes
@@ -26,7 +27,7 @@ from .cuda import find_cuda
 from .errors import BoardError, as_board_error
 from .onnx_facts import onnx_facts
 from .trtexec import BF16_VERSION, effective_precision, is_weak
-from .trtexec_output import failure_of, layers_of, skipped_tactics
+from .trtexec_output import failure_of, layers_of, skipped_note
 
 # The dtype table is ours: `trt.nptype` of 8.2 and 8.4 needs a NumPy older than 1.24. Member of DataType -> our name,
 # bytes of an element, and its letter in `struct`.
@@ -52,6 +53,7 @@ SHORT_REPEATS = 16
 TRANSFER_RUNS = 20
 PROFILE_RUNS = 50
 ENQUEUE_BOUND = 0.8  # share of the GPU's time from which on the host decides it; trtexec warns from there
+KEPT_LINES = 50  # of what TensorRT logs while an engine is used: the last ones say why it failed
 
 
 class TensorRtRunner(object):
@@ -164,19 +166,36 @@ class TensorRtSession(object):
         self.warnings = warnings
         self._trt = trt
         self._cuda = cuda
-        self._logger = make_logger(trt, [])
-        self._runtime = trt.Runtime(self._logger)  # kept while the engine lives
+        self._lines: Any = deque(maxlen=KEPT_LINES)
+        self._runtime: Any = None
+        self._engine: Any = None
+        self._context: Any = None
+        self._stream: Any = None
+        self._graph: Any = None
+        self._tensors: List[Dict[str, Any]] = []
+        self._used_s = float("-inf")  # when the last timing ended
+        try:
+            self._open(plan, random.Random(seed))
+        except Exception:  # the process goes on: what was taken has to be given back
+            try:
+                self.close()
+            except BoardError:  # CUDA refuses everything after some errors; the first one is the reason
+                pass
+            raise
+
+    def _open(self, plan: bytes, rng: random.Random) -> None:
+        self._logger = make_logger(self._trt, self._lines)
+        try:
+            self._runtime = self._trt.Runtime(self._logger)  # kept while the engine lives
+        except TypeError as e:  # "factory function returned nullptr": why, only the log says
+            raise self._failure("build_failed", "TensorRT %s cannot start: %s" % (self._trt.__version__, e)) from e
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise BoardError(
-                "build_failed", "the engine does not fit this GPU, driver or TensorRT %s" % trt.__version__
-            )
+            what = "the engine does not fit this GPU, driver or TensorRT %s" % self._trt.__version__
+            raise self._failure("build_failed", what)
         self._context = self._new_context()
-        self._graph: Any = None
-        self._used_s = float("-inf")  # when the last timing ended
-        self._stream = cuda.stream()
-        self._tensors = self._bind()
-        rng = random.Random(seed)
+        self._stream = self._cuda.stream()
+        self._bind()
         for tensor in self._tensors:
             if tensor["is_input"]:
                 tensor["host"].view[:] = random_bytes(tensor["dtype"], tensor["count"], rng)
@@ -337,7 +356,8 @@ class TensorRtSession(object):
             self._graph = None
         for tensor in self._tensors:
             self._cuda.free(tensor["device"])
-            self._cuda.free_host(tensor["host"])
+            if tensor["host"] is not None:
+                self._cuda.free_host(tensor["host"])
         self._tensors = []
         if self._stream is not None:
             self._cuda.free_stream(self._stream)
@@ -349,12 +369,18 @@ class TensorRtSession(object):
     def _new_context(self) -> Any:
         context = self._engine.create_execution_context()
         if context is None:
-            raise BoardError("out_of_memory", "TensorRT could not make an execution context")
+            raise self._failure("out_of_memory", "TensorRT could not make an execution context")
         return context
 
-    def _bind(self) -> List[Dict[str, Any]]:
+    def _failure(self, kind: str, what: str) -> BoardError:
+        """The error of a call that TensorRT refused, with what it logged; memory that was short is told as such."""
+        if not self._lines:
+            return BoardError(kind, what)
+        told = failure_of("\n".join(self._lines), None, what)
+        return BoardError(kind, told.message) if told.kind == "build_failed" else told
+
+    def _bind(self) -> None:
         """Buffers of every input and output, in the engine's order."""
-        tensors = []
         for name, is_input, kind, shape in self._named():
             dtype, width = dtype_of(self._trt, kind, name)
             if any(size < 0 for size in shape):
@@ -362,23 +388,19 @@ class TensorRtSession(object):
             count = 1
             for size in shape:
                 count *= size
-            device = self._cuda.alloc(count * width)
-            host = self._cuda.host_buffer(count * width)
-            tensors.append(
-                {
-                    "name": name,
-                    "is_input": is_input,
-                    "dtype": dtype,
-                    "shape": shape,
-                    "count": count,
-                    "bytes": count * width,
-                    "device": device,
-                    "host": host,
-                }
-            )
-        self._tensors = tensors
+            tensor = {
+                "name": name,
+                "is_input": is_input,
+                "dtype": dtype,
+                "shape": shape,
+                "count": count,
+                "bytes": count * width,
+                "device": self._cuda.alloc(count * width),
+                "host": None,
+            }
+            self._tensors.append(tensor)  # at once: `close` frees what there is, also when the next call fails
+            tensor["host"] = self._cuda.host_buffer(count * width)
         self._set_addresses(self._context)
-        return tensors
 
     def _named(self) -> List[Tuple[str, bool, Any, List[int]]]:
         engine, trt = self._engine, self._trt
@@ -416,7 +438,7 @@ class TensorRtSession(object):
 
     def _enqueue(self, context: Any) -> None:
         if not self._queued(context):
-            raise BoardError("build_failed", "TensorRT refused to run the engine")
+            raise self._failure("build_failed", "TensorRT refused to run the engine")
 
     def _launch(self) -> None:
         if self._graph is not None:
@@ -498,11 +520,12 @@ def import_tensorrt() -> Any:
     """
     try:
         import tensorrt as trt
-    except (ImportError, OSError) as e:  # OSError: a library that it needs cannot be loaded
+    except Exception as e:  # also OSError, of a library that cannot be loaded; of a broken one whatever it raises
         raise BoardError(
             "not_found",
             "the Python module tensorrt cannot be imported (%s). On JetPack: apt-get install python3-libnvinfer "
-            "(a virtual environment needs --system-site-packages); elsewhere: pip install 'nas[tensorrt]'" % e,
+            "(a virtual environment needs --system-site-packages); elsewhere: pip install 'nas[tensorrt]'"
+            % (e if isinstance(e, ImportError) else "%s: %s" % (type(e).__name__, e)),
         ) from e
     return trt
 
@@ -519,8 +542,8 @@ def version_of(trt: Any) -> Tuple[int, int, int]:
     return major, minor, patch
 
 
-def make_logger(trt: Any, lines: List[str]) -> Any:
-    """A logger that keeps warnings and errors as `[W] ...` and `[E] ...` in `lines`."""
+def make_logger(trt: Any, lines: Any) -> Any:
+    """A logger that appends warnings and errors as `[W] ...` and `[E] ...` to `lines`."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -572,12 +595,13 @@ def random_bytes(dtype: str, count: int, rng: random.Random) -> bytes:
     return struct.pack("=%d%s" % (count, letter), *values)
 
 
-def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
+def build(trt: Any, request: Dict[str, Any], lines: Optional[List[str]] = None) -> Dict[str, Any]:
     """Builds an engine and writes it: what the process of its own does.
 
     Args:
         trt: the module.
         request: `model`, `engine`: paths; `precision`; `typing`; `workspace_mib`; `timing_cache`: a path or None.
+        lines: takes what TensorRT logs, which is all that there is where it raises something that says nothing.
 
     Returns:
         `warnings`, `typing`, and the `precision` that it was built in.
@@ -587,7 +611,7 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
     """
     with open(request["model"], "rb") as file:
         model = file.read()
-    lines: List[str] = []
+    lines = [] if lines is None else lines
     logger = make_logger(trt, lines)
     facts = onnx_facts(model)
     precision = effective_precision(facts, request["precision"])
@@ -604,13 +628,11 @@ def build(trt: Any, request: Dict[str, Any]) -> Dict[str, Any]:
     cache = _open_cache(config, request["timing_cache"], warnings)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise failure_of("\n".join(lines), 1, "the builder")
+        raise failure_of("\n".join(lines), None, "the builder made no engine")
     _write(request["engine"], bytes(plan))
     if cache is not None:
         _write(request["timing_cache"], bytes(config.get_timing_cache().serialize()))
-    skipped = skipped_tactics("\n".join(lines))
-    if skipped:
-        warnings.append("skipped_tactics: %d tactics were passed over because memory was short" % skipped)
+    warnings += skipped_note("\n".join(lines))
     return {"warnings": warnings, "typing": "weak" if weak else "strong", "precision": precision}
 
 
@@ -672,11 +694,15 @@ def _write(path: str, data: bytes) -> None:
 def main() -> None:
     """The process that builds: its last argument is the request; it writes a report."""
     request = json.loads(sys.argv[-1])
+    lines: List[str] = []
     try:
-        told = build(import_tensorrt(), request)
-    except BoardError as e:
-        told = {"kind": e.kind, "error": e.message, "warnings": []}
-    except (MemoryError, OSError) as e:  # such as a full disk, which says nothing about the model
+        told = build(import_tensorrt(), request, lines)
+    except (BoardError, MemoryError, OSError) as e:  # OSError: such as a full disk, which says nothing about the model
         error = as_board_error(e, "not_found")
+        told = {"kind": error.kind, "error": error.message, "warnings": []}
+    except Exception as e:  # what the bindings raise names a C++ function; why, only the log says
+        error = as_board_error(e, "build_failed")
+        if lines:
+            error = failure_of("\n".join(lines), None, error.message)
         told = {"kind": error.kind, "error": error.message, "warnings": []}
     _write(request["report"], json.dumps(told).encode("utf-8"))

@@ -213,16 +213,14 @@ class TrtexecRunner(object):
         try:
             command = build_command(str(self._program), version, model_path, engine, weak, precision, options)
             what = "building %s" % os.path.basename(model_path)
-            text, seconds = self.start(command, float(options.get("timeout_s", BUILD_TIMEOUT_S)), what)
+            limit_s = float(options.get("timeout_s", BUILD_TIMEOUT_S))
+            text, seconds, warnings = self._built(command, limit_s, what, options.get("timing_cache"))
             if not os.path.isfile(engine) or os.path.getsize(engine) == 0:
                 raise BoardError("build_failed", "%s: trtexec ended well but wrote no engine" % what)
         except BoardError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        warnings = []
-        skipped = output.skipped_tactics(text)
-        if skipped:
-            warnings.append("skipped_tactics: %d tactics were passed over because memory was short" % skipped)
+        warnings += output.skipped_note(text)
         run_s = float(options.get("run_s", RUN_TIMEOUT_S))
         return TrtexecSession(self, version, folder, engine, model, seconds, run_s, warnings)
 
@@ -237,23 +235,54 @@ class TrtexecRunner(object):
             BoardError: it failed, in the kind of its failure.
         """
         began = time.monotonic()
+        code, text = self._ran(command, timeout_s, what)
+        if code != 0:
+            raise output.failure_of(text, code, what)
+        return text, time.monotonic() - began
+
+    def _ran(self, command: List[str], timeout_s: float, what: str) -> Tuple[int, str]:
+        """Exit status, never 0 where trtexec says that it failed, and what it printed."""
         try:
             code, out, err = self._run(command, timeout_s)
         except BoardError as e:
             raise BoardError(e.kind, "%s: %s" % (what, e.message)) from e
         text = out + "\n" + err  # warnings and errors go to the second channel
-        if code != 0 or "&&&& FAILED" in text:
-            raise output.failure_of(text, code, what)
-        return text, time.monotonic() - began
+        return (code or 1 if "&&&& FAILED" in text else code), text
+
+    def _built(
+        self, command: List[str], timeout_s: float, what: str, cache: Optional[str]
+    ) -> Tuple[str, float, List[str]]:
+        """Runs a build; what it printed, its seconds and warnings.
+
+        A timing cache that a killed build or a power cut left damaged would fail every later build: it is removed, and
+        the engine is built once more.
+        """
+        began = time.monotonic()
+        had = bool(cache) and os.path.exists(str(cache))
+        code, text = self._ran(command, timeout_s, what)
+        failed = None if code == 0 else output.failure_of(text, code, what)
+        if failed is None:
+            return text, time.monotonic() - began, []
+        if not had or failed.kind != "build_failed" or not output.blames_timing_cache(text):
+            raise failed
+        os.remove(str(cache))
+        text, seconds = self.start(command, timeout_s, what)
+        return text, seconds, ["the timing cache could not be used and a new one was begun: %s" % failed.message]
 
     def _known_version(self) -> Version:
         if self._program is None:
             raise BoardError("not_found", str(self.available()))
         if self._version is None:
-            _, out, err = self._run([self._program, "--help"], HELP_TIMEOUT_S)
+            code, out, err = self._run([self._program, "--help"], HELP_TIMEOUT_S)
             self._version = output.version_of(out + err)
-        if self._version is None:
-            raise BoardError("unsupported", "%s does not tell its version; is it trtexec?" % self._program)
+            if self._version is None:  # such as the loader's line about a library that is not there
+                said = [line.strip() for line in (out + "\n" + err).splitlines() if line.strip()]
+                ended = "signal %d" % -code if code < 0 else "exit code %d" % code
+                raise BoardError(
+                    "unsupported",
+                    "%s does not tell its version; is it trtexec? It ended with %s: %s"
+                    % (self._program, ended, said[-1] if said else "nothing was printed"),
+                )
         if self._version < (8, 0, 0):
             raise BoardError("unsupported", "TensorRT %d.%d.%d is too old; 8.0 or newer is needed" % self._version)
         return self._version

@@ -21,6 +21,10 @@ _BANNER = re.compile(r"&&&& \w+ TensorRT\.trtexec \[TensorRT v(\d+)\]")
 _METRIC = re.compile(r"^\s*([A-Z][\w /-]*?): (min = .*)$")
 _STATISTIC = re.compile(r"([a-z][\w() %.]*?) = ([-+]?(?:\d[\w.+-]*|inf|nan))")
 _SKIPPED = re.compile(r"skipping tactic|insufficient to use tactic", re.IGNORECASE)
+_SKIPPING = re.compile(r"skipping tactic", re.IGNORECASE)
+# 8.x writes "insuficient"; tactics are also skipped for what has nothing to do with memory
+_FOR_MEMORY = re.compile(r"insuff?icient|memory|\boom\b|alloc", re.IGNORECASE)
+_TIMING_CACHE = re.compile(r"timing[ _]?cache", re.IGNORECASE)
 _MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|cudaErrorMemoryAllocation|insufficient (?:workspace|memory)|"
     r"requested amount of gpu memory|cannot allocate",
@@ -184,8 +188,26 @@ def layers_of(text: str) -> List[Dict[str, str]]:
 
 
 def skipped_tactics(text: str) -> int:
-    """How many tactics the builder passed over because memory was short."""
-    return sum(1 for line in text.splitlines() if _SKIPPED.search(line))
+    """How many tactics the builder passed over because memory was short.
+
+    8.4 and later write two lines for one: what the device has, and that the tactic is skipped. Where only the first of
+    them is there, those are counted.
+    """
+    lines = [line for line in text.splitlines() if _SKIPPED.search(line) and _FOR_MEMORY.search(line)]
+    return sum(1 for line in lines if _SKIPPING.search(line)) or len(lines)
+
+
+def skipped_note(text: str) -> List[str]:
+    """What to say of an engine whose builder passed over tactics; empty where it did not."""
+    skipped = skipped_tactics(text)
+    return ["skipped_tactics: %d tactics were passed over because memory was short" % skipped] if skipped else []
+
+
+def blames_timing_cache(text: str) -> bool:
+    """Whether a build that failed names the timing cache: in its errors, or in the last that it printed."""
+    told = "\n".join(line for line in text.splitlines() if "&&&&" not in line)  # those repeat the command
+    marked, loud, last = _telling(told)
+    return any(_TIMING_CACHE.search(line) for line in marked or loud or [last])
 
 
 def captured_graph(text: str) -> Optional[bool]:
@@ -200,21 +222,16 @@ def unknown_options(text: str) -> List[str]:
     return _UNKNOWN_OPTION.findall(text)
 
 
-def failure_of(text: str, returncode: int, what: str) -> BoardError:
-    """The typed error of a program of TensorRT that ended badly.
+def failure_of(text: str, returncode: Optional[int], what: str) -> BoardError:
+    """The typed error of a program of TensorRT that ended badly, or of a call in this process that did.
 
     Args:
         text: everything that it printed.
-        returncode: as subprocess tells it, below 0 for a signal.
+        returncode: as subprocess tells it, below 0 for a signal; None where no program ended.
         what: what was tried, such as `building model.onnx`.
     """
-    raw = [line for line in text.splitlines() if not _SKIPPED.search(line)]
-    lines = [_PREFIX.sub("", line, count=1).strip() for line in raw]
-    # what is marked as an error says more than a warning, such as that there is no timing cache yet
-    marked = [line for mark, line in zip(raw, lines) if "[E]" in mark]
-    loud = [line for line in lines if _SERIOUS.search(line)]
-    serious = marked or loud
-    said = " | ".join(serious[:3]) or (lines[-1] if lines and lines[-1] else "nothing was printed")
+    marked, loud, last = _telling(text)
+    said = " | ".join((marked or loud)[:3]) or last or "nothing was printed"
     said = said if len(said) <= 400 else said[:397] + "..."
     skipped = skipped_tactics(text)
     more = "; %d tactics were skipped because memory was short" % skipped if skipped else ""
@@ -230,8 +247,22 @@ def failure_of(text: str, returncode: int, what: str) -> BoardError:
         return BoardError("disk_full", "%s: no space left on this board: %s" % (what, said))
     if unknown_options(text):
         return BoardError("unsupported", "%s: this trtexec does not know %s" % (what, unknown_options(text)[0]))
-    ended = "signal %d" % -returncode if returncode < 0 else "exit code %d" % returncode
-    return BoardError("build_failed", "%s: %s: %s%s" % (what, ended, said, more))
+    if returncode is not None:
+        what += ": signal %d" % -returncode if returncode < 0 else ": exit code %d" % returncode
+    return BoardError("build_failed", "%s: %s%s" % (what, said, more))
+
+
+def _telling(text: str) -> Tuple[List[str], List[str], str]:
+    """Lines that tell why something failed: those marked as errors, those that sound like one, and the last one.
+
+    What is marked as an error says more than a warning, such as that there is no timing cache yet. Tactics that were
+    skipped are no reason.
+    """
+    raw = [line for line in text.splitlines() if not _SKIPPED.search(line)]
+    lines = [_PREFIX.sub("", line, count=1).strip() for line in raw]
+    marked = [line for mark, line in zip(raw, lines) if "[E]" in mark]
+    loud = [line for line in lines if _SERIOUS.search(line)]
+    return marked, loud, next((line for line in reversed(lines) if line), "")
 
 
 def _json_of(text: str, what: str) -> Any:
