@@ -248,6 +248,15 @@ def calm_report(readings: Sequence[GateReading], best: KnownBest) -> CalmReport:
     )
 
 
+THROTTLED = "throttled"  # begins a note on rounds that are marked, in `Measurement.source`
+SKIPPED_TACTICS = "skipped_tactics"  # begins the note on an engine whose builder was short of memory
+
+
+def queueing_note(is_graph: bool) -> str:
+    """What to say of a model whose inferences the host queues about as slowly as the accelerator computes them."""
+    return f"queueing takes about as long as the inference, {'with' if is_graph else 'without'} a CUDA graph"
+
+
 class Gate:
     """The references in front of every round, and the best time ever seen of each."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import time
 import weakref
@@ -53,6 +54,7 @@ from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
 from nas.devices.portable import feed_bytes, portable_model, precision_of
 from nas.devices.protocol import (
+    THROTTLED,
     Attempt,
     GateReading,
     KnownBest,
@@ -60,6 +62,7 @@ from nas.devices.protocol import (
     agrees,
     calm_report,
     is_accepted,
+    queueing_note,
     session_value,
 )
 from nas.devices.ssh import DiskFullError, LinkCutError, Ssh
@@ -71,8 +74,10 @@ PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a 
 RUN_LIMIT_S = 600.0
 RUN_BYTES = 32 << 20  # of images that lie on the board at a time: a Nano has 4 GB of memory for everything
 BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
+SLOW_CHECKS = 3  # looks at the reference network where each may load an engine anew
 JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 # For runtimes that build an engine for seconds to minutes, and time on the accelerator's own clock, which a busy
@@ -194,8 +199,11 @@ class RemoteDevice:
         self._expected_ms = reference_ms
 
     def calm(self, checks: int = 20) -> CalmReport:
-        """Looks `checks` times at the reference network on the board."""
+        """Looks `checks` times at the reference network on the board; less often where a look may start a program."""
         plan = {**self._plan("overhead"), "gate_runs": self._settings.gate_runs}
+        if self._runner.slow_start:  # trtexec starts for each, for seconds; more runs then cost little
+            checks = min(checks, SLOW_CHECKS)
+            plan |= {"gate_runs": self._settings.min_runs, "calibration_checks": 0}
         request = {
             **self._request("calm", plan),
             "checks": max(1, checks),
@@ -523,7 +531,8 @@ class RemoteDevice:
         return self._connection.open()
 
     def _hello(self, link: AgentLink, *, runners: bool = True) -> Message:
-        return link.ask({"op": "hello", "client": self._client, "runners": runners})
+        asked = {"op": "hello", "client": self._client, "runners": runners, "runner": self._address.runner}
+        return link.ask(asked)
 
     def _check(self, result: Message) -> None:
         """Refuses a record that was not measured in the profile's state, or not for a reason of the model."""
@@ -575,12 +584,11 @@ class RemoteDevice:
             return replace(empty, error=error)
         best = self._known_best(min((raw["best_ms"] for raw in raws if raw["best_ms"] is not None), default=None))
         energy = next((raw["energy"] for raw in raws if (raw.get("energy") or {}).get("mj")), None)
-        notes = tuple(dict.fromkeys(str(note) for raw in raws for note in raw["warnings"]))
-        # with tactics passed over it is another engine than the one that a board with free memory builds
-        is_whole = not any(note.startswith("skipped_tactics") for note in notes)
+        notes = dict.fromkeys(str(note) for raw in raws for note in raw["warnings"])
+        notes |= dict.fromkeys(_marks(rounds))
         attempts = [_attempt(r) for r in rounds]
         accepted = [
-            is_accepted(a, best, self._settings) and not r.get("throttled") and is_whole
+            is_accepted(a, best, self._settings) and not r.get("throttled")
             for a, r in zip(attempts, rounds, strict=True)
         ]
         return replace(
@@ -727,6 +735,21 @@ def _chosen(runners: Sequence[RemoteRunner], address: RemoteAddress) -> RemoteRu
 
 def _error(raws: Sequence[Message]) -> str | None:
     return next((str(raw["error"]["message"]) for raw in raws if raw["error"] is not None), None)
+
+
+def _marks(rounds: Sequence[Message]) -> list[str]:
+    """What has to be known of the rounds of a model beside their times: a note for each thing."""
+    notes = []
+    throttled = [r for r in rounds if r.get("throttled")]
+    if throttled:
+        reasons = [why for r in throttled for why in str(r.get("throttled_why", "")).split("; ") if why]
+        kinds = {_NUMBER.sub("#", why): why for why in reversed(reasons)}  # of one kind the first
+        told = ", ".join(reversed(kinds.values())) or "the board does not say why"
+        notes.append(f"{THROTTLED} in {len(throttled)} of {len(rounds)} rounds: {told}")
+    bound = [r for r in rounds if r.get("enqueue_bound")]
+    if 2 * len(bound) > len(rounds):
+        notes.append(queueing_note(all(r.get("cuda_graph") for r in bound)))
+    return notes
 
 
 def _attempt(told: Message) -> Attempt:

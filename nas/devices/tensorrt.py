@@ -2,8 +2,8 @@
 
 Each model is built into an engine in a process of its own, with a timing cache that all builds share; a time is the
 median of what passes on the GPU between two events, copies excluded. A round whose samples scatter by more than 2.5 %
-is not calm (the limit from which trtexec itself warns), nor is an engine for which the builder had to pass over tactics
-for want of memory: it is another engine than the one that a calm machine builds.
+is not calm (the limit from which trtexec itself warns). An engine for which the builder had to pass over tactics for
+want of memory is measured as it is, and its measurement says so: measuring it again would give the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from nas.devices.capability import without_details
 from nas.devices.graphs import reference_model
 from nas.devices.host import probe_host, safe_name
 from nas.devices.portable import precision_of
-from nas.devices.protocol import Clock, SystemClock, one_line
+from nas.devices.protocol import Clock, SystemClock, one_line, queueing_note
 from nas.devices.watchdog import watched
 
 CACHE = Path(".nas-cache/tensorrt")
@@ -231,15 +231,14 @@ class TensorRt:
                         told = session.time(settings.runs, settings.warmup_runs)
                         samples = tuple(round(float(ms), 6) for ms in told["samples_ms"])
                         of_build.append(samples)
-                        accepted.append(_scatter(samples) <= settings.scatter and not session.warnings)
+                        accepted.append(_scatter(samples) <= settings.scatter)
                     rounds += of_build
                     values.append(min(float(np.median(samples)) for samples in of_build))
                     notes += session.warnings
                     if job.kind != "row" and copies_ms is None and hasattr(session, "transfer_ms"):
                         copies_ms = float(session.transfer_ms())
                     if told["enqueue_bound"]:
-                        graph = "with" if told["cuda_graph"] else "without"
-                        notes.append(f"queueing takes about as long as the inference, {graph} a CUDA graph")
+                        notes.append(queueing_note(told["cuda_graph"]))
         except BoardError as e:
             return self._failed(job, f"{e.kind}: {e.message}")
         except Exception as e:  # whatever a runtime raises becomes a recorded row with its reason

@@ -16,6 +16,7 @@ from nas.core.records import Candidate, LayerSpec, Measurement
 from nas.core.walk import total_params
 from nas.devices.base import Device, MeasureJob
 from nas.devices.graphs import GATE_STREAMING_MB, gate_job, overhead_job, reference_job, streaming_job
+from nas.devices.protocol import SKIPPED_TACTICS, THROTTLED
 from nas.export.dialect import ORT, dialect_for
 from nas.export.graph import layer_model
 from nas.latency.lines import STREAMING_MB, streaming_key
@@ -90,7 +91,8 @@ class FillReport:
 
     `measured` rows were added, `failed` are (key, reason), `unstable` were measured without one calm round. `drift` is
     how much slower (0.1 = 10 %) the reference network is than in the sessions that filled the table before, None where
-    there were none. `again` is the command that measures disturbed rows of the table again.
+    there were none. `again` is the command that measures disturbed rows of the table again. `notes` are (key,
+    source) of the measured rows whose measurement says something.
     """
 
     measured: int
@@ -99,6 +101,7 @@ class FillReport:
     drift: float | None
     seconds: float
     again: str
+    notes: tuple[tuple[str, str], ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -110,15 +113,36 @@ class FillReport:
                 f" but do not count as calm. Close other programs, then run: {self.again}. If it stays so,"
                 " the machine has changed: begin a new table"
             )
-        if self.unstable:
+        slowed = [(key, why) for key, why in self._noted(THROTTLED) if key in self.unstable]
+        if slowed:
+            key, why = slowed[0]
             result.append(
-                f"{len(self.unstable)} of {self.measured} rows had no calm round: other programs were running."
+                f"{len(slowed)} of {self.measured} rows had no calm round: the board was slowed down, the first: {key}:"
+                f" {why}. They are marked; see that the board is cool, has power enough and the clocks that it was"
+                f" locked to, then measure them again with: {self.again}"
+            )
+        disturbed = len(self.unstable) - len(slowed)
+        if disturbed:
+            result.append(
+                f"{disturbed} of {self.measured} rows had no calm round: other programs were running."
                 f" They are marked; measure them again with: {self.again}"
+            )
+        short = self._noted(SKIPPED_TACTICS)
+        if short:
+            key, why = short[0]
+            result.append(
+                f"{len(short)} of {self.measured} rows are of engines that were built while memory was short, the first"
+                f" {key}: {why}. With more of it they may be faster: end other programs, the desktop first"
             )
         if self.failed:
             key, reason = self.failed[0]
             result.append(f"{len(self.failed)} rows could not be measured, the first: {key}: {reason}")
         return tuple(result)
+
+    def _noted(self, begin: str) -> list[tuple[str, str]]:
+        """Rows with a note that begins so, and the note."""
+        parts = ((key, part) for key, source in self.notes for part in source.split("; "))
+        return [(key, part) for key, part in parts if part.startswith(begin)]
 
 
 OnFill = Callable[[FillProgress], None]
@@ -186,7 +210,13 @@ def fill(
             drift = later if drift is None else max(drift, later or 0.0)  # or slower, in the middle
             _measure(table, device, todo(more=False), write, tally)
     return FillReport(
-        len(tally.keys), tuple(tally.failed), tuple(tally.unstable), drift, clock() - started, table.again
+        len(tally.keys),
+        tuple(tally.failed),
+        tuple(tally.unstable),
+        drift,
+        clock() - started,
+        table.again,
+        tuple(tally.notes.items()),
     )
 
 
@@ -340,6 +370,7 @@ class _Tally:
         self.keys: set[str] = set()
         self.failed: list[tuple[str, str]] = []
         self.unstable: list[str] = []
+        self.notes: dict[str, str] = {}
         self._clock = clock
         self._progress = progress
         self._started = self._told = clock()
@@ -363,6 +394,9 @@ class _Tally:
         self.done += 1
         self.keys.add(m.key)
         self._worked = max(self._worked, self.done)
+        self.notes.pop(m.key, None)  # of an earlier attempt
+        if m.source:
+            self.notes[m.key] = m.source
         if m.error is not None:
             self.failed.append((m.key, m.error))
         elif not m.is_stable:

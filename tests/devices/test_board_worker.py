@@ -135,6 +135,36 @@ def test_a_board_that_never_cools_keeps_its_marks_and_comes_to_an_end(tmp_path: 
     assert sum(r["cooled_s"] for r in rounds) == 1200.0
 
 
+def test_what_a_build_did_to_the_board_marks_no_round(tmp_path: Path) -> None:
+    root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
+    counters = {
+        path: text for path, text in json.loads((root / "throttle.json").read_text()).items() if "event_cnt" in path
+    }
+    assert counters
+
+    class Hungry(Runner):
+        def load(self, model_path: str, options: dict[str, Any]) -> Session:
+            for path, text in counters.items():
+                put(root, path, text)
+            return super().load(model_path, options)
+
+    clock = FakeClock()
+    worker = Worker(lambda _: None, [Hungry(lambda: Session(clock, lambda _: None, True))], str(root), clock)
+    job = {"index": 0, "key": "row", "path": "unused", "feeds": {}, "precision": "fp32"}
+    answer = worker.answer({"op": "measure", "runner": "fake", "plan": PLAN, "jobs": [job], "work": "unused"})
+    assert [r["throttled_why"] for r in answer["results"][0]["sessions"][0]] == ["", ""]
+
+
+def test_each_reading_of_the_first_look_has_the_time_of_a_step(tmp_path: Path) -> None:
+    told: list[dict[str, Any]] = []
+    clock = FakeClock()
+    worker = Worker(told.append, [Runner(lambda: Session(clock, lambda _: None, True))], str(tmp_path), clock)
+    plan = {**PLAN, "gate_runs": 10, "calibration_checks": 20}
+    asked = {"op": "calm", "runner": "fake", "reference": "unused", "work": "unused", "checks": 3, "plan": plan}
+    assert len(worker.answer(asked)["readings"]) == 3
+    assert sum(m.get("limit_s") == plan["hang_s"] for m in told) >= 24
+
+
 def test_energy_comes_from_the_rails_while_the_model_runs(tmp_path: Path) -> None:
     root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
     result, _ = measured(root, FakeClock(), in_place=True)

@@ -270,6 +270,27 @@ def test_runners_are_told_with_what_is_missing_of_them_and_one_can_be_chosen(ser
         open_device(server.device_name("&runner=onnxruntme"))
 
 
+def test_why_rounds_are_marked_is_part_of_the_measurement(device: RemoteDevice) -> None:
+    good = {"samples_ms": [1.0, 1.1], "clock": "cuda_event", "enqueue_bound": True, "cuda_graph": False}
+    marked = [
+        {**good, "throttled": True, "throttled_why": f"oc3_event_cnt rose by {n}; GPU at 306 of 1020 MHz"}
+        for n in (7, 9)
+    ]
+    raw = {
+        **{"error": None, "measured_at": "2026-11-29T12:00:00+00:00", "best_ms": None, "transfer_ms": None},
+        "warnings": ["skipped_tactics: 2 tactics were passed over because memory was short"],
+    }
+    (short,) = (device._result(row("a"), [{**raw, "sessions": [[good]]}]),)
+    assert short.is_stable, "the same engine would come of measuring it again"
+    assert short.source.startswith("skipped_tactics: 2 tactics")
+    hot = device._result(row("a"), [{**raw, "warnings": [], "sessions": [[*marked, good]]}])
+    assert hot.accepted == (False, False, True)
+    assert hot.source == (
+        "throttled in 2 of 3 rounds: oc3_event_cnt rose by 7, GPU at 306 of 1020 MHz; "
+        "queueing takes about as long as the inference, without a CUDA graph"
+    )
+
+
 def test_the_number_of_threads_is_part_of_the_device_state(server: SshServer, device: RemoteDevice) -> None:
     two = RemoteDevice(parse_address(server.device_name("&threads=2")), settings=replace(QUICK, clock="wall"))
     assert two.profile.threads == 2 and two.profile.name.endswith("_2t")

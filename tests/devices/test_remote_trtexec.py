@@ -154,6 +154,16 @@ def test_the_reference_network_is_read_by_every_version(server: SshServer, versi
         device.close()
 
 
+def test_a_look_at_a_board_starts_few_programs(server: SshServer) -> None:
+    device, program = board(server, "8.5")
+    try:
+        before = len(calls_of(program))
+        assert device.calm().checks == 3
+    finally:
+        device.close()
+    assert len(calls_of(program)) - before <= 6, "--help, a build, a warm-up and the looks"
+
+
 def test_the_doctor_measures_where_trtexec_gives_no_outputs(
     server: SshServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

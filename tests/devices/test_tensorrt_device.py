@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
+from fake_board.tools import install_trtexec
 
 from nas.core.errors import DeviceError
 from nas.devices import open_device
 from nas.devices.base import Device, LayerTime, MeasureJob
 from nas.devices.board.errors import BoardError
-from nas.devices.tensorrt import TensorRt, TensorRtSettings
+from nas.devices.board.trt_engine import TensorRtRunner
+from nas.devices.tensorrt import TensorRt, TensorRtSettings, find_runner
 from nas.testing import DEVICE_CONTRACT, mean_model
 
 QUICK = TensorRtSettings(rounds=2, runs=6, warmup_runs=1)
@@ -119,14 +122,14 @@ def test_all_builds_share_a_timing_cache_and_networks_are_built_twice(tmp_path: 
     assert row.clock == "device_event"
 
 
-def test_a_round_that_scatters_or_an_engine_short_of_memory_is_not_calm_and_said(tmp_path: Path) -> None:
+def test_a_round_that_scatters_is_not_calm_and_an_engine_short_of_memory_is_said(tmp_path: Path) -> None:
     runner = CpuRunner()
     measured = device(runner, tmp_path)
     runner.samples = [1.0, 1.01, 0.99, 1.0]
     assert measured.measure([job()])[0].accepted == (True, True)
     runner.warnings = ["skipped_tactics: 2 tactics were passed over because memory was short"]
     short = measured.measure([job()])[0]
-    assert (short.accepted, short.source) == ((False, False), runner.warnings[0])
+    assert (short.accepted, short.source) == ((True, True), runner.warnings[0]), "the same again would come of it"
     runner.warnings, runner.samples, runner.is_bound = [], [1.0, 1.2, 0.9, 1.0], True
     noisy = measured.measure([job()])[0]
     assert (noisy.accepted, noisy.latency_ms) == ((False, False), 1.0)
@@ -158,6 +161,18 @@ def test_the_precision_of_a_job_is_asked_for(tmp_path: Path) -> None:
 def test_layers_come_with_what_the_runtime_says_of_them(tmp_path: Path) -> None:
     found = device(CpuRunner(), tmp_path).layer_times(mean_model(), "fp32")
     assert found == [LayerTime("a", 0.5, "m", "Reformat REFORMAT")]
+
+
+@pytest.mark.parametrize("wrong", ["RuntimeError('built for another NumPy')", "OSError('libnvinfer.so.8: not found')"])
+def test_a_module_that_breaks_when_it_is_imported_is_missing_and_trtexec_is_taken(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt.py").write_text(f"raise {wrong}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    monkeypatch.setenv("PATH", str(install_trtexec(tmp_path / "programs", "8.5").parent))
+    assert wrong.split("'")[1] in str(TensorRtRunner().available())
+    assert find_runner().name == "trtexec"
 
 
 def test_without_a_runtime_the_device_says_what_is_missing_for_each(monkeypatch: pytest.MonkeyPatch) -> None:

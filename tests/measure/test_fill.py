@@ -199,6 +199,28 @@ def test_disturbed_rows_are_named_and_measured_again_on_demand(tmp_path: Path) -
     assert again.asked == [*LOOK, LAYERS[1].key]
 
 
+def test_rows_of_a_board_that_was_slowed_down_are_not_blamed_on_other_programs(tmp_path: Path) -> None:
+    why = "throttled in 3 of 3 rounds: oc3_event_cnt rose by 7"
+    hot = {"accepted": (False,) * 3, "source": why}
+    changes = {LAYERS[0].key: {"accepted": (False,) * 3}, LAYERS[1].key: hot}
+    report = fill(opened(tmp_path), Watched(changes), LAYERS)
+    slowed, disturbed = report.warnings
+    assert slowed.startswith(
+        f"1 of 3 rows had no calm round: the board was slowed down, the first: {LAYERS[1].key}: {why}"
+    )
+    assert disturbed.startswith("1 of 3 rows had no calm round: other programs were running")
+
+
+def test_rows_of_engines_short_of_memory_are_told_and_not_measured_again(tmp_path: Path) -> None:
+    why = "skipped_tactics: 2 tactics were passed over because memory was short"
+    device = Watched({LAYERS[1].key: {"source": f"copies: no; {why}"}})
+    report = fill(opened(tmp_path), device, LAYERS)
+    assert device.asked.count(LAYERS[1].key) == 1 and report.unstable == ()
+    (warning,) = report.warnings
+    assert warning.startswith("1 of 3 rows are of engines that were built while memory was short")
+    assert f"{LAYERS[1].key}: {why}. " in warning
+
+
 def test_a_slower_machine_is_noticed_and_told_to_the_device(tmp_path: Path) -> None:
     first = Watched()
     fill(opened(tmp_path), first, LAYERS[:1])

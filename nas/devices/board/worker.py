@@ -91,18 +91,33 @@ class Worker(object):
             self._keep(0)
         return operation(request)
 
-    def _describe(self, _: Dict[str, Any]) -> Dict[str, Any]:
+    def _describe(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """What each runner is, or why it cannot be used: one that is broken takes no other with it.
+
+        `broken` of the request: runners that ended this process before, and how; `only`: the one that is wanted.
+        """
         found = []
         for runner in self._runners:
-            self._at("", START_S)
-            missing = runner.available()
-            described = {"name": runner.name, "missing": missing}
-            if missing is None:
-                described.update(runner.describe())
-                described["slow_start"] = bool(getattr(runner, "slow_start", True))
-                described["dynamic_batch"] = bool(getattr(runner, "dynamic_batch", False))
-            found.append(described)
+            reason = request.get("broken", {}).get(runner.name)
+            if reason is None and request.get("only") not in (None, "", runner.name):
+                reason = "not looked for, as only %s is asked for" % request["only"]
+            found.append(self._described(runner) if reason is None else {"name": runner.name, "missing": reason})
+        self._at("", START_S)
         return {"runners": found}
+
+    def _described(self, runner: Any) -> Dict[str, Any]:
+        self._at(runner.name, START_S)
+        try:
+            missing = runner.available()
+            if missing is not None:
+                return {"name": runner.name, "missing": missing}
+            told = dict(runner.describe())
+        except Exception as e:  # as in `main`
+            return {"name": runner.name, "missing": as_board_error(e, "unsupported").message}
+        told.update(name=runner.name, missing=None)
+        told["slow_start"] = bool(getattr(runner, "slow_start", True))
+        told["dynamic_batch"] = bool(getattr(runner, "dynamic_batch", False))
+        return told
 
     def _measure(self, request: Dict[str, Any]) -> Dict[str, Any]:
         runner, plan = self._runner(request), Plan(request["plan"])
@@ -118,6 +133,7 @@ class Worker(object):
                     subject = self._opened(runner, plan, request, job, result)
                     if subject is not None:
                         subjects.append((subject, result))
+            watch.begin()  # what the builds did to the board marks no round
             measure_rounds(
                 [subject for subject, _ in subjects],
                 plan,
@@ -241,7 +257,7 @@ class Worker(object):
         readings = []
         for _ in range(int(request["checks"])):
             self._at("", plan.hang_s)
-            readings.append(gate.look(plan))
+            readings.append(gate.look(plan, lambda: self._at("", plan.hang_s)))
             self._clock.sleep(0.005)
         return {"readings": readings, "best_ms": gate.best_ms}
 
