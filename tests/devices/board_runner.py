@@ -77,5 +77,21 @@ class MissingRunner:
         return "no such program"
 
 
+class RaisingRunner:
+    name = "raising"
+
+    def available(self) -> str | None:
+        raise RuntimeError("module compiled against another version")
+
+
+class CrashingRunner:
+    name = "crashing"
+
+    def available(self) -> str | None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+        return None
+
+
 if __name__ == "__main__":
-    worker.main([MissingRunner(), ScriptedRunner()])
+    broken = [RaisingRunner(), CrashingRunner()] if os.environ.get("BROKEN_RUNNERS") else []
+    worker.main([*broken, MissingRunner(), ScriptedRunner()])

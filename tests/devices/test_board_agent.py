@@ -247,6 +247,47 @@ def test_a_runner_that_is_missing_says_what_is_missing(board: Board) -> None:
     assert by_name["scripted"]["slow_start"] is True and by_name["scripted"]["dynamic_batch"] is False
 
 
+def test_a_runtime_that_raises_or_crashes_leaves_the_others(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKEN_RUNNERS", "1")
+    found = board.ask("hello", client="c")[-1]["runners"]
+    assert [(r["name"], r["missing"]) for r in found] == [
+        ("raising", "RuntimeError: module compiled against another version"),
+        ("crashing", "it cannot be loaded: ended by signal 11, a crash of the runtime"),
+        ("missing", "no such program"),
+        ("scripted", None),
+    ]
+    assert found[-1]["version"] == "8.2.1"
+
+
+def test_only_the_runtime_that_is_asked_for_is_loaded(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROKEN_RUNNERS", "1")
+    found = board.ask("hello", client="c", runner="scripted")[-1]["runners"]
+    others = "not looked for, as only scripted is asked for"
+    assert [r["missing"] for r in found] == [others, others, others, None]
+
+
+def test_a_timing_cache_is_of_one_power_mode_and_clock(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(board.worker, "ask", lambda request, _: asked.append(request) or {"layers": []})
+    base = {"boot_id": "a", "power_mode": {"id": 0, "name": "MAXN"}, "clocks_locked": True, "locked_mhz": "gpu=1020"}
+    changes: list[dict[str, Any]] = [
+        {},
+        {"boot_id": "b"},
+        {"power_mode": {"id": 1, "name": "15W"}},
+        {"clocks_locked": False},
+        {"locked_mhz": "gpu=600"},
+    ]
+    for change in changes:
+        board.states = [{**base, **change}]
+        board.ask("profile", sha256=board.put(b"good"), runner="scripted", runs=7, limit_s=60)
+    names = [request["timing_cache"] for request in asked]
+    assert names[0] == names[1], "a boot changes no kernel's time"
+    assert len(set(names)) == 4
+    board.ask("profile", sha256=board.put(b"good"), runner="scripted", version="10.3", runs=7, limit_s=60)
+    assert asked[-1]["timing_cache"] not in names
+    assert all(Path(name).parent == Path(board.folder.root) for name in names)
+
+
 def test_models_measured_while_the_board_changed_are_measured_again(board: Board) -> None:
     before, after = ({"boot_id": "a", "power_mode": {"id": n, "name": name}} for n, name in ((0, "MAXN"), (1, "5W")))
     board.states = [before, before, after, after]  # begin of the batch; before and after the models; then it stays
@@ -397,6 +438,26 @@ def test_files_that_nobody_used_for_long_are_removed(board: Board) -> None:
     board.folder.tidy(time.time())
     assert not board.folder.has(old) and board.folder.has(new) and not stale.exists()
     assert Path(board.folder.work).is_dir(), "of an agent that lives"
+
+
+def test_agents_and_timing_caches_go_when_nobody_used_them_for_months(board: Board) -> None:
+    root, now_s = Path(board.folder.root), time.time()
+    months = {
+        "agent-0123.pyz": 3,
+        "agent-test.pyz": 3,
+        "timing-cache-a.bin": 3,
+        "timing-cache-b.bin": 1,
+        "clocks.conf": 3,
+    }
+    for name, age in months.items():
+        (root / name).write_bytes(b"x")
+        os.utime(root / name, (now_s - age * 30 * 86400, now_s - age * 30 * 86400))
+    board.ask("hello", client="c", runners=False)
+    assert {name for name in months if (root / name).exists()} == {
+        "agent-test.pyz",
+        "timing-cache-b.bin",
+        "clocks.conf",
+    }
 
 
 def test_images_go_when_they_were_run(board: Board) -> None:

@@ -250,6 +250,18 @@ class TestScripts:
         assert entry["warnings"] == ["skipped_tactics: 3 tactics were passed over"]
         assert stat.S_IMODE((built / "segment_0.engine").stat().st_mode) == 0o600
 
+    def test_kernels_timed_under_other_conditions_are_timed_anew(self, package: Path, tmp_path: Path) -> None:
+        engines = tmp_path / "engines"
+        builds = ((), ("--force",), ("--force",))
+        found = []
+        for more, version in zip(builds, ("10.3.0.30", "10.7.0", "10.7.0"), strict=True):
+            done = script(package, "build_engine.py", "--engines", str(engines), *more, FAKE_TENSORRT=version)
+            assert done.returncode == 0, done.stdout + done.stderr
+            found.append(len(list(engines.glob("timing-cache-*.bin"))))
+        assert found == [1, 2, 2]
+        entry = json.loads((engines / "engine.json").read_text())["engines"]["segment_0.onnx"]
+        assert {"power_mode", "clocks_locked", "locked_mhz", "cuda"} <= set(entry["built_on"])
+
     def test_engines_lie_in_a_private_folder_of_the_user_and_are_built_once(self, package: Path) -> None:
         home = package.parent / "somebody"
         first = script(package, "build_engine.py", HOME=str(home))

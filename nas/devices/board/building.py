@@ -3,6 +3,7 @@
 It serves the agent and the scripts of a package, which have this folder as a zip file.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -49,6 +50,18 @@ def build_apart(
     if code != 0 or told is None:
         raise failure_of(out + "\n" + err, code, what)
     return dict(told, seconds=time.monotonic() - began)
+
+
+def cache_name(*conditions: Any) -> str:
+    """A name for the timing cache of these conditions: what another runtime, power mode or clock timed is not used.
+
+    Kernels are chosen by their times, and a cache answers for a time without a look at the clocks.
+
+    Args:
+        conditions: what the times hold for, as JSON has it.
+    """
+    told = json.dumps(conditions, sort_keys=True)
+    return "timing-cache-%s.bin" % hashlib.sha256(told.encode("utf-8")).hexdigest()[:16]
 
 
 def _taken(report: str) -> Optional[Dict[str, Any]]:

@@ -28,7 +28,6 @@ again.
 import hashlib
 import os
 import queue
-import re
 import sys
 import threading
 import time
@@ -36,6 +35,7 @@ import uuid
 from typing import Any, Callable, Dict, Iterator, List, Optional
 
 from . import processes
+from .building import cache_name
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .power import change
@@ -48,6 +48,7 @@ ROOT = "~/.cache/nas-board"
 TELL_EVERY_S = 1.0
 IDLE_BEAT_S = 60.0
 STATE_TRIES = 3  # how often models are measured whose board did not stay in one state
+NO_ANSWER = ("hung", "killed", "truncated")  # kinds of error of a worker that was lost over what it was doing
 
 ReadState = Callable[[], Dict[str, Any]]
 
@@ -113,14 +114,29 @@ class Agent(object):
 
     def _hello(self, request: Dict[str, Any]) -> None:
         self._client = str(request.get("client", ""))
-        self._folder.tidy(time.time())
+        self._tidy()
         found = []  # type: List[Dict[str, Any]]
         if request.get("runners", True):  # importing runtimes takes seconds: not again over the next connection
-            found = self._worker.ask({"op": "describe"}, _Progress(self._send, 0, 1).tell)["runners"]
+            found = self._described(str(request.get("runner") or ""))
             self._worker.end()  # every runtime that there is was loaded into it, also those that nobody will use
         version = "%d.%d.%d" % sys.version_info[:3]
         state = self._read_state()
         self._send({"ok": True, "agent": self._name, "python": version, "runners": found, "state": state})
+
+    def _described(self, only: str) -> List[Dict[str, Any]]:
+        """What the runtimes say of themselves; one that ends or hangs the worker is missing, the others are asked anew.
+
+        `only`: name of the one that is wanted; the others are not loaded then.
+        """
+        broken = {}  # type: Dict[str, str]
+        while True:
+            try:
+                asked = {"op": "describe", "broken": broken, "only": only}
+                return list(self._worker.ask(asked, _Progress(self._send, 0, 1).tell)["runners"])
+            except BoardError as e:
+                if e.kind not in NO_ANSWER or not self._worker.key or self._worker.key in broken:
+                    raise
+                broken[self._worker.key] = "it cannot be loaded: %s" % e.message
 
     def _have(self, request: Dict[str, Any]) -> None:
         self._send({"ok": True, "missing": [x for x in request["sha256"] if not self._folder.has(x)]})
@@ -135,8 +151,12 @@ class Agent(object):
             os.remove(self._folder.batch(request["batch"]))
         except FileNotFoundError:  # acknowledged before, over a connection that was cut
             pass
-        self._folder.tidy(time.time())
+        self._tidy()
         self._send({"ok": True})
+
+    def _tidy(self) -> None:
+        self._folder.used("agent-%s.pyz" % self._name[:16])  # another version that tidies up leaves this one
+        self._folder.tidy(time.time())
 
     def _locked(self) -> BoardLock:
         """The board for as long as a request takes; at once where it is held by this agent anyway."""
@@ -178,7 +198,7 @@ class Agent(object):
         """Results of models measured together, all in one state of the board."""
         for _ in range(STATE_TRIES):
             before = self._read_identity()
-            results = self._survived(request, jobs, during)
+            results = self._survived(request, before, jobs, during)
             after = self._read_identity()
             if before == after:
                 for result in results:
@@ -190,18 +210,23 @@ class Agent(object):
             yield _final(_failed(job, "state_changed", "the board did not stay in one state: %s" % what), after)
 
     def _survived(
-        self, request: Dict[str, Any], jobs: List[Dict[str, Any]], during: Callable[[Dict[str, Any]], None]
+        self,
+        request: Dict[str, Any],
+        state: Dict[str, Any],
+        jobs: List[Dict[str, Any]],
+        during: Callable[[Dict[str, Any]], None],
     ) -> List[Dict[str, Any]]:
         """Results of models measured together; one that ends or hangs the worker fails alone, the rest starts anew."""
         lost = []  # type: List[Dict[str, Any]]
         left = list(jobs)
         while left:
-            asked = self._asked(request, "measure", jobs=left, best_ms=request.get("best_ms"), plan=request["plan"])
+            more = {"jobs": left, "best_ms": request.get("best_ms"), "plan": request["plan"]}
+            asked = self._asked(request, "measure", state, **more)
             try:
                 told = self._worker.ask(asked, during)
             except BoardError as e:
                 guilty = [job for job in left if job["key"] == self._worker.key]
-                if e.kind not in ("hung", "killed", "truncated") or not guilty:
+                if e.kind not in NO_ANSWER or not guilty:
                     raise
                 lost += [_failed(job, e.kind, e.message) for job in guilty]
                 left = [job for job in left if job not in guilty]
@@ -211,9 +236,8 @@ class Agent(object):
 
     def _calm(self, request: Dict[str, Any]) -> None:
         with self._locked():
-            asked = self._asked(
-                request, "calm", checks=request["checks"], best_ms=request.get("best_ms"), plan=request["plan"]
-            )
+            more = {"checks": request["checks"], "best_ms": request.get("best_ms"), "plan": request["plan"]}
+            asked = self._asked(request, "calm", self._read_identity(), **more)
             told = self._worker.ask(asked, _Progress(self._send, 0, 1).tell)
         self._send(dict(told, ok=True))
 
@@ -221,6 +245,7 @@ class Agent(object):
         asked = self._asked(
             request,
             "run",
+            self._read_identity(),
             path=self._there(request["sha256"]),
             images=self._there(request["images"]),
             shape=request["shape"],
@@ -246,6 +271,7 @@ class Agent(object):
             asked = self._asked(
                 request,
                 "profile",
+                self._read_identity(),
                 path=self._there(request["sha256"]),
                 feeds={name: self._there(x) for name, x in request.get("feeds", {}).items()},
                 precision=request.get("precision", "fp32"),
@@ -272,10 +298,12 @@ class Agent(object):
             told = change(None if mode is None else str(mode), bool(request.get("lock_clocks")), store)
         self._send(dict(told, ok=True))
 
-    def _asked(self, request: Dict[str, Any], op: str, **more: Any) -> Dict[str, Any]:
+    def _asked(self, request: Dict[str, Any], op: str, state: Dict[str, Any], **more: Any) -> Dict[str, Any]:
+        """A request for the worker; `state`: identity of the board now."""
         reference = request.get("reference")
-        # of one version: trtexec may refuse to build with the cache of another, as after an update of JetPack
-        cache = "%s %s" % (request["runner"], request.get("version", ""))
+        settings = {name: value for name, value in state.items() if name != "boot_id"}
+        # of one version, too: trtexec may refuse to build with the cache of another, as after an update of JetPack
+        cache = cache_name(str(request["runner"]), str(request.get("version", "")), settings)
         return dict(
             more,
             op=op,
@@ -283,7 +311,7 @@ class Agent(object):
             threads=int(request.get("threads", 1)),
             reference=None if reference is None else self._there(reference),
             work=self._folder.work,
-            timing_cache=os.path.join(self._folder.root, "timing-cache-%s.bin" % _plain(cache)),
+            timing_cache=self._folder.used(cache),
         )
 
     def _job(self, index: int, job: Dict[str, Any]) -> Dict[str, Any]:
@@ -337,10 +365,6 @@ def _failed(job: Dict[str, Any], kind: str, message: str) -> Dict[str, Any]:
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
         "best_ms": None,
     }
-
-
-def _plain(name: str) -> str:
-    return re.sub("[^a-z0-9]+", "-", name.lower())
 
 
 def _reader_thread(reader: LineReader, folder: Folder, requests: "queue.Queue[Any]", ended: Callable[[], None]) -> None:

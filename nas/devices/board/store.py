@@ -8,13 +8,15 @@ import shutil
 import signal
 import tempfile
 import time
-from typing import Any, Callable, Dict, Iterator, List, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 from .errors import BoardError
 
 MOST_BYTES = 1 << 30  # of models and images together; beyond it the oldest go first
 BUSY_S = 600.0  # what was used within is left alone: another agent may be about to read it
 KEEP_S = 24 * 3600.0  # models and unacknowledged batches that nobody used for so long are removed
+KEEP_LONG_S = 60 * KEEP_S  # agents and timing caches: small, and a cache saves minutes for each engine
+_LONG = ("agent-", ".agent-", "timing-cache-")
 WAIT_FOR_BOARD_S = 600.0  # another host may be measuring
 TELL_WAITING_S = 5.0
 
@@ -65,15 +67,23 @@ class Folder(object):
             return False
         return True
 
+    def used(self, name: str) -> str:
+        """Path of a file in the folder itself; where it is there, it counts as used now."""
+        path = os.path.join(self.root, name)
+        try:
+            os.utime(path)
+        except OSError:
+            pass
+        return path
+
     def tidy(self, now_s: float) -> None:
         """Removes what nobody used for long, leftovers of agents that were killed, and what is too much."""
         for folder in (self.root, self.blobs, self.batches):
             for name in os.listdir(folder):
                 path = os.path.join(folder, name)
-                if folder == self.root and (not name.startswith("work-") or _is_used(name)):
-                    continue
+                keep_s = _kept_s(name) if folder == self.root else KEEP_S
                 try:
-                    if now_s - os.stat(path).st_mtime < KEEP_S:
+                    if keep_s is None or now_s - os.stat(path).st_mtime < keep_s:
                         continue
                     if os.path.isdir(path):
                         shutil.rmtree(path)
@@ -109,6 +119,13 @@ class Folder(object):
     def close(self) -> None:
         """Removes the scratch folder of this agent."""
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def _kept_s(name: str) -> Optional[float]:
+    """How long something in the folder itself stays after its last use; None for ever."""
+    if name.startswith("work-"):
+        return None if _is_used(name) else KEEP_S
+    return KEEP_LONG_S if name.startswith(_LONG) else None
 
 
 def _is_used(name: str) -> bool:
