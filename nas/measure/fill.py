@@ -216,7 +216,7 @@ def fill(
         drift,
         clock() - started,
         table.again,
-        tuple(tally.notes.items()),
+        tuple((key, source) for key, source in tally.notes.items() if source),
     )
 
 
@@ -394,9 +394,7 @@ class _Tally:
         self.done += 1
         self.keys.add(m.key)
         self._worked = max(self._worked, self.done)
-        self.notes.pop(m.key, None)  # of an earlier attempt
-        if m.source:
-            self.notes[m.key] = m.source
+        self.notes[m.key] = m.source  # of the last attempt
         if m.error is not None:
             self.failed.append((m.key, m.error))
         elif not m.is_stable:
