@@ -432,10 +432,19 @@ def find_cuda() -> Any:
     tried: List[str] = []
     for name, make in (("cuda-python", _cuda_python), ("libcudart", _ctypes_cuda), ("pycuda", _pycuda)):
         try:
-            return make()
-        except Exception as e:  # a binding without its driver raises whatever it likes; the next one may do
-            tried.append("%s: %s" % (name, as_board_error(e, "not_found").message))
+            return _opened(make)
+        except BoardError as e:
+            tried.append("%s: %s" % (name, e.message))
     raise BoardError("not_found", "CUDA cannot be used from Python (%s)" % "; ".join(tried))
+
+
+def _opened(make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except BoardError:
+        raise
+    except Exception as e:  # a binding without its driver raises whatever it likes; the next one may do
+        raise as_board_error(e, "not_found") from e
 
 
 def _cuda_python() -> CudaPython:

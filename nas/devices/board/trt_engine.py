@@ -691,18 +691,23 @@ def _write(path: str, data: bytes) -> None:
     os.replace(part, path)
 
 
+def _built(request: Dict[str, Any]) -> Dict[str, Any]:
+    lines: List[str] = []
+    try:
+        return build(import_tensorrt(), request, lines)
+    except (BoardError, MemoryError, OSError):
+        raise
+    except Exception as e:  # what the bindings raise names a C++ function; why, only the log says
+        error = as_board_error(e, "build_failed")
+        raise (failure_of("\n".join(lines), None, error.message) if lines else error) from e
+
+
 def main() -> None:
     """The process that builds: its last argument is the request; it writes a report."""
     request = json.loads(sys.argv[-1])
-    lines: List[str] = []
     try:
-        told = build(import_tensorrt(), request, lines)
+        told = _built(request)
     except (BoardError, MemoryError, OSError) as e:  # OSError: such as a full disk, which says nothing about the model
         error = as_board_error(e, "not_found")
-        told = {"kind": error.kind, "error": error.message, "warnings": []}
-    except Exception as e:  # what the bindings raise names a C++ function; why, only the log says
-        error = as_board_error(e, "build_failed")
-        if lines:
-            error = failure_of("\n".join(lines), None, error.message)
         told = {"kind": error.kind, "error": error.message, "warnings": []}
     _write(request["report"], json.dumps(told).encode("utf-8"))
