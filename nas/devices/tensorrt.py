@@ -286,7 +286,14 @@ class TensorRt:
             BoardError: it cannot be built.
         """
         told = self._described
-        state = f"{told['version']} {told['details'].get('compute_capability', '')} {_gpu().get('name', '')}"
+        gpu = _gpu()  # tactics are chosen by timing, so the power limit is part of what they hold for
+        known = (
+            told["version"],
+            told["details"].get("compute_capability", ""),
+            gpu.get("name", ""),
+            gpu.get("power", ""),
+        )
+        state = " ".join(map(str, known))
         cache = self._cache / f"timing-{hashlib.sha256(state.encode()).hexdigest()[:12]}.cache"
         cache.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="nas-tensorrt-") as folder:
