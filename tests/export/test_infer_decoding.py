@@ -71,6 +71,17 @@ def saved(folder: Path, kind: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_way_of_holding_a_camera_is_turned_as_in_training(
+    infer: ModuleType, tmp_path: Path, suffix: str, orientation: int
+) -> None:
+    path, exif = tmp_path / f"a.{suffix}", Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(photo(90, 70)).save(path, exif=exif)
+    assert np.array_equal(infer.load_images(str(path), 32)[0], training.decode_image(path, 32))
+
+
 KINDS = ["png", "png-grey", "png-16", "png-palette", "png-alpha", "png-key", "jpg", "jpg-rotated", "tif-cmyk"]
 
 
@@ -137,5 +148,25 @@ def test_broken_files_are_explained(infer: ModuleType, tmp_path: Path) -> None:
     assert "expected uint8 [H, W, 3]" in message("f.npy", (tmp_path / "x.npy").read_bytes())
     bomb = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)
     assert "g.bmp: not an image, or a broken one: Image size" in message("g.bmp", bomb)
+    half = bomb[:18] + struct.pack("<II", 10000, 10000) + bomb[26:]  # Pillow itself only warns of it
+    assert "h.bmp: not an image, or a broken one: Image size" in message("h.bmp", half)
     with pytest.raises(infer.PackageFault, match=r"missing\.png: cannot be read: No such file"):
         infer.load_images(str(tmp_path / "missing.png"), 32)
+
+
+@pytest.fixture
+def before_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's `open` as it was before 8.0: it takes no formats and tries all."""
+    now = Image.open
+    monkeypatch.setattr(Image, "open", lambda fp, mode="r": now(fp, mode))
+
+
+@pytest.mark.usefixtures("before_8")
+def test_pillow_that_cannot_be_told_the_formats_opens_the_same_files(infer: ModuleType, tmp_path: Path) -> None:
+    for suffix in ("png", "jpg"):
+        path = saved(tmp_path, suffix)
+        assert infer.load_images(str(path), 32).shape == (1, 32, 32, 3)
+    path = tmp_path / "a.eps"  # Pillow would hand it to another program
+    Image.fromarray(photo(40, 40)).save(path)
+    with pytest.raises(infer.PackageFault, match=r"a\.eps: not an image, or a broken one: its format is EPS"):
+        infer.load_images(str(path), 32)
