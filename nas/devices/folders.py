@@ -24,7 +24,12 @@ try:
             archive.extract(entry, part)
     if os.path.exists(target):
         os.rename(target, old)
-    os.rename(part, target)
+    try:
+        os.rename(part, target)
+    except BaseException:
+        if os.path.exists(old):
+            os.rename(old, target)
+        raise
 finally:
     shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
