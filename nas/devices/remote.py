@@ -71,7 +71,7 @@ T = TypeVar("T")
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between tries to connect again, doubled each time
 PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a board boots in about a minute
-RUN_LIMIT_S = 600.0
+RUN_LIMIT_S = 600.0  # of a few images; where an engine is built of the model before, see BUILD_LIMIT_S
 RUN_BYTES = 32 << 20  # of images that lie on the board at a time: a Nano has 4 GB of memory for everything
 BUILD_LIMIT_S = 1800.0  # of one engine: TensorRT takes minutes on a Nano
 SLOW_CHECKS = 3  # looks at the reference network where each may load an engine anew
@@ -344,7 +344,7 @@ class RemoteDevice:
             "images": _sha256(data),
             "shape": list(images.shape),
             "precision": precision_of(model),
-            "limit_s": RUN_LIMIT_S,
+            "limit_s": BUILD_LIMIT_S if self._runner.slow_start else RUN_LIMIT_S,
         }
 
         def outputs(link: AgentLink) -> list[NDArray[np.generic]]:

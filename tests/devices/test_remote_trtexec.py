@@ -6,9 +6,10 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,8 @@ from nas.core.errors import DeviceError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
 from nas.devices.address import parse_address
 from nas.devices.base import MeasureJob
-from nas.devices.remote import SLOW_START, RemoteDevice
+from nas.devices.link import AgentLink
+from nas.devices.remote import BUILD_LIMIT_S, SLOW_START, RemoteDevice
 from nas.export.dialect import dialect_for
 from nas.export.graph import layer_model, nominal_quant, random_weights, segment_models
 from nas.latency.table import LatencyTable
@@ -125,13 +127,25 @@ def test_a_build_that_the_kernel_kills_is_told_as_such(server: SshServer) -> Non
         device.close()
 
 
-def test_images_are_run_through_an_engine_of_one_image_as_it_is_deployed(server: SshServer) -> None:
+def test_images_are_run_through_an_engine_of_one_image_as_it_is_deployed(
+    server: SshServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Mapping[str, Any]] = []
+    ask = AgentLink.ask
+
+    def noted(link: AgentLink, request: Mapping[str, Any], **rest: Any) -> Mapping[str, Any]:
+        asked.append(request)
+        return ask(link, request, **rest)
+
+    monkeypatch.setattr(AgentLink, "ask", noted)
     device, program = board(server, "8.5")
     try:
         with pytest.raises(DeviceError, match="trtexec gives no exact outputs"):
             device.run(mean_model(None), np.zeros((5, 3, 8, 8), np.float32))
     finally:
         device.close()
+    limits = [request["limit_s"] for request in asked if request["op"] == "run"]
+    assert limits == [BUILD_LIMIT_S], "the engine is built within this limit, as for measuring"
     (built,) = [x.partition("=")[2] for call in calls_of(program) for x in call if x.startswith("--onnx=")]
     assert [d.dim_value for d in onnx.load(built).graph.input[0].type.tensor_type.shape.dim] == [1, 3, 8, 8]
 
