@@ -23,6 +23,7 @@ NetworkForm = Literal["logits", "if", "plain"]
 OVERHEAD_KEY = "overhead"
 REFERENCE_KEY = "reference"
 GATE_KEY = "gate"
+COVERING = "covering"  # begins the source of a row that is from whole networks
 # Weights of this many megabytes are streamed through the cache, and the same work done with weights that stay in it.
 STREAMING_MB = (2, 4, 8, 16, 32)
 

@@ -69,6 +69,7 @@ def measure_networks(
     form: NetworkForm = "logits",
     write: Callable[[Candidate, NetworkForm], bytes] | None = None,
     again: bool = False,
+    look: bool = True,
     progress: Callable[[NetworkProgress], None] | None = None,
     wait_s: float = WAIT_S,
 ) -> list[Measurement]:
@@ -82,6 +83,7 @@ def measure_networks(
         form: `logits` (every exit computed), `if` (no image leaves early) or `plain` (head only); all worst cases.
         write: gives the ONNX bytes; by default with random weights, in the form that the device's runtime reads.
         again: measures what was measured before, and what failed, once more.
+        look: looks at the reference network before; a caller that has done so saves building it.
         progress: told after each network.
         wait_s: how long to wait while another process writes the table, seconds.
 
@@ -103,7 +105,8 @@ def measure_networks(
     if todo(state_unknown=True):
         say = progress or (lambda _: None)
         with table.writing(wait_s, lambda message: say(NetworkProgress(0, len(by_key), message))):
-            open_session(table, device)
+            if look:
+                open_session(table, device)
             keys_left = todo()  # another process may have measured some
             start = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from nas.devices.base import JobPrecision, LayerTime
 from nas.devices.graphs import reference_model
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import ProtocolSettings
+from nas.devices.ssh import LinkCutError, RemoteError
 from nas.latency.estimate import Estimator
 from nas.latency.table import LatencyTable
 from nas.measure.covering import covering_plan, fill_covering, layer_timer, mixed_ways
@@ -194,12 +196,132 @@ def test_a_network_that_was_disturbed_gives_rows_that_are_not_calm(tmp_path: Pat
     assert set(report.unstable) == {layer.key for layer in space.layers()}
 
 
-def test_a_network_that_cannot_be_profiled_is_told_and_its_rows_stay_missing(tmp_path: Path) -> None:
-    space, device = small_space(tmp_path), Profiled(fails="no such event")
-    table = prepared(tmp_path)
+class Picky(Profiled):
+    """Builds no network with one of these rows, and counts what it is asked for."""
+
+    def __init__(self, *rows: str, calm: bool = True) -> None:
+        super().__init__(unstable=not calm)
+        self.refused = set(rows)
+        self.asked: list[str] = []
+
+    def measure(self, jobs, on_result=None, progress=None):  # type: ignore[no-untyped-def]
+        self.asked += [job.key for job in jobs]
+
+        def take(m: Measurement) -> None:
+            if on_result is not None:
+                on_result(self._judged(m, models[m.key]))
+
+        models = {job.key: job.model for job in jobs}
+        return [self._judged(m, models[m.key]) for m in super().measure(jobs, take, progress)]
+
+    def _judged(self, m: Measurement, model: bytes) -> Measurement:
+        candidate = self.by_model.get(model)
+        if candidate is None or not self.refused & {layer.key for layer in expand(candidate)}:
+            return m
+        return replace(m, latency_ms=None, session_ms=(), rounds_ms=(), accepted=(), error="no kernel")
+
+    def networks(self) -> list[str]:
+        return [key for key in self.asked if key not in ("reference", "overhead", "gate")]
+
+
+@pytest.mark.parametrize("index", range(0, 42, 5))
+def test_a_block_that_is_never_built_leaves_only_rows_missing_that_no_network_has_without_it(
+    tmp_path: Path, index: int
+) -> None:
+    space, table = small_space(tmp_path), prepared(tmp_path)
+    keys = [layer.key for layer in space.layers()]
+    guilty = keys[index]
+    networks = [
+        {layer.key for layer in expand(space.decode(genotype))}
+        for genotype in itertools.product(*(range(size) for size in space.gene_sizes))
+    ]
+    without = {key for network in networks if guilty not in network for key in network}
+    device = Picky(guilty)
     report = fill_covering(table, device, space, space.layers(), write=device.write)
-    assert report.measured == 0
-    assert len(report.failed) == len(table.networks) and report.failed[0][1] == "no such event"
+    assert set(table.missing(keys)) == set(keys) - without == {key for key, _ in report.failed}
+    assert report.failed[0][1].endswith(": no kernel") and report.measured == len(keys)
+    assert len(set(device.networks())) == len(device.networks()), "no network is built twice"
+    assert len(device.networks()) <= len(covering_plan(space).networks) + 8
+
+
+def test_rows_that_stand_only_beside_a_block_that_fails_are_told_without_trying_each(tmp_path: Path) -> None:
+    space, table = small_space(tmp_path), prepared(tmp_path)
+    (stem,) = {x.key for x in space.slots()[0].layers if x is not None and "in=3x32x32" in x.key}
+    device = Picky(stem)
+    report = fill_covering(table, device, space, space.layers(), write=device.write)
+    reasons = dict(report.failed)
+    assert reasons.pop(stem).endswith(": no kernel")
+    beside = {f"it stands only beside what cannot be measured: {stem}"}
+    assert {reason for reason in reasons.values() if "no kernel" not in reason} == beside
+    small = {layer.key for layer in space.layers()} - dict(report.failed).keys()
+    assert small and table.missing(small) == [], "the rows of the other resolution are there"
+    assert len(device.networks()) <= len(covering_plan(space).networks)
+
+
+def test_where_every_network_fails_the_work_ends_before_all_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.measure.covering.MOST_FAILURES", 3)
+    table, device = prepared(tmp_path), Profiled(fails="no such event")
+    report = fill_covering(table, device, TINY, TINY.layers(), write=device.write)
+    assert device.profiled == 3 < len(covering_plan(TINY).networks)
+    assert report.measured == len(report.failed) > 0 and report.failed[0][1].endswith(": no such event")
+    assert table.missing([layer.key for layer in TINY.layers()]) == [layer.key for layer in TINY.layers()]
+
+
+def test_a_board_that_is_lost_while_it_profiles_is_no_fault_of_the_network(tmp_path: Path) -> None:
+    class Lost(Profiled):
+        def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
+            if model == reference_model():
+                return super().layer_times(model, precision)
+            raise LinkCutError("no connection")
+
+    space, table, device = small_space(tmp_path), prepared(tmp_path), Lost()
+    with pytest.raises(RemoteError, match="no connection"):
+        fill_covering(table, device, space, space.layers(), write=device.write)
+
+
+def test_a_network_that_failed_is_tried_again_by_the_next_call(tmp_path: Path) -> None:
+    space, table = small_space(tmp_path), prepared(tmp_path)
+    wanted = [layer for layer in space.layers() if layer.key in {x.key for x in expand(space.decode(space.largest()))}]
+    device = Picky(*(layer.key for layer in space.layers()))
+    assert fill_covering(table, device, space, wanted, write=device.write).failed
+    device.refused = set()
+    assert fill_covering(table, device, space, wanted, write=device.write).failed == ()
+    assert table.missing([layer.key for layer in wanted]) == []
+
+
+def test_again_measures_disturbed_networks_and_only_those_once_more(tmp_path: Path) -> None:
+    space, table, device = small_space(tmp_path), prepared(tmp_path), Picky(calm=False)
+    first = fill_covering(table, device, space, space.layers(), write=device.write)
+    assert len(first.unstable) == len(space.layers())
+    calm = Picky()
+    assert fill_covering(table, calm, space, space.layers(), write=calm.write).measured == 0 and calm.asked == []
+    second = fill_covering(table, calm, space, space.layers(), again=True, write=calm.write)
+    assert (second.measured, second.unstable) == (len(space.layers()), ())
+    assert all(row.is_stable for row in table.rows.values())
+    assert len(calm.networks()) == len(covering_plan(space).networks)
+    calm.asked.clear()
+    assert fill_covering(table, calm, space, space.layers(), again=True, write=calm.write).measured == 0
+    assert calm.asked == []
+
+
+def test_the_command_that_measures_again_names_the_board_and_the_way(tmp_path: Path) -> None:
+    space, device = small_space(tmp_path), Profiled()
+    profile = replace(device.profile, details={"address": "me@nano, port 22", "device_name": "ssh:me@nano:22"})
+    table = LatencyTable.open(tmp_path / "table", profile)
+    fill(table, device, space.layers()[:1])
+    assert table.again == f"nas measure --again --device ssh:me@nano:22 --table {tmp_path}/table"
+    other = LatencyTable.open(tmp_path / "other", profile)
+    fill_covering(other, device, space, space.layers()[:1], write=device.write)
+    assert other.again.endswith(f"--device ssh:me@nano:22 --table {tmp_path}/other --how covering --space NAME")
+
+
+def test_the_reference_network_is_built_once_for_all_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.measure.fill.LOOK_EVERY_S", 0.0)  # every network takes longer than that on a board
+    space, table, device = small_space(tmp_path), opened(tmp_path), Picky()
+    fill_covering(table, device, space, space.layers(), write=device.write)
+    assert device.asked.count("reference") == 1 < len(device.networks())
 
 
 def test_a_device_that_cannot_profile_is_refused_with_the_other_way() -> None:
