@@ -24,6 +24,21 @@ class RemoteAddress:
     runner: str = ""
     threads: int = 1
 
+    @property
+    def name(self) -> str:
+        """The name of the device, as `parse_address` reads it."""
+        ssh = self.ssh
+        user, at, host = ssh.destination.rpartition("@")
+        place = f"{user}{at}[{host}]" if ":" in host else ssh.destination
+        options = {
+            "runner": self.runner,
+            "threads": "" if self.threads == 1 else str(self.threads),
+            "python": "" if ssh.python == "python3" else ssh.python,
+            "config": "" if ssh.config is None else str(ssh.config),
+        }
+        tail = "&".join(f"{key}={value}" for key, value in options.items() if value)
+        return f"ssh:{place}{'' if ssh.port is None else f':{ssh.port}'}{f'?{tail}' if tail else ''}"
+
 
 def parse_address(name: str) -> RemoteAddress:
     """The address in a device's name: `ssh:[USER@]HOST[:PORT][?runner=NAME&threads=N&python=PATH&config=FILE]`.

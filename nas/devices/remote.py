@@ -664,6 +664,7 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
             **runner.details,
             **(without_details(offered, runner.version, can) if runner.runtime == "tensorrt" else {}),
             "address": address.ssh.shown,
+            "device_name": address.name,
             "runner": runner.name,
             **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
         },

@@ -46,6 +46,7 @@ from nas.core.records import MEASURING_PROTOCOL, PROFILE_STATE_FIELDS, Candidate
 from nas.latency.correction import CORRECTION_VERSION, Correction
 from nas.latency.interpolate import InterpolatedRow, interpolate_rows
 from nas.latency.lines import (
+    COVERING,
     FIXED_KEYS,
     GATE_KEY,
     OVERHEAD_KEY,
@@ -584,10 +585,11 @@ class LatencyTable:
     @property
     def again(self) -> str:
         """The command that measures again what failed or was disturbed in this table."""
-        profile = self._profile
-        is_here = profile.runtime == "ort" and "address" not in profile.details
-        device = "DEVICE" if not is_here else "cpu" if profile.threads == 1 else f"cpu:{profile.threads}"
-        return f"nas measure --again --device {device} --table {quote(str(self._folder))}"
+        options = f"--device {quote(_device_name(self._profile))} --table {quote(str(self._folder))}"
+        counted = [row for row in self._rows.values() if row.latency_ms is not None]
+        if counted and all(row.source.startswith(COVERING) for row in counted):  # rows of both ways should not be mixed
+            options += " --how covering --space NAME"
+        return f"nas measure --again {options}"
 
     def _command(self) -> str:
         return f"Run: nas measure --table {quote(str(self._folder))} --space NAME"
@@ -740,6 +742,16 @@ def _boot_id() -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _device_name(profile: DeviceProfile) -> str:
+    """What `--device` was when the table was begun; DEVICE where nobody knows."""
+    name = profile.details.get("device_name")  # of a board
+    if name is not None or "address" in profile.details or profile.kind == "imported":
+        return name or "DEVICE"
+    if profile.runtime == "ort":
+        return "cpu" if profile.threads == 1 else f"cpu:{profile.threads}"
+    return "tensorrt" if profile.runtime == "tensorrt" else "DEVICE"
 
 
 def _readme(profile: DeviceProfile) -> str:

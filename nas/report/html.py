@@ -35,7 +35,7 @@ SCRIPT_NAME = "plotly.min.js"  # the name that plotly's own include_plotlyjs="di
 _JSON_ESCAPES = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 _NO_FILE_NAME = r"[^A-Za-z0-9._-]+"
-_PRIVATE_DETAILS = ("host", "hostname", "user", "username", "node", "serial")
+_PRIVATE_DETAILS = ("host", "hostname", "user", "username", "node", "serial", "device_name")
 
 
 def write_report(view: RunView, folder: Path) -> Path:

@@ -587,3 +587,5 @@ def test_a_name_that_is_no_address_is_refused(name: str, message: str) -> None:
 def test_addresses(name: str, destination: str, port: int | None) -> None:
     address = parse_address(name)
     assert (address.ssh.destination, address.ssh.port, address.runner) == (destination, port, "")
+    for options in ("", "?runner=trtexec", "?threads=4&python=~/venv/bin/python&config=/etc/mine"):
+        assert parse_address(name + options).name == name + options
