@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -17,10 +19,11 @@ from nas.core.units import format_duration, format_ms
 
 if TYPE_CHECKING:
     from nas.latency.table import LatencyTable
-    from nas.measure.fill import FillProgress
+    from nas.measure.fill import FillProgress, FillReport
     from nas.space.space import SearchSpace
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+SHOWN_ROWS = 10  # of those that failed; --json tells all
 
 
 @click.command(short_help="Fill the latency table of a device, for a space or a list of rows.")
@@ -40,7 +43,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 @click.option(
     "--engine-s",
     type=click.FloatRange(min=0, min_open=True),
-    help="With --how covering --dry-run: seconds that one network takes on the device, built and measured.",
+    help="With --how covering --dry-run: seconds that one network takes there, builds included.",
 )
 @click.option("--again", is_flag=True, help="Also rows that failed or were disturbed; alone: those of the table.")
 @click.option("--dry-run", is_flag=True, help="Only say what is missing and about how long it takes.")
@@ -78,7 +81,10 @@ def command(
         if not (folder / "device.json").exists():
             raise UsageError(f"{folder}: no table here whose rows could be measured again. Give --space NAME")
         rows = tuple(LatencyTable.open(folder, target.profile).rows)
-    layers, weight_mb = _layers(space, rows, classes, precision, target.profile.precisions)
+    offered = target.profile.precisions
+    if how == "covering" and dry_run and precision:  # how many networks there are depends on no device
+        offered = tuple(dict.fromkeys([*offered, *precision]))
+    layers, weight_mb = _layers(space, rows, classes, precision, offered)
     keys = list(dict.fromkeys(layer.key for layer in layers))
     is_new = not (folder / "device.json").exists()
     missing = keys
@@ -90,7 +96,7 @@ def command(
     document = {"table": str(folder), "device": target.profile, "rows": len(keys), "missing": missing}
     console.say(f"table {folder}: {len(keys) - len(missing)} of {len(keys)} rows are there")
     if how == "covering":
-        loaded = _space(str(space), classes, precision, target.profile.precisions)
+        loaded = _space(str(space), classes, precision, offered)
         if dry_run:
             _covering_plan(console, document, loaded, missing, engine_s)
             return
@@ -101,13 +107,18 @@ def command(
         console.say(f"{len(missing)} rows to measure, {about}")
         console.result({**document, "about_s": about_s})
         return
+    options: list[str] = []
     with console.reporter() as reporter:
         measure_streaming(opened, target, weight_mb, progress=_shown(reporter))
         if how == "covering":
             report = fill_covering(opened, target, loaded, layers, again=again, progress=_shown(reporter))
+            options = ["--space", str(space), "--classes", str(classes)]
+            options += [part for p in precision for part in ("--precision", p)]
+            options += ["--device", device, "--table", str(folder)]
+            report = replace(report, again=shlex.join(["nas", "measure", "--again", "--how", "covering", *options]))
         else:
             report = fill(opened, target, layers, again=again, progress=_shown(reporter))
-    for line in (*report.warnings, *filter(None, [mixed_ways(tuple(opened.rows.values()))])):
+    for line in (*report.warnings, *_alone(report, options), *filter(None, [mixed_ways(tuple(opened.rows.values()))])):
         console.warn(line)
     console.say(f"measured {report.measured} rows in {format_duration(report.seconds)}, {len(report.failed)} failed")
     _summary(console, opened, layers)
@@ -173,15 +184,26 @@ def _covering_plan(
 
     plan = covering_plan(space, missing)
     console.say(
-        f"{plan.rows} rows to measure in {len(plan.networks)} covering networks, each an engine of its own (no choice "
-        f"of networks needs fewer than {plan.least})"
+        f"{plan.rows} rows to measure in {len(plan.networks)} covering networks; no choice of networks needs fewer "
+        f"than {plan.least}. Where engines are built, each has three: two are measured, one is profiled"
     )
     if engine_s is None:
-        console.say("give --engine-s SECONDS, what one network takes on the device, for the hours of all")
+        console.say("give --engine-s SECONDS, what one network takes there, builds included, for the hours of all")
     else:
         console.say(f"{plan.hours(engine_s):.1f} hours at {engine_s:g} s for each")
     hours = None if engine_s is None else plan.hours(engine_s)
     console.result({**document, "networks": len(plan.networks), "least_networks": plan.least, "hours": hours})
+
+
+def _alone(report: FillReport, options: Sequence[str]) -> Iterator[str]:
+    """What to do about rows that no covering network gives; they are missing, so the other way measures just them."""
+    if report.failed and options:
+        names = "\n  ".join(key for key, _ in report.failed[:SHOWN_ROWS])
+        more = len(report.failed) - SHOWN_ROWS
+        yield (
+            f"no covering network gives these rows:\n  {names}{f' and {more} more' if more > 0 else ''}\n"
+            f"Measure what is missing row by row: {shlex.join(['nas', 'measure', '--how', 'isolated', *options])}"
+        )
 
 
 def _shown(reporter: Reporter) -> Callable[[FillProgress], None]:

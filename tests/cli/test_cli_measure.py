@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from nas.cli.main import run
+from nas.devices.base import Device
+from nas.latency.table import LatencyTable
+from nas.measure.fill import FillReport, fill
 
 ROW = "ir|in=8x4x4|out=8x4x4|k=3|s=1|e=16|se=0|act=relu|fp32"
 HEAD = "head|in=8x4x4|out=4x1x1|e=0|h=0|act=relu|fp32"
@@ -96,6 +99,36 @@ def test_the_number_of_covering_networks_is_told_and_hours_only_for_a_time_that_
     assert f"rows to measure in {first['networks']} covering networks" in said
     assert "give --engine-s SECONDS" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_covering_networks_are_counted_for_precisions_that_this_device_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    both = ["--precision", "fp16", "--precision", "int8"]
+    args = ["measure", "--space", "jetson-64", *both, "--how", "covering"]
+    assert run([*args, "--dry-run", "--engine-s", "60", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["rows"], told["networks"], told["hours"]) == (550, 192, pytest.approx(3.2))
+    assert run(args) == 2
+    assert "--precision fp16: this device offers fp32" in capsys.readouterr().err
+
+
+def test_rows_that_no_covering_network_gives_are_named_with_the_command_that_measures_them_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def filled(table: LatencyTable, device: Device, *_: object, **__: object) -> FillReport:
+        fill(table, device, [])
+        return FillReport(20, tuple((f"row{i}", "no kernel") for i in range(12)), ("row13",), None, 1.0, "?")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nas.measure.covering.fill_covering", filled)
+    monkeypatch.setattr("nas.measure.fill.measure_streaming", lambda *_, **__: None)
+    assert run(["measure", "--space", "tiny-32", "--precision", "fp32", "--how", "covering", "--table", "t"]) == 0
+    said = capsys.readouterr().err
+    options = "--space tiny-32 --classes 10 --precision fp32 --device cpu --table t"
+    assert f"nas measure --how isolated {options}\n" in said and "  row9 and 2 more\n" in said
+    assert f"measure them again with: nas measure --again --how covering {options}\n" in said
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,21 @@ def test_the_table_says_what_the_file_holds(name: str) -> None:
 def test_as_few_networks_cover_all_rows_as_the_table_says(name: str) -> None:
     space = load_space(FOLDER / f"{name}.yaml", 10, ("fp32",))
     assert str(len(covering_plan(space).networks)) == ROWS[name][-1]
+
+
+def test_the_hours_in_the_readme_are_those_of_the_spaces_as_they_are_shipped() -> None:
+    told = " ".join(README.split()).partition("It would be")[2].partition(". A search")[0]
+    hours = {
+        name: float(found[1])
+        for found in re.finditer(r"(\d+\.\d) (?:hours )?for ((?:(?!\d+\.\d ).)*)", told)
+        for name in re.findall(r"[\w-]+", found[2])
+    }
+    for name in NAMES:
+        space = load_space(FOLDER / f"{name}.yaml", int(ROWS[name][1]))
+        assert space.precisions == (("fp16", "int8") if name == "jetson-64" else ("fp32", "int8"))
+        networks = least_networks(space, {layer.key for layer in space.layers()})
+        assert networks == 2 * int(ROWS[name][-1].replace(",", ""))
+        assert hours[name] == round(networks * 60 / 3600, 1)
 
 
 def test_the_small_space_stays_small_enough_for_the_first_run() -> None:
