@@ -37,6 +37,7 @@ from nas.export.package import (
     read_artefact,
     verify_package,
 )
+from nas.latency.fitting import fit_correction
 from nas.latency.lines import NetworkForm, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.fill import WAIT_S, open_session, state_check
@@ -149,6 +150,7 @@ def deploy(
         measure_networks(
             table, device, [known], form=form, progress=lambda p: progress("feedback", p.done), wait_s=wait_s
         )
+    _correct(table, wait_s)
     paths = tuple(path_latency(m, k, share) for m, k, share in zip(measurements, exits, shares.values(), strict=True))
     medians = median_figures(measurements, paths)
     kind = of or manifest.budget_of
@@ -189,6 +191,14 @@ def deploy(
         key,
         measurements[-1].transfer_ms,
     )
+
+
+def _correct(table: LatencyTable, wait_s: float) -> None:
+    """Fits the table's correction to all of its networks, so that the next estimate knows the one that was deployed."""
+    with table.writing(wait_s):
+        fitted = fit_correction(table)
+        if fitted.fits:  # none where the table lacks the rows of every network
+            table.save_correction(fitted.correction)
 
 
 def check_runtime(package: Package, profile: DeviceProfile) -> None:

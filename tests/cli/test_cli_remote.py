@@ -1,4 +1,4 @@
-"""The whole way over a real OpenSSH server: rows, a search and its package are measured by another user's agent."""
+"""The whole way over a real OpenSSH server: rows, a search, its package on the board, and what that teaches the table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from nas.cli.main import run
+from nas.latency.estimate import Estimator
+from nas.latency.fitting import fit_again
+from nas.latency.table import LatencyTable
 from nas.testing import SshServer, requires_openssh
 
 
-def test_measure_search_and_bench_over_ssh(tiny_experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_measure_search_deploy_and_feedback_over_ssh(tiny_experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with SshServer(requires_openssh()) as server:
         name = server.device_name()
         assert run(["measure", "--space", "space.yaml", "--classes", "6", "--device", name, "--json"]) == 0
@@ -29,9 +32,21 @@ def test_measure_search_and_bench_over_ssh(tiny_experiment: Path, capsys: pytest
         rows = (table / "rows.jsonl").read_text()
         assert len(rows.splitlines()) >= measured["rows"] and '"clock":"thread_cpu"' in rows
 
-        assert run(["bench", str(package), "--device", name, "--json", "--budget-ms", "1s"]) == 0
-        bench = json.loads(capsys.readouterr().out)
-        assert bench["keeps_budget"] and bench["device"]["name"] == measured["device"]["name"]
+        before = LatencyTable.read(table)
+        assert run(["deploy", str(package), "--device", name, "--json", "--budget-ms", "1s"]) == 0
+        deployed = json.loads(capsys.readouterr().out)
+        assert deployed["verdict"] == "good" and deployed["device"]["name"] == measured["device"]["name"]
+        assert [(s["script"], s["code"]) for s in deployed["scripts"]] == [("parity.py", 0), ("bench.py", 0)]
+        assert Path(deployed["table"]) == table and deployed["stored"] not in before.networks
+        taught = LatencyTable.read(table)
+        network = taught.networks[deployed["stored"]]
+        correction = taught.correction()
+        assert correction is not None
+        assert deployed["stored"] in {n.key for fit in correction.fits for n in fit.networks}
+        plain = Estimator(before).estimate(network.candidate)
+        corrected = Estimator(taught, fit_again(taught, correction)).estimate(network.candidate)
+        off = [abs(e.worst_ms - network.measurement.latency_ms) for e in (plain, corrected)]
+        assert off[1] < off[0], "the next estimate does not use what was deployed"
 
         assert run(["bench", str(package), "--device", "ssh:board?config=/nowhere"]) == 4
         assert "ssh does not accept its configuration" in capsys.readouterr().err
