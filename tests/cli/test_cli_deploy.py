@@ -8,18 +8,20 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nas.cli.main import run
-from nas.core.errors import DeviceError
+from nas.core.errors import DeviceError, NasError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
-from nas.devices import open_device
+from nas.devices import board, open_device
 from nas.devices.address import parse_address
-from nas.devices.agent import packed_agent
+from nas.devices.agent import AgentFile, pack, packed_agent
 from nas.devices.base import MeasureJob
 from nas.devices.folders import send_folder
+from nas.devices.remote import SLOW_START, RemoteDevice
 from nas.devices.ssh import Ssh
 from nas.export.dialect import ORT, TRT_8_4, Dialect
 from nas.export.graph import random_weights
@@ -35,7 +37,7 @@ from nas.export.package import (
 )
 from nas.latency.lines import network_key
 from nas.latency.table import LatencyTable
-from nas.measure.deploy import deployed_candidate
+from nas.measure.deploy import Deployment, deployed_candidate, run_on_board
 from nas.testing import SshServer, requires_openssh
 
 STAGES = (StageConfig((BlockConfig(8, 16, 8),)), StageConfig((BlockConfig(8, 16, 16, stride=2),)))
@@ -43,7 +45,13 @@ CANDIDATE = Candidate(16, 4, StemConfig(8), STAGES, HeadConfig(), (ExitConfig(0,
 
 
 def made(
-    folder: Path, form: PackageForm = "if", dialect: Dialect = ORT, *, measured: bool = True, name: str = "small"
+    folder: Path,
+    form: PackageForm = "if",
+    dialect: Dialect = ORT,
+    *,
+    measured: bool = True,
+    name: str = "small",
+    agent: AgentFile | None = None,
 ) -> Path:
     """A package of a small network with one exit, random weights."""
     rng = np.random.default_rng(0)
@@ -58,7 +66,7 @@ def made(
         if measured
         else None,
         device.profile,
-        board_code=packed_agent().data,
+        board_code=(agent or packed_agent()).data,
     )
     export_package(folder / name, plan, random_weights(CANDIDATE, 0), None, images, instruments)
     return folder / name
@@ -273,3 +281,69 @@ class TestBoard:
     ) -> None:
         code, document, _ = deployed(package, "--no-copy", device=server.device_name(), table=tmp_path / "t")
         assert code == 0 and (document["folder"], document["scripts"]) == ("", [])
+
+
+@pytest.fixture(scope="module")
+def fake_tensorrt(tmp_path_factory: pytest.TempPathFactory) -> AgentFile:
+    """The program for a board with a stand-in for TensorRT's module: ONNX Runtime computes what it "builds"."""
+    folder = Path(shutil.copytree(Path(board.__file__).parent, tmp_path_factory.mktemp("agent") / "board"))
+    fake = Path(__file__).parents[1] / "export" / "fake_trt_engine.py.txt"
+    (folder / "trt_engine.py").write_text(fake.read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "cuda.py").write_text("def find_cuda():\n    return None\n", encoding="utf-8")
+    return pack(folder)
+
+
+@pytest.fixture
+def trt_package(fake_tensorrt: AgentFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A chain for TensorRT, while this version's program for boards is the one with the stand-in."""
+    for place in ("nas.devices.agent", "nas.devices.remote", "nas.measure.deploy"):
+        monkeypatch.setattr(f"{place}.packed_agent", lambda: fake_tensorrt)
+    quick = replace(SLOW_START, row_round_ms=20.0, network_round_ms=20.0, retries=0, wait_ms=0.0)
+    monkeypatch.setattr("nas.devices.remote.SLOW_START", quick)
+    return made(tmp_path, "segments", TRT_8_4, measured=False, name="chain", agent=fake_tensorrt)
+
+
+class TestBoardThatBuilds:
+    def test_engines_are_built_there_and_their_answers_checked_and_timed(
+        self, trt_package: Path, server: SshServer, tmp_path: Path, deployed: Callable[..., tuple[int, dict, str]]
+    ) -> None:
+        table, name = tmp_path / "board", server.device_name()
+        code, document, _ = deployed(trt_package, "--budget-ms", "1s", device=name, table=table)
+        assert code == 0 and document["verdict"] == "good", document
+        assert (document["device"]["runtime"], document["device"]["details"]["runner"]) == ("tensorrt", "tensorrt")
+        built, checked, timed = document["scripts"]
+        assert (built["script"], built["code"], built["told"]["built"]) == ("build_engine.py", 0, True)
+        assert checked["told"]["passed"] is True and checked["told"]["runtime"] == "tensorrt"
+        assert [p["exit_index"] for p in timed["told"]["paths"]] == [0, 1]
+        (place,) = (server.home / ".cache" / "nas-engines").iterdir()
+        assert {p.name for p in place.glob("*.engine")} == {"segment_0.engine", "segment_1.engine"}
+        assert not list((server.home / document["folder"]).glob("*.engine")), "an engine lies in the package"
+        assert document["stored"] in LatencyTable.read(table).networks
+
+    @pytest.mark.parametrize(
+        ("environment", "reason"),
+        [
+            ("FAKE_FAULT=refused", r"build_engine\.py: building segment_0\.onnx: no kernel for .* \(build_failed\)"),
+            ("FAKE_FAULT=killed", r"build_engine\.py: building segment_0\.onnx: .* \(killed\)"),
+            ("FAKE_TENSORRT=", r"build_engine\.py: .*cannot import tensorrt"),
+        ],
+    )
+    def test_what_keeps_the_board_from_building_is_told(
+        self, trt_package: Path, server: SshServer, environment: str, reason: str
+    ) -> None:
+        python = server.folder / f"python-{environment.replace('=', '-')}.sh"
+        python.write_text(f'#!/bin/sh\n{environment} exec {server.python} "$@"\n')
+        python.chmod(0o755)
+        package = verify_package(trt_package).package
+        nothing: Any = None  # of what was measured before, the scripts are told the deadline only
+        deployment = Deployment(
+            package, nothing, nothing, nothing, nothing, 0.0, None, "worst", "good", (), stored=environment
+        )
+        device = RemoteDevice(parse_address(server.device_name("&runner=onnxruntime", python=python)))
+        try:
+            device.ssh.run(["rm", "-rf", ".cache/nas-engines"])  # of other tests
+            with pytest.raises(NasError, match=reason) as raised:
+                run_on_board(deployment, device, "broken", lambda _: None)
+        finally:
+            device.close()
+        assert raised.value.exit_code == DeviceError.exit_code

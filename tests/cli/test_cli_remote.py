@@ -1,4 +1,4 @@
-"""The whole way over a real OpenSSH server: rows, a search, its package on the board, and what that teaches the table."""
+"""The whole way over a real OpenSSH server: rows, a search, its package there, and what that teaches the table."""
 
 from __future__ import annotations
 
