@@ -12,11 +12,12 @@ import re
 import socket
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from nas.cli.doctor import Check
+from nas.cli.doctor import Check, Level
 from nas.core.errors import NasError, StorageError, UsageError
 from nas.core.jsonio import to_plain
 
@@ -107,17 +108,23 @@ def capability_checks(state: Mapping[str, Any], runtime: str, version: str) -> I
     yield Check("board can do", "OK", f"{text}. {without}" if without else text, area="device")
 
 
-def runner_checks(runners: Sequence[Any]) -> Iterator[Check]:
-    """A line for each runtime on the board; one of them is enough."""
+def runner_checks(runners: Sequence[Any], by_hand: str) -> Iterator[Check]:
+    """A line for each runtime on the board; one of them is enough to measure, and packages need NumPy beside it."""
     usable = [r for r in runners if not r.missing]
     for runner in runners:
-        if runner.missing:
-            yield Check(
-                f"board {runner.name}", "OK" if usable else "FAIL", f"not there: {runner.missing}", "", "device"
-            )
-        else:
+        if not runner.missing:
             text = f"{runner.runtime} {runner.version}, {', '.join(runner.precisions)}"
             yield Check(f"board {runner.name}", "OK", text, area="device")
+            continue
+        is_numpy = "import numpy" in runner.missing
+        level: Level = "FAIL" if not usable else "WARN" if is_numpy else "OK"
+        package = "python3-numpy" if is_numpy else _PACKAGES.get(runner.name)
+        fix = "" if package is None else _command(f"sudo apt-get install {package}", by_hand)
+        text = f"not there: {runner.missing}" + ("; infer.py and parity.py of a package need NumPy" if is_numpy else "")
+        yield Check(f"board {runner.name}", level, text, fix, "device")
+
+
+_PACKAGES = {"tensorrt": "python3-libnvinfer"}  # of JetPack
 
 
 def change_checks(told: Mapping[str, Any], by_hand: str) -> Iterator[Check]:
@@ -127,6 +134,26 @@ def change_checks(told: Mapping[str, Any], by_hand: str) -> Iterator[Check]:
     notes = ". ".join(told["notes"])
     text = f"ran: {ran}. {notes}" + (f". The way back: {back}" if back else "")
     yield Check("board changed", "OK", text, area="device", details={"ran": told["ran"], "back": told["back"]})
+
+
+def check_bundle(path: Path) -> None:
+    """Refuses a place where no bundle can be written; asked before the checks, which take minutes on a board.
+
+    Raises:
+        UsageError: something is there already, the name does not end in .zip, or its folder is missing.
+    """
+    if path.suffix != ".zip":
+        raise UsageError(f"--bundle {path}: the archive is a .zip file; give such a name")
+    if path.exists():
+        raise UsageError(f"--bundle {path}: exists already, and is not overwritten; such as: --bundle {_free(path)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"--bundle {path}: {path.parent} is not a folder; give a place in one that is there")
+
+
+def _free(path: Path) -> Path:
+    """The first name like this one that is not taken."""
+    stem = re.sub(r"-\d+$", "", path.stem)
+    return next(p for i in count(2) if not (p := path.with_name(f"{stem}-{i}{path.suffix}")).exists())
 
 
 def write_bundle(path: Path, checks: Sequence[Check], device: str | None, error: BaseException | None = None) -> None:
@@ -139,11 +166,10 @@ def write_bundle(path: Path, checks: Sequence[Check], device: str | None, error:
         error: why the device could not be used.
 
     Raises:
-        UsageError: something is there already, or the name does not end in .zip.
+        UsageError: as from `check_bundle`.
         StorageError: it cannot be written.
     """
-    if path.suffix != ".zip":
-        raise UsageError(f"--bundle {path}: the archive is a .zip file; give such a name")
+    check_bundle(path)
     from nas.devices.agent import packed_agent
 
     content = {
@@ -168,7 +194,7 @@ def write_bundle(path: Path, checks: Sequence[Check], device: str | None, error:
     try:
         with open(path, "xb") as f:
             f.write(data.getvalue())
-    except FileExistsError as e:
+    except FileExistsError as e:  # made since it was looked for
         raise UsageError(f"--bundle {path}: exists already, and is not overwritten; give another name") from e
     except OSError as e:
         raise StorageError(f"--bundle {path}: cannot be written: {e.strerror or e}") from e

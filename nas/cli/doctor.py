@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import click
@@ -80,6 +81,10 @@ def command(
     """
     if (set_power_mode is not None or lock_clocks) and not (device or "").startswith("ssh:"):
         raise UsageError("--set-power-mode and --lock-clocks change a board; name it: --device ssh:USER@HOST")
+    if bundle is not None:
+        from nas.cli.boards import check_bundle, write_bundle
+
+        check_bundle(bundle)
     checks = []
     errors: list[Exception] = []
     for check in (
@@ -95,8 +100,6 @@ def command(
     counts = {level: sum(c.level == level for c in checks) for level in ("OK", "WARN", "FAIL")}
     console.say(", ".join(f"{count} {level}" for level, count in counts.items()))
     if bundle is not None:
-        from nas.cli.boards import write_bundle
-
         write_bundle(bundle, checks, device, errors[0] if errors else None)
         console.say(f"written: {bundle}; look into it before you send it")
     console.result({"checks": checks, "exit_code": code})
@@ -316,17 +319,23 @@ def _board_checks(board: Any, set_power_mode: str | None, lock_clocks: bool) -> 
         except NasError as e:
             yield Check("board changed", "FAIL", _reason(e), f"on the board itself: {by_hand}", "device")
     yield from boards.state_checks(board.state, by_hand)
-    yield from boards.runner_checks(board.runners)
+    yield from boards.runner_checks(board.runners, by_hand)
     yield from boards.capability_checks(board.state, board.profile.runtime, board.profile.runtime_version)
 
 
 def _inferences(device: Any, name: str) -> Iterator[Check]:
-    is_board = name.startswith("ssh:")
-    fix = "to get help: nas doctor --device NAME --bundle FILE.zip" if is_board else "make setup"
-    look = _check_board_inference if is_board else check_inference
+    look = _check_board_inference if name.startswith("ssh:") else check_inference
+    fix = _inference_fix(name)
     for precision in device.profile.precisions:
         yield _guarded(f"device {name} {precision}", "device", fix, partial(look, device, name, precision))
     yield _guarded(f"device {name} clock", "device", fix, partial(check_clock, device, name))
+
+
+def _inference_fix(name: str) -> str:
+    """What to do where a runtime fails: on a board nothing that is done on this machine mends it."""
+    return (
+        f"to get help: nas doctor --device {quote(name)} --bundle send.zip" if name.startswith("ssh:") else "make setup"
+    )
 
 
 def _check_board_inference(device: Any, name: str, precision: Any) -> Check:
@@ -341,7 +350,7 @@ def _check_board_inference(device: Any, name: str, precision: Any) -> Check:
         job = MeasureJob("doctor", "row", precision, _small_model(device, precision), total_macs(candidate))
         measured = device.measure([job])[0]
         if measured.latency_ms is None:
-            return Check(f"device {name} {precision}", "FAIL", str(measured.error), "", "device")
+            return Check(f"device {name} {precision}", "FAIL", str(measured.error), _inference_fix(name), "device")
         text = (
             f"a small network takes {format_ms(measured.latency_ms)}; its outputs could not be compared: {_reason(e)}"
         )
@@ -376,7 +385,7 @@ def check_inference(device: Any, name: str, precision: Any) -> Check:
     profile = device.profile
     title = f"device {name} {precision}"
     if not (np.isfinite(first).all() and np.array_equal(first, second) and np.ptp(first, axis=0).max() > 0):
-        return Check(title, "FAIL", "a small network gave wrong answers", "make setup", "device")
+        return Check(title, "FAIL", "a small network gave wrong answers", _inference_fix(name), "device")
     text = f"a small network runs on {profile.board}, {profile.runtime} {profile.runtime_version}"
     return Check(title, "OK", text, area="device", details={"device": profile.name})
 

@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_board.tools import install_board_tools, runner_in
 from fake_board.tree import NANO, ORIN_NANO_SUPER, FakeBoard, write_board
+from numpy.typing import NDArray
 
 from nas.cli.boards import capability_checks, change_checks, hidden, names_of, runner_checks, state_checks, write_bundle
-from nas.cli.doctor import Check
+from nas.cli.doctor import Check, check_inference
 from nas.cli.main import run
 from nas.core.errors import DeviceError, UsageError
 from nas.devices.board.power import change
 from nas.devices.board.state import read_state
 from nas.devices.remote import RemoteRunner
-from nas.testing import SshServer, requires_openssh
+from nas.testing import SimulatedDevice, SshServer, requires_openssh
 
 BY_HAND = "ssh -p 2222 me@jetson"
 
@@ -80,9 +82,27 @@ def test_what_the_board_can_do_stands_there_with_what_it_cannot(tmp_path: Path) 
 def test_one_runtime_is_enough_and_none_is_a_failure() -> None:
     missing = RemoteRunner("trtexec", "trtexec was not found")
     there = RemoteRunner("onnxruntime", "", "ort", "1.16.3", ("fp32", "int8"))
-    assert [c.level for c in runner_checks((missing, there))] == ["OK", "OK"]
-    [check] = runner_checks((missing,))
+    assert [c.level for c in runner_checks((missing, there), BY_HAND)] == ["OK", "OK"]
+    [check] = runner_checks((missing,), BY_HAND)
     assert (check.level, check.text) == ("FAIL", "not there: trtexec was not found")
+
+
+def test_numpy_that_is_missing_is_a_line_with_the_command() -> None:
+    trtexec = RemoteRunner("trtexec", "", "tensorrt", "8.2.1", ("fp32", "fp16"))
+    without = RemoteRunner("onnxruntime", "python3 on this board cannot import numpy: No module named 'numpy'")
+    check = next(c for c in runner_checks((trtexec, without), BY_HAND) if c.name == "board onnxruntime")
+    assert check.level == "WARN" and "parity.py of a package need NumPy" in check.text
+    assert check.fix == "ssh -p 2222 me@jetson -t 'sudo apt-get install python3-numpy'"
+
+
+def test_wrong_answers_of_a_board_ask_for_a_bundle_and_those_of_this_machine_for_a_setup() -> None:
+    class Constant(SimulatedDevice):
+        def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:  # noqa: ARG002
+            return [np.zeros((len(images), 4), np.float32)]
+
+    here, there = (check_inference(Constant(), name, "fp32") for name in ("cpu", "ssh:me@jetson"))
+    assert (here.level, here.fix) == ("FAIL", "make setup")
+    assert there.fix == "to get help: nas doctor --device ssh:me@jetson --bundle send.zip"
 
 
 def test_what_was_run_and_the_way_back_are_said(tmp_path: Path) -> None:
@@ -129,7 +149,23 @@ def test_a_bundle_overwrites_nothing_and_is_a_zip(tmp_path: Path) -> None:
         write_bundle(there, [Check("x", "OK", "")], None)
     with pytest.raises(UsageError, match=r"the archive is a \.zip file"):
         write_bundle(tmp_path / "x.tar", [], None)
+    with pytest.raises(UsageError, match=r"nowhere is not a folder"):
+        write_bundle(tmp_path / "nowhere" / "x.zip", [], None)
     assert there.read_bytes() == b""
+
+
+def test_a_place_for_the_bundle_is_looked_at_before_anything_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def opened(*_: object) -> Any:
+        raise AssertionError("the device was opened")
+
+    monkeypatch.setattr("nas.devices.open_device", opened)
+    for name in ("send.zip", "send-2.zip"):
+        (tmp_path / name).touch()
+    assert run(["doctor", "--device", "ssh:me@jetson", "--bundle", str(tmp_path / "send.zip")]) == 2
+    err = capsys.readouterr().err
+    assert f"exists already, and is not overwritten; such as: --bundle {tmp_path / 'send-3.zip'}" in err
 
 
 def test_a_bundle_keeps_the_state_of_the_board(tmp_path: Path) -> None:
