@@ -1,5 +1,8 @@
 """Several boards of one state as one Device: they share the work, and a lost board leaves its share to the others.
 
+Lost is also a board that came back in another state, as after a boot with unlocked clocks, and one that another program
+keeps busy: what the others measure holds all the same.
+
 A name joins them by commas: `ssh:me@nano1,ssh:me@nano2`. One table holds for all of them, so boards that differ in
 anything that a latency depends on are refused.
 """
@@ -18,6 +21,7 @@ from nas.core.errors import DeviceError, UsageError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.address import parse_address
 from nas.devices.base import CalmReport, Device, JobPrecision, LayerTime, MeasureJob, OnProgress, OnResult
+from nas.devices.link import RefusedRequestError
 from nas.devices.remote import RemoteDevice, same_state
 from nas.devices.ssh import RemoteError
 
@@ -81,6 +85,7 @@ class Boards:
                     + "\n  ".join(lines)
                     + "\nBring them into one state, or search on each with a table of its own (also_on)"
                 )
+        self._state = first
         self._boards = {name: board for name, board in zip(names, boards, strict=True)}
         self._lost: dict[str, str] = {}
         self._say = say
@@ -88,8 +93,9 @@ class Boards:
 
     @property
     def profile(self) -> DeviceProfile:
-        """State of the boards, as the first one that is left tells it."""
-        return next(iter((self._left or self._boards).values())).profile
+        """State of the boards, as the first one that is left in it tells it; else what it was."""
+        told = (board.profile for board in self._left.values())
+        return next((profile for profile in told if not same_state(self._state, profile)), self._state)
 
     def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
         """Told to every board."""
@@ -105,7 +111,9 @@ class Boards:
         for name, board in self._left.items():
             try:
                 return board.run(model, images)
-            except RemoteError as e:
+            except DeviceError as e:
+                if not _is_loss(e):
+                    raise
                 self._lose(name, e, len(self._left) - 1)
         raise RemoteError(_all_lost(self._lost))
 
@@ -114,7 +122,9 @@ class Boards:
         for name, board in self._left.items():
             try:
                 return board.layer_times(model, precision)  # type: ignore[attr-defined,no-any-return]  # a RemoteDevice
-            except RemoteError as e:
+            except DeviceError as e:
+                if not _is_loss(e):
+                    raise
                 self._lose(name, e, len(self._left) - 1)
         raise RemoteError(_all_lost(self._lost))
 
@@ -124,8 +134,7 @@ class Boards:
         """Measures jobs on all boards at once; see `Device.measure`. Both callbacks are called in the caller's thread.
 
         Raises:
-            RemoteError: the last board is lost.
-            DeviceError: a board is in another state than the others.
+            RemoteError: the last board is lost; the message has the reason of each.
         """
         results: dict[int, Measurement] = {}
         if not jobs:
@@ -152,7 +161,7 @@ class Boards:
                         on_result(results[event.index])
                 if event.is_end:
                     running -= 1
-                    if isinstance(event.error, RemoteError):
+                    if event.error is not None and _is_loss(event.error):
                         self._lose(event.board, event.error, running)
                     elif event.error is not None:
                         work.stop()
@@ -273,6 +282,12 @@ def _serve(name: str, board: Device, jobs: Sequence[MeasureJob], work: _Work, to
             work.done(len(taken), [i for i in taken if i not in finished])
             return
         work.done(len(taken))
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether an error is of one board only, so that the others can go on without it."""
+    cause = error if isinstance(error, RefusedRequestError) else error.__cause__  # `run` wraps what it was refused
+    return isinstance(error, RemoteError) or (isinstance(cause, RefusedRequestError) and cause.kind == "busy")
 
 
 def _all_lost(lost: dict[str, str]) -> str:

@@ -65,7 +65,7 @@ from nas.devices.protocol import (
     queueing_note,
     session_value,
 )
-from nas.devices.ssh import DiskFullError, LinkCutError, Ssh
+from nas.devices.ssh import DiskFullError, LinkCutError, Ssh, StateChangedError
 
 T = TypeVar("T")
 
@@ -222,7 +222,7 @@ class RemoteDevice:
 
         Raises:
             RemoteError: the board is lost; what was told to `on_result` before is sound.
-            DeviceError: the board is in another state than its profile.
+            StateChangedError: the board is in another state than its profile.
         """
         results: dict[int, Measurement] = {}
         highest = 0.0
@@ -538,7 +538,7 @@ class RemoteDevice:
         """Refuses a record that was not measured in the profile's state, or not for a reason of the model."""
         error = result["error"]
         if error is not None and error["kind"] == "state_changed":
-            raise DeviceError(f"{self._address.ssh.shown}: {error['message']}. Let it alone while it is measured")
+            raise StateChangedError(f"{self._address.ssh.shown}: {error['message']}. Let it alone while it is measured")
         if error is not None and error["kind"] == "disk_full":
             raise DiskFullError(f"{self._address.ssh.shown}: {error['message']}")
         self._compare(result["state"])
@@ -554,7 +554,7 @@ class RemoteDevice:
         self._state = {**self._state, **now, "power_mode": mode}
         if changed:
             lines = [f"{name}: it was {before.get(name)!r}, it is {now[name]!r}" for name in changed]
-            raise DeviceError(
+            raise StateChangedError(
                 f"{self._address.ssh.shown}: the board is in another state than when the work began:\n  "
                 + "\n  ".join(lines)
                 + "\nWhat was measured in it is not kept. Bring the board back into that state, or run the command "

@@ -78,6 +78,10 @@ class NoPythonError(RemoteError):
     """No usable python3 on the host."""
 
 
+class StateChangedError(RemoteError):
+    """The board is in another state than when the work began: booted, or another power mode or clocks."""
+
+
 class DiskFullError(RemoteError):
     """No space left on the host."""
 

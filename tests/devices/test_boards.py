@@ -16,7 +16,8 @@ from nas.core.records import DeviceProfile, Measurement
 from nas.devices import open_device
 from nas.devices.base import Device, MeasureJob, OnProgress, OnResult
 from nas.devices.boards import JOBS_AT_A_TIME, Boards
-from nas.devices.ssh import LinkCutError, RemoteError
+from nas.devices.link import RefusedRequestError
+from nas.devices.ssh import LinkCutError, RemoteError, StateChangedError
 from nas.testing import DEVICE_CONTRACT, SimulatedDevice, SshServer, mean_model, requires_openssh
 
 
@@ -122,13 +123,72 @@ def test_work_that_is_stopped_ends_on_all_boards_and_they_can_be_used_again() ->
     assert len(boards.measure(jobs(4))) == 4
 
 
-def test_an_error_that_is_no_loss_ends_the_work() -> None:
-    class Changed(Board):
-        def measure(self, *_: object) -> list[Measurement]:
-            raise DeviceError("the board is in another state")
+class Failing(Board):
+    """Works until it gave so many results; then its profile is another one, and it raises an error for ever."""
 
-    with pytest.raises(DeviceError, match="another state"):
-        Boards([Changed(), Board(pause_s=0.01)], ["a", "b"]).measure(jobs(30))
+    def __init__(self, error: DeviceError, after: int = 2) -> None:
+        super().__init__(lost_after=after, pause_s=0.002)
+        self._error = error
+
+    @property
+    def profile(self) -> DeviceProfile:
+        state = super().profile
+        return replace(state, clocks_locked=False) if len(self.measured) >= 2 else state
+
+    def measure(
+        self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
+    ) -> list[Measurement]:
+        try:
+            return super().measure(jobs, on_result, progress)
+        except LinkCutError:
+            raise self._error from None
+
+    def run(self, *_: object) -> list[NDArray[np.generic]]:
+        raise DeviceError("trtexec cannot run the model") from self._error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StateChangedError("the board is in another state than when the work began"),
+        RefusedRequestError("busy", "the board is used by another program"),
+    ],
+    ids=["booted with unlocked clocks", "busy"],
+)
+def test_a_board_in_another_state_or_busy_is_lost_while_another_is_left(error: DeviceError) -> None:
+    one, two = Failing(error), Board(pause_s=0.005)
+    said: list[str] = []
+    boards = Boards([one, two], ["a", "b"], said.append)
+    before = boards.profile
+
+    def take(_: Measurement) -> None:
+        assert boards.profile == before, "the table would be told that its device changed"
+
+    results = boards.measure(jobs(30), take)
+    assert [m.key for m in results] == [f"r{i}" for i in range(30)] and all(m.latency_ms for m in results)
+    assert said == [f"a is lost: {error}; the other one goes on with its share"]
+    with pytest.raises(RemoteError, match=r"every board is lost:\n  a: the board is (in another|used)"):
+        Boards([Failing(error)], ["a"]).measure(jobs(30))
+
+
+def test_a_busy_board_is_not_waited_for_by_a_run_but_a_model_that_is_refused_ends_it() -> None:
+    images = np.ones((1, 3, 8, 8), np.float32)
+    busy = RefusedRequestError("busy", "the board is used by another program")
+    assert np.allclose(Boards([Failing(busy), Board()], ["a", "b"]).run(mean_model(), images)[0], 2)
+    said: list[str] = []
+    refused = RefusedRequestError("build_failed", "no kernel")
+    with pytest.raises(DeviceError, match="trtexec cannot run the model"):
+        Boards([Failing(refused), Board()], ["a", "b"], said.append).run(mean_model(), images)
+    assert not said
+
+
+def test_an_error_that_is_no_loss_ends_the_work() -> None:
+    class Broken(Board):
+        def measure(self, *_: object) -> list[Measurement]:
+            raise DeviceError("the runtime is of another version")
+
+    with pytest.raises(DeviceError, match="another version"):
+        Boards([Broken(), Board(pause_s=0.01)], ["a", "b"]).measure(jobs(30))
 
 
 def test_a_board_that_is_lost_is_not_asked_to_run_models() -> None:
