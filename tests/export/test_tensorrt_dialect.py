@@ -349,6 +349,19 @@ def run_chain(segments: list, images: np.ndarray) -> tuple[np.ndarray, list[int]
     return np.stack(logits), exits
 
 
+@pytest.mark.parametrize("mix", [("bf16",), ("fp16", "bf16")])
+def test_what_the_host_carries_between_two_segments_is_of_a_type_that_numpy_has(mix: tuple[Precision, ...]) -> None:
+    base = wide_candidate("fp32").with_thresholds((0.3, 0.4))
+    candidate = base.with_precision([mix[i % len(mix)] for i in range(len(base.precisions))])
+    weights = folded_weights(settled(base, 3))
+    chain = [onnx.load_from_string(s.model) for s in segment_models(candidate, weights, MEAN, STD, dialect=TRT_10_13)]
+    for model in chain:
+        onnx.checker.check_model(model, full_check=True)
+        assert tensorrt_problems(model, TRT_10_13) == []
+    kinds = {v.type.tensor_type.elem_type for m in chain for v in (*m.graph.input, *m.graph.output)}
+    assert kinds <= {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}, "the feature map travels as bfloat16"
+
+
 CHAINS = [(0.2, 0.25), (0.3, 0.4), (0.5, 0.2), (2.0, 0.3), (0.3, 2.0), (2.0, 2.0), (0.3, 0.0), (0.0, 0.5), (1.0, 1.0)]
 
 
