@@ -53,6 +53,7 @@ def command(
     """
     from nas.devices import open_device
     from nas.devices.agent import packed_agent
+    from nas.devices.boards import unlocked_warning
     from nas.devices.remote import RemoteDevice
     from nas.export.package import check_scripts, verify_package
     from nas.latency.table import LatencyTable
@@ -67,6 +68,9 @@ def command(
         raise UsageError(f"--device {device}: a package is deployed on one board at a time")
     with console.reporter() as reporter:
         target = open_device(device, console.warn)
+        unlocked = unlocked_warning(target.profile, device)
+        if unlocked is not None:
+            console.warn(unlocked)
         if is_board and not no_copy:  # before anything is measured
             check_scripts(verify_package(package).package, packed_agent().data)
         opened = LatencyTable.open(table or Path("latency_tables") / target.profile.name, target.profile)

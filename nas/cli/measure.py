@@ -67,6 +67,7 @@ def command(
     A search fills the rows that it needs by itself; this fills a table beforehand, or on another machine.
     """
     from nas.devices import open_device
+    from nas.devices.boards import unlocked_warning
     from nas.latency.table import LatencyTable
     from nas.measure.covering import fill_covering, mixed_ways
     from nas.measure.fill import fill, measure_streaming, pace_of
@@ -76,6 +77,9 @@ def command(
     if engine_s is not None and not (how == "covering" and dry_run):
         raise UsageError("--engine-s goes with --how covering --dry-run")
     target = open_device(device, console.warn)
+    unlocked = unlocked_warning(target.profile, device)
+    if unlocked is not None:
+        console.warn(unlocked)
     folder = table or Path("latency_tables") / target.profile.name
     if again and space is None and not rows:
         if not (folder / "device.json").exists():

@@ -13,6 +13,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from shlex import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,9 @@ from nas.core.errors import DeviceError, UsageError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.address import parse_address
 from nas.devices.base import CalmReport, Device, JobPrecision, LayerTime, MeasureJob, OnProgress, OnResult
+from nas.devices.graphs import REFERENCE_CHANNELS, REFERENCE_SIZE, reference_model
 from nas.devices.link import RefusedRequestError
-from nas.devices.remote import RemoteDevice, same_state
+from nas.devices.remote import LOCK_CLOCKS, RemoteDevice, same_state
 from nas.devices.ssh import RemoteError
 
 _NEARLY_ALL = 0.99  # until all results are there
@@ -60,6 +62,45 @@ def open_boards(name: str, say: Callable[[str], None]) -> Device:
         raise
 
 
+def unlocked_warning(profile: DeviceProfile, name: str) -> str | None:
+    """What to tell before anything is measured on a board whose clocks are not locked; None for every other device.
+
+    Args:
+        profile: of the device.
+        name: under which it was opened.
+    """
+    command = profile.details.get(LOCK_CLOCKS)
+    if command is None:
+        return None
+    return (
+        f"{profile.name}: the clocks of the board are not locked, so times depend on what ran before, and hold for no "
+        f"table of locked clocks. First, on the board: {command}; or from here, where sudo -n is allowed there: nas "
+        f"doctor --device {quote(name)} --lock-clocks"
+    )
+
+
+def why_no_answers(device: Device) -> str:
+    """Why a board measures models but cannot give their outputs; empty for every device that can.
+
+    trtexec writes no exact outputs, so the Python module of TensorRT has to be there, too.
+    """
+    for board in device.boards if isinstance(device, Boards) else (device,):
+        if board.profile.details.get("runner") != "trtexec" or not isinstance(board, RemoteDevice):
+            continue
+        module = next((r for r in board.runners if r.name == "tensorrt"), None)
+        if module is not None and module.missing:
+            return module.missing
+        if module is None:  # only what was asked for is described: whether it is there shows when it is needed
+            shape = (1, REFERENCE_CHANNELS, REFERENCE_SIZE, REFERENCE_SIZE)
+            try:
+                board.run(reference_model(), np.zeros(shape, np.float32))
+            except RemoteError:
+                raise
+            except DeviceError as e:
+                return str(e)
+    return ""
+
+
 class Boards:
     """Devices in one state that share the work."""
 
@@ -90,6 +131,11 @@ class Boards:
         self._lost: dict[str, str] = {}
         self._say = say
         self._sequence = 0
+
+    @property
+    def boards(self) -> tuple[Device, ...]:
+        """Those that are left."""
+        return tuple(self._left.values())
 
     @property
     def profile(self) -> DeviceProfile:

@@ -69,6 +69,7 @@ from nas.devices.ssh import DiskFullError, LinkCutError, Ssh, StateChangedError
 
 T = TypeVar("T")
 
+LOCK_CLOCKS = "lock_clocks"  # in the details of a profile whose clocks are not locked: the command that does it there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between tries to connect again, doubled each time
 PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a board boots in about a minute
 RUN_LIMIT_S = 600.0  # of a few images; where an engine is built of the model before, see BUILD_LIMIT_S
@@ -647,6 +648,9 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
     on_processor = runner.runtime == "ort"
     offered = runner.precisions if can is None else can.offered(runner.precisions)
     names = [board, f"{runner.runtime}{runner.version}", f"{address.threads}t" if on_processor else str(mode)]
+    is_locked = state.get("clocks_locked")
+    if is_locked is not None:  # a table holds for one of both, so each has a folder
+        names.append("locked" if is_locked else "free")
     known = [f"{name}={state[name]}" for name in ("l4t", "cuda") if state.get(name)]
     return DeviceProfile(
         name=safe_name("_".join(names)),
@@ -666,6 +670,7 @@ def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message)
             "address": address.ssh.shown,
             "device_name": address.name,
             "runner": runner.name,
+            **({LOCK_CLOCKS: "sudo jetson_clocks"} if is_locked is False and state.get("soc") else {}),
             **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
         },
     )

@@ -144,7 +144,9 @@ class LatencyTable:
             raise DeviceError(
                 f"{folder} was measured in another device state:\n  "
                 + "\n  ".join(lines)
-                + "\nIts numbers do not hold here. Begin another table: nas search FILE --set run.tables=DIR,"
+                + "\nIts numbers do not hold here."
+                + way_back(stored.profile, profile)
+                + " Begin another table: nas search FILE --set run.tables=DIR,"
                 " or nas measure --space NAME --table DIR. A search may borrow its rows, and then says so:"
                 f" --set run.tables=DIR --allow-foreign-table {quote(str(folder))}"
             )
@@ -687,6 +689,26 @@ def state_differences(a: DeviceProfile, b: DeviceProfile) -> list[tuple[str, obj
 def difference_lines(stored: DeviceProfile, given: DeviceProfile) -> list[str]:
     """`field: the table has ..., this device has ...` for each field of the state that differs."""
     return [f"{f}: the table has {a!r}, this device has {b!r}" for f, a, b in state_differences(stored, given)]
+
+
+def way_back(stored: DeviceProfile, given: DeviceProfile) -> str:
+    """A sentence with the commands that bring a Jetson back into the state of its table; empty for other devices.
+
+    Args:
+        stored: state that the table holds for.
+        given: the device's state now.
+    """
+    differing = {name for name, *_ in state_differences(stored, given)}
+    if not differing & {"power_mode", "clocks_locked", "locked_mhz"} or not given.details.get("soc"):
+        return ""
+    steps = []
+    if "power_mode" in differing:
+        steps.append(f"sudo nvpmodel -m ID (the id of {stored.power_mode} in /etc/nvpmodel.conf)")
+    if stored.clocks_locked:
+        steps.append("sudo jetson_clocks")  # also after a change of the mode, which has clocks of its own
+    elif given.clocks_locked:
+        steps.append("boot it, which unlocks the clocks")
+    return f" To bring the board back into the state of the table, on it: {'; then '.join(steps)}." if steps else ""
 
 
 def deviation_ms(m: Measurement) -> float:

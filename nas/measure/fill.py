@@ -20,7 +20,7 @@ from nas.devices.protocol import SKIPPED_TACTICS, THROTTLED
 from nas.export.dialect import ORT, dialect_for
 from nas.export.graph import layer_model
 from nas.latency.lines import STREAMING_MB, streaming_key
-from nas.latency.table import LatencyTable, difference_lines
+from nas.latency.table import LatencyTable, difference_lines, way_back
 
 DRIFT_LIMIT = 0.05  # the reference network may be this much slower than before; then the machine is in another state
 ROWS_AT_A_TIME = 40  # rows whose graphs are kept in memory; measured interleaved, stored together
@@ -326,7 +326,8 @@ def state_check(table: LatencyTable, device: Device) -> Callable[[], None]:
                 f"{table.folder}: the device is in another state than its table:\n  "
                 + "\n  ".join(lines)
                 + "\nWhat was measured in it is not kept. Bring the device back into the state of the table, or begin "
-                "another table"
+                + "another table."
+                + way_back(table.profile, device.profile)
             )
 
     return check

@@ -12,6 +12,7 @@ from nas.core.records import Measurement
 from nas.core.run import PackageView, Point, RunView, StreamLatency
 from nas.devices.agent import packed_agent
 from nas.devices.base import Device, MeasureJob
+from nas.devices.boards import why_no_answers
 from nas.devices.onnxruntime_cpu import op_counts, run_model
 from nas.export.dialect import ORT, Dialect, dialect_for
 from nas.export.forms import Artefact, exits_form
@@ -108,7 +109,8 @@ def export_point(
 
 def _instruments(device: Device, context: Context, point: Point, dialect: Dialect, stream_images: int) -> Instruments:
     is_here = dialect is dialect_for(device.profile)
-    run = device.run if is_here else run_model  # ONNX Runtime computes the graphs of every dialect
+    # ONNX Runtime computes the graphs of every dialect
+    run = device.run if is_here and not why_no_answers(device) else run_model
 
     def accuracy(model: Artefact) -> ArtefactAccuracy:
         return measured_accuracy(

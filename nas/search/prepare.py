@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from nas.data import Dataset, load_dataset
 from nas.data.decode import read_image_file
 from nas.devices import open_device, usable_cores
 from nas.devices.base import Device
+from nas.devices.boards import unlocked_warning, why_no_answers
 from nas.devices.capability import WITHOUT
 from nas.export.dialect import dialect_for
 from nas.latency.table import LatencyTable
@@ -92,6 +93,8 @@ def load_inputs(
     else:
         further = list(others)
     _check_devices(experiment, (device, *further))
+    for line in _device_warnings(experiment, (device, *further)):
+        reporter.warn(line)
     for network in experiment.teacher.networks:
         given = network.settings.weights if network.settings.kind != "resnet" else None
         if given is not None and not Path(given).is_file():
@@ -135,6 +138,21 @@ def _check_devices(experiment: Experiment, devices: Sequence[Device]) -> None:
         other = seen.setdefault(device.profile.fingerprint, name)
         if other != name:
             raise ConfigError(f"also_on: {name!r} is the same device as {other!r}; leave it out")
+
+
+def _device_warnings(experiment: Experiment, devices: Sequence[Device]) -> Iterator[str]:
+    """What is to be known of the devices before hours of work on them."""
+    names = (experiment.device, *(other.device for other in experiment.also_on))
+    for name, device in zip(names, devices, strict=True):
+        unlocked = unlocked_warning(device.profile, name)
+        if unlocked is not None:
+            yield unlocked
+        why = why_no_answers(device)
+        if why:
+            yield (
+                f"{device.profile.name} measures, but gives no answers: {why}. The answers of packages are computed "
+                "with ONNX Runtime here; nas deploy and the scripts of a package need what is missing"
+            )
 
 
 def pipeline_times(inputs: Inputs) -> PipelineTimes | None:

@@ -9,6 +9,7 @@ import pytest
 
 from nas.core.errors import DeviceError
 from nas.devices.address import parse_address
+from nas.devices.boards import unlocked_warning
 from nas.devices.capability import BF16_OPSET, SILICON, capability_of, version_of
 from nas.devices.remote import RemoteRunner, remote_profile
 from nas.export.dialect import tensorrt_dialect
@@ -98,6 +99,20 @@ def test_a_profile_gives_the_reason_for_what_its_runtime_lacks_as_well(soc: str,
     assert "bf16" not in profile.precisions and profile.details["without_bf16"] == reason
     offered = {f"without_{p}" for p in profile.precisions}
     assert not offered & set(profile.details)
+
+
+def test_tables_of_locked_and_of_free_clocks_have_names_of_their_own_and_free_ones_a_warning() -> None:
+    address = parse_address("ssh:me@nx")
+    plain, locked, free = (
+        remote_profile(address, TENSORRT, {**state("tegra194"), "clocks_locked": are}) for are in (None, True, False)
+    )
+    assert (locked.name, free.name) == (f"{plain.name}_locked", f"{plain.name}_free")
+    assert unlocked_warning(plain, "ssh:me@nx") is None and unlocked_warning(locked, "ssh:me@nx") is None
+    warning = unlocked_warning(free, "ssh:me@nx")
+    assert warning is not None and "on the board: sudo jetson_clocks;" in warning
+    assert "nas doctor --device ssh:me@nx --lock-clocks" in warning
+    elsewhere = remote_profile(address, TENSORRT, {**state("tegra194"), "soc": None, "clocks_locked": False})
+    assert unlocked_warning(elsewhere, "ssh:me@nx") is None, "jetson_clocks is a program of Jetsons"
 
 
 def test_the_processor_of_a_board_is_not_bound_by_its_gpu() -> None:

@@ -30,6 +30,16 @@ from nas.measure.covering import fill_covering
 from nas.space.space import load_space
 from nas.testing import SshServer, mean_model, requires_openssh
 
+ONE_STAGE = """
+name: one-stage
+source: made up
+resolution: 16
+stem: {channels: 8, activation: relu}
+stages:
+  - {name: s1, width: 16, depth: 1, stride: 2, kernel_size: [3, 5], expansion: [2, 4], activation: relu}
+head: {conv_channels: 0, hidden_channels: 0, activation: relu}
+precision: {choices: [fp16], per: network}
+"""
 QUICK = replace(SLOW_START, row_round_ms=20.0, network_round_ms=20.0, retries=0, wait_ms=0.0)
 
 
@@ -226,17 +236,39 @@ def test_the_experiment_for_a_jetson_says_what_it_would_do_and_guesses_no_time_o
     assert not (tmp_path / "tables").exists()
 
 
+def test_a_search_on_a_board_with_trtexec_alone_ends_with_packages_and_says_what_is_missing(
+    server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nas.devices.remote.SLOW_START", QUICK)
+    device, program = board(server, "10.3")
+    device.close()
+    monkeypatch.chdir(tmp_path)
+    name = server.device_name(python=program.parent / "python")
+    Path("space.yaml").write_text(ONE_STAGE, encoding="utf-8")
+    Path("tiny.yaml").write_text(
+        f"space: space.yaml\ndevice: '{name}'\nbudget: {{ms: 100}}\n"
+        "data: {train_images: 120, val_images: 60, test_images: 60}\n"
+        "teacher: {epochs: 1, widths: [8, 16], blocks: 1, threads: 1}\n"
+        "distill: {epochs: 1, variants: 1, batch_size: 40, recalibration_images: 40, attention: 0}\n"
+        "search: {trials: 2, rounds: 1, batch: 2, workers: 1}\nsupernet: {steps: 3}\n"
+        "feedback: {first_networks: 0, networks_per_round: 0}\nfinish: {students: 1, calibration_images: 64}\n",
+        encoding="utf-8",
+    )
+    code = run(["search", "tiny.yaml"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert "measures, but gives no answers: the Python module tensorrt cannot be imported" in captured.err
+    assert "apt-get install python3-libnvinfer" in captured.err
+    (package,) = Path("runs/tiny/packages").iterdir()
+    manifest = json.loads((package / "manifest.json").read_text())
+    assert manifest["latency"]["device"]["details"]["runner"] == "trtexec" and manifest["accuracy"]["top1"] > 0
+
+
 def test_rows_are_filled_from_covering_networks_whose_layers_the_board_profiles(
     server: SshServer, tmp_path: Path
 ) -> None:
     path = tmp_path / "one-stage.yaml"
-    stage = "{name: s1, width: 16, depth: 1, stride: 2, kernel_size: [3, 5], expansion: [2, 4], activation: relu}"
-    path.write_text(
-        "name: one-stage\nsource: made up\nresolution: 16\nstem: {channels: 8, activation: relu}\n"
-        f"stages:\n  - {stage}\nhead: {{conv_channels: 0, hidden_channels: 0, activation: relu}}\n"
-        "precision: {choices: [fp16], per: network}\n",
-        encoding="utf-8",
-    )
+    path.write_text(ONE_STAGE, encoding="utf-8")
     space = load_space(path, 4)
     device, program = board(server, "10.3")
     try:

@@ -216,6 +216,31 @@ def test_a_table_of_another_state_is_refused_with_both_values(tmp_path: Path, fi
     assert "nas measure --space NAME --table DIR" in str(e.value)
 
 
+@pytest.mark.parametrize(
+    ("stored", "now", "steps"),
+    [
+        ({"clocks_locked": True}, {"clocks_locked": False}, "sudo jetson_clocks."),
+        ({"clocks_locked": False}, {"clocks_locked": True}, "boot it, which unlocks the clocks."),
+        (
+            {"power_mode": "MAXN", "clocks_locked": True},
+            {"power_mode": "15W", "clocks_locked": True},
+            "sudo nvpmodel -m ID (the id of MAXN in /etc/nvpmodel.conf); then sudo jetson_clocks.",
+        ),
+    ],
+)
+def test_the_commands_that_bring_a_jetson_back_into_the_state_of_its_table(
+    tmp_path: Path, stored: dict, now: dict, steps: str
+) -> None:
+    jetson = {"details": {"soc": "tegra194"}}
+    LatencyTable.open(tmp_path, profile(**stored, **jetson))
+    with pytest.raises(DeviceError) as e:
+        LatencyTable.open(tmp_path, profile(**now, **jetson))
+    assert f"To bring the board back into the state of the table, on it: {steps}" in str(e.value)
+    with pytest.raises(DeviceError) as e:
+        LatencyTable.open(tmp_path, profile(**now))
+    assert "on it:" not in str(e.value), "no Jetson"
+
+
 def test_what_does_not_change_the_state_is_not_compared(tmp_path: Path) -> None:
     LatencyTable.open(tmp_path, profile(details={"load_1min": "0.1"}))
     LatencyTable.open(tmp_path, profile(details={"load_1min": "5.0"}, name="renamed"))
