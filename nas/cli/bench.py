@@ -1,18 +1,18 @@
-"""`nas bench`: measures an exported package, or any ONNX classifier, by the protocol of the latency tables."""
+"""`nas bench`: a package, an ONNX classifier or a published network, measured by the protocol of the latency tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from nas.cli.options import Milliseconds, common_options
 from nas.cli.output import Console
 from nas.core.errors import BudgetError, DeviceError, UsageError
-from nas.core.records import LatencyFigures, Measurement
+from nas.core.records import LatencyFigures, Measurement, Precision
 from nas.core.run import LatencyKind, StreamLatency, latency_of
 from nas.core.units import format_ms
 
@@ -51,24 +51,46 @@ class Bench:
     metavar="RUN",
     help="Also time the test images of this run one by one, and compare with the expected latency.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    help="Of an .onnx file or a published network: what the runtime builds [fp32]; a package says its own.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where: cpu, cpu:N, tensorrt, ssh:USER@HOST.")
 @common_options
 @click.pass_obj
 def command(
-    console: Console, package: Path, budget_ms: float | None, of: LatencyKind | None, stream: Path | None, device: str
+    console: Console,
+    package: Path,
+    budget_ms: float | None,
+    of: LatencyKind | None,
+    stream: Path | None,
+    precision: Precision | None,
+    device: str,
 ) -> None:
     """Measures PACKAGE (a folder that `nas export` made, or an .onnx file) at batch 1.
+
+    PACKAGE may also be mobilenetv3-small-224 or mobilenetv3-large-224: the published network with random weights, whose
+    latency on many devices others have told.
 
     A package is checked first: its files against the manifest, and its answers to the images that it carries. Each exit
     is measured on its own; the expected latency weights them by the share of images that left there.
     """
     from nas.devices import open_device
+    from nas.devices.boards import unlocked_warning
     from nas.export.dialect import dialect_for
     from nas.measure.stream import stream_line, warn_if_off
 
+    if precision is not None and package.is_dir():
+        raise UsageError(f"--precision goes with an .onnx file or a published network; {package} has its own")
     target = open_device(device, console.warn)
+    if precision is not None and precision not in target.profile.precisions:
+        raise UsageError(f"--precision {precision}: this device offers {', '.join(target.profile.precisions)}")
+    unlocked = unlocked_warning(target.profile, device)
+    if unlocked is not None:
+        console.warn(unlocked)
     with console.reporter() as reporter:
-        measured = _bench(target, package, stream, lambda share: reporter.progress("measuring", share, 1.0))
+        measured = _bench(target, package, stream, precision, lambda share: reporter.progress("measuring", share, 1.0))
     figures = measured.figures
     kind = of or (measured.manifest.budget_of if measured.manifest is not None else "worst")
     console.say(f"{package} on {target.profile.name}, batch 1")
@@ -126,8 +148,8 @@ def _cells(path: PathLatency) -> tuple[str, ...]:
     return (*times, str(path.samples), "yes" if path.is_stable else "no")
 
 
-def _bench(device: Device, package: Path, run: Path | None, progress: Any) -> Bench:
-    """Measures a package or a file; with a run also a stream of its test images.
+def _bench(device: Device, package: Path, run: Path | None, precision: Precision | None, progress: Any) -> Bench:
+    """Measures a package, a file or a published network; with a run also a stream of a package's test images.
 
     Raises:
         UsageError: neither; or a package that is not whole or does not answer as it should.
@@ -138,13 +160,13 @@ def _bench(device: Device, package: Path, run: Path | None, progress: Any) -> Be
     from nas.export.forms import measured_figures, measured_paths, median_figures, path_shares
     from nas.export.manifest import path_latency
     from nas.export.package import read_artefact, verify_package
+    from nas.space.published import PUBLISHED
 
     def measure(models: Sequence[bytes]) -> Sequence[Measurement]:
         jobs = [MeasureJob(f"{package.name}#{i}", "network", label, model, 0) for i, model in enumerate(models)]
         return device.measure(jobs, progress=progress)
 
-    label: JobPrecision = "none"
-
+    label: JobPrecision = precision or "none"
     if package.is_file() and package.suffix == ".onnx":
         data = _read(package)
         checked_model(data, str(package))
@@ -162,8 +184,15 @@ def _bench(device: Device, package: Path, run: Path | None, progress: Any) -> Be
         shares = path_shares(manifest.candidate, manifest.form, manifest.accuracy.exit_shares)
         artefact = read_artefact(package, manifest)
         exits, measurements = measured_paths(manifest.candidate, manifest.form, artefact, measure)
+    elif str(package) in PUBLISHED:
+        label = precision or "fp32"
+        manifest, exits, shares = None, (0,), {0: 1.0}
+        measurements = list(measure([_published_model(str(package), precision or "fp32", device)]))
     else:
-        raise UsageError(f"{package}: neither a package folder nor an .onnx file. Packages are made by: nas export")
+        raise UsageError(
+            f"{package}: neither a package folder nor an .onnx file nor a published network ({', '.join(PUBLISHED)}). "
+            "Packages are made by: nas export"
+        )
     figures = measured_figures(measurements, tuple(shares.values()))
     paths = tuple(path_latency(m, k, shares[k]) for m, k in zip(measurements, exits, strict=True))
     stream = None
@@ -172,6 +201,18 @@ def _bench(device: Device, package: Path, run: Path | None, progress: Any) -> Be
             raise UsageError(f"{package}: --stream is for packages with early exits; this one has none")
         stream = _stream(device, package, manifest, paths, run)
     return Bench(figures, median_figures(measurements, paths), paths, manifest, stream)
+
+
+def _published_model(name: str, precision: Precision, device: Device) -> bytes:
+    """A published network with random weights, written for a device."""
+    from nas.export.dialect import dialect_for
+    from nas.export.graph import network_model, nominal_quant, random_weights
+    from nas.space.published import published_network
+
+    candidate = published_network(name).with_precision(precision)
+    quant = nominal_quant(candidate) if precision == "int8" else None
+    weights, dialect = random_weights(candidate, 0), dialect_for(device.profile)
+    return network_model(candidate, weights, (0.5,) * 3, (0.25,) * 3, quant=quant, dialect=dialect)
 
 
 def _stream(

@@ -78,6 +78,33 @@ def test_any_onnx_classifier_can_be_measured(package: Path, capsys: pytest.Captu
     assert "all layers" in capsys.readouterr().out
 
 
+def test_a_published_network_can_be_measured_in_a_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[tuple[str, int]] = []
+    device = open_device("cpu")
+
+    def once(jobs: Sequence[MeasureJob]) -> list[Measurement]:
+        asked.extend((j.precision, len(j.model)) for j in jobs)
+        return [Measurement(j.key, "network", j.precision, 1.0, ((1.0,),), (True,), "wall", "", 0) for j in jobs]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(device), "measure", lambda _, jobs, **__: once(jobs))
+        for options in ([], ["--precision", "int8"]):
+            assert run(["bench", "mobilenetv3-small-224", *options]) == 0
+    assert "mobilenetv3-small-224 on " in capsys.readouterr().out
+    (plain, floats), (label, integers) = asked
+    assert (plain, label) == ("fp32", "int8")
+    assert floats > 4 * 2_500_000 > 2 * integers, "weights of the published size, in bytes of each precision"
+
+
+def test_the_precision_is_that_of_a_file_and_one_that_the_device_has(
+    package: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", str(package / "model.onnx"), "--precision", "fp16"]) == 2
+    assert "--precision fp16: this device offers fp32, int8" in capsys.readouterr().err
+    assert run(["bench", str(package), "--precision", "fp32"]) == 2
+    assert "--precision goes with an .onnx file or a published network" in capsys.readouterr().err
+
+
 def test_a_changed_package_is_refused(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -94,7 +121,7 @@ def test_a_changed_package_is_refused(package: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nowhere", None, "nowhere: neither a package folder nor an .onnx file. Packages are made by: nas export"),
+        ("nowhere", None, "nowhere: neither a package folder nor an .onnx file nor a published network (mobile"),
         ("model.onnx", b"no model", "model.onnx: not an ONNX model"),
         ("empty.onnx", b"", "empty.onnx: empty file, not an ONNX model"),
     ],

@@ -118,6 +118,21 @@ def test_float_parts_of_int8_and_mixed_networks_are_built_in_half_precision(serv
     assert foreign.error is not None and "the file has no QuantizeLinear nodes" in foreign.error
 
 
+def test_a_file_and_a_published_network_are_built_in_the_precision_that_is_asked_for(
+    server: SshServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nas.devices.remote.SLOW_START", QUICK)
+    device, program = board(server, "8.5")
+    device.close()
+    (tmp_path / "a.onnx").write_bytes(mean_model())
+    for package in (str(tmp_path / "a.onnx"), "mobilenetv3-small-224"):
+        before = len(calls_of(program))
+        options = ["--device", server.device_name(python=program.parent / "python"), "--precision", "fp16"]
+        assert run(["bench", package, *options]) == 0
+        built = [call for call in calls_of(program)[before:] if any("--onnx" in x for x in call)]
+        assert built and all("--fp16" in call for call in built), package
+
+
 def test_an_engine_that_is_not_built_is_a_row_with_its_reason_and_the_next_is_measured(server: SshServer) -> None:
     device, _ = board(server, "8.5", ["build_failure"])
     try:

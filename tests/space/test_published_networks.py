@@ -11,62 +11,26 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import mobilenet_v3_large, mobilenet_v3_small
 
-from nas.core.records import BlockConfig, Candidate, HeadConfig, StageConfig, StemConfig
 from nas.core.walk import total_macs, total_params
 from nas.models.student import ConvUnit, Student, module_name
+from nas.space.published import PUBLISHED, published_network
 from nas.space.space import load_space
 
 SPACES = Path(__file__).parents[2] / "search_spaces"
-RELU, SWISH = "relu", "hard_swish"
-
-# Howard et al. 2019, Tables 1 and 2: kernel, expanded, out, squeeze-and-excitation, activation, stride
-LARGE = (
-    ((3, 16, 16, False, RELU, 1),),
-    ((3, 64, 24, False, RELU, 2), (3, 72, 24, False, RELU, 1)),
-    ((5, 72, 40, True, RELU, 2), (5, 120, 40, True, RELU, 1), (5, 120, 40, True, RELU, 1)),
-    (
-        (3, 240, 80, False, SWISH, 2),
-        (3, 200, 80, False, SWISH, 1),
-        (3, 184, 80, False, SWISH, 1),
-        (3, 184, 80, False, SWISH, 1),
-    ),
-    ((3, 480, 112, True, SWISH, 1), (3, 672, 112, True, SWISH, 1)),
-    ((5, 672, 160, True, SWISH, 2), (5, 960, 160, True, SWISH, 1), (5, 960, 160, True, SWISH, 1)),
-)
-SMALL = (
-    ((3, 16, 16, True, RELU, 2),),
-    ((3, 72, 24, False, RELU, 2), (3, 88, 24, False, RELU, 1)),
-    ((5, 96, 40, True, SWISH, 2), (5, 240, 40, True, SWISH, 1), (5, 240, 40, True, SWISH, 1)),
-    ((5, 120, 48, True, SWISH, 1), (5, 144, 48, True, SWISH, 1)),
-    ((5, 288, 96, True, SWISH, 2), (5, 576, 96, True, SWISH, 1), (5, 576, 96, True, SWISH, 1)),
-)
 
 
 @dataclass(frozen=True)
 class Published:
     space: str
-    stages: tuple[tuple[tuple[int, int, int, bool, str, int], ...], ...]
-    head: tuple[int, int]
     build: Callable[..., nn.Module]
     params: int  # as printed by torchvision's documentation of the weights
     macs_m: int  # Howard et al. 2019, Table 3: MAdds in millions
 
 
 CASES = [
-    Published("mobilenetv3-large-224", LARGE, (960, 1280), mobilenet_v3_large, 5_483_032, 219),
-    Published("mobilenetv3-small-224", SMALL, (576, 1024), mobilenet_v3_small, 2_542_856, 56),
+    Published("mobilenetv3-large-224", mobilenet_v3_large, 5_483_032, 219),
+    Published("mobilenetv3-small-224", mobilenet_v3_small, 2_542_856, 56),
 ]
-
-
-def candidate_of(published: Published) -> Candidate:
-    channels, stages = 16, []
-    for rows in published.stages:
-        blocks = []
-        for kernel, wide, out, se, activation, stride in rows:
-            blocks.append(BlockConfig(channels, wide, out, kernel, stride, se, activation))  # type: ignore[arg-type]
-            channels = out
-        stages.append(StageConfig(tuple(blocks)))
-    return Candidate(224, 1000, StemConfig(16), tuple(stages), HeadConfig(*published.head))
 
 
 def reference(published: Published) -> nn.Module:
@@ -122,10 +86,14 @@ def copy_weights(model: nn.Module, student: Student) -> None:
     assert next(norms, None) is None
 
 
+def test_every_published_network_is_compared() -> None:
+    assert set(PUBLISHED) == {case.space for case in CASES}
+
+
 @pytest.mark.parametrize("published", CASES, ids=lambda case: case.space)
 def test_the_space_contains_the_published_network(published: Published) -> None:
     space = load_space(SPACES / f"{published.space}.yaml", 1000)
-    candidate = candidate_of(published)
+    candidate = published_network(published.space)
     genotype = space.encode(candidate)
     assert space.decode(genotype) == candidate
     assert total_params(candidate) == published.params
@@ -135,7 +103,7 @@ def test_the_space_contains_the_published_network(published: Published) -> None:
 @pytest.mark.parametrize("published", CASES, ids=lambda case: case.space)
 def test_the_network_of_the_space_is_torchvisions(published: Published) -> None:
     space = load_space(SPACES / f"{published.space}.yaml", 1000)
-    candidate = space.decode(space.encode(candidate_of(published)))
+    candidate = space.decode(space.encode(published_network(published.space)))
     model = reference(published)
     assert total_params(candidate) == sum(p.numel() for p in model.parameters())
     assert total_macs(candidate) == counted_macs(model, 224)
