@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nas.cli.main import run
+from nas.core.records import DeviceProfile
 from nas.devices.base import Device
+from nas.devices.remote import LOCK_CLOCKS
 from nas.latency.table import LatencyTable
 from nas.measure.fill import FillReport, fill
+from nas.testing import SimulatedDevice
 
 ROW = "ir|in=8x4x4|out=8x4x4|k=3|s=1|e=16|se=0|act=relu|fp32"
 HEAD = "head|in=8x4x4|out=4x1x1|e=0|h=0|act=relu|fp32"
@@ -67,6 +71,20 @@ def test_wrong_options_are_refused_before_anything_is_measured(
     assert run(["measure", *args]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_clocks_that_are_not_locked_are_warned_about_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Unlocked(SimulatedDevice):
+        @property
+        def profile(self) -> DeviceProfile:
+            return replace(super().profile, clocks_locked=False, details={LOCK_CLOCKS: "sudo jetson_clocks"})
+
+    monkeypatch.setattr("nas.devices.open_device", lambda *_: Unlocked())
+    assert run(["measure", "--rows", ROW, "--dry-run", "--device", "ssh:me@nx"]) == 0
+    err = capsys.readouterr().err
+    assert "on the board: sudo jetson_clocks" in err and "nas doctor --device ssh:me@nx --lock-clocks" in err
 
 
 def test_a_table_of_another_device_is_refused_with_the_difference(

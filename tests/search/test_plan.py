@@ -15,6 +15,7 @@ from nas.core.errors import ConfigError, DeviceError, InterruptedRunError, RunMi
 from nas.core.records import DeviceProfile
 from nas.core.walk import expand, total_macs
 from nas.devices.base import MeasureJob
+from nas.devices.remote import LOCK_CLOCKS
 from nas.latency.interpolate import family_of
 from nas.measure.fill import Pace, fill, pace_of
 from nas.search.checked import key_paths
@@ -382,6 +383,23 @@ def test_why_a_precision_is_dropped_is_told(tmp_path: Path) -> None:
     notes = Notes()
     load_inputs(load_experiment(write_experiment(tmp_path)), notes, SaysWhy())
     assert notes.said == ["simulated-0 does not offer int8: dropped from the space (no int8 instructions)"]
+
+
+class Unlocked(SimulatedDevice):
+    """A board whose clocks are not locked."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        return replace(super().profile, clocks_locked=False, details={LOCK_CLOCKS: "sudo jetson_clocks"})
+
+
+def test_clocks_that_are_not_locked_are_warned_about_before_a_search(tmp_path: Path) -> None:
+    notes = Notes()
+    experiment = load_experiment(write_experiment(tmp_path))
+    load_inputs(experiment, notes, Unlocked())
+    (warning,) = [line for line in notes.warned if "not locked" in line]
+    assert "on the board: sudo jetson_clocks;" in warning
+    assert f"nas doctor --device {experiment.device} --lock-clocks" in warning
 
 
 def test_a_table_of_another_device_state_is_refused_with_what_differs(tmp_path: Path) -> None:
