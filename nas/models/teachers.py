@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nas.core.errors import ConfigError, RecordError, StorageError, did_you_mean
 from nas.models.hooks import hooked
 
+AUXILIARY = ("googlenet", "inception_v3")  # have auxiliary classifiers, which only training uses
 STEM_MAP_PX = 28  # the stem halves the map until its side is at most this: once for 32 px, three times for 224 px
 
 
@@ -146,6 +147,41 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in content.items()}  # DataParallel's prefix
 
 
+def attention_layers(module: nn.Module) -> tuple[str, ...]:
+    """Names of the multi-head attentions of a model, first to last."""
+    return tuple(name for name, part in module.named_modules() if isinstance(part, nn.MultiheadAttention))
+
+
+def torchvision_attention(name: str) -> tuple[str, ...]:
+    """Names of the multi-head attentions of a torchvision model, first to last; no weights are made or read.
+
+    Raises:
+        ConfigError: no classification model of that name.
+    """
+    _check_name(name)
+    with torch.device("meta"):
+        return attention_layers(_built(name, 2))
+
+
+def _check_name(name: str) -> None:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise ConfigError(
+            f"teacher.name: torchvision has no classification model {name!r}{did_you_mean(name, known)}; "
+            f"for example resnet18, resnet50, efficientnet_b0, convnext_tiny"
+        )
+
+
+def _built(name: str, num_classes: int) -> nn.Module:
+    import torchvision
+
+    extra = {"aux_logits": False, "init_weights": False} if name in AUXILIARY else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    return model
+
+
 def torchvision_model(name: str, weights: Path, num_classes: int) -> nn.Module:
     """A torchvision classification model for `num_classes` classes with weights from a local file.
 
@@ -156,20 +192,11 @@ def torchvision_model(name: str, weights: Path, num_classes: int) -> nn.Module:
         RecordError: the weights belong to another model or other classes.
         StorageError: the weights cannot be read.
     """
-    import torchvision
-
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ConfigError(
-            f"teacher.name: torchvision has no classification model {name!r}{did_you_mean(name, known)}; "
-            f"for example resnet18, resnet50, efficientnet_b0, convnext_tiny"
-        )
+    _check_name(name)
     tensors = read_weights(weights)
-    # These two have auxiliary classifiers, which only training uses.
-    extra = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **extra)
+    model = _built(name, num_classes)
     wanted = model.state_dict()
-    if extra:
+    if name in AUXILIARY:
         tensors = {key: value for key, value in tensors.items() if not key.startswith(("aux1.", "aux2.", "AuxLogits."))}
     missing = [key for key in wanted if key not in tensors and not key.endswith("num_batches_tracked")]
     unknown = [key for key in tensors if key not in wanted]

@@ -113,10 +113,12 @@ class FeaturePairs:
     Fields:
         hints: adapted student map and teacher map, [B, C, H, W] each.
         attention: attention maps of student and teacher, [B, 1, H, W] each.
+        attention_maps: what each token of student and teacher attends to, [B, 1, N, N] each.
     """
 
     hints: tuple[tuple[Tensor, Tensor], ...] = ()
     attention: tuple[tuple[Tensor, Tensor], ...] = ()
+    attention_maps: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def attention_map_kd(student_map: Tensor, teacher_map: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ def student_loss(
         teacher_logits: [B, K], the same teacher for all exits.
         labels: [B].
         settings: temperature, alpha, label smoothing, and the weights of exits and of all further terms.
-        features: maps for hints and attention transfer, where these are on.
+        features: maps for hints, attention transfer and attention maps, where these are on.
     """
     head = outputs[-1].detach()
     losses = []
@@ -198,6 +200,7 @@ def student_loss(
         for weight, term, pairs in (
             (settings.hints, hint_loss, features.hints),
             (settings.attention, attention_loss, features.attention),
+            (settings.attention_maps, attention_map_kd, features.attention_maps),
         ):
             if pairs:
                 total = total + weight * torch.stack([term(s, t) for s, t in pairs]).mean()

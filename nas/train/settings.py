@@ -214,9 +214,14 @@ class DistillSettings:
             never exported, shall equal those of the teacher; 0: off. Students of their own only, not the supernet.
         attention: weight of attention transfer (Zagoruyko and Komodakis 2017): the student shall be active where the
             teacher is; 0: off. Students of their own only.
-        teacher_layers: layers of the teacher for these two, first to last, by their names in torch, such as ["layer2",
-            "layer4"]; the last is compared with the student's last stage, the others evenly before. Empty: the end of
-            every stage of the resnet; a torchvision teacher needs names.
+        attention_maps: weight of the last attention maps (Wang et al. 2020, MiniLM): what each place of the image
+            attends to in the student shall be what it attends to in the teacher, a vision transformer of torchvision.
+            Students without a block of attention have no such term; 0: off. Students of their own only, not the
+            supernet.
+        teacher_layers: layers of the teacher for these three, first to last, by their names in torch, such as
+            ["layer2", "layer4"]; the last is compared with the student's last stage, the others evenly before. Empty:
+            the end of every stage of the resnet; a torchvision teacher needs names. A multi-head attention among them
+            is the one for attention_maps; without it: the last one of the teacher.
         dist_inter: weight of the relations of DIST (Huang et al. 2022) between the classes of an image; the paper has 2
             for this and the next with `alpha` 0; 0: off.
         dist_intra: weight of its relations between the images of a class; 0: off.
@@ -249,6 +254,7 @@ class DistillSettings:
     recalibration_images: int = 1024
     hints: float = 0.0
     attention: float = 0.0
+    attention_maps: float = 0.0
     teacher_layers: tuple[str, ...] = ()
     dist_inter: float = 0.0
     dist_intra: float = 0.0
@@ -267,6 +273,7 @@ class DistillSettings:
         _above_zero(where, dist_temperature=self.dist_temperature, curriculum_start=self.curriculum_start)
         _share(where, curriculum=self.curriculum, curriculum_start=self.curriculum_start, mining=self.mining, upper=1.0)
         _not_negative(where, hints=self.hints, attention=self.attention, self_distillation=self.self_distillation)
+        _not_negative(where, attention_maps=self.attention_maps)
         _not_negative(where, dist_inter=self.dist_inter, dist_intra=self.dist_intra)
         if len(set(self.teacher_layers)) != len(self.teacher_layers):
             raise ConfigError(f"{where}.teacher_layers: each layer once, got {list(self.teacher_layers)}")
@@ -291,8 +298,9 @@ class DistillSettings:
 
     @property
     def feature_losses(self) -> tuple[str, ...]:
-        """Names of the losses that are on and need features of the teacher: `hints`, `attention`."""
-        return tuple(name for name, weight in (("hints", self.hints), ("attention", self.attention)) if weight)
+        """Names of the losses that are on and need features of the teacher: `hints`, `attention`, `attention_maps`."""
+        weights = {"hints": self.hints, "attention": self.attention, "attention_maps": self.attention_maps}
+        return tuple(name for name, weight in weights.items() if weight)
 
 
 def _at_least(where: str, least: int, **values: int) -> None:

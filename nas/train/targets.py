@@ -176,15 +176,20 @@ def make_targets(
     return Targets.open(folder)
 
 
-def with_logits(base: Targets, logits: Callable[[], np.ndarray], teacher: str) -> Targets:
+def with_logits(
+    base: Targets,
+    logits: Callable[[], np.ndarray],
+    teacher: str,
+    features: Mapping[str, Callable[[int], np.ndarray]] | None = None,
+) -> Targets:
     """The same images and labels with the answers of another teacher, beside `base`; from the cache where they are.
-
-    Features stay those of `base`.
 
     Args:
         base: from `make_targets`; its images take no space a second time where the file system links files.
         logits: gives float32 [V, N, K]; asked only where they are not in the cache.
         teacher: hash of everything that decides these answers.
+        features: of those of `base` that this teacher has too, by name: gives float16 [N, C, H, W] of a variant, asked
+            as the logits are. The others stay those of `base`.
 
     Raises:
         StorageError: the cache cannot be read or written.
@@ -201,8 +206,12 @@ def with_logits(base: Targets, logits: Callable[[], np.ndarray], teacher: str) -
                 )
             info = read_record(TargetsInfo, base.folder / "targets.json")
             with _new_folder(folder) as temporary:
-                for name in ("images.npy", "labels.npy", *feature_files(info)):
-                    _link(base.folder / name, temporary / name)
+                files = dict(zip(feature_files(info), info.features, strict=True))
+                for file in ("images.npy", "labels.npy", *files):
+                    if file in files and features is not None and files[file] in features:
+                        _write_variants(temporary / file, features[files[file]], len(found))
+                    else:
+                        _link(base.folder / file, temporary / file)
                 np.save(temporary / "logits.npy", found.astype(np.float32), allow_pickle=False)
                 write_record(temporary / "targets.json", replace(info, key=key, teacher=teacher))
     return Targets.open(folder)
@@ -225,6 +234,16 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             f"{folder}: cached targets cannot be written: {e.strerror or e}. Free space, or choose another cache: "
             "--set run.cache=DIR"
         ) from e
+
+
+def _write_variants(path: Path, of_variant: Callable[[int], np.ndarray], variants: int) -> None:
+    file: np.memmap | None = None
+    for v in range(variants):
+        part = of_variant(v)
+        if file is None:
+            file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(variants, *part.shape))
+            _take_space(path)
+        file[v] = part
 
 
 def _link(source: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from nas.data import Dataset, augmented
 from nas.data.records import Split
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.models.hooks import Hook, hooked
-from nas.models.teachers import ResNet, count_macs, torchvision_model
+from nas.models.teachers import ResNet, attention_layers, count_macs, torchvision_model
 from nas.train.compute import computes_bf16, device_of, training_device
 from nas.train.evaluate import normalised, threads, top1
 from nas.train.loop import (
@@ -89,9 +89,11 @@ class Teacher:
         resolution: side in pixels at which it sees the images.
         predict: uint8 [B, H, W, 3] at the data set's resolution to logits float32 [B, K].
         onnx: the network as ONNX bytes for measuring: raw pixels float32 [1, 3, R, R] to logits [1, K], R = resolution.
-        features: uint8 [B, H, W, 3] and names of layers to logits [B, K] and the layers' maps float32 [B, C, h, w] by
-            name; None where a teacher gives logits only.
+        features: uint8 [B, H, W, 3] and names of layers to logits [B, K] and by name the layers' maps float32
+            [B, C, h, w], or of a multi-head attention its probabilities [B, N, N], the mean over the heads; None where
+            a teacher gives logits only.
         feature_layers: names of the layers at the end of its stages; empty where they are not known.
+        attention_layers: names of its multi-head attentions, first to last.
         members: of several that teach together, each network; empty for one.
         contributors: where there is more than one network, a line for each that taught or was left out.
     """
@@ -109,6 +111,7 @@ class Teacher:
     onnx: Callable[[], bytes]
     features: FeatureReader | None = None
     feature_layers: tuple[str, ...] = ()
+    attention_layers: tuple[str, ...] = ()
     members: tuple[Teacher, ...] = ()
     contributors: tuple[str, ...] = ()
 
@@ -133,6 +136,7 @@ class _Model:
     epochs: tuple[EpochRecord, ...] = ()
     features: FeatureReader | None = None
     feature_layers: tuple[str, ...] = ()
+    attention_layers: tuple[str, ...] = ()
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -206,6 +210,7 @@ def prepare_teacher(
         model.onnx,
         model.features,
         model.feature_layers,
+        model.attention_layers,
     )
 
 
@@ -282,8 +287,11 @@ def _feature_reader(module: nn.Module, forward: Callable[[np.ndarray], np.ndarra
         found: dict[str, np.ndarray] = {}
 
         def keeper(name: str) -> Hook:
-            def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-                if not isinstance(output, Tensor) or output.ndim != 4:
+            def keep(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                if isinstance(part, nn.MultiheadAttention):
+                    # What it gave came from a fused kernel that keeps no probabilities; `forward` calls no hooks.
+                    output = part.forward(*inputs, need_weights=True)[1]
+                elif not isinstance(output, Tensor) or output.ndim != 4:
                     raise ConfigError(
                         f"distill.teacher_layers: {name!r} gives no maps [B, C, H, W]; name a layer of convolutions"
                     )
@@ -472,6 +480,7 @@ def _torchvision(
         sum(p.numel() for p in module.parameters()),
         macs,
         features=_feature_reader(module, forward),
+        attention_layers=attention_layers(module),
     )
 
 

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate
-from nas.models.student import Student
+from nas.models.student import Student, attention_maps
 from nas.train.compute import device_of, mixed_precision
 from nas.train.curriculum import distances, easy_ranks, images_of_epoch
 from nas.train.evaluate import recalibrate_bn, threads
-from nas.train.features import Adapters, needed_features, stage_maps
+from nas.train.features import Adapters, stage_maps, student_features
 from nas.train.feed import Feed
 from nas.train.loop import (
     EpochRecord,
@@ -132,7 +132,7 @@ class _Training:
 
     def __init__(self, student: Student, targets: Targets, settings: DistillSettings, seed: int) -> None:
         self.student, self.targets, self.settings, self.seed = student, targets, settings, seed
-        self.features = needed_features(targets.features, settings)
+        self.features = student_features(student, targets.features, settings)
         self.feed = Feed(targets, self.features, device_of(student))
         self.adapters = Adapters(student, self.features, seed).to(self.feed.device)
         groups = parameter_groups(nn.ModuleList([student, self.adapters]), settings.weight_decay)
@@ -171,11 +171,13 @@ class _Training:
 
         def forward(_step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
             batch = self.feed.batch(variant, index)
+            attended.clear()
             with mixed_precision(self.feed.device):
                 outputs = self.student(batch.images, settings.exit_gradient)
             outputs = [logits.float() for logits in outputs]
-            found = [m.float() for m in maps]
-            pairs = self.adapters.pairs(found, batch.features) if batch.features else None
+            pairs = None
+            if batch.features:
+                pairs = self.adapters.pairs([m.float() for m in maps], [m.float() for m in attended], batch.features)
             if settings.mining:
                 self.distance[np.sort(index)] = distances(outputs[-1], batch.logits, batch.labels)
             return student_loss(outputs, batch.logits, batch.labels, settings, pairs), outputs[-1], batch.labels
@@ -183,7 +185,10 @@ class _Training:
         def average(step: int) -> None:
             _update_average(self.average, self.student, settings.ema, first + step)
 
-        with stage_maps(self.student) if self.features else nullcontext([]) as maps:
+        with (
+            stage_maps(self.student) if self.features else nullcontext([]) as maps,
+            attention_maps(self.student) if self.features else nullcontext([]) as attended,
+        ):
             return one_pass(
                 self._batches(epoch),
                 forward,
