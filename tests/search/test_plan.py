@@ -230,6 +230,7 @@ MATTERS = {
     "distill.warmup=0.2 distill.temperature=2.0 distill.alpha=0.5 distill.exit_weights=[0.1] "
     "distill.label_smoothing=0.1 distill.clip_norm=1.0 distill.ema=0.9 distill.variants=3 "
     "distill.recalibration_images=21 distill.assistants=1 distill.hints=1.0 distill.attention=1.0 "
+    "distill.attention_maps=1.0 "
     "distill.teacher_layers=[stem] distill.dist_inter=2.0 distill.dist_intra=2.0 distill.dist_temperature=4.0 "
     "distill.self_distillation=0.5 distill.curriculum=0.5 distill.curriculum_start=0.5 distill.mining=0.3 "
     "distill.exit_gradient=0.5",
