@@ -226,8 +226,8 @@ def pooled_attention(maps: Tensor, side: int) -> Tensor:
         token = torch.arange(tokens, device=maps.device, dtype=maps.dtype)
         ends, starts = torch.minimum(edges[1:, None], token + 1), torch.maximum(edges[:-1, None], token)
         shares = (ends - starts).clamp_min(0)
-        keys = torch.kron(shares, shares)
-        maps = (keys / keys.sum(1, keepdim=True)) @ maps @ keys.T
+        cells = torch.kron(shares, shares)
+        maps = cells @ maps @ cells.T  # cells are of one size, so the division by sums makes means of the queries
     return maps / maps.sum(-1, keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
 

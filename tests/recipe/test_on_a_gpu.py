@@ -18,6 +18,7 @@ from test_supernet_scorer import _space, _targets
 from torch import Tensor, nn
 
 from nas.core.jsonio import read_record, write_record
+from nas.core.records import BlockConfig, Candidate, HeadConfig, StageConfig, StemConfig
 from nas.data import Dataset, DataSettings, load_dataset
 from nas.recipe import context as context_module
 from nas.recipe import supernet as supernet_module
@@ -29,8 +30,10 @@ from nas.recipe.supernet import train_supernet
 from nas.train import feed
 from nas.train import teacher as teacher_module
 from nas.train.compute import CPU, device_of
+from nas.train.features import ATTENTION_MAPS
 from nas.train.settings import Accelerator, DistillSettings, TeacherSettings
 from nas.train.teacher import prepare_teacher
+from nas.train.trainer import new_student, train_student
 
 META = torch.device("meta")
 
@@ -118,6 +121,17 @@ def test_a_standalone_score_goes_on_from_a_checkpoint(precisions: Any, context_f
             )
         )  # fmt: skip
         assert len(found.top1) == 2
+
+
+def test_attention_maps_are_compared_where_the_student_is(context_file: Path) -> None:
+    blocks = (BlockConfig(4, 8, 32, 3, 2, kind="attention"),)
+    hybrid = Candidate(16, 10, StemConfig(4), (StageConfig(blocks),), HeadConfig())
+    maps = {f"{ATTENTION_MAPS}last": np.full((2, 64, 1, 9, 9), 1 / 9, np.float16)}  # on another grid than the student's
+    targets = replace(context_module.open_context(str(context_file), 16).targets, features=maps)
+    student = new_student(hybrid, SEED).to(META)
+    done = train_student(student, targets, replace(DISTILL, attention_maps=1.0), seed=SEED)
+    assert len(done.epochs) == DISTILL.epochs
+    assert device_of(student) == META
 
 
 def test_shared_weights_are_trained_and_copied_to_a_student(tmp_path: Path) -> None:
