@@ -304,7 +304,9 @@ def table_changes(correction: Correction) -> tuple[TableChange, ...]:
 def _fit_label(table: LatencyTable, label: str, networks: Sequence[MeasuredNetwork]) -> LabelFit:
     networks = sorted(networks, key=lambda n: n.measurement.sequence)[-MOST_NETWORKS:]
     precisions = get_args(Precision) if label == MIXED else (label,)
-    further = {x.group for network in networks for x in layers_of(network)}.difference(LAYER_GROUPS)
+    # Of the table too: a group that no measured network contains is estimated by what all groups have in common.
+    further = {layer_of_key(key).group for key in (*table.rows, *table.interpolated)}
+    further = (further | {x.group for network in networks for x in layers_of(network)}).difference(LAYER_GROUPS)
     layer_groups = (*LAYER_GROUPS, *sorted(further))
     names = (CALL, *(f"{group} {p}" for p, group in product(precisions, layer_groups)), STREAMING)
     groups = {name: i for i, name in enumerate(names)}

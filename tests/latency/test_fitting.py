@@ -13,7 +13,7 @@ from latency_examples import add_streaming, candidate, filled, measured, network
 
 from nas.core.errors import MissingRowError, RecordError
 from nas.core.jsonio import read_record, write_record
-from nas.core.records import Candidate, LayerSpec, Precision
+from nas.core.records import BlockConfig, Candidate, LayerSpec, Precision, StageConfig
 from nas.core.walk import expand
 from nas.latency import fitting
 from nas.latency.correction import Correction, Finding, NetworkEvidence, PrecisionFit
@@ -113,6 +113,18 @@ def test_more_networks_teach_which_operators_are_slower(tmp_path: Path) -> None:
     others = [v for key, v in factors.items() if layer_of_key(key).kind == "head"]
     assert np.mean(blocks) / np.mean(others) == pytest.approx(1.3, abs=0.2)
     assert max(map(abs, errors(table, fitted, [as_measured(new, truth(new, slow_blocks))]))) < 0.02
+
+
+def test_a_kind_of_block_that_no_measured_network_has_moves_with_all_others(tmp_path: Path) -> None:
+    *known, base = variants(13)
+    block = BlockConfig(base.stages[0].blocks[-1].out_channels, 96, 40, stride=2, kind="fused_inverted_residual")
+    new = replace(base, stages=(base.stages[0], StageConfig((block,))))
+    table = filled(tmp_path, [*known, new])
+    fitted = fit_correction(table, [as_measured(c, 1.2 * sum_ms(c)) for c in known])
+    estimate = Estimator(table, fitted).estimate(new)
+    assert estimate.worst_ms == pytest.approx(1.2 * sum_ms(new), rel=0.05)
+    plain = Estimator(table, fitted).estimate(base)
+    assert estimate.worst_std_ms / estimate.worst_ms > plain.worst_std_ms / plain.worst_ms, "less is known of it"
 
 
 def written_factors(table: LatencyTable, correction: Correction) -> list[Finding]:
