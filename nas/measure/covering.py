@@ -356,6 +356,7 @@ def fill_covering(
         drift,
         clock() - started,
         table.again,
+        tuple((key, table.rows[key].source) for key in found),
     )
 
 
@@ -389,6 +390,8 @@ def _rows(
             f"{COVERING}: median of {len(values)} in networks, the last {network.key}; {reformat:.4g} ms of it changes"
             f" of layout, profile {profile.total_ms:.4g} ms for {net_ms:.4g} ms"
         )
+        if network.source:  # why its rounds are marked
+            source = f"{source}; {network.source}"
         latency = statistics.median(values)
         rows.append(
             replace(

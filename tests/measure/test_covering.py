@@ -196,6 +196,24 @@ def test_a_network_that_was_disturbed_gives_rows_that_are_not_calm(tmp_path: Pat
     assert set(report.unstable) == {layer.key for layer in space.layers()}
 
 
+def test_why_a_network_was_disturbed_is_told_of_its_rows(tmp_path: Path) -> None:
+    class Throttled(Profiled):
+        def measure(self, jobs, on_result=None, progress=None):  # type: ignore[no-untyped-def]
+            def noted(m: Measurement) -> Measurement:
+                return replace(m, source="throttled in 3 of 3 rounds: oc3_event_cnt rose")
+
+            def take(m: Measurement) -> None:
+                if on_result is not None:
+                    on_result(noted(m))
+
+            return [noted(m) for m in super().measure(jobs, take, progress)]
+
+    space, device = small_space(tmp_path), Throttled(unstable=True)
+    report = fill_covering(prepared(tmp_path), device, space, space.layers(), write=device.write)
+    assert len(report.warnings) == 1 and "the board was slowed down" in report.warnings[0]
+    assert "oc3_event_cnt rose" in report.warnings[0]
+
+
 class Picky(Profiled):
     """Builds no network with one of these rows, and counts what it is asked for."""
 
