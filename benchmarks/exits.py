@@ -41,12 +41,11 @@ from nas.core.records import (
     StemConfig,
 )
 from nas.core.walk import exit_macs
-from nas.data import DataSettings, load_dataset
+from nas.data import DataSettings, evenly, load_dataset
 from nas.devices.base import MeasureJob, StreamJob
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.export.graph import forced_exit, network_model
 from nas.latency.exits import TAIL, ThresholdSetting, evaluate_thresholds, solve_for_loss, sweep
-from nas.measure.stream import evenly
 from nas.recipe.context import open_context, write_context
 from nas.recipe.finish import (
     FinishJob,

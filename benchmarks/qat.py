@@ -31,6 +31,7 @@ from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.jsonio import read_record, to_plain, write_record
 from nas.core.records import Candidate, ExitConfig
 from nas.core.walk import total_macs
+from nas.data import evenly
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT
 from nas.recipe.context import Context, open_context
@@ -113,7 +114,7 @@ def measured(bench: Bench, name: str, seed: int, images: int, settings: QatSetti
     finished = finish_student(FinishJob(candidate, bench.context, str(home), stop, e.distill, seed, images, ()))
     context = open_context(bench.context, candidate.resolution)
     weights, _ = load_finished(home)
-    quant = calibrated(candidate, weights, context.mean, context.std, context.sample[:images], run_model)
+    quant = calibrated(candidate, weights, context.mean, context.std, evenly(context.sample, images), run_model)
     int8 = candidate.with_precision("int8")
     network = FakeQuantNetwork(int8, weights, quant, context.mean, context.std, ORT)
     before = compared(network, int8, context)

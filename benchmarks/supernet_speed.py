@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import common
 from nas.core.records import Candidate
-from nas.data import load_dataset
+from nas.data import evenly, load_dataset
 from nas.models.supernet import Supernet
 from nas.recipe.context import Context, open_context, write_context
 from nas.recipe.score import ScoreJob, _float_student, deployed_answers
@@ -49,7 +49,7 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
 def parts(supernet: Supernet, candidate: Candidate, context: Context, job: ScoreJob) -> list[float]:
     """CPU seconds of each part of one score, all of it last; the part `answers` has what is left, int8 ranges too."""
     copied, student = seconds(lambda: supernet.extract(candidate.architecture).to(memory_format=torch.channels_last))
-    sample = context.sample[: job.images]
+    sample = evenly(context.sample, job.images)
     calibrated, _ = seconds(lambda: recalibrate_bn(student, sample, context.mean, context.std))
     _float_student.cache_clear()
     shutil.rmtree(job.students, ignore_errors=True)

@@ -225,9 +225,10 @@ def _stream(
         StorageError: the images of the run are not in the cache any more.
     """
     from nas.cli.runs import find_run
+    from nas.data import evenly
     from nas.export.manifest import exit_latencies
     from nas.export.package import read_artefact
-    from nas.measure.stream import STREAM_IMAGES, evenly, measured_stream
+    from nas.measure.stream import STREAM_IMAGES, measured_stream
     from nas.recipe.context import open_context
 
     context = open_context(str((find_run(run) / "context.json").resolve()), manifest.candidate.resolution)

@@ -10,6 +10,8 @@ from nas.data.records import (
     DataSettings,
     Split,
     channel_statistics,
+    even_places,
+    evenly,
 )
 from nas.data.torchvision_sets import published_names
 
@@ -22,6 +24,8 @@ __all__ = [
     "augmented",
     "channel_statistics",
     "decode_image",
+    "even_places",
+    "evenly",
     "load_dataset",
     "published_names",
 ]

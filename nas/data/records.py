@@ -32,6 +32,19 @@ class DataFolderError(DataError):
     exit_code = 2
 
 
+def even_places(length: int, count: int) -> NDArray[np.int64]:
+    """At most `count` numbers below `length`, evenly over all of them, rising.
+
+    Images of a folder lie class by class: the first ones are of one class, those of even places of all.
+    """
+    return np.unique(np.linspace(0, length - 1, min(count, length)).astype(np.int64))
+
+
+def evenly(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
+    """At most `count` of the images [N, H, W, 3], evenly over all of them, in their order."""
+    return np.ascontiguousarray(images[even_places(len(images), count)])
+
+
 def _count(name: str, value: int, minimum: int, maximum: int = 10_000_000) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
         raise ConfigError(f"{name} must be a whole number from {minimum} to {maximum}, got {value!r}")

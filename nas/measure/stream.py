@@ -28,12 +28,6 @@ def stream_timer(device: Device) -> StreamTimer | None:
     return None
 
 
-def evenly(images: NDArray[np.uint8], count: int) -> NDArray[np.uint8]:
-    """At most `count` of the images [N, H, W, 3], evenly over all of them, in their order."""
-    places = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(np.int64))
-    return np.ascontiguousarray(images[places])
-
-
 def measured_stream(
     device: Device,
     key: str,

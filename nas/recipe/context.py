@@ -17,11 +17,12 @@ from filelock import FileLock
 
 from nas.core.errors import StorageError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
-from nas.data import Dataset, augmented
+from nas.data import Dataset, augmented, evenly
 from nas.train.compute import training_device
 from nas.train.settings import Accelerator
 from nas.train.targets import FEATURE_PATTERN, Targets
 
+ARRAYS_VERSION = 2  # raise it when a change of the code changes what is kept
 CALIBRATION_IMAGES = 1024  # kept for int8 ranges and batch norm; 128-256 are enough for either
 
 
@@ -115,12 +116,11 @@ def write_context(
     largest = max(datasets, key=lambda d: d.resolution)
     sets = []
     for dataset in sorted(datasets, key=lambda d: d.resolution):
-        folder = cache / "arrays" / content_hash([dataset.sha256, targets.key, seed])
+        folder = cache / "arrays" / content_hash([ARRAYS_VERSION, dataset.sha256, targets.key, seed])
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise StorageError(f"{folder}: cannot be made: {e.strerror}. Choose another cache: run.cache") from e
-        stride = max(1, len(dataset.train) // CALIBRATION_IMAGES)
         with FileLock(folder.with_suffix(".lock")):
             variants = targets.folder / "images.npy"
             if dataset.resolution != largest.resolution:
@@ -130,7 +130,7 @@ def write_context(
             arrays = {
                 "val": dataset.val.images,
                 "test": dataset.test.images,
-                "sample": dataset.train.images[::stride][:CALIBRATION_IMAGES],
+                "sample": evenly(dataset.train.images, CALIBRATION_IMAGES),
                 "val_labels": dataset.val.labels,
                 "test_labels": dataset.test.labels,
             }

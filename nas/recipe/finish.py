@@ -25,6 +25,7 @@ from nas.core.errors import InterruptedRunError, StorageError, TrainingError
 from nas.core.jsonio import content_hash, read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
 from nas.core.run import ExitConfidence, FinishStep
+from nas.data import evenly
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import folded_weights
@@ -211,9 +212,8 @@ def _train(job: FinishJob, architecture: Candidate, context: Context, folder: Pa
     weights = folded_weights(student)
     write_bytes(folder / WEIGHTS_FILE, save(weights))
     started = time.thread_time()
-    quant = calibrated(
-        architecture, weights, context.mean, context.std, context.sample[: job.calibration_images], run_model
-    )
+    sample = evenly(context.sample, job.calibration_images)
+    quant = calibrated(architecture, weights, context.mean, context.std, sample, run_model)
     write_record(folder / QUANT_FILE, quant)
     for split, (images, labels) in context.splits.items():
         logits = predict_logits(student, images, context.mean, context.std)
@@ -309,7 +309,7 @@ def _write_sensitivity(job: FinishJob, architecture: Candidate, context: Context
     if not job.sensitivity or kept_sensitivity(folder) is not None:
         return
     weights, quant = load_finished(folder)
-    images, dialect = context.val[:IMAGES], dialect_named(job.dialect)
+    images, dialect = evenly(context.val, IMAGES), dialect_named(job.dialect)
     table = sensitivity(
         architecture, weights, quant, context.mean, context.std, images, run_model, job.sensitivity, dialect
     )

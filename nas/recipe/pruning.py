@@ -37,6 +37,7 @@ from nas.compress.prune import (
 from nas.core.errors import StorageError
 from nas.core.jsonio import write_bytes
 from nas.core.records import Candidate, LayerSpec
+from nas.data import even_places, evenly
 from nas.models.hooks import Hook, hooked
 from nas.models.student import ConvUnit, Student, folded_weights, module_name
 from nas.recipe.settings import ImportanceKind, PruneSettings
@@ -96,7 +97,7 @@ def unfolded_student(
                 hooks.append((unit.conv, _absorb(unit.bn, bias)))
     # One pass over all images, layer after layer: each batch norm is set before the next layer sees its output.
     with threads(1), torch.no_grad(), hooked(hooks):
-        student.eval()(normalised(targets.images[0][: _images(targets)], targets.mean, targets.std, device))
+        student.eval()(normalised(evenly(targets.images[0], _images(targets)), targets.mean, targets.std, device))
     return student
 
 
@@ -139,8 +140,9 @@ def importance_of(
     student.eval()  # the gate is closed in the network as it will answer
     student.zero_grad()  # a training leaves its last gradients behind
     with threads(1):
-        for start in range(0, min(_images(targets), len(targets.labels)), BATCH):
-            part = slice(start, start + BATCH)
+        places = even_places(len(targets.labels), _images(targets))
+        for start in range(0, len(places), BATCH):
+            part = places[start : start + BATCH]
             outputs = student(normalised(targets.images[0][part], targets.mean, targets.std, device))
             logits = torch.tensor(targets.logits[0][part], device=device)
             labels = torch.tensor(targets.labels[part], device=device)

@@ -18,6 +18,7 @@ import numpy as np
 from nas.core.errors import InterruptedRunError
 from nas.core.jsonio import read_record, write_bytes, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
+from nas.data import evenly
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, dialect_named
 from nas.models.student import Student, folded_weights
@@ -108,7 +109,7 @@ def candidate_sensitivity(job: ScoreJob, choices: tuple[Precision, ...]) -> Sens
     """What each part of a scored candidate loses in each precision; the student is the one that was scored."""
     context = open_context(job.context, job.candidate.resolution)
     _, weights = _float_student(_of_architecture(job))
-    quant, images, dialect = _ranges(job, context, weights), context.val[:IMAGES], dialect_named(job.dialect)
+    quant, images, dialect = _ranges(job, context, weights), evenly(context.val, IMAGES), dialect_named(job.dialect)
     return sensitivity(job.candidate, weights, quant, context.mean, context.std, images, run_model, choices, dialect)
 
 
@@ -131,13 +132,13 @@ def _ranges(job: ScoreJob, context: Context, weights: Mapping[str, np.ndarray]) 
     file = student_folder(job.students, job.candidate.arch_id) / f"ranges-{job.source}-{job.epochs}-{job.images}.json"
     if file.exists():
         return read_record(QuantSpec, file)
-    quant = calibrated(job.candidate, weights, context.mean, context.std, context.sample[: job.images], run_model)
+    quant = calibrated(job.candidate, weights, context.mean, context.std, evenly(context.sample, job.images), run_model)
     write_record(file, quant)
     return quant
 
 
 def _inherited(job: ScoreJob, context: Context) -> Student:
-    sample = context.sample[: job.images]
+    sample = evenly(context.sample, job.images)
     supernet, importance = open_supernet(job.supernet), shared_importance(job.supernet)
     device = context.device
     return inherited_student(supernet, job.candidate, sample, context.mean, context.std, importance, device)

@@ -36,6 +36,7 @@ from nas.compress.prune import channel_units, prunable
 from nas.core.errors import ConfigError, RunMismatchError, StorageError
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_bytes, write_record
 from nas.core.records import Candidate, ExitConfig
+from nas.data import evenly
 from nas.models.student import Student
 from nas.models.supernet import Supernet
 from nas.recipe.architecture import GeneDistribution, Genotype, SpaceLatency
@@ -210,7 +211,7 @@ def _keep_importance(
     exits = all_exits(exit_heads(space.unpruned), np.random.default_rng(0))
     largest = replace(space.unpruned.decode(space.unpruned.largest()), exits=exits).architecture
     mine = targets[largest.resolution]
-    images = mine.images[0][: distill.recalibration_images]
+    images = evenly(mine.images[0], distill.recalibration_images)
     student = inherited_student(open_supernet(str(folder)), largest, images, mine.mean, mine.std, device=device)
     widths: dict[str, set[int]] = {}
     for slot in space.unpruned.slots():

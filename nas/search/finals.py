@@ -17,6 +17,7 @@ from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, LatencyEstimate, LatencyFigures, Measurement, Precision
 from nas.core.run import ExitConfidence, FailedCandidate, FinishStep, LatencyKind, Point, SplitAccuracy, latency_of
 from nas.core.walk import exit_macs, expand
+from nas.data import evenly
 from nas.devices.base import HANG_REASON, MeasureJob
 from nas.export.dialect import dialect_for
 from nas.export.forms import Artefact, exits_form
@@ -37,7 +38,7 @@ from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
 from nas.latency.table import deviation_ms
 from nas.measure.fill import state_check
-from nas.measure.stream import evenly, measured_stream, stream_timer, warn_if_off
+from nas.measure.stream import measured_stream, stream_timer, warn_if_off
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishJob,

@@ -10,6 +10,7 @@ import numpy as np
 from nas.core.errors import UsageError
 from nas.core.records import Measurement
 from nas.core.run import PackageView, Point, RunView, StreamLatency
+from nas.data import evenly
 from nas.devices.agent import packed_agent
 from nas.devices.base import Device, MeasureJob
 from nas.devices.boards import why_no_answers
@@ -20,7 +21,7 @@ from nas.export.manifest import ArtefactAccuracy, Manifest
 from nas.export.package import Instruments, Package, PackagePlan, export_package, measured_accuracy
 from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
-from nas.measure.stream import evenly, measured_stream
+from nas.measure.stream import measured_stream
 from nas.recipe.context import Context, open_context
 from nas.recipe.finish import deployed_rows, deployed_student, finished_logits
 from nas.search.view import PointSource

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate
+from nas.data import evenly
 from nas.models.student import Student, attention_maps
 from nas.train.compute import device_of, mixed_precision
 from nas.train.curriculum import distances, easy_ranks, images_of_epoch
@@ -122,7 +123,7 @@ def train_student(
         with torch.no_grad():
             for name, p in student.named_parameters():
                 p.copy_(training.average[name])
-    recalibrate_bn(student, targets.images[0][: settings.recalibration_images], targets.mean, targets.std)
+    recalibrate_bn(student, evenly(targets.images[0], settings.recalibration_images), targets.mean, targets.std)
     student.eval()
     return History(tuple(done))
 

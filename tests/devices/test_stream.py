@@ -10,12 +10,13 @@ from test_protocol import FakeClock, taking
 
 from nas.core.errors import RecordError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
+from nas.data import evenly
 from nas.devices.base import StreamJob
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.devices.protocol import Gate, ProtocolSettings
 from nas.devices.stream import Opened, stream_times
 from nas.export.graph import network_model, random_weights, segment_models
-from nas.measure.stream import evenly, measured_stream
+from nas.measure.stream import measured_stream
 
 SETTINGS = ProtocolSettings(calibration_checks=2, warmup_runs=1, network_round_ms=1.0, network_sessions=2)
 

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +26,15 @@ from nas.core.records import (
     StemConfig,
 )
 from nas.core.walk import expand
-from nas.data import Dataset, DataSettings, augmented, load_dataset
+from nas.data import AugmentSettings, Dataset, DataSettings, Split, augmented, evenly, load_dataset
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.graph import network_model, tensors_model
 from nas.models.student import Student, folded_weights
 from nas.recipe import deployed
+from nas.recipe import finish as finish_module
+from nas.recipe import pruning as pruning_module
+from nas.recipe import score as score_module
+from nas.recipe import supernet as supernet_module
 from nas.recipe.context import Context, ContextFile, open_context, write_context
 from nas.recipe.deployed import calibrated, deployed_logits, raw_pixels
 from nas.recipe.finish import (
@@ -44,6 +50,11 @@ from nas.recipe.finish import (
     precision_name,
 )
 from nas.recipe.records import read_scored, top1_per_exit
+from nas.recipe.score import ScoreJob, candidate_sensitivity, score
+from nas.recipe.settings import SupernetSettings
+from nas.recipe.supernet import train_supernet
+from nas.space.space import space_from_plain
+from nas.train import trainer as trainer_module
 from nas.train.evaluate import predict_logits, recalibrate_bn
 from nas.train.settings import DistillSettings
 from nas.train.targets import Targets, make_targets
@@ -179,7 +190,7 @@ def test_weights_and_ranges_are_those_of_the_trained_student(
     expected = folded_weights(trained)
     assert weights.keys() == expected.keys()
     assert all(np.array_equal(weights[name], expected[name]) for name in expected)
-    sample = context.sample[:48]
+    sample = evenly(context.sample, 48)
     assert quant == calibrated(candidate(), expected, context.mean, context.std, sample, run_model)
     assert quant.images == 48
 
@@ -545,3 +556,64 @@ def test_ranges_of_another_student_are_refused(
         deployed_logits(
             large.candidate.with_precision("int8"), parts[0], other, context.mean, context.std, context.val, run_model
         )
+
+
+def test_everything_that_looks_at_a_few_images_sees_every_class_of_a_sorted_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of a folder lie class by class; here every pixel says the class."""
+
+    def by_class(count: int) -> Split:
+        labels = np.sort(np.arange(count) % 10)
+        images = np.broadcast_to(25 * labels[:, None, None, None], (count, 16, 16, 3))
+        return Split(np.ascontiguousarray(images, dtype=np.uint8), labels)
+
+    plain = load_dataset(DataSettings(train_images=64, val_images=40, test_images=20), 16)
+    still = AugmentSettings(0.0, False, brightness=0.0, contrast=0.0)
+    folder = replace(plain, train=by_class(1300), val=by_class(600), augment=still, sha256="sorted")
+    seen: dict[str, set[int]] = {}
+
+    def watched(module: ModuleType, name: str, place: int) -> None:
+        real = getattr(module, name)
+
+        def look(*args: Any) -> Any:
+            seen.setdefault(f"{module.__name__}.{name}", set()).update(np.unique(args[place] // 25).tolist())
+            return real(*args)
+
+        monkeypatch.setattr(module, name, look)
+
+    watched(trainer_module, "recalibrate_bn", 1)
+    watched(supernet_module, "recalibrate_bn", 1)
+    for module in (finish_module, score_module):
+        watched(module, "calibrated", 4)
+        watched(module, "sensitivity", 5)
+    watched(pruning_module, "normalised", 0)
+    context_file = write(folder, tmp_path)[0]
+    few = replace(DISTILL, epochs=1, recalibration_images=20)
+    whole = replace(job(context_file, tmp_path / "student", INT8), distill=few, calibration_images=20)
+    finish_student(replace(whole, importance="taylor", sensitivity=("fp32", "int8")))
+    targets = {16: open_context(str(context_file), 16).targets}
+    small = space_from_plain(
+        {
+            "name": "small",
+            "source": "made for this test",
+            "resolution": 16,
+            "stem": {"channels": 4, "activation": "relu"},
+            "stages": [{"name": "a", "width": 8, "depth": 1, "stride": 2, "kernel_size": 3, "expansion": [1, 2],
+                        "activation": "relu"}],
+            "head": {},
+            "precision": {"choices": ["fp32", "int8"]},
+        },
+        "small",
+        10,
+    )  # fmt: skip
+    train_supernet(small, targets, few, SupernetSettings(steps=2, batch_size=16), tmp_path / "supernet")
+    smallest = small.decode(small.smallest()).with_precision("int8")
+    scored = ScoreJob(
+        smallest, "supernet", str(context_file), str(tmp_path / "students"), str(tmp_path / "supernet"),
+        str(tmp_path / "stop"), few, 0, 0, 20,
+    )  # fmt: skip
+    score(scored)
+    candidate_sensitivity(scored, ("fp32", "int8"))
+    assert len(seen) == 7
+    assert {name: len(classes) for name, classes in seen.items()} == dict.fromkeys(seen, 10)

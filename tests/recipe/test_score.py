@@ -11,7 +11,7 @@ import pytest
 from nas.core.errors import InterruptedRunError, RecordError, RunMismatchError, StorageError, TrainingError
 from nas.core.jsonio import write_record
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, Precision, StageConfig, StemConfig
-from nas.data import Dataset, DataSettings, load_dataset
+from nas.data import Dataset, DataSettings, evenly, load_dataset
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.graph import network_model
 from nas.models.student import Student, folded_weights
@@ -132,7 +132,7 @@ def quantized(student: Student, precisions: tuple[Precision, ...], context: Cont
     """Logits of a student's exported graph with ranges over so many images, worked out step by step."""
     deployed = student.candidate.with_precision(precisions)
     weights, normalisation = folded_weights(student), (context.mean, context.std)
-    quant = calibrated(deployed, weights, *normalisation, context.sample[:images], run_model)
+    quant = calibrated(deployed, weights, *normalisation, evenly(context.sample, images), run_model)
     model = network_model(deployed, weights, *normalisation, quant=quant, form="logits", batch=None)
     return np.stack(run_model(model, raw_pixels(context.val)))
 
@@ -275,7 +275,7 @@ def test_a_training_that_diverges_leaves_no_score(job: ScoreJob) -> None:
 def test_supernet_score_is_of_copied_weights(inherited: ScoreJob, context: Context) -> None:
     normalisation = (context.mean, context.std)
     student = inherited_student(
-        open_supernet(inherited.supernet), inherited.candidate, context.sample[:IMAGES], *normalisation
+        open_supernet(inherited.supernet), inherited.candidate, evenly(context.sample, IMAGES), *normalisation
     )
     assert difference(logits(inherited), predict_logits(student, context.val, *normalisation)) < 1e-5
     scored = score(inherited)

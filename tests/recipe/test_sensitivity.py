@@ -24,6 +24,7 @@ from test_score import (  # noqa: F401
 from nas.core.errors import RecordError
 from nas.core.jsonio import read_record
 from nas.core.records import Precision, QuantSpec
+from nas.data import evenly
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.graph import random_weights
 from nas.recipe import score as scoring
@@ -46,7 +47,7 @@ def test_divergence_is_that_of_the_textbook() -> None:
 def test_each_part_is_tried_alone(context: Context) -> None:
     network = candidate()
     weights = random_weights(network, 0)
-    sample = context.sample[:IMAGES]
+    sample = evenly(context.sample, IMAGES)
     quant = calibrated(network, weights, context.mean, context.std, sample, run_model)
     table = sensitivity(network, weights, quant, context.mean, context.std, context.val, run_model, BOTH)
     assert (table.choices, table.images, len(table.loss)) == (BOTH, 40, 4)
