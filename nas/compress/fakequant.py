@@ -17,7 +17,7 @@ of int8.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from nas.core.errors import RecordError
 from nas.core.records import Candidate, ConvSpec, LayerSpec, QuantSpec
 from nas.core.walk import expand
-from nas.models.student import Attention, attend
+from nas.models.student import Attention, attend, branch_input
 
 RANGE_MOMENTUM = 0.05  # weight of a batch in the exponential average of the ranges
 
@@ -83,6 +83,7 @@ class _Map:
 
     `step` is None for plain float values; a float32 number, or one per channel [1, C, 1, 1], where `values` are
     integers. `scale` is that of the quantized form, None before. `quantized` keeps it: one pair, whoever reads it.
+    `is_watched`: its range follows it; not that of a copy, whose original is.
     """
 
     name: str
@@ -90,6 +91,7 @@ class _Map:
     step: np.float32 | Tensor | None = None
     scale: np.floating[Any] | None = None
     quantized: _Map | None = field(default=None, repr=False)
+    is_watched: bool = True
 
     @property
     def real(self) -> Tensor:
@@ -152,12 +154,17 @@ class FakeQuantNetwork(nn.Module):
         """Takes ranges of `ranges()` again: they are no tensors, so a state dict does not hold them."""
         self._lo, self._hi = dict(quant.lo), dict(quant.hi)
 
-    def forward(self, pixels: Tensor) -> list[Tensor]:
+    def forward(self, pixels: Tensor, exit_gradient: float = 1.0) -> list[Tensor]:
+        """Logits of each exit; `exit_gradient` is for training, as in `nas.models.student.branch_input`."""
         x = _Map("image", pixels * self._factor.to(pixels.device) + self._offset.to(pixels.device))
         outputs = []
         for layer in self.layers:
             x_in = self._entered(x, layer)
             if layer.kind in ("head", "exit_head"):
+                if layer.kind == "exit_head" and exit_gradient != 1.0:
+                    x_in = replace(
+                        x_in, values=branch_input(x_in.values, exit_gradient), quantized=None, is_watched=False
+                    )
                 outputs.append(self._head(x_in, layer))
             else:
                 x = self._layer(x_in, layer)
@@ -262,7 +269,7 @@ class FakeQuantNetwork(nn.Module):
                 ) from e
             step = np.float32(scale)
             scaled = x.values / step if x.step is None else x.values * (x.step / step)
-            if self.observes:
+            if self.observes and x.is_watched:
                 self._observe(x.name, scaled, float(scale))
             least, most = (-128, 127) if self.rules.symmetric else (-zero_point, 255 - zero_point)
             x.quantized = _Map(x.name, _rounded(scaled, least, most), step, scale)

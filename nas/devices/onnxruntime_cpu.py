@@ -317,19 +317,21 @@ class OnnxRuntimeCpu:
 
 
 def run_model(
-    model: bytes, images: NDArray[np.float32], begin: Callable[[], None] = lambda: None
+    model: bytes, images: NDArray[np.float32], begin: Callable[[], None] = lambda: None, *, as_written: bool = False
 ) -> list[NDArray[np.generic]]:
     """Outputs of a model for raw images [B, 3, H, W], each with B rows; the batch may be static or dynamic.
 
     Feature maps of half floats, which a segment of a network takes, are given as they are.
-    `begin` is called before the session is made and before each batch.
+    `begin` is called before the session is made and before each batch. `as_written`: every operator is computed as the
+    file says. Else this runtime's own optimiser may change the numbers: it quantises float biases of int8
+    convolutions, which the dialects of other runtimes have.
 
     Raises:
         DeviceError: the runtime refuses the model or the images.
     """
     begin()
     try:
-        session = _session(model)
+        session = _session(model, as_written=as_written)
         entry = session.get_inputs()[0]
         size = entry.shape[0] if isinstance(entry.shape[0], int) else _BATCH
         parts: list[list[NDArray[np.generic]]] = []
@@ -448,7 +450,12 @@ def waiting_option(version: str) -> tuple[str, str]:
 
 
 def _session(
-    model: bytes, threads: int = 1, optimised_path: Path | None = None, profile_prefix: Path | None = None
+    model: bytes,
+    threads: int = 1,
+    optimised_path: Path | None = None,
+    profile_prefix: Path | None = None,
+    *,
+    as_written: bool = False,
 ) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -456,7 +463,8 @@ def _session(
     if threads > 1:
         options.add_session_config_entry(*waiting_option(ort.__version__))
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_DISABLE_ALL if as_written else levels.ORT_ENABLE_ALL
     options.log_severity_level = _FATAL_ONLY
     if optimised_path is not None:
         options.optimized_model_filepath = str(optimised_path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.compress.calibrate import calibrate
 from nas.core.records import Candidate, QuantSpec
+from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, tensors_model
 
@@ -58,8 +60,13 @@ def deployed_logits(
     run: Run,
     dialect: Dialect = ORT,
 ) -> NDArray[np.float32]:
-    """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3]."""
+    """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3].
+
+    A graph for another runtime is computed as it is written: with `run_model` this process's runtime would turn its
+    float biases into integers, which the other one does not do.
+    """
     written_for = computed_dialect(dialect)
+    run = run if written_for is ORT or run is not run_model else partial(run_model, as_written=True)
     model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None, dialect=written_for)
     parts = []
     step = images_at_once(images)

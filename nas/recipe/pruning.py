@@ -143,7 +143,8 @@ def importance_of(
         places = even_places(len(targets.labels), _images(targets))
         for start in range(0, len(places), BATCH):
             part = places[start : start + BATCH]
-            outputs = student(normalised(targets.images[0][part], targets.mean, targets.std, device))
+            images = normalised(targets.images[0][part], targets.mean, targets.std, device)
+            outputs = student(images, distill.exit_gradient)
             logits = torch.tensor(targets.logits[0][part], device=device)
             labels = torch.tensor(targets.labels[part], device=device)
             student_loss(outputs, logits, labels, distill).backward()

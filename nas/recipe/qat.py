@@ -128,7 +128,7 @@ def _one_epoch(
         network.observes = first + step < (1 - FROZEN) * steps
         index = np.sort(index)
         target = torch.from_numpy(labels[index]).to(device)
-        outputs = network(raw_tensor(images[index], device))
+        outputs = network(raw_tensor(images[index], device), distill.exit_gradient)
         loss = student_loss(outputs, torch.from_numpy(logits[index]).to(device), target, distill)
         return loss, outputs[-1], target
 

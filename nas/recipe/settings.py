@@ -143,5 +143,5 @@ class PruneSettings:
             raise ConfigError(f"finish.prune_lr must be above 0 and at most 1, got {self.lr}")
 
     def fine_tuning(self, distill: DistillSettings) -> DistillSettings:
-        """The recipe after the cut."""
-        return replace(distill, epochs=self.epochs, lr=self.lr * distill.lr)
+        """The recipe after the cut; a curriculum is for new weights."""
+        return replace(distill, epochs=self.epochs, lr=self.lr * distill.lr, curriculum=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def export_point(
 def _instruments(device: Device, context: Context, point: Point, dialect: Dialect, stream_images: int) -> Instruments:
     is_here = dialect is dialect_for(device.profile)
     # ONNX Runtime computes the graphs of every dialect
-    run = device.run if is_here and not why_no_answers(device) else run_model
+    run = device.run if is_here and not why_no_answers(device) else partial(run_model, as_written=dialect is not ORT)
 
     def accuracy(model: Artefact) -> ArtefactAccuracy:
         return measured_accuracy(

@@ -227,7 +227,7 @@ class FinishSettings:
     students: int = 8
     calibration_images: int = 128
     exit_loss: float = 0.0
-    int8_loss: float = 0.02
+    int8_loss: float = 0.015
     precision_ladder: int = 3
     exit_targets: tuple[str, ...] = ()
     calibrate_confidence: bool = True

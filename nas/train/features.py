@@ -48,6 +48,11 @@ def check_teacher_features(teacher: TeacherSettings, distill: DistillSettings) -
                 f"one. Keep one of teacher.members, or switch the loss off: --set distill.{name}=0"
             )
         teacher = networks[0]
+        if not teacher.weight:
+            raise ConfigError(
+                f"distill.{name}: teacher.weight is 0, so the network teaches nothing, and files have no feature maps. "
+                f"Give it a weight, or switch the loss off: --set distill.{name}=0"
+            )
         if name == "attention_maps":
             if teacher.kind != "torchvision":
                 raise _no_attention(f"a teacher of kind {teacher.kind!r} gives no attention maps")

@@ -12,7 +12,7 @@ from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.errors import RecordError
 from nas.core.records import BLOCK_KINDS, BlockKind, Candidate, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
-from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, Dialect
+from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, random_weights
 from nas.recipe.deployed import calibrated, deployed_logits, raw_pixels
 from nas.recipe.qat import raw_tensor, simulated_logits
@@ -104,6 +104,42 @@ def test_trained_weights_and_ranges_are_what_is_exported() -> None:
     assert all(not np.array_equal(before[name], value) for name, value in made.weights().items())
     here, there = both(candidate, made)
     assert (here == there).all(axis=(0, 2)).mean() >= 0.92
+
+
+@pytest.mark.parametrize("dialect", [ORT, TRT_8_4], ids=["outputs", "inputs"])
+def test_exits_hand_a_share_of_their_gradient_back_and_answer_the_same(dialect: Dialect) -> None:
+    made = network(small_candidate("int8"), dialect)
+    made.observes = True
+    pixels = raw_tensor(smooth_images(8, 32, 0))
+    found = {}
+    for share in (1.0, 0.5, 0.0):
+        made.set_ranges(network(small_candidate("int8"), dialect).ranges())
+        made.zero_grad()
+        exit_logits = made(pixels, share)[0]
+        exit_logits.square().mean().backward()
+        stem = made.folded["stem/conv/weight"].grad
+        own = [p.grad for key, p in made.folded.items() if key.startswith("exits/0/")]
+        assert all(g is not None and g.abs().sum() > 0 for g in own)
+        found[share] = exit_logits.detach(), torch.zeros(1) if stem is None else stem.clone(), made.ranges()
+    assert all(torch.equal(logits, found[1.0][0]) and ranges == found[1.0][2] for logits, _, ranges in found.values())
+    assert found[1.0][1].abs().sum() > 0
+    assert torch.allclose(found[0.5][1], 0.5 * found[1.0][1], rtol=1e-4, atol=1e-7)
+    assert not found[0.0][1].any()
+
+
+def test_answers_of_another_runtime_are_those_of_its_graph_as_it_is_written() -> None:
+    """ONNX Runtime's optimiser would quantize the float biases of this dialect."""
+    candidate = random_candidate(np.random.default_rng(5)).with_precision("int8")
+    made = network(candidate, TRT_10_13_ANSWERS)
+    images = smooth_images(IMAGES, candidate.resolution, 1)
+    parts = made.weights(), made.ranges(), MEAN, STD
+    graph = network_model(
+        candidate, parts[0], MEAN, STD, quant=parts[1], form="logits", batch=None, dialect=TRT_10_13_ANSWERS
+    )
+    pixels = raw_pixels(images)
+    answers = deployed_logits(candidate, *parts, images, run_model, TRT_10_13)
+    assert np.array_equal(answers, np.stack(run_model(graph, pixels, as_written=True)).astype(np.float32))
+    assert not np.array_equal(answers, np.stack(run_model(graph, pixels)).astype(np.float32))
 
 
 def test_ranges_follow_the_tensors_while_they_are_observed_and_stay_otherwise() -> None:

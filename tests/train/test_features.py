@@ -25,7 +25,7 @@ from nas.train.features import (
     wanted_features,
 )
 from nas.train.losses import attention_map
-from nas.train.settings import DistillSettings, TeacherSettings
+from nas.train.settings import DistillSettings, SoftLabelFile, TeacherSettings
 from nas.train.targets import Targets, make_targets
 from nas.train.teacher import Teacher, prepare_teacher
 from nas.train.trainer import new_student, train_student
@@ -155,3 +155,10 @@ def test_features_travel_with_the_context_to_other_machines(targets: Targets, da
     opened = open_context(str(place_context(record, tmp_path / "there")), dataset.resolution).targets
     assert opened.features.keys() == targets.features.keys()
     assert all(np.array_equal(opened.features[name], kept) for name, kept in targets.features.items())
+
+
+def test_a_network_that_teaches_nothing_gives_no_features_either() -> None:
+    teacher = TeacherSettings(weight=0.0, files=(SoftLabelFile("lab", "lab.npy"),))
+    with pytest.raises(ConfigError, match=r"distill\.attention: teacher\.weight is 0, so the network teaches nothing"):
+        check_teacher_features(teacher, DistillSettings(attention=3.0))
+    check_teacher_features(teacher, DistillSettings())
