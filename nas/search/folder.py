@@ -38,7 +38,7 @@ from nas.core.run import FailedCandidate, PredictedMeasured, StreamLatency
 from nas.recipe.records import FINISHED_FILES, PARENT
 from nas.space.yamlio import parse_yaml
 
-SCHEMA = 1
+SCHEMA = 2
 OWNER_FILE = "run.owner.json"
 SPACE_FILE = "space.yaml"
 

@@ -45,11 +45,22 @@ def test_recalibration_gives_the_statistics_of_the_images() -> None:
     assert not student.training
 
 
-def test_recalibration_leaves_out_a_last_single_image() -> None:
+def test_recalibration_of_images_that_lie_class_by_class_sees_what_classes_differ_by() -> None:
+    """Batches of one class each would find the variance inside classes only."""
+    shades = np.repeat(np.arange(8, dtype=np.uint8) * 30, 16)
+    images = np.broadcast_to(shades[:, None, None, None], (128, 16, 16, 3)).copy()
+    whole, parts = new_student(tiny_candidate(), 0), new_student(tiny_candidate(), 0)
+    recalibrate_bn(whole, images, MEAN, STD, batch_size=128)
+    recalibrate_bn(parts, images, MEAN, STD, batch_size=16)
+    expected, found = (s.body["stem"].conv.bn.running_var for s in (whole, parts))
+    assert torch.allclose(found, expected, rtol=0.1)
+
+
+def test_every_image_counts_in_recalibration() -> None:
     images = tiny_dataset().train.images
     one, other = new_student(tiny_candidate(), 0), new_student(tiny_candidate(), 0)
     recalibrate_bn(one, images[:33], MEAN, STD, batch_size=32)
-    recalibrate_bn(other, images[:32], MEAN, STD, batch_size=32)
+    recalibrate_bn(other, images[:33], MEAN, STD, batch_size=33)
     assert torch.equal(one.body["stem"].conv.bn.running_var, other.body["stem"].conv.bn.running_var)
 
 
