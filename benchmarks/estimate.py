@@ -34,6 +34,7 @@ from nas.latency.lines import MeasuredNetwork, network_key
 from nas.latency.table import LatencyTable
 from nas.measure.fill import FillProgress, FillReport, fill, fp32_mb, measure_streaming
 from nas.measure.networks import NetworkProgress, measure_networks, network_bytes, network_job
+from nas.search.experiment import space_file
 from nas.space.space import SearchSpace, load_space
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
@@ -222,14 +223,14 @@ def main() -> None:
         "--networks", type=int, default=64, help="random networks, each in fp32, int8 and mixed (default 64)"
     )
     options.add_argument("--seed", type=int, default=0, help="of the networks and of the draws (default 0)")
-    options.add_argument("--space", type=Path, default=Path("search_spaces/mobilenetv3-64.yaml"), help="search space")
+    options.add_argument("--space", default="mobilenetv3-64", help="search space, by name or file")
     options.add_argument("--table", type=Path, help="folder that keeps the measurements (default: a temporary one)")
     args = options.parse_args()
     try:
         with tempfile.TemporaryDirectory(prefix="nas-estimate-") as temporary:
             device = open_device("cpu")
             table = LatencyTable.open(args.table or Path(temporary) / device.profile.name, device.profile)
-            space = load_space(args.space, CLASSES, device.profile.precisions)
+            space = load_space(space_file(args.space, "--space"), CLASSES, device.profile.precisions)
             before = conditions()
             result = run(space, table, device, args.networks, args.seed) | {"conditions": before, "seed": args.seed}
     except NasError as e:

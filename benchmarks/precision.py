@@ -34,6 +34,7 @@ from nas.latency.precision import Assignments, assignments
 from nas.latency.table import LatencyTable
 from nas.measure.fill import fill, fp32_mb, measure_streaming
 from nas.measure.networks import measure_networks, network_bytes, network_job
+from nas.search.experiment import space_file
 from nas.space.space import SearchSpace, load_space
 
 CHOICES: tuple[Precision, ...] = ("fp32", "int8")
@@ -216,13 +217,13 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--evidence", type=int, default=30, help="other networks that correct the table (default 30)")
     options.add_argument("--repeats", type=int, default=2, help="how often everything is compared (default 2)")
     options.add_argument("--margin", type=float, default=1.0, help="deviations that a gain must exceed (default 1)")
-    options.add_argument("--space", type=Path, default=Path("search_spaces/small-64.yaml"), help="search space")
+    options.add_argument("--space", default="small-64", help="search space, by name or file")
     options.add_argument("--folder", type=Path, default=Path("runs/benchmark-precision"), help="keeps measurements")
     chosen = options.parse_args(arguments)
     try:
         device = open_device("cpu")
         table = LatencyTable.open(chosen.folder / device.profile.name, device.profile)
-        space = load_space(chosen.space, CLASSES, device.profile.precisions)
+        space = load_space(space_file(chosen.space, "--space"), CLASSES, device.profile.precisions)
         networks = [n for seed in chosen.seeds for n in plain_networks(space, chosen.networks, seed)]
         known = {n.arch_id for n in networks}
         others = plain_networks(space, chosen.evidence + len(networks), EVIDENCE_SEED + chosen.seeds[0])
