@@ -228,7 +228,7 @@ def _stream(
     from nas.data import evenly
     from nas.export.manifest import exit_latencies
     from nas.export.package import read_artefact
-    from nas.measure.stream import STREAM_IMAGES, measured_stream
+    from nas.measure.stream import STREAM_IMAGES, measured_stream, no_stream
     from nas.recipe.context import open_context
 
     context = open_context(str((find_run(run) / "context.json").resolve()), manifest.candidate.resolution)
@@ -236,7 +236,7 @@ def _stream(
     images = evenly(context.test, STREAM_IMAGES)
     stream = measured_stream(device, package.name, read_artefact(package, manifest), images, exit_ms)
     if stream is None:
-        raise UsageError(f"--stream: {device.profile.name} cannot time a stream of images; cpu can")
+        raise UsageError(f"--stream: {device.profile.name} cannot time a stream of images: {no_stream(device)}")
     return stream
 
 

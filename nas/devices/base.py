@@ -115,16 +115,23 @@ class StreamTimes:
     """What each image of a stream took, ms, in the order of the images.
 
     `latency_ms` is the value of the measuring protocol (undisturbed runs, as for a network that is measured alone),
-    `typical_ms` the median of its runs in calm rounds. `is_calm`: every part of the stream had a calm round.
+    `typical_ms` the median of its runs in calm rounds. `is_calm`: every part of the stream had a calm round. `exits`:
+    where each image left when it took that time: of a chain the number of the model, of one model its `exit_index`.
     """
 
     latency_ms: tuple[float, ...]
     typical_ms: tuple[float, ...]
     is_calm: bool
+    exits: tuple[int, ...]
 
 
 class StreamTimer(Protocol):
     """What a device has besides, on which a stream of images can be timed image by image."""
+
+    @property
+    def no_stream(self) -> str:
+        """Why it cannot do so after all, as where a runtime takes no images; empty where it can."""
+        ...
 
     def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
         """Times of the images of a stream, by the measuring protocol: calm rounds of a few images in a row.

@@ -21,7 +21,17 @@ from numpy.typing import NDArray
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.address import parse_address
-from nas.devices.base import CalmReport, Device, JobPrecision, LayerTime, MeasureJob, OnProgress, OnResult
+from nas.devices.base import (
+    CalmReport,
+    Device,
+    JobPrecision,
+    LayerTime,
+    MeasureJob,
+    OnProgress,
+    OnResult,
+    StreamJob,
+    StreamTimes,
+)
 from nas.devices.graphs import REFERENCE_CHANNELS, REFERENCE_SIZE, reference_model
 from nas.devices.link import RefusedRequestError
 from nas.devices.remote import LOCK_CLOCKS, RemoteDevice, same_state
@@ -171,6 +181,21 @@ class Boards:
             except DeviceError as e:
                 if not _is_loss(e):
                     raise
+                self._lose(name, e, len(self._left) - 1)
+        raise RemoteError(_all_lost(self._lost))
+
+    @property
+    def no_stream(self) -> str:
+        """Why the first board that is left cannot time a stream of images; empty where it can."""
+        board = next(iter((self._left or self._boards).values()))
+        return str(getattr(board, "no_stream", "it times no streams of images"))
+
+    def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
+        """Times of the images of a stream on the first board that is left; see `StreamTimer`."""
+        for name, board in self._left.items():
+            try:
+                return board.stream_times(job, progress)  # type: ignore[attr-defined,no-any-return]  # a RemoteDevice
+            except RemoteError as e:
                 self._lose(name, e, len(self._left) - 1)
         raise RemoteError(_all_lost(self._lost))
 

@@ -179,6 +179,11 @@ class OnnxRuntimeCpu:
                 for time in profiled(model, self._threads)
             ]
 
+    @property
+    def no_stream(self) -> str:
+        """Empty: it can."""
+        return ""
+
     def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
         """Times of the images of a stream; see `StreamTimer`. Between two models of a chain this thread decides."""
         gate = self._ready_gate()
@@ -405,7 +410,7 @@ def _bound(session: Any, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
 def _opened_stream(job: StreamJob, threads: int) -> Opened:
     """A fresh session of each model, inputs and outputs bound: the feature map of one is the input of the next."""
     image = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(job.images[:1], dtype=np.float32))
-    features, steps, surest = image, [], []
+    features, steps, surest, said, taken = image, [], [], [], [0]
     for model in job.models:
         session = _session(model, threads)
         binding = session.io_binding()
@@ -415,21 +420,27 @@ def _opened_stream(job: StreamJob, threads: int) -> Opened:
             binding.bind_ortvalue_output(entry.name, value)
             if entry.name == "confidence":
                 surest.append(value)
+            elif entry.name == "exit_index":
+                said.append(value)
             elif len(entry.shape) == 4:
                 features = value
         steps.append(partial(session.run_with_iobinding, binding))
 
     def run_chain() -> None:
-        for step, confidence, threshold in zip(steps, surest, job.thresholds, strict=False):
+        for number, (step, confidence, threshold) in enumerate(zip(steps, surest, job.thresholds, strict=False)):
             step()
             if confidence.numpy()[0] >= np.float32(threshold):
+                taken[0] = number
                 return
         steps[-1]()
+        taken[0] = len(steps) - 1
 
     def place(number: int) -> object:
         return image.update_inplace(job.images[number : number + 1])
 
-    return place, steps[0] if len(steps) == 1 else run_chain
+    if len(steps) == 1:
+        return Opened(place, steps[0], lambda: int(said[0].numpy()) if said else 0)
+    return Opened(place, run_chain, lambda: taken[0])
 
 
 def waiting_option(version: str) -> tuple[str, str]:

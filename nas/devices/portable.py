@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from numpy.typing import NDArray
 
 from nas.devices.base import MeasureJob
 from nas.devices.board.errors import BoardError
@@ -95,6 +96,17 @@ def feed_bytes(job: MeasureJob) -> dict[str, bytes]:
         name: np.ascontiguousarray(array, dtype=kinds.get(name, array.dtype)).tobytes()
         for name, array in job.feeds.items()
     }
+
+
+def image_bytes(images: NDArray[np.float32], model: bytes) -> tuple[bytes, str]:
+    """Images as they travel, little endian, and their type: bytes where nothing is lost, else what the model takes."""
+    if images.min() >= 0 and images.max() <= 255 and np.array_equal(np.floor(images), images):
+        return images.astype(np.uint8).tobytes(), "uint8"
+    try:
+        kind = next((str(entry["dtype"]) for entry in onnx_facts(model).inputs), "float32")
+    except BoardError:  # the runtime will say what is wrong with it
+        kind = "float32"
+    return np.ascontiguousarray(images, dtype=np.dtype(kind).newbyteorder("<")).tobytes(), kind
 
 
 def _since(graph: onnx.GraphProto, opset: int, widened: Mapping[str, int]) -> Iterator[int]:

@@ -38,6 +38,8 @@ from nas.devices.base import (
     MeasureJob,
     OnProgress,
     OnResult,
+    StreamJob,
+    StreamTimes,
     layer_times_of,
 )
 from nas.devices.board.state import identity
@@ -52,7 +54,7 @@ from nas.devices.capability import (
 from nas.devices.graphs import reference_model
 from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
-from nas.devices.portable import feed_bytes, portable_model, precision_of
+from nas.devices.portable import feed_bytes, image_bytes, portable_model, precision_of
 from nas.devices.protocol import (
     THROTTLED,
     Attempt,
@@ -66,6 +68,7 @@ from nas.devices.protocol import (
     session_value,
 )
 from nas.devices.ssh import DiskFullError, LinkCutError, Ssh, StateChangedError
+from nas.devices.stream import StreamSession, stream_session, stream_values
 
 T = TypeVar("T")
 
@@ -117,6 +120,7 @@ class RemoteRunner:
     details: dict[str, str] = field(default_factory=dict)
     slow_start: bool = True
     dynamic_batch: bool = False
+    streams_by: str = ""
 
 
 class RemoteDevice:
@@ -314,6 +318,66 @@ class RemoteDevice:
         return layer_times_of(self.profile_layers(MeasureJob("layers", "network", precision, model, 0))["layers"])
 
     @property
+    def no_stream(self) -> str:
+        """Why images cannot be timed one by one there: trtexec alone takes none. Empty where they can."""
+        needed, own = self._runner.streams_by, f"{self._runner.name} takes no images one by one"
+        if not needed:
+            return own
+        lacks = next((r.missing for r in self._runners if r.name == needed), f"there is no {needed}")
+        return f"{own}, and {needed} is missing: {lacks}" if lacks else ""
+
+    def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
+        """Times of the images of a stream, taken and decided on the board; see `StreamTimer`.
+
+        Raises:
+            RemoteError: the board is lost.
+            DeviceError: it refuses the models or the images, or is in another state than its profile.
+        """
+        if self.no_stream:
+            raise DeviceError(f"{job.key}: the stream cannot be timed: {self.no_stream}")
+        models = [self._portable(model) for model in job.models]
+        images, kind = image_bytes(job.images, models[0])
+        sent = {
+            "key": job.key,
+            "models": [_sha256(model) for model in models],
+            "precisions": [precision_of(model) for model in models],
+            "thresholds": [float(threshold) for threshold in job.thresholds],
+            "images": _sha256(images),
+            "images_kind": kind,
+            "shape": list(job.images.shape),
+        }
+        files = {_sha256(data): data for data in (*models, images)}
+        told: list[Message] = []
+
+        def tell(share: float) -> None:
+            if progress is not None:
+                progress(min(_NEARLY_ALL, share))
+
+        plan = {**self._plan("network"), "alive": 1}
+        self._asked_for_jobs("stream", [sent], files, plan, tell, lambda _, result: told.append(result))
+        if progress is not None:
+            progress(1.0)
+        raw = told[0]
+        if raw["error"] is not None:
+            raise DeviceError(f"{job.key}: the stream cannot be timed: {raw['error']['message']}")
+        best = self._known_best(raw["best_ms"])
+        return stream_values([self._stream_session(s, best) for s in raw["sessions"]], self._settings.quantile)
+
+    def _stream_session(self, told: Message, best: KnownBest) -> StreamSession:
+        blocks = []
+        start = 0
+        for rounds in told["blocks"]:
+            attempts = [_attempt(r) for r in rounds]
+            accepted = [self._counts(a, r, best) for a, r in zip(attempts, rounds, strict=True)]
+            end = start + len(attempts[0].samples_ms)
+            blocks.append(([a.samples_ms for a in attempts], accepted, told["exits"][start:end]))
+            start = end
+        return stream_session(blocks)
+
+    def _counts(self, attempt: Attempt, told: Message, best: KnownBest) -> bool:
+        return is_accepted(attempt, best, self._settings) and not told.get("throttled")
+
+    @property
     def _splits(self) -> bool:
         """Whether the runtime cannot read HardSwish."""
         return self._runner.runtime == "tensorrt" and not reads_hard_swish(version_of(self._runner.version))
@@ -392,20 +456,45 @@ class RemoteDevice:
         give: Callable[[int, Message], None],
         number: int = 0,
     ) -> None:
-        """Gives one record of the board for each job, over as many connections as it takes."""
+        """Gives one record of the board for each job."""
         sent: list[Message] = []
         files: dict[str, bytes] = {}
         for job in jobs:
             described, its_files = self._sent(job)
             sent.append(described)
             files |= its_files
-        request = {**self._request("measure", plan), "jobs": sent}
+        # What shows how fast the board is now may not come from an earlier program.
+        fresh = secrets.token_hex(8) if jobs[0].kind == "overhead" else ""
+        self._asked_for_jobs("measure", sent, files, plan, tell, give, number, fresh)
+
+    def _asked_for_jobs(
+        self,
+        operation: str,
+        sent: Sequence[Message],
+        files: dict[str, bytes],
+        plan: Message,
+        tell: Callable[[float], None],
+        give: Callable[[int, Message], None],
+        number: int = 0,
+        fresh: str = "",
+    ) -> None:
+        """Gives one record of the board for each job of a batch, over as many connections as it takes.
+
+        Args:
+            operation: `measure` or `stream`.
+            sent: the jobs as they travel.
+            files: that they need, by content.
+            plan: numbers of the protocol.
+            tell: told the share of the work done.
+            give: told the number of a job and its record.
+            number: of the batch among those of the same jobs.
+            fresh: makes it another batch than every one before.
+        """
+        request = {**self._request(operation, plan), "jobs": list(sent)}
         if plan["gate_runs"]:
             request["reference"] = _sha256(_reference(self._splits))
-            files[request["reference"]] = _reference(self._splits)
-        # Named by content, so that the next program goes on with what this one did not fetch. What shows how fast the
-        # board is now may not come from an earlier program.
-        fresh = secrets.token_hex(8) if jobs[0].kind == "overhead" else ""
+            files = {**files, request["reference"]: _reference(self._splits)}
+        # Named by content, so that the next program goes on with what this one did not fetch.
         request["batch"] = content_hash([packed_agent().sha256, request, number, fresh], 32)
         received: set[int] = set()
 
@@ -588,10 +677,7 @@ class RemoteDevice:
         notes = dict.fromkeys(str(note) for raw in raws for note in raw["warnings"])
         notes |= dict.fromkeys(_marks(rounds))
         attempts = [_attempt(r) for r in rounds]
-        accepted = [
-            is_accepted(a, best, self._settings) and not r.get("throttled")
-            for a, r in zip(attempts, rounds, strict=True)
-        ]
+        accepted = [self._counts(a, r, best) for a, r in zip(attempts, rounds, strict=True)]
         return replace(
             empty,
             error=None,
@@ -718,6 +804,7 @@ def _runner(told: Message) -> RemoteRunner:
         details={str(k): str(v) for k, v in told.get("details", {}).items()},
         slow_start=bool(told["slow_start"]),
         dynamic_batch=bool(told["dynamic_batch"]),
+        streams_by=str(told.get("streams_by", "")),
     )
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from nas.core.run import STREAM_TOLERANCE, StreamLatency
 from nas.core.units import format_ms
 from nas.devices.base import Device, OnProgress, StreamJob, StreamTimer
-from nas.export.forms import Artefact, answers
+from nas.export.forms import Artefact
 from nas.latency.exits import TAIL
 
 STREAM_IMAGES = 1000  # enough that a share of the images is known to 1.6 points
@@ -22,10 +22,18 @@ STREAM_IMAGES = 1000  # enough that a share of the images is known to 1.6 points
 
 def stream_timer(device: Device) -> StreamTimer | None:
     """The device as one that can time a stream; None where it cannot."""
-    if callable(getattr(device, "stream_times", None)):
-        timer: StreamTimer = device  # type: ignore[assignment]
-        return timer
-    return None
+    if no_stream(device):
+        return None
+    timer: StreamTimer = device  # type: ignore[assignment]
+    return timer
+
+
+def no_stream(device: Device) -> str:
+    """Why the device cannot time a stream; empty where it can."""
+    if not callable(getattr(device, "stream_times", None)):
+        return "it times no streams of images"
+    timer: StreamTimer = device  # type: ignore[assignment]
+    return timer.no_stream
 
 
 def measured_stream(
@@ -53,13 +61,13 @@ def measured_stream(
     if timer is None:
         return None
     pixels = np.ascontiguousarray(np.transpose(images, (0, 3, 1, 2)), dtype=np.float32)
-    _, taken = answers(device.run, artefact, pixels, len(exit_ms) - 1)
     if isinstance(artefact, bytes):
-        job = StreamJob(key, (artefact,), (), pixels)
+        times = timer.stream_times(StreamJob(key, (artefact,), (), pixels), progress)
+        taken = np.asarray(times.exits)
     else:
         thresholds = tuple(s.threshold for s in artefact if s.threshold is not None)
-        job = StreamJob(key, tuple(s.model for s in artefact), thresholds, pixels)
-    times = timer.stream_times(job, progress)
+        times = timer.stream_times(StreamJob(key, tuple(s.model for s in artefact), thresholds, pixels), progress)
+        taken = np.asarray([s.exit_index for s in artefact])[list(times.exits)]
     shares = np.bincount(taken, minlength=len(exit_ms)) / len(images)
     return StreamLatency(
         images=len(images),

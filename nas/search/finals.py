@@ -38,7 +38,7 @@ from nas.latency.lines import network_key
 from nas.latency.pareto import non_dominated
 from nas.latency.table import deviation_ms
 from nas.measure.fill import state_check
-from nas.measure.stream import measured_stream, stream_timer, warn_if_off
+from nas.measure.stream import measured_stream, no_stream, warn_if_off
 from nas.recipe.context import open_context
 from nas.recipe.finish import (
     FinishJob,
@@ -411,10 +411,17 @@ def _with_streams(
 ) -> list[Point]:
     """The same points; those of the front with exits have a stream of test images measured, where the device can.
 
-    Results are kept in the run folder one by one.
+    Results are kept in the run folder one by one. A device that cannot is told once, with the reason.
     """
     device, reporter = parts.predictor.device, parts.reporter
-    wanted = [p for p in points if p.on_front and p.candidate.exits] if images and stream_timer(device) else []
+    wanted = [p for p in points if p.on_front and p.candidate.exits] if images else []
+    lacks = no_stream(device)
+    if wanted and lacks:
+        reporter.say(
+            f"{device.profile.name}: no stream of test images is measured ({lacks}): the expected latency of students "
+            "with exits rests on the sum over their exits"
+        )
+        wanted = []
     known = parts.folder.streams()
     for number, point in enumerate(wanted):
         reporter.progress("streams of test images", number, len(wanted))

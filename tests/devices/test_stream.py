@@ -30,13 +30,16 @@ class Stream:
     def us(self, number: int) -> float:
         return 400.0 if number % 3 == 2 else 100.0
 
+    def exit(self, number: int) -> int:
+        return int(number % 3 == 2)
+
     def open(self) -> Opened:
         def place(number: int) -> None:
             self.now = number
             self.seen.append(number)
             self.clock.spend(1000.0)
 
-        return place, lambda: self.clock.spend(self.us(self.now), self.stolen_us)
+        return Opened(place, lambda: self.clock.spend(self.us(self.now), self.stolen_us), lambda: self.exit(self.now))
 
 
 def test_every_image_has_its_own_time_without_what_puts_it_into_place() -> None:
@@ -47,9 +50,10 @@ def test_every_image_has_its_own_time_without_what_puts_it_into_place() -> None:
     assert times.latency_ms == pytest.approx([stream.us(i) / 1e3 for i in range(20)])
     assert times.typical_ms == pytest.approx(times.latency_ms)
     assert times.is_calm
-    # in each of two sessions the warm-up, then four times all images in their order
+    assert list(times.exits) == [stream.exit(i) for i in range(20)]
+    # in each of two sessions the warm-up, then four times all images in their order; once more to ask where they left
     passes = len(range(20)) * SETTINGS.network_rounds
-    assert len(stream.seen) == SETTINGS.network_sessions * (passes + SETTINGS.min_network_runs)
+    assert len(stream.seen) == SETTINGS.network_sessions * (passes + SETTINGS.min_network_runs) + 20
 
 
 def test_a_disturbed_round_begins_with_its_first_image_again_and_is_marked() -> None:
@@ -60,7 +64,7 @@ def test_a_disturbed_round_begins_with_its_first_image_again_and_is_marked() -> 
     )
     gate = Gate(taking(clock, [300]), settings, clock)
     times = stream_times("s", 6, stream.open, gate, settings, clock)
-    assert stream.seen[settings.min_network_runs :] == [0, 1, 2, 3, 4, 5] * 2
+    assert stream.seen[settings.min_network_runs :] == [0, 1, 2, 3, 4, 5] * 3
     assert times.latency_ms == pytest.approx([0.1, 0.1, 0.4] * 2)
     assert not times.is_calm
 
@@ -94,8 +98,10 @@ def test_images_that_leave_early_take_less_time_in_both_deployed_forms(form: str
     models = (artefact,) if isinstance(artefact, bytes) else tuple(s.model for s in artefact)
     thresholds = () if form == "if" else (candidate.exits[0].threshold,)
     pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
-    times = np.array(device.stream_times(StreamJob("s", models, thresholds, pixels)).latency_ms)
+    measured = device.stream_times(StreamJob("s", models, thresholds, pixels))
+    times = np.array(measured.latency_ms)
     left = confidence >= np.median(confidence)
+    assert np.mean((np.array(measured.exits) == 0) == left) >= 23 / 24, "one lies at the threshold itself"
     assert 1.3 * np.median(times[left]) < np.median(times[~left])
 
 

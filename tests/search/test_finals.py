@@ -442,11 +442,12 @@ class Streaming(Working):
     """Tells that a stream took twice the time; counts its streams."""
 
     streams = 0
+    no_stream = ""
 
     def stream_times(self, job: StreamJob, _: OnProgress | None = None) -> StreamTimes:
         self.streams += 1
         times = tuple(0.1 + 0.01 * i for i in range(len(job.images)))
-        return StreamTimes(times, times, True)
+        return StreamTimes(times, times, True, tuple(i % len(job.models) for i in range(len(job.images))))
 
 
 def test_front_students_with_exits_have_a_stream_measured_once_and_one_that_is_off_is_told(make: Make) -> None:

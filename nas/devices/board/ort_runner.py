@@ -6,7 +6,8 @@ time and `cpu_share` still says whether the calling thread kept its core.
 
 import re
 import time
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Iterable, List, Optional, Tuple
 
 from .errors import BoardError, as_board_error
 
@@ -32,6 +33,7 @@ class OnnxRuntimeRunner(object):
     name = "onnxruntime"
     slow_start = False  # a session is made in milliseconds: several for each network, many alive at once
     dynamic_batch = True  # takes models whose batch is not fixed
+    streams_by = name
 
     def available(self) -> Optional[str]:
         """None, or what is missing on this board."""
@@ -75,6 +77,15 @@ class OnnxRuntimeRunner(object):
             raise as_board_error(e, "build_failed") from e
         seed, threads = int(options.get("seed", 0)), int(options.get("threads", 1))
         return OnnxRuntimeSession(session, seed, threads, time.perf_counter() - started)
+
+    def chain(self, sessions: List["OnnxRuntimeSession"], thresholds: List[float]) -> "OnnxRuntimeChain":
+        """Sessions one behind the other; an image leaves behind one from its confidence on.
+
+        Args:
+            sessions: of the models of a chain, or of one that decides by itself.
+            thresholds: between two of them each.
+        """
+        return OnnxRuntimeChain(sessions, thresholds)
 
 
 class OnnxRuntimeSession(object):
@@ -188,6 +199,151 @@ class OnnxRuntimeSession(object):
             arrays, session = self._arrays(), self._session
             self._run = _bound(session, arrays) or (lambda: session.run(None, arrays))
         return self._run
+
+
+class OnnxRuntimeChain(object):
+    """Sessions one behind the other; the feature map of one is the input of the next."""
+
+    def __init__(self, sessions: List[OnnxRuntimeSession], thresholds: List[float]) -> None:
+        import numpy
+
+        self._sessions = sessions
+        self._thresholds = [numpy.float32(threshold) for threshold in thresholds]
+        self._left = 0
+        entry = sessions[0]._session.get_inputs()[0]
+        if entry.type not in _DTYPES:
+            raise BoardError("unsupported", "input %r is a %s; only plain tensors are taken" % (entry.name, entry.type))
+        image = numpy.zeros(_shape(entry, None), numpy.dtype(_DTYPES[entry.type]))
+        self._like = image
+        plain = [session._session for session in sessions]
+        self._steps = _BoundSteps(plain, image) if _can_bind(plain[0]) else _PlainSteps(plain, image)  # type: Any
+
+    def input(self) -> Dict[str, Any]:
+        """Name, dtype and shape of the image."""
+        return dict(self._sessions[0].inputs()[0], shape=list(self._like.shape))
+
+    def time(self, images: Iterable[bytes]) -> Dict[str, Any]:
+        """Puts one image after the other into place, which is not timed, and times its way.
+
+        Args:
+            images: raw values as the input takes them, C order.
+
+        Returns:
+            As `OnnxRuntimeSession.time`; `exits`: the number of the session behind which each image left, or what one
+            session alone says itself.
+        """
+        import numpy
+
+        wall, cpu = time.perf_counter, _thread_seconds()
+        now = cpu if self._sessions[0]._threads == 1 and cpu is not None else wall
+        samples, exits = [], []
+        used_s = passed_s = 0.0
+        for data in images:
+            self._steps.place(numpy.frombuffer(data, dtype=self._like.dtype).reshape(self._like.shape))
+            cpu_start, wall_start = cpu() if cpu is not None else 0.0, wall()
+            start = now()
+            self._run()
+            samples.append(now() - start)
+            passed_s += wall() - wall_start
+            used_s += cpu() - cpu_start if cpu is not None else 0.0
+            exits.append(self._steps.says() if len(self._sessions) == 1 else self._left)
+        return {
+            "samples_ms": [round(1e3 * s, 6) for s in samples],
+            "exits": exits,
+            "clock": "wall" if now is wall else "thread_cpu",
+            "cpu_share": 1.0 if cpu is None or passed_s <= 0 else min(1.0, used_s / passed_s),
+        }
+
+    def close(self) -> None:
+        """Frees the sessions."""
+        self._steps = None
+        for session in self._sessions:
+            session.close()
+
+    def _run(self) -> None:
+        for number, threshold in enumerate(self._thresholds):
+            self._steps.run(number)
+            if self._steps.confidence(number) >= threshold:  # in float32, in which the exported graphs compare
+                self._left = number
+                return
+        self._left = len(self._thresholds)
+        self._steps.run(self._left)
+
+
+class _BoundSteps(object):
+    """Sessions whose inputs and outputs are bound beforehand: nothing is copied from one to the next."""
+
+    def __init__(self, sessions: List[Any], image: Any) -> None:
+        import numpy
+        import onnxruntime
+
+        self._image = features = onnxruntime.OrtValue.ortvalue_from_numpy(image)
+        self._runs, self._surest = [], []  # type: List[Any], List[Any]
+        self._said = None  # type: Any
+        for session in sessions:
+            binding = session.io_binding()
+            binding.bind_ortvalue_input(session.get_inputs()[0].name, features)
+            for entry in session.get_outputs():
+                kind = numpy.dtype(_DTYPES[entry.type]).type
+                value = onnxruntime.OrtValue.ortvalue_from_shape_and_type(list(entry.shape), kind)
+                binding.bind_ortvalue_output(entry.name, value)
+                if entry.name == "confidence":
+                    self._surest.append(value)
+                elif entry.name == "exit_index":
+                    self._said = value
+                elif len(entry.shape) == 4:
+                    features = value
+            self._runs.append(partial(session.run_with_iobinding, binding))
+
+    def place(self, image: Any) -> None:
+        self._image.update_inplace(image)
+
+    def run(self, number: int) -> None:
+        self._runs[number]()
+
+    def confidence(self, number: int) -> Any:
+        return self._surest[number].numpy()[0]
+
+    def says(self) -> int:
+        return 0 if self._said is None else int(self._said.numpy())
+
+
+class _PlainSteps(object):
+    """The same for versions of the runtime that cannot bind."""
+
+    def __init__(self, sessions: List[Any], image: Any) -> None:
+        self._runs = [partial(session.run, None) for session in sessions]
+        self._inputs = [session.get_inputs()[0].name for session in sessions]
+        self._names = [[entry.name for entry in session.get_outputs()] for session in sessions]
+        self._features = image
+        self._told = {}  # type: Dict[str, Any]
+
+    def place(self, image: Any) -> None:
+        self._features = image
+
+    def run(self, number: int) -> None:
+        values = self._runs[number]({self._inputs[number]: self._features})
+        self._told = dict(zip(self._names[number], values))
+        for value in values:
+            if len(value.shape) == 4:
+                self._features = value
+
+    def confidence(self, number: int) -> Any:  # noqa: ARG002
+        return self._told["confidence"][0]
+
+    def says(self) -> int:
+        return int(self._told.get("exit_index", 0))
+
+
+def _can_bind(session: Any) -> bool:
+    """Whether this version of the runtime binds values that can be replaced in place."""
+    import onnxruntime
+
+    return (
+        hasattr(session, "io_binding")
+        and hasattr(session.io_binding(), "bind_ortvalue_input")
+        and hasattr(getattr(onnxruntime, "OrtValue", None), "update_inplace")
+    )
 
 
 def _bound(session: Any, arrays: Dict[str, Any]) -> Optional[Callable[[], Any]]:

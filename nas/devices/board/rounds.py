@@ -167,8 +167,7 @@ def measure_rounds(
         look: gives what the board's sensors say after a round, such as `{"throttled": true, "temperature_c": 71.5}`.
         after_round: called after each round, outside any timed window.
     """
-    left_s = plan.wait_share * len(subjects) * plan.rounds * plan.round_ms / 1e3 if plan.retries else 0.0
-    patience = [left_s]
+    patience = _patience(subjects, plan)
     for subject in subjects:
         begin(subject.key)
         _guarded(subject, lambda s=subject: _prepare(s, plan))  # type: ignore[misc]
@@ -177,6 +176,34 @@ def measure_rounds(
             if subject.error is None:
                 _guarded(subject, lambda s=subject: _round(s, plan, gate, clock, look, patience, begin))  # type: ignore[misc]
             after_round()
+
+
+def measure_in_turn(
+    subjects: List[Subject],
+    plan: Plan,
+    gate: Optional[Gate],
+    clock: Clock,
+    begin: Begin,
+    look: Callable[[], Sample],
+    after_turn: Callable[[], None],
+) -> None:
+    """Rounds of subjects that are warm and know their number of runs, one after the other, again and again.
+
+    Arguments are those of `measure_rounds`; `after_turn` is called when each of them had a round.
+
+    Raises:
+        Exception: whatever a session raises.
+    """
+    patience = _patience(subjects, plan)
+    for _ in range(plan.rounds):
+        for subject in subjects:
+            _round(subject, plan, gate, clock, look, patience, begin)
+        after_turn()
+
+
+def _patience(subjects: List[Subject], plan: Plan) -> List[float]:
+    """Seconds that all subjects together may spend on waits and on repeated rounds."""
+    return [plan.wait_share * len(subjects) * plan.rounds * plan.round_ms / 1e3 if plan.retries else 0.0]
 
 
 def _prepare(subject: Subject, plan: Plan) -> None:

@@ -6,6 +6,7 @@ One JSON object a line both ways; raw bytes follow the line that announces them:
     have     sha256: [..]               -> missing: [..]
     put      sha256, bytes + the bytes  -> ok
     measure  batch, runner, plan, jobs  -> {"result"} for each job, {"progress"} now and then, {"done"}
+    stream   the same; a job is images  -> the same: a job has a chain of models and a file of images
     calm     runner, plan, checks       -> readings of the reference network
     run      sha256, runner, images     -> outputs + their bytes
     profile  sha256, runner, runs       -> layers
@@ -91,6 +92,7 @@ class Agent(object):
             "have": self._have,
             "put": self._put,
             "measure": self._measure,
+            "stream": self._measure,
             "calm": self._calm,
             "run": self._run,
             "profile": self._profile,
@@ -190,6 +192,9 @@ class Agent(object):
                     batch.add(result)
                     self._send({"result": result})
                 done_steps += len(part) * plan.sessions * plan.rounds
+            for job in jobs:
+                if "images" in job:  # many, and hardly ever the same ones again
+                    self._folder.remove(os.path.basename(job["images"]))
             self._send({"done": True})
 
     def _measured(
@@ -221,7 +226,7 @@ class Agent(object):
         left = list(jobs)
         while left:
             more = {"jobs": left, "best_ms": request.get("best_ms"), "plan": request["plan"]}
-            asked = self._asked(request, "measure", state, **more)
+            asked = self._asked(request, str(request["op"]), state, **more)
             try:
                 told = self._worker.ask(asked, during)
             except BoardError as e:
@@ -315,13 +320,23 @@ class Agent(object):
         )
 
     def _job(self, index: int, job: Dict[str, Any]) -> Dict[str, Any]:
-        return {
-            "index": index,
-            "key": str(job["key"]),
-            "precision": str(job.get("precision", "fp32")),
-            "path": self._there(job["sha256"]),
-            "feeds": {str(name): self._there(x) for name, x in job.get("feeds", {}).items()},
-        }
+        known = {"index": index, "key": str(job["key"])}  # type: Dict[str, Any]
+        if "images" in job:
+            return dict(
+                known,
+                paths=[self._there(x) for x in job["models"]],
+                precisions=[str(x) for x in job["precisions"]],
+                thresholds=[float(x) for x in job["thresholds"]],
+                images=self._there(job["images"]),
+                images_kind=str(job["images_kind"]),
+                shape=[int(n) for n in job["shape"]],
+            )
+        return dict(
+            known,
+            precision=str(job.get("precision", "fp32")),
+            path=self._there(job["sha256"]),
+            feeds={str(name): self._there(x) for name, x in job.get("feeds", {}).items()},
+        )
 
     def _there(self, sha256: Any) -> str:
         path = self._folder.blob(sha256)

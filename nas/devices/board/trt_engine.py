@@ -26,6 +26,7 @@ from .building import build_apart
 from .cuda import find_cuda
 from .errors import BoardError, as_board_error
 from .onnx_facts import onnx_facts
+from .trt_chain import WARM_FOR_S, WARMUP_S, TensorRtChain
 from .trtexec import BF16_VERSION, effective_precision, is_weak
 from .trtexec_output import failure_of, layers_of, skipped_note
 
@@ -45,8 +46,6 @@ WORKSPACE_MIB = 512  # a Jetson shares its memory with the system: some of it ha
 TIMING_ITERATIONS = 8  # of each tactic while building, as trtexec does
 OPTIMIZATION_LEVEL = 3  # the default, set so that it stays the same
 BUILD_TIMEOUT_S = 1800.0
-WARMUP_S = 0.2
-WARM_FOR_S = 0.5  # a GPU that was idle for less needs no further warm-up
 IN_FLIGHT = 3  # inferences between two looks of the host
 SHORT_MS = 0.01  # events resolve about half a microsecond: shorter networks run several times between two
 SHORT_REPEATS = 16
@@ -60,6 +59,7 @@ class TensorRtRunner(object):
     """Builds and times ONNX files with the `tensorrt` module."""
 
     name = "tensorrt"
+    streams_by = name
 
     def __init__(
         self, cuda: Any = None, run: Callable[[List[str], float], Tuple[int, str, str]] = processes.run
@@ -151,6 +151,18 @@ class TensorRtRunner(object):
         session.build_s = told["seconds"]
         return session
 
+    def chain(self, sessions: List["TensorRtSession"], thresholds: List[float]) -> TensorRtChain:
+        """Engines one behind the other; an image leaves behind one from its confidence on.
+
+        Args:
+            sessions: of the models of a chain, or of one.
+            thresholds: between two of them each.
+
+        Raises:
+            BoardError: as those of `TensorRtChain`.
+        """
+        return TensorRtChain(self.cuda(), sessions, thresholds, list(sessions))
+
 
 class TensorRtSession(object):
     """An engine on this GPU. Not for several threads."""
@@ -170,7 +182,7 @@ class TensorRtSession(object):
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        self._stream: Any = None
+        self.stream: Any = None
         self._graph: Any = None
         self._tensors: List[Dict[str, Any]] = []
         self._used_s = float("-inf")  # when the last timing ended
@@ -194,7 +206,7 @@ class TensorRtSession(object):
             what = "the engine does not fit this GPU, driver or TensorRT %s" % self._trt.__version__
             raise self._failure("build_failed", what)
         self._context = self._new_context()
-        self._stream = self._cuda.stream()
+        self.stream = self._cuda.stream()
         self._bind()
         for tensor in self._tensors:
             if tensor["is_input"]:
@@ -237,10 +249,7 @@ class TensorRtSession(object):
         Raises:
             BoardError: TensorRT or CUDA refuses.
         """
-        self._enqueue(self._context)
-        self._cuda.synchronize(self._stream)  # the first inference loads kernels
-        if self._graph is None:
-            self._graph = self._cuda.capture(self._stream, lambda: self._queued(self._context))
+        self.make_ready()
         self._warm_up(warmup)
         inner = 1
         trial, _ = self._timed(IN_FLIGHT, 1)
@@ -250,8 +259,8 @@ class TensorRtSession(object):
         single = []
         for _ in range(min(runs, TRANSFER_RUNS)):
             began = time.perf_counter()
-            self._launch()
-            self._cuda.synchronize(self._stream)
+            self.launch()
+            self._cuda.synchronize(self.stream)
             single.append(1e3 * (time.perf_counter() - began))
         self._used_s = time.perf_counter()
         return {
@@ -263,13 +272,75 @@ class TensorRtSession(object):
             "enqueue_bound": statistics.median(host) >= ENQUEUE_BOUND * statistics.median(samples),
         }
 
+    def make_ready(self) -> None:
+        """Runs once, which loads kernels, and captures the inference as a graph where that can be done.
+
+        Raises:
+            BoardError: TensorRT or CUDA refuses.
+        """
+        self._enqueue(self._context)
+        self._cuda.synchronize(self.stream)
+        if self._graph is None:
+            self._graph = self._cuda.capture(self.stream, lambda: self._queued(self._context))
+
+    def launch(self) -> None:
+        """Queues an inference.
+
+        Raises:
+            BoardError: TensorRT or CUDA refuses.
+        """
+        if self._graph is not None:
+            self._cuda.launch(self._graph, self.stream)
+        else:
+            self._enqueue(self._context)
+
+    def tensors(self, is_input: bool) -> List[Dict[str, Any]]:
+        """Inputs, or outputs, with their `bytes` and where they lie on the device (`device`)."""
+        return [tensor for tensor in self._tensors if tensor["is_input"] == is_input]
+
+    def read_from(self, source: Dict[str, Any]) -> None:
+        """Takes as its only input what another engine writes, where it lies; before the first inference.
+
+        Args:
+            source: of that engine's `tensors`; it has to live as long as this session is used.
+
+        Raises:
+            BoardError: `unsupported`: they are not alike, or there are other inputs.
+        """
+        inputs = self.tensors(is_input=True)
+        if len(inputs) != 1 or any(inputs[0][name] != source[name] for name in ("dtype", "shape")):
+            told = ", ".join("%s %s %r" % (t["name"], t["dtype"], t["shape"]) for t in inputs)
+            given = "%s %s %r" % (source["name"], source["dtype"], source["shape"])
+            raise BoardError("unsupported", "an engine takes %s, the one before it gives %s" % (told, given))
+        own, inputs[0]["device"], inputs[0]["is_shared"] = inputs[0]["device"], source["device"], True
+        self._cuda.free(own)
+        self._set_addresses(self._context)
+
+    def place(self, data: bytes) -> None:
+        """Queues the copy of its first input and does not wait; nothing may be queued before that is not done."""
+        (tensor, *_) = self.tensors(is_input=True)
+        tensor["host"].view[:] = data
+        self._copy_in(tensor)
+
+    def fetched(self, tensor: Dict[str, Any], event: Any) -> memoryview:
+        """An output of the inference that was queued last, as soon as it is there; `event` is used to wait for it.
+
+        The host spins: how CUDA waits by itself depends on the power mode of a Jetson.
+        """
+        self._copy_out(tensor)
+        self._cuda.record(event, self.stream)
+        while not self._cuda.is_done(event):
+            pass
+        view: memoryview = tensor["host"].view
+        return view
+
     def transfer_ms(self) -> float:
         """Median time of copying inputs and outputs of an inference.
 
         Raises:
             BoardError: CUDA refuses.
         """
-        cuda, stream = self._cuda, self._stream
+        cuda, stream = self._cuda, self.stream
         start, end = cuda.event(), cuda.event()
         values = []
         for _ in range(TRANSFER_RUNS):
@@ -291,9 +362,9 @@ class TensorRtSession(object):
             BoardError: TensorRT or CUDA refuses.
         """
         for i in range(1, runs + 1):
-            self._launch()
+            self.launch()
             if i % IN_FLIGHT == 0 or i == runs:
-                self._cuda.synchronize(self._stream)
+                self._cuda.synchronize(self.stream)
         self._used_s = time.perf_counter()
 
     def outputs(self) -> List[Dict[str, Any]]:
@@ -324,12 +395,12 @@ class TensorRtSession(object):
         context.profiler = times
         self._set_addresses(context)
         self._enqueue(context)
-        self._cuda.synchronize(self._stream)
+        self._cuda.synchronize(self.stream)
         collected: List[List[Tuple[str, float]]] = []
         for _ in range(runs):
             del times.rows[:]
             self._enqueue(context)
-            self._cuda.synchronize(self._stream)
+            self._cuda.synchronize(self.stream)
             collected.append(list(times.rows))
         if not collected or not collected[0]:
             raise BoardError("unsupported", "TensorRT %s reported no layers" % self._trt.__version__)
@@ -355,13 +426,14 @@ class TensorRtSession(object):
             self._cuda.free_graph(self._graph)
             self._graph = None
         for tensor in self._tensors:
-            self._cuda.free(tensor["device"])
+            if not tensor["is_shared"]:
+                self._cuda.free(tensor["device"])
             if tensor["host"] is not None:
                 self._cuda.free_host(tensor["host"])
         self._tensors = []
-        if self._stream is not None:
-            self._cuda.free_stream(self._stream)
-            self._stream = None
+        if self.stream is not None:
+            self._cuda.free_stream(self.stream)
+            self.stream = None
         self._context = None
         self._engine = None
         self._runtime = None
@@ -396,6 +468,7 @@ class TensorRtSession(object):
                 "count": count,
                 "bytes": count * width,
                 "device": self._cuda.alloc(count * width),
+                "is_shared": False,
                 "host": None,
             }
             self._tensors.append(tensor)  # at once: `close` frees what there is, also when the next call fails
@@ -432,32 +505,26 @@ class TensorRtSession(object):
 
     def _queued(self, context: Any) -> bool:
         if hasattr(self._trt.ICudaEngine, "num_io_tensors"):
-            return bool(context.execute_async_v3(int(self._stream)))
+            return bool(context.execute_async_v3(int(self.stream)))
         addresses = [int(tensor["device"]) for tensor in self._tensors]
-        return bool(context.execute_async_v2(bindings=addresses, stream_handle=int(self._stream)))
+        return bool(context.execute_async_v2(bindings=addresses, stream_handle=int(self.stream)))
 
     def _enqueue(self, context: Any) -> None:
         if not self._queued(context):
             raise self._failure("build_failed", "TensorRT refused to run the engine")
-
-    def _launch(self) -> None:
-        if self._graph is not None:
-            self._cuda.launch(self._graph, self._stream)
-        else:
-            self._enqueue(self._context)
 
     def _warm_up(self, least: int) -> None:
         is_warm = time.perf_counter() - self._used_s < WARM_FOR_S  # between the rounds of one measurement
         until = time.perf_counter() + (0.0 if is_warm else WARMUP_S)
         done = 0
         while done < least or time.perf_counter() < until:
-            self._launch()
-            self._cuda.synchronize(self._stream)
+            self.launch()
+            self._cuda.synchronize(self.stream)
             done += 1
 
     def _timed(self, runs: int, inner: int) -> Tuple[List[float], List[float]]:
         """Times of the GPU and of queueing, ms for one inference; `inner` of them between two events."""
-        cuda, stream = self._cuda, self._stream
+        cuda, stream = self._cuda, self.stream
         events = [(cuda.event(), cuda.event()) for _ in range(IN_FLIGHT)]
         samples: List[float] = []
         host: List[float] = []
@@ -468,7 +535,7 @@ class TensorRtSession(object):
                     cuda.record(start, stream)
                     began = time.perf_counter()
                     for _ in range(inner):
-                        self._launch()
+                        self.launch()
                     host.append(1e3 * (time.perf_counter() - began) / inner)
                     cuda.record(end, stream)
                 while not cuda.is_done(batch[-1][1]):  # spins: a thread that sleeps wakes late
@@ -482,21 +549,21 @@ class TensorRtSession(object):
 
     def _upload(self) -> None:
         for tensor in self._tensors:
-            if tensor["is_input"]:
+            if tensor["is_input"] and not tensor["is_shared"]:
                 self._copy_in(tensor)
-        self._cuda.synchronize(self._stream)
+        self._cuda.synchronize(self.stream)
 
     def _download(self) -> None:
         for tensor in self._tensors:
             if not tensor["is_input"]:
                 self._copy_out(tensor)
-        self._cuda.synchronize(self._stream)
+        self._cuda.synchronize(self.stream)
 
     def _copy_in(self, tensor: Dict[str, Any]) -> None:
-        self._cuda.upload(tensor["device"], tensor["host"], tensor["bytes"], self._stream)
+        self._cuda.upload(tensor["device"], tensor["host"], tensor["bytes"], self.stream)
 
     def _copy_out(self, tensor: Dict[str, Any]) -> None:
-        self._cuda.download(tensor["host"], tensor["device"], tensor["bytes"], self._stream)
+        self._cuda.download(tensor["host"], tensor["device"], tensor["bytes"], self.stream)
 
     def _inspected(self, context: Any) -> List[Dict[str, str]]:
         inspector = self._engine.create_engine_inspector()

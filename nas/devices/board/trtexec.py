@@ -16,6 +16,7 @@ from . import processes
 from . import trtexec_output as output
 from .errors import BoardError
 from .onnx_facts import OnnxFacts, onnx_facts
+from .trt_chain import TensorRtChain
 
 # JetPack installs it outside PATH; the others are where NVIDIA's tar file and containers have it.
 PLACES = (
@@ -151,6 +152,7 @@ class TrtexecRunner(object):
     """Builds and times ONNX files with trtexec."""
 
     name = "trtexec"
+    streams_by = "tensorrt"  # it takes no images one by one: its engines are then run by the Python module
 
     def __init__(self, program: Optional[str] = None, run: Run = processes.run) -> None:
         """Looks for trtexec; nothing is started.
@@ -223,6 +225,17 @@ class TrtexecRunner(object):
         warnings += output.skipped_note(text)
         run_s = float(options.get("run_s", RUN_TIMEOUT_S))
         return TrtexecSession(self, version, folder, engine, model, seconds, run_s, warnings)
+
+    def chain(self, sessions: List["TrtexecSession"], thresholds: List[float]) -> Any:
+        """Engines one behind the other, run by the Python module; see `TensorRtRunner.chain`.
+
+        Raises:
+            BoardError: `not_found`: that module is not there; TensorRT or CUDA refuses.
+        """
+        from .trt_engine import TensorRtRunner  # that module imports this one
+
+        loaded = [session.loaded() for session in sessions]
+        return TensorRtChain(TensorRtRunner().cuda(), loaded, thresholds, list(sessions))
 
     def command(self, engine: str, runs: int, options: Dict[str, Any]) -> List[str]:
         """The command that times an engine with this program."""
@@ -312,7 +325,7 @@ class TrtexecSession(object):
         self._engine = engine
         self._model = model
         self._inputs: Dict[str, str] = {}
-        self._exact: Any = None  # the same engine in this process, for outputs
+        self._exact: Any = None  # the same engine in this process, for outputs and streams
 
     def inputs(self) -> List[Dict[str, Any]]:
         """Name, dtype and shape of each input, as the ONNX file has them."""
@@ -374,6 +387,21 @@ class TrtexecSession(object):
         Raises:
             BoardError: `not_found`: that module is not there; TensorRT or CUDA refuses.
         """
+        feeds = {}
+        exact = self.loaded()
+        for name, path in self._inputs.items():
+            with open(path, "rb") as file:
+                feeds[name] = file.read()
+        exact.set_inputs(feeds)
+        found: List[Dict[str, Any]] = exact.outputs()
+        return found
+
+    def loaded(self) -> Any:
+        """The same engine in this process, as a session of the Python module; `close` closes it too.
+
+        Raises:
+            BoardError: as `outputs`.
+        """
         from .trt_engine import TensorRtRunner, TensorRtSession, import_tensorrt  # that module imports this one
 
         if self._exact is None:
@@ -383,13 +411,7 @@ class TrtexecSession(object):
                 raise BoardError(e.kind, "trtexec gives no exact outputs, and %s" % e.message) from e
             with open(self._engine, "rb") as file:
                 self._exact = TensorRtSession(trt, cuda, file.read(), 0, [])
-        feeds = {}
-        for name, path in self._inputs.items():
-            with open(path, "rb") as file:
-                feeds[name] = file.read()
-        self._exact.set_inputs(feeds)
-        found: List[Dict[str, Any]] = self._exact.outputs()
-        return found
+        return self._exact
 
     def profile(self, runs: int = PROFILE_RUNS) -> List[Dict[str, Any]]:
         """Median time of each layer of the engine, with what TensorRT tells of it.

@@ -12,8 +12,9 @@ from .energy import PowerSampler, of_rounds
 from .errors import BoardError, as_board_error
 from .lines import LineReader, LineWriter
 from .processes import end_with_parent
-from .rounds import Clock, Gate, Plan, Subject, measure_rounds, median
+from .rounds import Clock, Gate, Plan, Subject, measure_in_turn, measure_rounds, median
 from .runners import all_runners
+from .stream import Images, blocks, told_of
 from .watch import COOL_LIMIT_S, Watch
 
 KEPT_SESSIONS = 4  # of `run`: a chain of segments is run in turn, part by part of the images
@@ -72,7 +73,7 @@ class Worker(object):
         self._key = ""
 
     def answer(self, request: Dict[str, Any]) -> Dict[str, Any]:
-        """The final answer to a request: `measure`, `calm`, `run`, `profile` or `describe`.
+        """The final answer to a request: `measure`, `stream`, `calm`, `run`, `profile` or `describe`.
 
         Raises:
             BoardError: it cannot be done as a whole; a model that fails is part of the answer.
@@ -80,6 +81,7 @@ class Worker(object):
         operations = {
             "describe": self._describe,
             "measure": self._measure,
+            "stream": self._stream,
             "calm": self._calm,
             "run": self._run,
             "profile": self._profile,
@@ -117,6 +119,7 @@ class Worker(object):
         told.update(name=runner.name, missing=None)
         told["slow_start"] = bool(getattr(runner, "slow_start", True))
         told["dynamic_batch"] = bool(getattr(runner, "dynamic_batch", False))
+        told["streams_by"] = str(getattr(runner, "streams_by", ""))
         return told
 
     def _measure(self, request: Dict[str, Any]) -> Dict[str, Any]:
@@ -159,6 +162,79 @@ class Worker(object):
             result["measured_at"] = self._clock.utc()
             result["best_ms"] = None if gate is None else gate.best_ms
         return {"results": results}
+
+    def _stream(self, request: Dict[str, Any]) -> Dict[str, Any]:
+        """What each image of a stream took; `sessions` of the result are {"blocks", "exits"} of `stream.told_of`."""
+        runner, plan = self._runner(request), Plan(request["plan"])
+        if not hasattr(runner, "chain"):
+            raise BoardError("unsupported", "%s takes no images one by one" % runner.name)
+        gate = self._gate(runner, plan, request) if plan.gate_runs else None
+        results = [_new_result(job) for job in request["jobs"]]
+        watch, cool_s = Watch(self._root), [COOL_TOTAL_S]
+        for job, result in zip(request["jobs"], results):
+            try:
+                for _ in range(plan.sessions):
+                    result["sessions"].append(self._streamed(runner, plan, gate, request, job, result, watch, cool_s))
+            except Exception as e:  # as in `main`
+                error = as_board_error(e, "build_failed")
+                result["error"] = {"kind": error.kind, "message": error.message}
+            result["measured_at"] = self._clock.utc()
+            result["best_ms"] = None if gate is None else gate.best_ms
+        self._at("", plan.hang_s)
+        return {"results": results}
+
+    def _streamed(
+        self,
+        runner: Any,
+        plan: Plan,
+        gate: Optional[Gate],
+        request: Dict[str, Any],
+        job: Dict[str, Any],
+        result: Dict[str, Any],
+        watch: Watch,
+        cool_s: List[float],
+    ) -> Dict[str, Any]:
+        """One session: a chain of models that are loaded now, and the rounds of all parts of the stream."""
+        chain = self._chained(runner, plan, request, job, result)
+        images = None  # type: Optional[Images]
+        try:
+            images = Images(job["images"], job["images_kind"], job["shape"], chain.input())
+            self._at(job["key"], plan.hang_s)
+            subjects = blocks(job["key"], chain, images, plan)
+            watch.begin()  # what the builds did to the board marks no round
+            measure_in_turn(
+                subjects,
+                plan,
+                gate,
+                self._clock,
+                lambda key: self._at(key, plan.hang_s),
+                lambda: self._looked(watch, plan, cool_s),
+                lambda: self._send({"step": 1}),
+            )
+            rounds, exits = told_of(subjects)
+            return {"blocks": rounds, "exits": exits}
+        finally:
+            if images is not None:
+                images.close()
+            chain.close()
+
+    def _chained(
+        self, runner: Any, plan: Plan, request: Dict[str, Any], job: Dict[str, Any], result: Dict[str, Any]
+    ) -> Any:
+        """Sessions of the models of a chain, made ready by their runner; each has the time of a build."""
+        sessions = []  # type: List[Any]
+        try:
+            for path, precision in zip(job["paths"], job["precisions"]):
+                self._at(job["key"], plan.build_s)
+                options = _options(request, {"precision": precision}, plan.build_s, plan.hang_s)
+                sessions.append(runner.load(path, options))
+                result["warnings"] += sessions[-1].warnings
+            self._at(job["key"], plan.build_s)
+            return runner.chain(sessions, [float(threshold) for threshold in job["thresholds"]])
+        except Exception:
+            for session in sessions:
+                session.close()
+            raise
 
     def _looked(self, watch: Watch, plan: Plan, cool_s: List[float]) -> Dict[str, Any]:
         """What the sensors say of the round that ended; a board that is slowed down cools before the next one.
