@@ -45,6 +45,8 @@ from nas.devices.base import (
     MeasureJob,
     OnProgress,
     OnResult,
+    StreamJob,
+    StreamTimer,
 )
 from nas.devices.graphs import IR_VERSION, OPSET, overhead_job, reference_job
 from nas.latency.keys import layer_of_key
@@ -798,6 +800,48 @@ def mean_model(batch: int | None = 1, size: int = 8, factor: float = 2.0) -> byt
     return data
 
 
+def exits_chain(size: int = 8) -> tuple[bytes, bytes]:
+    """A tiny chain: the first model is as sure as the image is bright (mean of the pixels / 255), the second the head.
+
+    Logits [1, 3] are the means of the channels, of the head with another sign; the feature map is the image.
+    """
+    shape = [1, 3, size, size]
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 3])
+    means = [
+        helper.make_node("GlobalAveragePool", ["x"], ["pool"], name="pool"),
+        helper.make_node("Flatten", ["pool"], ["flat"], name="flat", axis=1),
+    ]
+    first = helper.make_graph(
+        [
+            *means,
+            helper.make_node("Identity", ["flat"], ["logits"], name="logits"),
+            helper.make_node("ReduceMean", ["flat"], ["mean"], name="mean", axes=[1], keepdims=0),
+            helper.make_node("Div", ["mean", "white"], ["confidence"], name="confidence"),
+            helper.make_node("Relu", ["x"], ["features"], name="features"),
+        ],
+        "first",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [
+            logits,
+            helper.make_tensor_value_info("confidence", TensorProto.FLOAT, [1]),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, shape),
+        ],
+        [numpy_helper.from_array(np.array(255.0, np.float32), "white")],
+    )
+    head = helper.make_graph(
+        [*means, helper.make_node("Neg", ["flat"], ["logits"], name="logits")],
+        "head",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [logits],
+    )
+    opset = [helper.make_opsetid("", OPSET)]
+    data: list[bytes] = [
+        helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION).SerializeToString()
+        for graph in (first, head)
+    ]
+    return data[0], data[1]
+
+
 def _network_job(key: str, model: bytes) -> MeasureJob:
     return MeasureJob(key, "network", "fp32", model, 1000)
 
@@ -876,6 +920,40 @@ def run_refuses_what_it_cannot_run(device: Device) -> None:
             raise AssertionError("nothing was refused")
 
 
+def a_stream_gives_each_image_a_time_and_the_exit_it_took(device: Device) -> None:
+    """Where the device times streams: whole pixels or not, an image leaves where its own confidence says."""
+    if not callable(getattr(device, "stream_times", None)):
+        return
+    timer: StreamTimer = device  # type: ignore[assignment]
+    images = np.random.default_rng(0).integers(0, 200, (21, 3, 8, 8)).astype(np.float32)
+    images[::3] = 250.0
+    expected = [0 if n % 3 == 0 else 1 for n in range(len(images))]
+    given = images.copy()
+    if timer.no_stream:
+        _refuses_stream(timer, StreamJob("stream", exits_chain(), (0.9,), images), timer.no_stream)
+        return
+    for pixels in (images, images + np.float32(0.25)):
+        shares: list[float] = []
+        times = timer.stream_times(StreamJob("stream", exits_chain(), (0.9,), pixels), shares.append)
+        _expect(list(times.exits) == expected, f"exits {times.exits}")
+        _expect(len(times.latency_ms) == len(times.typical_ms) == len(images), "not one time per image")
+        _expect(min(times.latency_ms) > 0 and min(times.typical_ms) > 0, "an image took no time")
+        _expect(shares == sorted(shares) and abs(shares[-1] - 1) < 1e-9, f"progress does not rise to 1: {shares[-3:]}")
+    _expect(bool(np.array_equal(images, given)), "it wrote into the images")
+    alone = timer.stream_times(StreamJob("stream", (exits_chain()[1],), (), images))
+    _expect(set(alone.exits) == {0}, f"a model alone has one exit, got {alone.exits}")
+    _refuses_stream(timer, StreamJob("broken", (b"\x00not onnx",), (), images), "")
+
+
+def _refuses_stream(timer: StreamTimer, job: StreamJob, reason: str) -> None:
+    try:
+        timer.stream_times(job)
+    except DeviceError as e:
+        _expect(f"{job.key}: the stream cannot be timed: {reason}" in str(e), f"no reason: {e}")
+    else:
+        raise AssertionError(f"{job.key}: it was timed")
+
+
 def calm_counts_its_checks(device: Device) -> None:
     """A calm report has as many checks as were asked for, and times that fit together."""
     report = device.calm(4)
@@ -893,5 +971,6 @@ DEVICE_CONTRACT: tuple[Callable[[Device], None], ...] = (
     work_takes_longer_than_none,
     run_gives_one_row_per_image,
     run_refuses_what_it_cannot_run,
+    a_stream_gives_each_image_a_time_and_the_exit_it_took,
     calm_counts_its_checks,
 )

@@ -20,6 +20,7 @@ OnProgress = Callable[[float], None]
 OVERHEAD_KEY = "overhead"
 REFERENCE_KEY = "reference"
 GATE_KEY = "gate"
+NO_STREAMS = "it times no streams of images"  # of a device that is no `StreamTimer`
 HANG_REASON = "did not return within"  # begins the error of a measurement in which the runtime hung
 
 

@@ -22,6 +22,7 @@ from nas.core.errors import DeviceError, UsageError
 from nas.core.records import DeviceProfile, Measurement
 from nas.devices.address import parse_address
 from nas.devices.base import (
+    NO_STREAMS,
     CalmReport,
     Device,
     JobPrecision,
@@ -188,10 +189,12 @@ class Boards:
     def no_stream(self) -> str:
         """Why the first board that is left cannot time a stream of images; empty where it can."""
         board = next(iter((self._left or self._boards).values()))
-        return str(getattr(board, "no_stream", "it times no streams of images"))
+        return str(getattr(board, "no_stream", NO_STREAMS))
 
     def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
         """Times of the images of a stream on the first board that is left; see `StreamTimer`."""
+        if self.no_stream:
+            raise DeviceError(f"{job.key}: the stream cannot be timed: {self.no_stream}")
         for name, board in self._left.items():
             try:
                 return board.stream_times(job, progress)  # type: ignore[attr-defined,no-any-return]  # a RemoteDevice

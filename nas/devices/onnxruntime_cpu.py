@@ -409,7 +409,8 @@ def _bound(session: Any, feeds: Mapping[str, NDArray[np.generic]]) -> Run:
 
 def _opened_stream(job: StreamJob, threads: int) -> Opened:
     """A fresh session of each model, inputs and outputs bound: the feature map of one is the input of the next."""
-    image = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(job.images[:1], dtype=np.float32))
+    # a copy: the value is that memory, and every image is written into it
+    image = ort.OrtValue.ortvalue_from_numpy(np.array(job.images[:1], dtype=np.float32, order="C"))
     features, steps, surest, said, taken = image, [], [], [], [0]
     for model in job.models:
         session = _session(model, threads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,24 +31,29 @@ from nas.devices.base import (
     MeasureJob,
     OnProgress,
     OnResult,
+    StreamJob,
+    StreamTimes,
     layer_times_of,
 )
 from nas.devices.board import processes
 from nas.devices.board.errors import BoardError
 from nas.devices.board.onnx_facts import onnx_facts
+from nas.devices.board.stream import Block, Images
 from nas.devices.board.trt_engine import TensorRtRunner
 from nas.devices.board.trtexec import TrtexecRunner
 from nas.devices.capability import without_details
 from nas.devices.graphs import reference_model
 from nas.devices.host import probe_host, safe_name
-from nas.devices.portable import precision_of
+from nas.devices.portable import image_bytes, precision_of
 from nas.devices.protocol import Clock, SystemClock, one_line, queueing_note
+from nas.devices.stream import StreamSession, stream_session, stream_values
 from nas.devices.watchdog import watched
 
 CACHE = Path(".nas-cache/tensorrt")
 _QUERY = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader"]
 _QUERY_TIMEOUT_S = 20.0
 _PATIENCE_S = 120.0  # of the watchdog, beyond the time limit of a build
+_MEDIAN = 0.5
 _CALM_DRIFT = 1.05  # a reference network that takes longer than this shows a lower clock or another program
 
 
@@ -67,6 +72,10 @@ class Runner(Protocol):
 
     def load(self, model_path: str, options: dict[str, Any]) -> Any:
         """A session of an engine that is built now."""
+        ...
+
+    def chain(self, sessions: list[Any], thresholds: list[float]) -> Any:
+        """What times images one by one through such sessions; only asked for where `streams_by` names a runner."""
         ...
 
 
@@ -199,6 +208,69 @@ class TensorRt:
                 return layer_times_of(session.profile(self._settings.profile_runs))
         except BoardError as e:
             raise DeviceError(f"TensorRT {self._described['version']}: {e.kind}: {e.message}") from e
+
+    @property
+    def no_stream(self) -> str:
+        """Why images cannot be timed one by one: trtexec alone takes none. Empty where they can."""
+        needed, own = getattr(self._runner, "streams_by", ""), f"{self._runner.name} takes no images one by one"
+        if not needed:
+            return own
+        lacks = None if needed == self._runner.name else TensorRtRunner().available()
+        return f"{own}, and {needed} is missing: {lacks}" if lacks else ""
+
+    def stream_times(self, job: StreamJob, progress: OnProgress | None = None) -> StreamTimes:
+        """Times of the images of a stream, between events of the GPU; see `StreamTimer` and `board.trt_chain`.
+
+        A round is calm where its images scatter no more than those of `measure` about what each usually takes.
+        """
+        if self.no_stream:
+            raise DeviceError(f"{job.key}: the stream cannot be timed: {self.no_stream}")
+        settings = self._settings
+        images, kind = image_bytes(job.images, job.models[0])
+        sessions = []
+        with (
+            tempfile.TemporaryDirectory(prefix="nas-tensorrt-") as folder,
+            watched(settings.build_timeout_s + _PATIENCE_S, lambda _: False) as begin,
+        ):
+            path = Path(folder) / "images.raw"
+            path.write_bytes(images)
+            try:
+                for number in range(settings.network_builds):
+                    sessions.append(self._stream_session(job, str(path), kind, begin))
+                    if progress is not None:
+                        progress(number / settings.network_builds)
+            except BoardError as e:
+                raise DeviceError(f"{job.key}: the stream cannot be timed: {e.kind}: {e.message}") from e
+            except Exception as e:  # whatever a runtime raises
+                raise DeviceError(f"{job.key}: the stream cannot be timed: {one_line(e)}") from e
+        if progress is not None:
+            progress(1.0)
+        return stream_values(sessions, _MEDIAN)
+
+    def _stream_session(self, job: StreamJob, path: str, kind: str, begin: Callable[[str], None]) -> StreamSession:
+        """Engines that are built now, and the rounds of all parts of the stream."""
+        settings = self._settings
+        with ExitStack() as opened:
+            built = []
+            for model in job.models:
+                begin(job.key)
+                built.append(opened.enter_context(self._session(model, precision_of(model))))
+            begin(job.key)
+            chain = self._runner.chain(built, list(job.thresholds))
+            images = opened.enter_context(closing(Images(path, kind, list(job.images.shape), chain.input())))
+            chain.time(images.read(0, min(images.count, settings.warmup_runs)))
+            blocks = []
+            for first in range(0, images.count, settings.runs):
+                count = min(settings.runs, images.count - first)
+                blocks.append((Block(chain, images, first, count), list[tuple[float, ...]](), list[int]()))
+            for _ in range(settings.rounds):
+                for block, samples, exits in blocks:
+                    begin(job.key)
+                    told = block.time(settings.runs, 0)
+                    samples.append(tuple(round(float(ms), 6) for ms in told["samples_ms"]))
+                    exits[:] = exits or told["exits"]
+            begin("")
+        return stream_session([(samples, _calm(samples, settings.scatter), exits) for _, samples, exits in blocks])
 
     def expect_reference(self, reference_ms: float | None, streaming_ms: float | None = None) -> None:
         """Ignored: rounds are judged by their own scatter."""
@@ -333,6 +405,12 @@ def find_runner() -> Runner:
 def _scatter(samples: Sequence[float]) -> float:
     mean = float(np.mean(samples))
     return float(np.std(samples)) / mean if mean > 0 else float("inf")
+
+
+def _calm(rounds: Sequence[Sequence[float]], scatter: float) -> list[bool]:
+    """Whether each round of the same images deviates no more from what each of them usually takes."""
+    usual = np.maximum(np.median(rounds, axis=0), 1e-6)
+    return [float(np.sqrt(np.mean((np.asarray(samples) / usual - 1) ** 2))) <= scatter for samples in rounds]
 
 
 def _with_static_batch(model: bytes) -> bytes:

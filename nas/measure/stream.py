@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nas.core.run import STREAM_TOLERANCE, StreamLatency
 from nas.core.units import format_ms
-from nas.devices.base import Device, OnProgress, StreamJob, StreamTimer
+from nas.devices.base import NO_STREAMS, Device, OnProgress, StreamJob, StreamTimer
 from nas.export.forms import Artefact
 from nas.latency.exits import TAIL
 
@@ -31,7 +31,7 @@ def stream_timer(device: Device) -> StreamTimer | None:
 def no_stream(device: Device) -> str:
     """Why the device cannot time a stream; empty where it can."""
     if not callable(getattr(device, "stream_times", None)):
-        return "it times no streams of images"
+        return NO_STREAMS
     timer: StreamTimer = device  # type: ignore[assignment]
     return timer.no_stream
 

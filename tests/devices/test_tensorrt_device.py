@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,36 @@ class CpuSession:
         self._runner.alive -= 1
 
 
+class CpuChain:
+    """Engines one behind the other that run on the processor."""
+
+    def __init__(self, sessions: list[CpuSession], thresholds: list[float], runner: CpuRunner) -> None:
+        self._sessions, self._thresholds, self._runner = sessions, thresholds, runner
+
+    def input(self) -> dict[str, Any]:
+        return self._sessions[0].inputs()[0]
+
+    def time(self, images: Iterable[bytes]) -> dict[str, Any]:
+        samples, exits = [], []
+        for data in images:
+            began, number = time.perf_counter(), 0
+            for number, session in enumerate(self._sessions):
+                session.set_inputs({session.inputs()[0]["name"]: data})
+                told = {o["name"]: o["data"] for o in session.outputs()}
+                if number < len(self._thresholds) and np.frombuffer(told["confidence"], "<f4") >= np.float32(
+                    self._thresholds[number]
+                ):
+                    break
+                data = told.get("features", b"")
+            samples.append(1e3 * (time.perf_counter() - began))
+            exits.append(number)
+        given = self._runner.stream_ms.pop(0) if self._runner.stream_ms else samples
+        return {"samples_ms": given, "exits": exits, "clock": "cuda_event"}
+
+
 class CpuRunner:
     name = "tensorrt"
+    streams_by = name
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
@@ -84,6 +112,7 @@ class CpuRunner:
         self.is_bound = False
         self.alive = 0
         self.loaded: list[dict[str, Any]] = []
+        self.stream_ms: list[list[float]] = []
 
     def available(self) -> str | None:
         return None
@@ -95,6 +124,9 @@ class CpuRunner:
     def load(self, model_path: str, options: dict[str, Any]) -> CpuSession:
         self.loaded.append(options)
         return CpuSession(model_path, options, self)
+
+    def chain(self, sessions: list[CpuSession], thresholds: list[float]) -> CpuChain:
+        return CpuChain(sessions, thresholds, self)
 
 
 def device(runner: CpuRunner, folder: Path) -> TensorRt:
