@@ -470,6 +470,56 @@ def test_images_go_when_they_were_run(board: Board) -> None:
     assert not board.folder.has(images), "also where it fails"
 
 
+def stream(board: Board, *models: bytes, images: bytes = bytes([0, 1, 0]) * 9, **plan: Any) -> dict[str, Any]:
+    """What the agent says last, or the result, of a stream of 9 images of 3 bytes."""
+    job = {
+        "key": "s",
+        "models": [board.put(model) for model in models],
+        "precisions": ["fp16"] * len(models),
+        "thresholds": [0.5] * (len(models) - 1),
+        "images": board.put(images),
+        "images_kind": "uint8",
+        "shape": [9, 3, 1, 1],
+    }
+    more = {"batch": "0123456789", "runner": "scripted", "plan": {**PLAN, "sessions": 2, **plan}}
+    told = board.ask("stream", jobs=[job], **more)
+    assert not board.folder.has(job["images"]), "images go when they were run, also where it fails"
+    return next((m["result"] for m in told if "result" in m), told[-1])
+
+
+def test_a_stream_comes_back_part_by_part_with_where_each_image_left(board: Board) -> None:
+    images = b"".join(bytes([n % 2, 7, 7]) for n in range(9))
+    told = stream(board, b"good", b"warns", images=images, min_runs=4, max_runs=4)
+    assert told["error"] is None and told["warnings"] == ["skipped a tactic"] * 2
+    assert len(told["sessions"]) == 2
+    for session in told["sessions"]:
+        assert session["exits"] == [n % 2 for n in range(9)]
+        assert [[len(r["samples_ms"]) for r in block] for block in session["blocks"]] == [[4, 4], [4, 4], [1, 1]]
+    again = stream(board, b"good", b"warns", images=images, min_runs=4, max_runs=4)
+    assert again["id"] == told["id"], "what another connection did not fetch is not measured again"
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "told"),
+    [
+        (b"crash", "killed", "ended by signal 11, a crash of the runtime"),
+        (b"no engine", "out_of_memory", "the builder ran out of memory"),
+    ],
+)
+def test_a_chain_whose_model_fails_is_a_result_with_its_reason(
+    model: bytes, kind: str, told: str, board: Board
+) -> None:
+    assert stream(board, b"good", model)["error"] == {"kind": kind, "message": told}
+    assert board.measure(b"good", batch="9876543210")["good"]["error"] is None, "the next one is measured"
+
+
+def test_images_of_another_size_are_refused(board: Board) -> None:
+    assert stream(board, b"good", images=bytes(26))["error"] == {
+        "kind": "bad_request",
+        "message": "9 images need 27 bytes, got 26",
+    }
+
+
 def test_what_lies_on_a_board_is_bounded_and_the_oldest_goes_first(
     board: Board, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_board.tree import ORIN_NANO_SUPER, put, write_board
 
+from nas.devices.board.errors import BoardError
 from nas.devices.board.rounds import Clock
+from nas.devices.board.stream import Images, Widener
 from nas.devices.board.worker import Worker
 
 PLAN = {
@@ -262,6 +266,87 @@ def test_an_engine_is_built_once_for_all_images_and_goes_before_something_is_mea
     job = {"index": 0, "key": "row", "path": "unused", "feeds": {}, "precision": "fp32"}
     worker.answer({"op": "measure", "runner": "fake", "plan": PLAN, "jobs": [job], "work": "unused"})
     assert all(session.closed for session in made)
+
+
+class Chain:
+    """Images of one byte that take as many milliseconds; calls `on_time` with the number of the call."""
+
+    def __init__(self, clock: FakeClock, on_time: Callable[[int], None]) -> None:
+        self._clock, self._on_time = clock, on_time
+        self.calls, self.is_closed = 0, False
+
+    def input(self) -> dict[str, Any]:
+        return {"name": "x", "dtype": "float32", "shape": [1, 1, 1, 1]}
+
+    def time(self, images: Iterable[bytes]) -> dict[str, Any]:
+        self.calls += 1
+        self._on_time(self.calls)
+        samples = [struct.unpack("<f", data)[0] for data in images]
+        self._clock.spend(sum(samples) / 1000)
+        return {"samples_ms": samples, "exits": [int(ms > 2) for ms in samples], "clock": "cuda_event"}
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_parts_of_a_stream_that_were_throttled_are_marked_and_timed_again(tmp_path: Path) -> None:
+    root = write_board(tmp_path / "board", ORIN_NANO_SUPER.locked)
+    clock = FakeClock(lambda: cool(root))
+    chains: list[Chain] = []
+
+    class Chaining(Runner):
+        def chain(self, sessions: list[Session], thresholds: list[float]) -> Chain:
+            assert (len(sessions), thresholds) == (2, [0.75])
+            chains.append(Chain(clock, lambda call: throttle(root) if call == 2 else None))  # the first warms up
+            return chains[-1]
+
+    path = tmp_path / "images"
+    path.write_bytes(bytes([1, 2, 3, 4, 5]))
+    told: list[dict[str, Any]] = []
+    worker = Worker(told.append, [Chaining(lambda: Session(clock, lambda _: None, True))], str(root), clock)
+    job = {"index": 0, "key": "s", "paths": ["a", "b"], "precisions": ["fp16"] * 2, "thresholds": [0.75]}
+    job |= {"images": str(path), "images_kind": "uint8", "shape": [5, 1, 1, 1]}
+    plan = {**PLAN, "min_runs": 2, "max_runs": 3, "build_s": 99}
+    answer = worker.answer({"op": "stream", "runner": "fake", "plan": plan, "jobs": [job], "work": "unused"})
+    (session,) = answer["results"][0]["sessions"]
+    assert session["exits"] == [0, 0, 1, 1, 1]
+    first, second = session["blocks"]
+    assert [r["throttled"] for r in first] == [True, False, False] and "oc3_event_cnt" in first[0]["throttled_why"]
+    assert [r["samples_ms"] for r in first] == [[1.0, 2.0, 3.0]] * 3
+    assert [r["samples_ms"] for r in second] == [[4.0, 5.0]] * 2
+    limits = [m["limit_s"] for m in told if m.get("at") == "s"]
+    assert limits.count(99.0) == 3 and limits.count(PLAN["hang_s"]) >= 6, "two builds and a graph; rounds"
+    assert sum("step" in m for m in told) == PLAN["rounds"]
+    assert chains[0].is_closed
+
+
+def test_a_runner_that_takes_no_images_one_by_one_says_so(tmp_path: Path) -> None:
+    worker = Worker(lambda _: None, [Runner(lambda: Session(FakeClock(), lambda _: None, True))], str(tmp_path))
+    with pytest.raises(BoardError, match="fake takes no images one by one"):
+        worker.answer({"op": "stream", "runner": "fake", "plan": PLAN, "jobs": [], "work": "unused"})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_bytes_become_the_numbers_that_a_model_takes(dtype: str) -> None:
+    values = bytes(range(256)) * 3
+    assert Widener(dtype)(values) == np.frombuffer(values, np.uint8).astype(dtype).tobytes()
+
+
+def test_images_that_a_model_does_not_take_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "images"
+    path.write_bytes(bytes(12))
+    entry = {"name": "x", "dtype": "float32", "shape": [1, 3, 2, 2]}
+    for kind, shape, known in (
+        ("uint8", [2, 3, 1, 2], entry),
+        ("float16", [1, 3, 2, 2], entry),
+        ("int64", [1, 3, 2, 2], {**entry, "dtype": "int64"}),
+    ):
+        with pytest.raises(BoardError, match=r"input 'x' takes .* got images"):
+            Images(str(path), kind, shape, known)
+    images = Images(str(path), "uint8", [1, 3, 2, 2], entry)
+    path.unlink()
+    assert [len(image) for image in images.read(0, 1)] == [48], "also when its name is gone"
+    images.close()
 
 
 def test_a_board_without_sensors_has_no_energy_and_is_never_throttled(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from nas.core.records import BlockConfig, Candidate, HeadConfig, StageConfig, St
 from nas.devices.base import MeasureJob
 from nas.devices.graphs import gate_model, identity_model, reference_model
 from nas.devices.onnxruntime_cpu import bound_run, run_model
-from nas.devices.portable import feed_bytes, portable_model
+from nas.devices.portable import feed_bytes, image_bytes, portable_model
 from nas.export.graph import network_model, nominal_quant, random_weights
 from nas.testing import mean_model
 
@@ -95,3 +95,16 @@ def test_hard_swish_is_split_where_a_parser_cannot_read_it_and_gives_the_same() 
     image = np.random.default_rng(0).uniform(-4, 4, shape).astype(np.float32)
     first, second = (run_model(m, image)[0] for m in (whole, split))
     np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 7.0, 255.0])
+def test_whole_pixels_travel_as_bytes(value: float) -> None:
+    images = np.full((2, 3, 8, 8), value, np.float32)
+    assert image_bytes(images, mean_model()) == (bytes([int(value)]) * images.size, "uint8")
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 256.0, float("nan")])
+def test_other_values_travel_as_the_model_takes_them(value: float) -> None:
+    images = np.full((2, 3, 8, 8), value, np.float32)
+    assert image_bytes(images, mean_model()) == (images.tobytes(), "float32")
+    assert image_bytes(images, b"not onnx") == (images.tobytes(), "float32")

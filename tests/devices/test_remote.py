@@ -16,10 +16,18 @@ import numpy as np
 import pytest
 
 from nas.core.errors import DeviceError, UsageError
-from nas.core.records import Measurement
+from nas.core.records import (
+    BlockConfig,
+    Candidate,
+    ExitConfig,
+    HeadConfig,
+    Measurement,
+    StageConfig,
+    StemConfig,
+)
 from nas.devices import open_device
 from nas.devices.address import parse_address
-from nas.devices.base import Device, MeasureJob
+from nas.devices.base import Device, MeasureJob, StreamJob
 from nas.devices.graphs import overhead_job
 from nas.devices.link import AgentLink, RefusedRequestError
 from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
@@ -35,7 +43,10 @@ from nas.devices.ssh import (
     NoSshError,
     RemoteError,
 )
-from nas.testing import DEVICE_CONTRACT, SshServer, mean_model, requires_openssh
+from nas.export.forms import Artefact, measured_paths
+from nas.export.graph import network_model, random_weights, segment_models
+from nas.measure.stream import measured_stream
+from nas.testing import DEVICE_CONTRACT, SshServer, exits_chain, mean_model, requires_openssh
 
 QUICK = ProtocolSettings(
     network_rounds=2,
@@ -148,6 +159,98 @@ def test_images_travel_part_by_part_and_none_stays(
     assert np.allclose(found, 3 * images.mean((2, 3)), rtol=1e-5)
     left = [p for p in (server.cache / "blobs").iterdir() if p.name not in before]
     assert len(left) == 1 and left[0].stat().st_size < 2 * len(model), "the model alone"
+
+
+def network(threshold: float) -> Candidate:
+    stages = (
+        StageConfig((BlockConfig(8, 16, 8),)),
+        StageConfig((BlockConfig(8, 64, 32, stride=2), BlockConfig(32, 256, 32), BlockConfig(32, 256, 32))),
+    )
+    return Candidate(32, 4, StemConfig(8), stages, HeadConfig(), (ExitConfig(0, threshold=threshold),))
+
+
+@pytest.mark.parametrize("form", ["if", "chain"])
+def test_images_leave_on_a_board_where_their_logits_say_and_take_about_the_sum_over_their_exits(
+    device: RemoteDevice, form: str
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    pixels = np.ascontiguousarray(images.transpose(0, 3, 1, 2), dtype=np.float32)
+    plain = network(0.5)
+    weights, gray = random_weights(plain, 0), ((0.5,) * 3, (0.25,) * 3)
+    first = device.run(network_model(plain, weights, *gray, form="logits", batch=None), pixels)[0]
+    confidence = np.exp(first).max(axis=1) / np.exp(first).sum(axis=1)
+    order = np.sort(confidence)
+    candidate = plain.with_thresholds([float(order[19] + order[20]) / 2])  # no image at the threshold itself
+    artefact: Artefact = (
+        network_model(candidate, weights, *gray, form="if")
+        if form == "if"
+        else segment_models(candidate, weights, *gray)
+    )
+    _, paths = measured_paths(
+        candidate,
+        "if" if form == "if" else "segments",
+        artefact,
+        lambda models: device.measure([MeasureJob(f"m{i}", "network", "fp32", m, 1000) for i, m in enumerate(models)]),
+    )
+    exit_ms = [m.latency_ms or 0.0 for m in paths]
+    models, thresholds = (
+        ((artefact,), ())
+        if isinstance(artefact, bytes)
+        else (
+            tuple(s.model for s in artefact),
+            (candidate.exits[0].threshold or 0.0,),
+        )
+    )
+    times = device.stream_times(StreamJob("s", models, thresholds, pixels))
+    expected = (confidence < candidate.exits[0].threshold).astype(int)
+    assert list(times.exits) == expected.tolist() and sum(expected) == 20
+    stream = measured_stream(device, "s", artefact, images, exit_ms)
+    assert stream is not None and stream.shares == (0.5, 0.5)
+    assert stream.sum_ms == pytest.approx(np.mean(exit_ms))
+    assert 0.5 * stream.sum_ms < stream.mean_ms < 3 * stream.sum_ms
+    each = np.array(times.latency_ms)
+    assert 1.3 * np.median(each[expected == 0]) < np.median(each[expected == 1])
+
+
+def test_images_of_a_stream_travel_once_as_bytes_and_none_stays(
+    server: SshServer, device: RemoteDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    plain = AgentLink.send
+    monkeypatch.setattr(
+        AgentLink, "send", lambda self, request, data=b"": sent.append(len(data)) or plain(self, request, data)
+    )
+    images = np.random.default_rng(1).integers(0, 256, (50, 3, 12, 12)).astype(np.float32)
+    device.stream_times(StreamJob("s", exits_chain(12), (0.5,), images))
+    assert sent.count(images.size) == 1 and max(sent) == images.size
+    assert all(p.stat().st_size != images.size for p in (server.cache / "blobs").iterdir())
+    sent.clear()
+    device.stream_times(StreamJob("s", exits_chain(12), (0.5,), images / 2))
+    assert images.nbytes in sent, "halves are no bytes"
+
+
+def test_a_stream_goes_on_over_the_next_connection(server: SshServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    opened = RemoteDevice(
+        parse_address(server.device_name()), settings=QUICK, say=said.append, sleep=lambda s: time.sleep(s / 50)
+    )
+    plain, cuts = AgentLink.answer, []
+
+    def answer(self: AgentLink, on_message: Callable[[dict[str, object]], None] = lambda _: None) -> object:
+        def take(message: dict[str, object]) -> None:
+            if "result" in message and not cuts:
+                cuts.append(server.cut())
+                raise LinkCutError("cut")
+            on_message(message)
+
+        return plain(self, take)
+
+    monkeypatch.setattr(AgentLink, "answer", answer)
+    images = np.zeros((6, 3, 8, 8), np.float32)
+    images[:2] = 255.0
+    assert opened.stream_times(StreamJob("s", exits_chain(), (0.5,), images)).exits == (0, 0, 1, 1, 1, 1)
+    assert cuts and any("trying again" in line for line in said)
+    opened.close()
 
 
 def slow_script(server: SshServer) -> Path:

@@ -20,15 +20,16 @@ from nas.cli.main import run
 from nas.core.errors import DeviceError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
 from nas.devices.address import parse_address
-from nas.devices.base import MeasureJob
+from nas.devices.base import MeasureJob, StreamJob
 from nas.devices.link import AgentLink
 from nas.devices.remote import BUILD_LIMIT_S, SLOW_START, RemoteDevice
 from nas.export.dialect import dialect_for
 from nas.export.graph import layer_model, nominal_quant, random_weights, segment_models
 from nas.latency.table import LatencyTable
 from nas.measure.covering import fill_covering
+from nas.measure.stream import stream_timer
 from nas.space.space import load_space
-from nas.testing import SshServer, mean_model, requires_openssh
+from nas.testing import SshServer, exits_chain, mean_model, requires_openssh
 
 ONE_STAGE = """
 name: one-stage
@@ -173,6 +174,24 @@ def test_images_are_run_through_an_engine_of_one_image_as_it_is_deployed(
     assert limits == [BUILD_LIMIT_S], "the engine is built within this limit, as for measuring"
     (built,) = [x.partition("=")[2] for call in calls_of(program) for x in call if x.startswith("--onnx=")]
     assert [d.dim_value for d in onnx.load(built).graph.input[0].type.tensor_type.shape.dim] == [1, 3, 8, 8]
+
+
+@pytest.mark.parametrize("options", ["", "&runner=trtexec"])
+def test_where_only_trtexec_is_there_no_stream_is_offered_and_the_reason_is_told(
+    server: SshServer, options: str
+) -> None:
+    device, program = board(server, "8.5")
+    device.close()
+    name = server.device_name(options, python=program.parent / "python")
+    device = RemoteDevice(parse_address(name), settings=QUICK)
+    try:
+        assert stream_timer(device) is None
+        told = "not looked for, as only trtexec" if options else "the Python module tensorrt cannot be imported"
+        assert device.no_stream.startswith(f"trtexec takes no images one by one, and tensorrt is missing: {told}")
+        with pytest.raises(DeviceError, match="s: the stream cannot be timed: trtexec takes no images"):
+            device.stream_times(StreamJob("s", exits_chain(), (0.5,), np.zeros((1, 3, 8, 8), np.float32)))
+    finally:
+        device.close()
 
 
 def test_layers_of_an_engine_come_back(server: SshServer) -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from test_protocol import FakeClock, taking
 
 from nas.core.errors import RecordError
-from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
+from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, Precision, StageConfig, StemConfig
 from nas.data import evenly
 from nas.devices.base import StreamJob
-from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
+from nas.devices.board.onnx_facts import onnx_facts
+from nas.devices.board.ort_runner import OnnxRuntimeRunner
+from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu, run_model
 from nas.devices.protocol import Gate, ProtocolSettings
 from nas.devices.stream import Opened, stream_times
+from nas.export.dialect import TRT_10_13
+from nas.export.forms import answers
 from nas.export.graph import network_model, random_weights, segment_models
 from nas.measure.stream import measured_stream
 
@@ -103,6 +108,36 @@ def test_images_that_leave_early_take_less_time_in_both_deployed_forms(form: str
     left = confidence >= np.median(confidence)
     assert np.mean((np.array(measured.exits) == 0) == left) >= 23 / 24, "one lies at the threshold itself"
     assert 1.3 * np.median(times[left]) < np.median(times[~left])
+
+
+@pytest.mark.parametrize("binds", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_runner_of_a_board_decides_as_the_models_do_one_by_one(
+    precision: Precision, binds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Feature maps of a half precision network are half floats between its segments."""
+    images = np.random.default_rng(0).integers(0, 256, (24, 3, 32, 32)).astype(np.float32)
+    plain = network(0.5).with_precision(precision)
+    weights, gray = random_weights(plain, 0), ((0.5,) * 3, (0.25,) * 3)
+    sure = run_model(segment_models(plain, weights, *gray, dialect=TRT_10_13)[0].model, images)[1]
+    chain = segment_models(plain.with_thresholds([float(np.sort(sure)[12])]), weights, *gray, dialect=TRT_10_13)
+    kinds = {entry["name"]: entry["dtype"] for entry in onnx_facts(chain[0].model).outputs}
+    assert kinds[chain[0].features_out] == {"fp32": "float32", "fp16": "float16"}[precision]
+    if not binds:
+        monkeypatch.setattr("nas.devices.board.ort_runner._can_bind", lambda _: False)
+    runner = OnnxRuntimeRunner()
+    sessions = []
+    for number, segment in enumerate(chain):
+        path = tmp_path / f"{number}.onnx"
+        path.write_bytes(segment.model)
+        sessions.append(runner.load(str(path), {}))
+    opened = runner.chain(sessions, [s.threshold for s in chain if s.threshold is not None])
+    assert opened.input() == {"name": "image", "dtype": "float32", "shape": [1, 3, 32, 32]}
+    told = opened.time(image.tobytes() for image in images)
+    opened.close()
+    _, expected = answers(run_model, chain, images, 1)
+    assert told["exits"] == expected.tolist() and sum(expected) == 12, "the one at the threshold leaves"
+    assert (told["clock"], len(told["samples_ms"])) == ("thread_cpu", 24) and 0 < told["cpu_share"] <= 1
 
 
 def test_at_most_so_many_images_are_taken_evenly() -> None:

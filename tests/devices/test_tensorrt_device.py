@@ -15,11 +15,13 @@ from fake_board.tools import install_trtexec
 
 from nas.core.errors import DeviceError
 from nas.devices import open_device
-from nas.devices.base import Device, LayerTime, MeasureJob
+from nas.devices.base import Device, LayerTime, MeasureJob, StreamJob
 from nas.devices.board.errors import BoardError
 from nas.devices.board.trt_engine import TensorRtRunner
+from nas.devices.board.trtexec import TrtexecRunner
 from nas.devices.tensorrt import TensorRt, TensorRtSettings, find_runner
-from nas.testing import DEVICE_CONTRACT, mean_model
+from nas.measure.stream import stream_timer
+from nas.testing import DEVICE_CONTRACT, exits_chain, mean_model
 
 QUICK = TensorRtSettings(rounds=2, runs=6, warmup_runs=1)
 
@@ -166,6 +168,46 @@ def test_a_round_that_scatters_is_not_calm_and_an_engine_short_of_memory_is_said
     noisy = measured.measure([job()])[0]
     assert (noisy.accepted, noisy.latency_ms) == ((False, False), 1.0)
     assert noisy.source == "queueing takes about as long as the inference, with a CUDA graph"
+
+
+def test_a_stream_is_of_builds_of_its_own_and_calm_where_its_images_take_what_they_usually_do(tmp_path: Path) -> None:
+    runner = CpuRunner()
+    images = np.zeros((3, 3, 8, 8), np.float32)
+    job = StreamJob("s", exits_chain(), (0.5,), images)
+    rounds = [[0.1, 0.2, 0.3], [0.101, 0.199, 0.301]]
+    slow = [[0.2, 0.4, 0.6], [0.22, 0.44, 0.66]]
+    for second, is_calm in ((rounds, True), (slow, True)):
+        runner.stream_ms = [[1.0], *rounds, [1.0], *second]  # of each build the warm-up first
+        times = device(runner, tmp_path).stream_times(job)
+        assert times.is_calm is is_calm
+        assert times.latency_ms == pytest.approx((0.1005, 0.1995, 0.3005))
+    assert len(runner.loaded) == 8 and runner.alive == 0
+    runner.stream_ms = [[1.0], *slow, [1.0], *slow]
+    assert not device(runner, tmp_path).stream_times(job).is_calm
+    assert len({options["timing_cache"] for options in runner.loaded}) == 1
+
+
+def test_engines_that_differ_count_an_image_where_it_took_least(tmp_path: Path) -> None:
+    """Near a threshold two builds may decide differently."""
+    runner = CpuRunner()
+    images = np.full((2, 3, 8, 8), 200.0, np.float32)
+    chained = runner.chain
+
+    def chain(sessions: list[CpuSession], _: list[float]) -> CpuChain:
+        return chained(sessions, [0.5 if len(runner.loaded) == 2 else 0.9])
+
+    runner.chain = chain
+    runner.stream_ms = [[1.0], [0.1, 0.4], [0.1, 0.4], [1.0], [0.3, 0.3], [0.3, 0.3]]
+    times = device(runner, tmp_path).stream_times(StreamJob("s", exits_chain(), (0.5,), images))
+    assert (times.latency_ms, times.exits) == (pytest.approx((0.1, 0.3)), (0, 1))
+
+
+def test_trtexec_alone_times_no_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    runner = TrtexecRunner(str(install_trtexec(tmp_path / "programs", "8.5")))
+    alone = TensorRt(runner, QUICK, cache=tmp_path / "cache")
+    assert stream_timer(alone) is None
+    assert "trtexec takes no images one by one, and tensorrt is missing: the Python module" in alone.no_stream
 
 
 def test_a_failed_build_is_a_result_of_its_kind(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ refuses everything else, with CUDA from a library of the tests. What this cannot
 from __future__ import annotations
 
 import ast
+import ctypes
 import json
+import struct
 import sys
 import time
 from pathlib import Path
@@ -175,6 +177,123 @@ def test_a_graph_that_cannot_be_captured_is_timed_without_one(library: Any, tmp_
         library.fake_fail_capture(0)
     assert told["cuda_graph"] is False
     assert len(told["samples_ms"]) == 4 and min(told["samples_ms"]) > 0.1  # an inference of the library takes 0.2 ms
+
+
+class Engines:
+    """Engines in the library's memory: what is as sure as the first pixel of its input, and copies it out by one more.
+
+    The tensors are those of a chain; of the last engine only the logits count.
+    """
+
+    TENSORS = (
+        ("image", (1, 1, 2, 2)),
+        ("logits", (1, 2)),
+        ("confidence", (1,)),
+        ("features", (1, 1, 2, 2)),
+    )
+
+    def __init__(self, release: str, library: Any) -> None:
+        names, shapes = [name for name, _ in self.TENSORS], dict(self.TENSORS)
+        self.addresses: dict[Any, dict[str, int]] = {}
+        self.ran: list[Any] = []
+        self.library = library
+        self.trt = stand_in(
+            release,
+            library.fake_work,
+            **{
+                "ICudaEngine.num_io_tensors": len(names),
+                "ICudaEngine.num_bindings": len(names),
+                "ICudaEngine.get_tensor_name": lambda _, index: names[index],
+                "ICudaEngine.get_binding_name": lambda _, index: names[index],
+                "ICudaEngine.get_tensor_mode": lambda _, name: getattr(
+                    self.trt.TensorIOMode, "INPUT" if name == "image" else "OUTPUT"
+                ),
+                "IExecutionContext.get_tensor_shape": lambda _, name: shapes[name],
+                "IExecutionContext.get_binding_shape": lambda _, binding: shapes[names[binding]],
+                "IExecutionContext.set_tensor_address": lambda context, name, memory: (
+                    self.addresses.setdefault(id(context), {}).update({name: memory}) or True
+                ),
+                "IExecutionContext.execute_async_v3": lambda context, stream_handle: self.run(
+                    id(context), self.addresses[id(context)], stream_handle
+                ),
+                "IExecutionContext.execute_async_v2": lambda context, bindings, stream_handle, input_consumed=None: (  # noqa: ARG005
+                    self.run(id(context), dict(zip(names, bindings, strict=True)), stream_handle)
+                ),
+            },
+        )
+
+    def run(self, context: int, memory: dict[str, int], stream: int) -> bool:
+        pixels = ctypes.cast(memory["image"], ctypes.POINTER(ctypes.c_float))
+        ctypes.cast(memory["confidence"], ctypes.POINTER(ctypes.c_float))[0] = pixels[0]
+        features = ctypes.cast(memory["features"], ctypes.POINTER(ctypes.c_float))
+        for i in range(4):
+            features[i] = pixels[i] + 1
+        self.ran.append(context)
+        return bool(self.library.fake_work(stream))
+
+
+def image_of(value: float) -> bytes:
+    return struct.pack("<4f", *[value] * 4)
+
+
+@pytest.mark.parametrize("release", ["8.2", "8.6.1", "10.3.0", "11.4.0.106"])
+def test_a_chain_passes_its_feature_maps_on_where_they_lie_and_leaves_where_it_is_sure(
+    release: str, library: Any, tmp_path: Path
+) -> None:
+    engines, before = Engines(release, library), library.fake_live()
+    trt_engine.build(engines.trt, request_for(tmp_path))
+    plan = (tmp_path / "engine.plan").read_bytes()
+    library.fake_fail_capture(1)  # a graph of the library would not run what is written here
+    try:
+        cuda = CtypesCuda(library)
+        sessions = [trt_engine.TensorRtSession(engines.trt, cuda, plan, 0, []) for _ in range(3)]
+        chain = trt_engine.TensorRtRunner(cuda).chain(sessions, [0.9, 1.1])
+        assert chain.input() == {"name": "image", "dtype": "float32", "shape": [1, 1, 2, 2]}
+        chain.time([image_of(0.0)])  # warms up
+        first = len(engines.ran)
+        told = chain.time([image_of(x) for x in (0.5, 0.05, 0.95, 0.9)])
+        assert told["exits"] == [1, 2, 0, 0], "of 0.5 the second is sure by 1.5; 0.9 is 0.9 in float32, too"
+        assert len(engines.ran) - first == 2 + 3 + 1 + 1, "nothing is run behind the exit"
+        works = [2, 3, 1, 1]  # an inference of the library takes 0.2 ms
+        assert all(0.2 * n <= ms for n, ms in zip(works, told["samples_ms"], strict=True)), told["samples_ms"]
+        assert told["clock"] == "cuda_event"
+        chain.close()
+    finally:
+        library.fake_fail_capture(0)
+    assert library.fake_live() == before, "memory, streams, events or graphs were not given back"
+
+
+def test_a_chain_is_launched_as_graphs_after_its_input_was_connected(library: Any, tmp_path: Path) -> None:
+    engines, before = Engines("10.3.0", library), library.fake_live()
+    trt_engine.build(engines.trt, request_for(tmp_path))
+    plan = (tmp_path / "engine.plan").read_bytes()
+    cuda = CtypesCuda(library)
+    sessions = [trt_engine.TensorRtSession(engines.trt, cuda, plan, 0, []) for _ in range(2)]
+    chain = trt_engine.TensorRtRunner(cuda).chain(sessions, [2.0])  # never sure
+    one, two = engines.addresses.values()
+    assert two["image"] == one["features"]
+    chain.time([image_of(0.0)])
+    launches = library.fake_launches()
+    assert chain.time([image_of(0.0)] * 3)["exits"] == [1] * 3
+    assert library.fake_launches() - launches == 6
+    chain.close()
+    assert library.fake_live() == before
+
+
+def test_engines_that_do_not_fit_together_are_refused(library: Any, tmp_path: Path) -> None:
+    trt, before = stand_in("10.3.0", library.fake_work), library.fake_live()
+    trt_engine.build(trt, request_for(tmp_path))
+    plan = (tmp_path / "engine.plan").read_bytes()
+    cuda = CtypesCuda(library)
+    sessions = [trt_engine.TensorRtSession(trt, cuda, plan, 0, []) for _ in range(2)]
+    with pytest.raises(BoardError, match="gives no confidence of one float32"):
+        trt_engine.TensorRtRunner(cuda).chain(sessions, [0.5])
+    source = {"name": "features", "dtype": "float16", "shape": [1, 3, 8, 8], "device": 0}
+    with pytest.raises(BoardError, match=r"takes image float32 .* before it gives features float16"):
+        sessions[1].read_from(source)
+    for session in sessions:
+        session.close()
+    assert library.fake_live() == before
 
 
 def test_an_engine_that_refuses_to_run_is_an_error(library: Any, tmp_path: Path) -> None:

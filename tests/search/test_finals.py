@@ -467,6 +467,20 @@ def test_front_students_with_exits_have_a_stream_measured_once_and_one_that_is_o
     assert [p.stream for p in again] == [p.stream for p in points]
 
 
+def test_a_device_that_times_no_streams_after_all_is_told_once(make: Make) -> None:
+    device = Streaming()
+    device.no_stream = "trtexec takes no images one by one"
+    parts = make(device)
+    points, _, _ = built(parts, [finished(parts, network(parts), (0.5, 0.7, 0.9))], FinishSettings(stream_images=12))
+    assert [p for p in points if p.on_front and p.candidate.exits]
+    assert device.streams == 0 and all(p.stream is None for p in points)
+    said = [line for line in parts.reporter.plain.said if "stream" in line]
+    assert said == [
+        "simulated-0: no stream of test images is measured (trtexec takes no images one by one): the expected latency "
+        "of students with exits rests on the sum over their exits"
+    ]
+
+
 def test_exit_targets_become_points_of_their_own(make: Make) -> None:
     parts = make()
     student = finished(parts, network(parts, exits=1), (0.6, 0.95))

@@ -92,7 +92,7 @@ class Agent(object):
             "have": self._have,
             "put": self._put,
             "measure": self._measure,
-            "stream": self._measure,
+            "stream": self._stream,
             "calm": self._calm,
             "run": self._run,
             "profile": self._profile,
@@ -192,10 +192,15 @@ class Agent(object):
                     batch.add(result)
                     self._send({"result": result})
                 done_steps += len(part) * plan.sessions * plan.rounds
-            for job in jobs:
-                if "images" in job:  # many, and hardly ever the same ones again
-                    self._folder.remove(os.path.basename(job["images"]))
             self._send({"done": True})
+
+    def _stream(self, request: Dict[str, Any]) -> None:
+        """As `measure`, for jobs with images."""
+        try:
+            self._measure(request)
+        finally:  # as in `_run`
+            for job in request["jobs"]:
+                self._folder.remove(job["images"])
 
     def _measured(
         self, request: Dict[str, Any], jobs: List[Dict[str, Any]], during: Callable[[Dict[str, Any]], None]

@@ -48,13 +48,12 @@ class Images(object):
         Raises:
             BoardError: `bad_request`: they do not fit that input, or the file has another size.
         """
-        if list(entry["shape"]) != [1] + shape[1:] or kind not in ("uint8", entry["dtype"]) or kind not in WIDTHS:
+        is_known = entry["dtype"] in WIDTHS and kind in ("uint8", entry["dtype"])
+        if not is_known or list(entry["shape"]) != [1] + shape[1:]:
             raise BoardError(
                 "bad_request",
                 "input %r takes %s %r, got images %s %r" % (entry["name"], entry["dtype"], entry["shape"], kind, shape),
             )
-        if entry["dtype"] not in WIDTHS:
-            raise BoardError("unsupported", "input %r is %s, which no image is" % (entry["name"], entry["dtype"]))
         self.count = shape[0]
         self.each = WIDTHS[kind] * shape[1] * shape[2] * shape[3]
         self._widen = (lambda image: image) if kind == entry["dtype"] else Widener(entry["dtype"])  # type: Any
