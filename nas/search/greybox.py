@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg.blas import dtrsm
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
@@ -274,7 +275,9 @@ def typical_distance(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) 
 
 
 def _shared(a: Features, b: Features, genes: int) -> FloatArray:
-    return (a.shares @ b.shares.T).astype(np.float64) / genes
+    shared = (a.shares @ b.shares.T).astype(np.float64)
+    shared /= genes
+    return shared
 
 
 def _squared_distances(a: Features, b: Features) -> FloatArray:
@@ -296,7 +299,13 @@ def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArr
     np.exp(result, out=result)
     result *= h.rbf
     shared = _shared(a, b, genes)
-    result += shared * (h.linear + h.pair * shared) if h.pair else h.linear * shared
+    if h.pair:
+        factor = h.pair * shared
+        factor += h.linear
+        shared *= factor
+    else:
+        shared *= h.linear
+    result += shared
     if h.size:
         result += h.size * np.outer(a.size, b.size)
     return result
@@ -618,7 +627,8 @@ def predict(model: Model, features: Features) -> tuple[FloatArray, FloatArray, F
     """
     cross = kernel(model.known, features, model.genes, model.hyperparameters)
     mean = model.weights @ cross[: len(model.weights)]
-    white = solve_triangular(model.factor, cross, lower=True, overwrite_b=True, check_finite=False)
+    # X L' = cross' is solved in place, where solve_triangular would copy a matrix that is not in Fortran's order.
+    white = dtrsm(1.0, model.factor, cross.T, side=1, lower=1, trans_a=1, overwrite_b=1).T
     variance = prior_variance(features, model.hyperparameters) - np.einsum("nm,nm->m", white, white)
     return mean, np.sqrt(np.maximum(variance, 1e-12)), white
 
@@ -1013,18 +1023,20 @@ def _modelled(
     near = fronts.genotypes[base] if len(base) else seen.genotypes
     codes = hashes(taken)
     candidates = _new(random_within(problem, rng, effort.random, effort.draws, near), codes)
-    pool = Pool.of(problem, model, fronts, candidates)
+    pool = Pool.of(problem, model, fronts, candidates, is_for_batch=count > 1)
     for _ in range(effort.rounds):
         best = pool.genotypes[np.argsort(-pool.values, kind="stable")[: effort.parents]]
         parents = np.concatenate([near, best])
-        children = _new(bred(problem, parents, rng, effort.children), np.concatenate([codes, hashes(pool.genotypes)]))
-        pool = pool.united(Pool.of(problem, model, fronts, children))
+        codes = np.concatenate([codes, hashes(candidates)])  # those over the budget too: they are not looked at again
+        candidates = _new(bred(problem, parents, rng, effort.children), codes)
+        pool = pool.united(Pool.of(problem, model, fronts, candidates, is_for_batch=count > 1))
     climbers = effort.climbers if len(seen.accuracies) < MANY_POINTS else (effort.climbers + 2) // 3
     for _ in range(effort.climbs):
         best = pool.genotypes[np.argsort(-pool.values, kind="stable")[:climbers]]
-        beside = _new(neighbours(problem, best), np.concatenate([codes, hashes(pool.genotypes)]))
+        codes = np.concatenate([codes, hashes(candidates)])
+        candidates = _new(neighbours(problem, best), codes)
         before = pool.values.max(initial=-np.inf)
-        pool = pool.united(Pool.of(problem, model, fronts, beside))
+        pool = pool.united(Pool.of(problem, model, fronts, candidates, is_for_batch=count > 1))
         if pool.values.max(initial=-np.inf) <= before:
             break
     return best_batch(problem, model, fronts, pool, count)
@@ -1043,7 +1055,7 @@ def on_a_front(problem: GreyBoxProblem, fronts: Fronts) -> IntArray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """Candidates with what the model says of them."""
+    """Candidates with what the model says of them; `white` is large and has no rows where no batch needs it."""
 
     genotypes: IntArray
     features: Features
@@ -1054,14 +1066,16 @@ class Pool:
     values: FloatArray
 
     @staticmethod
-    def of(problem: GreyBoxProblem, model: Model, fronts: Fronts, genotypes: IntArray) -> Pool:
+    def of(
+        problem: GreyBoxProblem, model: Model, fronts: Fronts, genotypes: IntArray, *, is_for_batch: bool = True
+    ) -> Pool:
         known = latencies(problem, genotypes)
         keep = known.within.any(axis=1)
         known = known.at(keep)
         features = encoded(problem, genotypes[keep], model.hyperparameters)
         mean, deviation, white = predict(model, features)
         values = improvement(problem, model, fronts, known, mean, deviation)
-        return Pool(genotypes[keep], features, known, mean, deviation, white, values)
+        return Pool(genotypes[keep], features, known, mean, deviation, white if is_for_batch else white[:0], values)
 
     def united(self, other: Pool) -> Pool:
         def both(a: NDArray, b: NDArray) -> NDArray:

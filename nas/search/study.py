@@ -318,11 +318,11 @@ def greybox_problem(space: SearchSpace, latency: KnownLatency) -> greybox.GreyBo
 
 
 def greybox_scored(known: Sequence[Scored]) -> greybox.Scored:
-    """Scored candidates as the grey-box model takes them; those over the budget only teach it."""
+    """Scored candidates as the grey-box model takes them; those over the budget and foreseen ones only teach it."""
     return greybox.Scored(
         np.array([s.genotype for s in known], np.int64),
         np.array([s.top1 for s in known], np.float64),
-        np.array([s.excess <= 0 for s in known], bool),
+        np.array([s.excess <= 0 and not s.is_estimate for s in known], bool),
     )
 
 

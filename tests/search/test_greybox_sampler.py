@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import pickle
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from optuna.trial import TrialState
 from nas.core.errors import BudgetError, ConfigError
 from nas.latency.pareto import hypervolume
 from nas.search.greybox import Effort, propose
-from nas.search.greybox_sampler import GreyBoxSampler, choices_of, for_each
+from nas.search.greybox_sampler import ASKING, PROPOSAL, GreyBoxSampler, choices_of, for_each
 
 SPACE: dict[str, BaseDistribution] = {
     "resolution": IntDistribution(128, 224, step=32),
@@ -154,6 +157,133 @@ def test_a_worker_sees_a_proposal_before_its_parameters_are_stored() -> None:
     assert second.params != rest
 
 
+def test_a_sampler_of_two_studies_does_not_mistake_the_networks_of_one_for_those_of_the_other() -> None:
+    one, other, again = study_of(1), study_of(2), study_of(1)
+    run(one, 10)
+    run(other, 10)
+    again.add_trials(other.trials)
+    other.sampler = one.sampler
+    assert run(other, 2) == run(again, 2)
+
+
+# 27 networks, so that workers that do not see each other meet soon.
+TINY: dict[str, BaseDistribution] = {f"kernel{i}": CategoricalDistribution((3, 5, 7)) for i in range(3)}
+
+
+def tiny_ms(params: dict[str, Any]) -> float:
+    return float(sum(params.values()))
+
+
+def tiny_objective(trial: optuna.Trial) -> tuple[float, float]:
+    params = {name: trial.suggest_categorical(name, (3, 5, 7)) for name in TINY}
+    time.sleep(0.01)  # the others ask meanwhile
+    return 1 - 1 / tiny_ms(params), tiny_ms(params)
+
+
+def tiny_sampler(**changes: Any) -> GreyBoxSampler:
+    return sampler(space=TINY, latency=for_each(tiny_ms, TINY), budgets_ms=(99.0,), **changes)
+
+
+def test_threads_of_one_study_train_distinct_networks() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=tiny_sampler())
+    study.optimize(tiny_objective, n_trials=27, n_jobs=6)
+    assert distinct([t.params for t in study.trials]) == 27
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 5.0], ids=["nobody waits", "in turns"])
+def test_workers_with_a_sampler_each_train_distinct_networks(patience_s: float) -> None:
+    first = optuna.create_study(directions=["maximize", "minimize"], sampler=tiny_sampler())
+    together = threading.Barrier(3)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        own = optuna.load_study(
+            study_name=first.study_name, storage=first._storage, sampler=tiny_sampler(patience_s=patience_s)
+        )
+        try:
+            for _ in range(8):
+                trial = own.ask()
+                together.wait(30)
+                own.tell(trial, tiny_objective(trial))
+        except BaseException as e:
+            together.abort()
+            failures.append(e)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert distinct([t.params for t in first.trials]) == 24
+
+
+def test_an_ask_waits_for_an_earlier_one_and_takes_its_network_as_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, study = study_of(), study_of()
+    for one in (alone, study):
+        run(one, 8)
+    expected = [alone.ask(SPACE).params for _ in range(2)]
+    earlier = study.ask()
+    later = study.ask()
+    study._storage.set_trial_system_attr(earlier._trial_id, PROPOSAL, ASKING)
+    pauses: list[float] = []
+
+    def until_the_other_is_ready(seconds: float) -> None:
+        pauses.append(seconds)
+        network = [choices_of(n, d).index(expected[0][n]) for n, d in SPACE.items()]
+        study._storage.set_trial_system_attr(earlier._trial_id, PROPOSAL, network)
+
+    monkeypatch.setattr("nas.search.greybox_sampler.time.sleep", until_the_other_is_ready)
+    assert {n: later._suggest(n, d) for n, d in SPACE.items()} == expected[1]
+    assert len(pauses) == 1
+
+
+def test_a_worker_that_died_while_it_asked_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(patience_s=0.2)
+    study._storage.set_trial_system_attr(study.ask()._trial_id, PROPOSAL, ASKING)
+    pauses: list[float] = []
+    monkeypatch.setattr("nas.search.greybox_sampler.time.sleep", pauses.append)
+    study.ask(SPACE)
+    assert sum(pauses) == pytest.approx(0.2)
+    study.ask(SPACE)
+    assert sum(pauses) == pytest.approx(0.2)
+
+
+def test_nobody_waits_for_an_ask_that_ended_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = study_of(budgets_ms=(0.1,))
+    with pytest.raises(BudgetError):
+        study.ask(SPACE)
+    study.sampler = sampler()
+    monkeypatch.setattr("nas.search.greybox_sampler.time.sleep", lambda _: pytest.fail("it waited"))
+    study.ask(SPACE)
+
+
+def test_a_copy_of_a_sampler_in_another_process_proposes_the_same() -> None:
+    space = {"depth": IntDistribution(1, 9)}
+    copied = pickle.loads(pickle.dumps(GreyBoxSampler(space, depth_ms, (99.0,))))
+    given = []
+    for one in (GreyBoxSampler(space, depth_ms, (99.0,)), copied):
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=one)
+        given.append(study.ask(space).params)
+    assert given[0] == given[1]
+
+
+def depth_ms(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return 1.0 + genotypes, np.zeros(genotypes.shape)
+
+
+def test_a_network_that_failed_before_its_parameters_were_stored_is_not_repeated() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=tiny_sampler())
+    broken = []
+    for _ in range(9):
+        trial = study.ask()
+        trial.suggest_categorical("kernel0", (3, 5, 7))
+        broken.append({**trial.params, **trial.relative_params})
+        study.tell(trial, state=TrialState.FAIL)
+    study.optimize(tiny_objective, n_trials=18)
+    assert distinct([*broken, *(t.params for t in study.get_trials(states=[TrialState.COMPLETE]))]) == 27
+
+
 @pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.FAIL])
 def test_pruned_and_failed_networks_teach_nothing_and_are_not_repeated(state: TrialState) -> None:
     study = study_of()
@@ -215,6 +345,87 @@ def test_inactive_parameters_come_in_canonical_form() -> None:
 
     study = study_of(canonical=canonical)
     assert all(p["kernel0"] == 3 for p in run(study, 20) if p["depth0"] == 1)
+
+
+BLOCKS: dict[str, BaseDistribution] = {"depth": IntDistribution(1, 3), **TINY}
+
+
+def blocks_ms(params: dict[str, Any]) -> float:
+    return float(sum(params[f"kernel{i}"] for i in range(params["depth"])))
+
+
+def blocks_objective(trial: optuna.Trial) -> tuple[float, float]:
+    depth = trial.suggest_int("depth", 1, 3)
+    kernels = [trial.suggest_categorical(f"kernel{i}", (3, 5, 7)) for i in range(depth)]
+    return 1 - 1 / sum(kernels), float(sum(kernels))
+
+
+def without_absent_kernels(genotypes: np.ndarray) -> np.ndarray:
+    result = genotypes.copy()
+    for block in range(3):
+        result[:, 1 + block] *= genotypes[:, 0] >= block
+    return result
+
+
+def blocks_study(**changes: Any) -> optuna.Study:
+    return study_of(space=BLOCKS, latency=for_each(blocks_ms, BLOCKS), budgets_ms=(99.0,), **changes)
+
+
+def test_objectives_that_leave_absent_blocks_out_train_distinct_networks_with_a_canonical_form() -> None:
+    study = blocks_study(canonical=without_absent_kernels)
+    study.optimize(blocks_objective, n_trials=39)  # all that there are
+    assert distinct([t.params for t in study.trials]) == 39
+
+
+def test_absent_parameters_without_a_canonical_form_are_warned_about_once() -> None:
+    study = blocks_study()
+    with pytest.warns(UserWarning, match=r"trial \d has no kernel\d: .*Give GreyBoxSampler a `canonical`") as warned:
+        study.optimize(blocks_objective, n_trials=12)
+    assert len(warned) == 1
+
+
+def test_trials_that_the_space_does_not_know_are_warned_about_once() -> None:
+    study = study_of()
+    wider = {**SPACE, "depth0": IntDistribution(1, 6)}
+    for i in range(4):
+        params = {n: choices_of(n, d)[0] for n, d in SPACE.items()} | {"depth0": 3 + i}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=wider, values=[0.5, 1.0]))
+    message = r"2 of 4 complete trials teach the sampler nothing: trial 2 has depth0=5, search_space has 1, 2, 3, 4\. "
+    with pytest.warns(UserWarning, match=message + "Widen search_space") as warned:
+        run(study, 2)
+    assert len(warned) == 1
+
+
+def test_latency_of_each_network_is_remembered_while_it_is_looked_at_and_then_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nas.search.greybox_sampler.KNOWN_LATENCIES", 16)
+    computed: list[int] = []
+
+    def latency(params: dict[str, Any]) -> float:
+        computed.append(params["depth"])
+        return float(params["depth"])
+
+    many = for_each(latency, {"depth": IntDistribution(0, 199)})
+
+    def look(depths: range) -> list[int]:
+        computed.clear()
+        ms, _ = many(np.array(depths)[:, None])
+        assert ms[:, 0].tolist() == list(depths)
+        return list(computed)
+
+    assert look(range(8)) == list(range(8))
+    for start in range(100, 200, 5):  # those that are looked at again stay
+        assert look(range(start, start + 5)) == list(range(start, start + 5))
+        assert look(range(8)) == []
+    assert look(range(100, 105)) == list(range(100, 105))
+
+
+def test_latency_of_each_network_may_have_several_devices() -> None:
+    ms, deviation = for_each(lambda p: (p["depth"], 2 * p["depth"]), {"depth": IntDistribution(1, 3)})(
+        np.array([[0], [2], [0]])
+    )
+    assert ms.tolist() == [[1, 2], [3, 6], [1, 2]] and not deviation.any()
 
 
 def test_two_devices_have_a_budget_each() -> None:

@@ -20,6 +20,7 @@ from nas.search.study import (
     Proposer,
     Scored,
     distributions,
+    greybox_scored,
     importances,
     mirror,
     to_genotype,
@@ -103,6 +104,14 @@ def test_same_seed_gives_the_same_proposals(space: SearchSpace, sampler: str) ->
     one, two = (proposals(proposer(space, sampler, seed=(3, 1, 0)), 20, space) for _ in range(2))
     other = proposals(proposer(space, sampler, seed=(4, 1, 0)), 20, space)
     assert one == two != other
+
+
+def test_foreseen_accuracies_and_networks_over_the_budget_teach_but_stand_on_no_front(space: SearchSpace) -> None:
+    complete = scored(space, space.largest())
+    foreseen = replace(scored(space, space.smallest(), 0.99), is_estimate=True)
+    given = greybox_scored([complete, foreseen, replace(complete, excess=0.1)])
+    assert given.eligible.tolist() == [True, False, False]
+    assert given.accuracies[1] == 0.99
 
 
 def _share_of(space: SearchSpace, sampler: str, known: Sequence[Scored], gene: int, value: int) -> float:
