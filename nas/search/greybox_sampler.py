@@ -171,8 +171,8 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
             belong here too: NaN for a network that must not be trained. See `for_each`.
         budgets_ms: largest latency on each device, [D]; a network has to keep at least one.
         canonical: genotypes [N, G] to the one that stands for each network, for spaces in which some parameters do not
-            count beside some values of others, such as the kernels of absent blocks; None: all genotypes differ. A
-            parameter that a trial did not suggest counts as its first value.
+            count beside some values of others, such as the kernels of absent blocks; None: all genotypes differ. What
+            a trial did not suggest counts as it was proposed, and as its first value where it was not.
         accuracy: which objective of the study is the accuracy; its direction is the study's.
         margin: standard deviations that the latency has to stay below the budget.
         reference_accuracy: value of the objective from which on a network counts; None: from the first trials.
@@ -449,13 +449,12 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
 
     def _row(self, trial: FrozenTrial) -> IntArray | None:
         """Canonical genotype of a trial; None where it has none of our parameters, or a value that we do not know."""
-        params = trial.params
-        if trial.state != TrialState.COMPLETE:  # it may not have come to store all of them
-            proposal = trial.system_attrs.get(PROPOSAL)
-            queued = trial.system_attrs.get(FIXED, {})
-            params = {**self._params(proposal), **queued, **params}
-            if not proposal and queued and not self._choices.keys() <= params.keys():
-                return None  # the rest is not proposed yet
+        # What was proposed stands for parameters that are not stored yet, or that the objective had no use for.
+        proposal = trial.system_attrs.get(PROPOSAL)
+        params = {**self._params(proposal), **trial.system_attrs.get(FIXED, {}), **trial.params}
+        is_queued = not trial.state.is_finished() and not proposal and FIXED in trial.system_attrs
+        if is_queued and not self._choices.keys() <= params.keys():
+            return None  # the rest is not proposed yet
         known = {n: self._index[n].get(_key(v)) for n, v in params.items() if n in self._index}
         if not known or None in known.values():
             return None
@@ -464,8 +463,9 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         return row
 
     def _params(self, genotype: Sequence[int] | None) -> dict[str, Any]:
-        if genotype is None or len(genotype) != len(self._choices):
-            return {}
+        sizes = self._problem.cardinalities
+        if genotype is None or len(genotype) != len(sizes) or any(i >= n for i, n in zip(genotype, sizes, strict=True)):
+            return {}  # also of trials that were imported from a study with another space
         return {name: values[i] for (name, values), i in zip(self._choices.items(), genotype, strict=True)}
 
 

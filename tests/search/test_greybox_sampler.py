@@ -384,6 +384,20 @@ def test_absent_parameters_without_a_canonical_form_are_warned_about_once() -> N
     assert len(warned) == 1
 
 
+@pytest.mark.filterwarnings("ignore:trial . has no kernel")
+def test_no_proposal_is_repeated_where_the_objective_had_no_use_for_all_of_it() -> None:
+    study = blocks_study()
+    proposals: list[dict[str, Any]] = []
+
+    def objective_of_blocks(trial: optuna.Trial) -> tuple[float, float]:
+        values = blocks_objective(trial)
+        proposals.append(trial.relative_params)
+        return values
+
+    study.optimize(objective_of_blocks, n_trials=20)
+    assert distinct(proposals) == 20
+
+
 def test_trials_that_the_space_does_not_know_are_warned_about_once() -> None:
     study = study_of()
     wider = {**SPACE, "depth0": IntDistribution(1, 6)}
