@@ -294,10 +294,6 @@ def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArr
     `linear` * s + `pair` * s^2 + `rbf` * exp(-d^2 / (2 `length`^2)) + `size` * z z' with s the share of the genes that
     agree and z, z' the sizes of both.
     """
-    result = _squared_distances(a, b)
-    result *= -0.5 / h.length**2
-    np.exp(result, out=result)
-    result *= h.rbf
     shared = _shared(a, b, genes)
     if h.pair:
         factor = h.pair * shared
@@ -305,7 +301,13 @@ def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArr
         shared *= factor
     else:
         shared *= h.linear
-    result += shared
+    result = shared
+    if h.rbf:
+        smooth = _squared_distances(a, b)
+        smooth *= -0.5 / h.length**2
+        np.exp(smooth, out=smooth)
+        smooth *= h.rbf
+        result += smooth
     if h.size:
         result += h.size * np.outer(a.size, b.size)
     return result
