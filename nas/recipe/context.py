@@ -185,7 +185,9 @@ def open_context(path: str, resolution: int) -> Context:
         raise StorageError(f"{path}: no arrays at {resolution} px; run the same command again")
     targets = Targets.open(Path(record.targets))
     if Path(files.variants) != Path(record.targets) / "images.npy":
-        targets = replace(targets, images=_open(files.variants), key=f"{targets.key}-{resolution}")
+        plain_key = targets.plain_key and f"{targets.plain_key}-{resolution}"
+        key = f"{targets.key}-{resolution}"
+        targets = replace(targets, images=_open(files.variants), key=key, plain_key=plain_key)
     val, val_labels = _open(files.val), _open(record.val_labels)
     return Context(
         record.class_names,

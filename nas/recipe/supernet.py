@@ -159,7 +159,7 @@ def train_supernet(
                 distill.label_smoothing,
             ],
             [distill.dist_inter, distill.dist_intra, distill.dist_temperature, distill.self_distillation],
-            {str(side): t.key for side, t in targets.items()},
+            {str(side): t.answers_key for side, t in targets.items()},  # features teach nothing here
             None if sampled is None else sampled.budget_ms,
         ]
     )

@@ -35,7 +35,10 @@ FEATURE_BATCH = 64  # feature maps of a large teacher are megabytes an image
 
 @dataclass(frozen=True, slots=True)
 class TargetsInfo:
-    """`targets.json`: what the arrays are, and the key of everything that decides them."""
+    """`targets.json`: what the arrays are, and the key of everything that decides them.
+
+    `plain_key` is that of the same answers without features; empty where there are none.
+    """
 
     version: int
     key: str
@@ -48,6 +51,7 @@ class TargetsInfo:
     teacher: str
     dataset: str
     features: tuple[str, ...] = ()
+    plain_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +67,7 @@ class Targets:
         folder: where the files are; `Targets.open(folder)` gives them to another process.
         features: what is kept of the teacher's maps, by name, float16 [V, N, C, H, W], mapped from disk; empty where no
             loss needs them.
+        plain_key: `key` of the same answers without features; empty where there are none.
     """
 
     key: str
@@ -73,10 +78,16 @@ class Targets:
     std: tuple[float, float, float]
     folder: Path
     features: Mapping[str, np.ndarray] = field(default_factory=dict)
+    plain_key: str = ""
 
     @property
     def variants(self) -> int:
         return len(self.images)
+
+    @property
+    def answers_key(self) -> str:
+        """Key of images, labels and logits, whatever features lie beside them."""
+        return self.plain_key or self.key
 
     @staticmethod
     def open(folder: Path) -> Targets:
@@ -109,7 +120,7 @@ class Targets:
             raise StorageError(
                 f"{folder}: cached targets do not fit their description. Delete the folder to compute them again"
             )
-        return Targets(info.key, images, logits, labels, info.mean, info.std, folder, features)
+        return Targets(info.key, images, logits, labels, info.mean, info.std, folder, features, info.plain_key)
 
 
 def feature_files(info: TargetsInfo) -> tuple[str, ...]:
@@ -159,6 +170,7 @@ def make_targets(
         StorageError: the cache cannot be read or written.
     """
     key = targets_key(teacher, dataset, variants, seed, features)
+    plain_key = targets_key(teacher, dataset, variants, seed) if features else ""
     home = cache_dir / "targets"
     folder = home / key
     try:
@@ -170,7 +182,7 @@ def make_targets(
     with FileLock(home / f"{key}.lock"):  # two runs on one cache: the second waits and finds the files
         if not (folder / "targets.json").exists():
             _sweep(home, key)
-            _compute(teacher, dataset, variants, seed, key, folder, features, progress)
+            _compute(teacher, dataset, variants, seed, key, folder, features, plain_key, progress)
     if progress is not None:
         progress(variants, variants)
     return Targets.open(folder)
@@ -194,7 +206,10 @@ def with_logits(
     Raises:
         StorageError: the cache cannot be read or written.
     """
-    key = content_hash({"version": TARGETS_VERSION, "base": base.key, "teacher": teacher})
+    key, plain_key = (
+        content_hash({"version": TARGETS_VERSION, "base": k, "teacher": teacher}) if k else ""
+        for k in (base.key, base.plain_key)
+    )
     folder = base.folder.parent / key
     with FileLock(folder.parent / f"{key}.lock"):
         if not (folder / "targets.json").exists():
@@ -213,7 +228,7 @@ def with_logits(
                     else:
                         _link(base.folder / file, temporary / file)
                 np.save(temporary / "logits.npy", found.astype(np.float32), allow_pickle=False)
-                write_record(temporary / "targets.json", replace(info, key=key, teacher=teacher))
+                write_record(temporary / "targets.json", replace(info, key=key, teacher=teacher, plain_key=plain_key))
     return Targets.open(folder)
 
 
@@ -267,6 +282,7 @@ def _compute(
     key: str,
     folder: Path,
     features: tuple[str, ...],
+    plain_key: str,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     train = dataset.train
@@ -300,6 +316,7 @@ def _compute(
             teacher.sha256,
             dataset.sha256,
             features,
+            plain_key,
         )
         write_record(temporary / "targets.json", info)
 

@@ -166,6 +166,16 @@ def test_finished_training_is_not_repeated(space: SearchSpace, targets: dict[int
     assert record.cpu_s > 0
 
 
+def test_features_of_the_teacher_train_no_other_supernet(
+    space: SearchSpace, targets: dict[int, Targets], straight: Path
+) -> None:
+    plain = targets[8]
+    with_features = replace(plain, key="colours-8 and features", plain_key=plain.key)
+    assert train_supernet(space, {8: with_features}, LOSS, SHORT, straight).steps == 7
+    with pytest.raises(RunMismatchError, match="belongs to another"):
+        train_supernet(space, {8: replace(with_features, plain_key="other colours")}, LOSS, SHORT, straight)
+
+
 @pytest.mark.parametrize("part", ["record", "checkpoint"])
 def test_supernet_of_other_settings_is_refused(
     space: SearchSpace, targets: dict[int, Targets], tmp_path: Path, part: str

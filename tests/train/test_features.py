@@ -26,7 +26,7 @@ from nas.train.features import (
 )
 from nas.train.losses import attention_map
 from nas.train.settings import DistillSettings, SoftLabelFile, TeacherSettings
-from nas.train.targets import Targets, make_targets
+from nas.train.targets import Targets, make_targets, with_logits
 from nas.train.teacher import Teacher, prepare_teacher
 from nas.train.trainer import new_student, train_student
 
@@ -76,6 +76,24 @@ def test_targets_without_features_keep_their_key(teacher: Teacher, dataset: Data
     plain = make_targets(teacher, dataset, 2, tmp_path)
     assert plain.features == {}
     assert plain.key != make_targets(teacher, dataset, 2, tmp_path, features=("hint.blocks.0",)).key
+
+
+def test_what_never_sees_features_finds_the_same_key_with_and_without_them(
+    teacher: Teacher, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Answers of the network, those that others were mixed into, and those at a smaller side."""
+    small = tiny_dataset(resolution=8)
+    keys: list[list[str]] = []
+    for features in ((), ("hint.blocks.0",)):
+        targets = make_targets(teacher, dataset, 1, tmp_path, features=features)
+        mixed = with_logits(targets, lambda t=targets: np.asarray(t.logits), "others")  # type: ignore[misc]
+        write_context(tmp_path / "context.json", (small, dataset), mixed, tmp_path / "cache", 0)
+        open_context.cache_clear()
+        sides = [open_context(str(tmp_path / "context.json"), side).targets for side in (8, 16)]
+        keys.append([t.answers_key for t in (targets, mixed, *sides)])
+        assert all((t.key == t.answers_key) == (not features) for t in (targets, mixed, *sides))
+    assert keys[0] == keys[1]
+    assert len(set(keys[0])) == 3  # the last one is that of the mixed answers
 
 
 @pytest.mark.parametrize("name", ["hints", "attention"])
