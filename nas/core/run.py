@@ -15,6 +15,7 @@ from nas.core.walk import expand, total_macs, total_params
 Split = Literal["val", "test"]
 LatencyKind = Literal["expected", "worst", "p99"]
 INTERPOLATED_MARK = "interpolated rows"  # in the provenance of a run whose table was measured in part
+DIALECT_MARK = "accuracies in int8"  # in the provenance of a device that has them of a device of another dialect
 FOREIGN_MARK = "foreign table"  # in the provenance of a run that borrows rows from a table of another device state
 RunStatus = Literal["running", "interrupted", "finished", "failed"]
 

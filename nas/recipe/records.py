@@ -6,7 +6,7 @@ The logits are written first and the record last, each atomically, so a record t
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,15 @@ PARENT = "parent-"  # before the names of a parent's files, in the folder of the
 # Patterns of what finishing writes into a student's folder, the record first.
 FINISHED_FILES = (
     *(RECORD_FILE, "final-*", QUANT_FILE, "quant-*.json", WEIGHTS_FILE, "weights-*.safetensors", "confidence-*.json"),
-    *(SENSITIVITY_FILE, "importance-*", "finish.ckpt", "qat-*.ckpt", "prune-*.ckpt"),
+    *(SENSITIVITY_FILE, "importance-*", "robustness-*.json", "finish.ckpt", "qat-*.ckpt", "prune-*.ckpt"),
+)
+# Patterns of what says the same whatever dialect the graphs of a device are written in: float weights and what is
+# computed of them alone, ranges of tensors, answers in fp32. `finished.json` does `as_distilled`.
+FLOAT_FILES = (
+    *("score-*.ckpt", "ranges-*.json", "supernet-*-fp32.json", "supernet-*-fp32-e*.npy"),
+    *("standalone-*-fp32.json", "standalone-*-fp32-e*.npy", "final-*-fp32.json", "final-*-fp32-e*.npy"),
+    *(RECORD_FILE, WEIGHTS_FILE, QUANT_FILE, "confidence-fp32.json", "importance-*", "finish.ckpt", "prune-*.ckpt"),
+    f"{PARENT}*",
 )
 
 
@@ -45,6 +53,12 @@ class FinishedStudent:
     steps: tuple[FinishStep, ...] = ()
     parent: str = ""
     pruning: str = ""
+
+    def as_distilled(self) -> FinishedStudent:
+        """The record as it was before the student was deployed in any precision but fp32."""
+        later = [step for step in self.steps if step.precision]
+        steps = tuple(step for step in self.steps if not step.precision)
+        return replace(self, steps=steps, cost_s=self.cost_s - sum(step.cpu_s for step in later))
 
 
 @dataclass(frozen=True, slots=True)

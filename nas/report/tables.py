@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nas.core.records import EnergyFigures
-from nas.core.run import FOREIGN_MARK, INTERPOLATED_MARK, Point, RunView, latency_of
+from nas.core.run import DIALECT_MARK, FOREIGN_MARK, INTERPOLATED_MARK, Point, RunView, latency_of
 from nas.core.units import format_bytes, format_count
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -195,11 +195,13 @@ def notes(view: RunView, point: Point) -> list[str]:
 
 
 def front_notes(view: RunView) -> tuple[str, ...]:
-    """What must be said beside the front, a sentence each: rows of another device state or interpolated ones, then
-    `precision_notes`.
+    """What must be said beside the front, a sentence each: rows of another device state or interpolated ones, whose
+    accuracies in int8 they are, then `precision_notes`.
     """
     foreign, guessed = view.provenance.get(FOREIGN_MARK), view.provenance.get(INTERPOLATED_MARK)
     found = precision_notes(view)
+    if (borrowed := view.provenance.get(DIALECT_MARK)) is not None:
+        found = (f"accuracies and thresholds in int8 are {borrowed}", *found)
     if guessed is not None:
         found = (
             f"candidates were proposed by a table of which {guessed} rows are interpolated from measured ones; those "

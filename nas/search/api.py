@@ -56,6 +56,7 @@ from nas.search.plan import DeviceWork, missing_rows, phases_of, score_seconds
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
     Inputs,
+    borrowed_marks,
     fingerprint,
     load_inputs,
     open_table,
@@ -489,7 +490,9 @@ def _outcome(
         closest_reason="" if picks or closest is None else _closest_reason(closest, budget.ms, budget.of),
         wall_s=0.0,
         cpu_s=0.0,
-        provenance=_provenance(inputs, teacher, parts.predictor.table) | _interpolated(parts),
+        provenance=_provenance(inputs, teacher, parts.predictor.table)
+        | _interpolated(parts)
+        | borrowed_marks(inputs, parts.predictor.device.profile),
         also=tuple(_pick_for(points, ms, budget.of) for ms in budget.all_ms[1:]),
         changes=() if parts.predictor.correction is None else table_changes(parts.predictor.correction),
     )

@@ -23,9 +23,10 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import append_line, parse_json, read_lines, read_record, read_text, write_record, write_text
 from nas.core.records import Candidate
 from nas.core.run import FailedCandidate, PredictedMeasured, StreamLatency
-from nas.recipe.records import FINISHED_FILES, PARENT
+from nas.export.dialect import ORT
+from nas.recipe.records import FINISHED_FILES, FLOAT_FILES, PARENT, RECORD_FILE, FinishedStudent
 from nas.space.yamlio import parse_yaml
 
 SCHEMA = 2
@@ -430,12 +432,14 @@ def _flat(data: Any, prefix: str = "") -> dict[str, Any]:
 
 # What a score means. Of these, a changed space spoils only scores from weights that the space shares.
 SCORE_KEYS = ("schema", "data", "augmentation", "teacher", "distillation", "scorer", "seed")
+DIALECT = "dialect"  # key of that of the first device's graphs; absent where it is ONNX Runtime's
 
 
 def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
     """Starts a new run folder from an old one: scores stay valid when data, teacher and training are the same.
 
-    Trained students are copied by architecture, so a candidate that the new space contains is not trained again.
+    Trained students are copied by architecture, so a candidate that the new space contains is not trained again. For
+    a device of another dialect they come without what its graphs would not answer: everything but fp32.
     Trials, rounds and outcomes start anew under the new space and budget. The copy appears when it is whole.
 
     Returns:
@@ -443,6 +447,7 @@ def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
 
     Raises:
         StorageError: the new folder exists already, the old one is not a run, or the copy cannot be written.
+        RecordError: the record of a finished student is damaged.
     """
     stored_file = old / "fingerprint.json"
     if not stored_file.exists():
@@ -462,15 +467,36 @@ def fork_run(old: Path, new: Path, fingerprint: dict[str, str]) -> list[str]:
         left_out.append("supernet-*")
     if stored.get("calibration") != now.get("calibration"):
         left_out += (*FINISHED_FILES, f"{PARENT}*")
+    before, after = stored.get(DIALECT, ORT.name), now.get(DIALECT, ORT.name)
+    ignored: Callable[[str, list[str]], set[str]] = shutil.ignore_patterns(*left_out)
+    of_students = ignored if before == after else _all_but(FLOAT_FILES, ignored)
     staged = new.with_name(f".{new.name}.tmp-{os.getpid()}")
     try:
         present = [part for part in parts if (old / part).is_dir()]
         for part in present:
-            shutil.copytree(old / part, staged / part, ignore=shutil.ignore_patterns(*left_out))
+            shutil.copytree(old / part, staged / part, ignore=of_students if part == "students" else ignored)
+        if before != after:
+            for file in staged.glob(f"students/*/{RECORD_FILE}"):
+                write_record(file, read_record(FinishedStudent, file).as_distilled())
         if present:
             staged.replace(new)
     except (OSError, shutil.Error) as e:
-        shutil.rmtree(staged, ignore_errors=True)
         raise StorageError(f"{new}: the copy of {old} cannot be written: {e}. Free space, then try again") from e
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
     notes = [f"{part}: {sum(1 for _ in (new / part).iterdir())} entries" for part in present]
+    if before != after and "students" in present:
+        notes[0] += f" without int8 and mixes, which were of graphs of dialect {before}; this device reads {after}"
     return notes or [f"nothing: {old} has no scores yet"]
+
+
+def _all_but(
+    patterns: Sequence[str], ignored: Callable[[str, list[str]], set[str]]
+) -> Callable[[str, list[str]], set[str]]:
+    """What `copytree` leaves out: files that no pattern names, and those of `ignored`; folders are gone into."""
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        files = (name for name in names if not (Path(folder) / name).is_dir())
+        return ignored(folder, names) | {f for f in files if not any(fnmatch(f, p) for p in patterns)}
+
+    return left_out

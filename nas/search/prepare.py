@@ -11,7 +11,7 @@ import numpy as np
 from nas.core.errors import BudgetError, ConfigError, DeviceError
 from nas.core.jsonio import content_hash, file_sha256, to_plain
 from nas.core.records import DeviceProfile
-from nas.core.run import FOREIGN_MARK, PipelineTimes
+from nas.core.run import DIALECT_MARK, FOREIGN_MARK, PipelineTimes
 from nas.core.units import rounded_up
 from nas.data import Dataset, load_dataset
 from nas.data.decode import read_image_file
@@ -19,14 +19,15 @@ from nas.devices import open_device, usable_cores
 from nas.devices.base import Device
 from nas.devices.boards import unlocked_warning, why_no_answers
 from nas.devices.capability import WITHOUT
-from nas.export.dialect import dialect_for
+from nas.export.dialect import ORT, dialect_for
 from nas.latency.table import LatencyTable
 from nas.measure.networks import measure_model
 from nas.measure.pipeline import postprocess_ms, preprocess_ms
 from nas.recipe.context import write_context
+from nas.recipe.deployed import computed_dialect
 from nas.search.choice import choose_sampler
 from nas.search.experiment import Experiment
-from nas.search.folder import Event, RunFolder
+from nas.search.folder import DIALECT, Event, RunFolder
 from nas.search.predictor import knows_every_row
 from nas.search.progress import Reporter
 from nas.search.scoring import ScoringPlan
@@ -121,6 +122,12 @@ def load_inputs(
             why = each.profile.details.get(f"{WITHOUT}{p}")
             reason = f" ({why})" if why else ""
             reporter.say(f"{each.profile.name} does not offer {p}: dropped from the space{reason}")
+    for other in further if "int8" in space.precisions else ():
+        if (why := borrowed_accuracies(device.profile, other.profile)) is not None:
+            reporter.warn(
+                f"also_on: accuracies, exit thresholds and quantization-aware training in int8 on {other.profile.name} "
+                f"are {why}. Only a search with it as `device` gives its own"
+            )
     is_known = knows_every_row(space, experiment.feedback.max_rows)
     wanted = experiment.search
     choose_sampler(  # refuses it now
@@ -138,6 +145,23 @@ def _check_devices(experiment: Experiment, devices: Sequence[Device]) -> None:
         other = seen.setdefault(device.profile.fingerprint, name)
         if other != name:
             raise ConfigError(f"also_on: {name!r} is the same device as {other!r}; leave it out")
+
+
+def borrowed_accuracies(first: DeviceProfile, other: DeviceProfile) -> str | None:
+    """Whose int8 the accuracies on a further device are, where that device computes another one; else None.
+
+    Candidates are scored and finished once, by graphs that say what the first device computes.
+    """
+    mine, own = dialect_for(first), dialect_for(other)
+    if computed_dialect(mine) == computed_dialect(own):
+        return None
+    return f"those of {first.name}, by graphs of dialect {mine.name}; {other.name} reads graphs of dialect {own.name}"
+
+
+def borrowed_marks(inputs: Inputs, other: DeviceProfile) -> dict[str, str]:
+    """The same as a value of the provenance of what was found on a device."""
+    why = borrowed_accuracies(inputs.device.profile, other) if "int8" in inputs.space.precisions else None
+    return {} if why is None else {DIALECT_MARK: why}
 
 
 def _device_warnings(experiment: Experiment, devices: Sequence[Device]) -> Iterator[str]:
@@ -223,6 +247,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
     e = inputs.experiment
     s, finish = e.search, e.finish
     scorer = {"supernet": e.supernet, "standalone": e.standalone}[e.search.scorer]
+    dialect = dialect_for(inputs.device.profile).name
     return {
         "program": f"nas {version_of('nas')}",
         "space": f"{inputs.space.name} {inputs.space.sha256[:12]}",
@@ -235,6 +260,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "budget": f"{_deadline(e.budget)} ({e.budget.of}), margin of {e.budget.margin_std:g} deviations, of packages "
         f"{e.budget.package_margin_std:g}",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",
+        **({} if dialect == ORT.name else {DIALECT: dialect}),
         "seed": str(s.seed),
         **({} if s.accelerator == "cpu" else {"accelerator": s.accelerator}),
         "search": f"{s.trials} trials in {s.rounds} rounds, batches of {s.batch}, sampler {s.sampler}"

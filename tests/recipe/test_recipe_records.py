@@ -10,6 +10,10 @@ import pytest
 
 from nas.core.errors import RecordError, StorageError
 from nas.core.records import BlockConfig, Candidate, ExitConfig, HeadConfig, StageConfig, StemConfig
+from nas.devices.onnxruntime_cpu import run_model
+from nas.export.dialect import DIALECTS
+from nas.export.graph import random_weights
+from nas.recipe.deployed import calibrated, deployed_logits
 from nas.recipe.records import ScoredStudent, read_logits, read_scored, soft_top1, write_scored
 
 LABELS = np.array([0, 1, 2, 0])
@@ -35,6 +39,17 @@ def test_score_is_read_back_with_its_logits(tmp_path: Path, candidate: Candidate
     assert read_scored(tmp_path) == scored
     assert np.array_equal(read_logits(tmp_path, scored), _logits())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["score-e0003.npy", "score.json"]
+
+
+def test_answers_in_fp32_are_the_same_in_every_dialect_and_those_in_int8_are_not(candidate: Candidate) -> None:
+    """So that files of fp32 are `FLOAT_FILES`."""
+    images = np.random.default_rng(0).integers(0, 255, (64, 8, 8, 3), dtype=np.uint8)
+    weights, of_images = random_weights(candidate, 0), ((0.5,) * 3, (0.25,) * 3)
+    quant = calibrated(candidate, weights, *of_images, images, run_model)
+    for precision, is_same in (("fp32", True), ("int8", False)):
+        network = candidate.with_precision(precision)
+        each = [deployed_logits(network, weights, quant, *of_images, images, run_model, d) for d in DIALECTS]
+        assert all(np.array_equal(each[0], other) == is_same for other in each[1:])
 
 
 def test_missing_score_is_none_and_names_are_kept_apart(tmp_path: Path, candidate: Candidate) -> None:

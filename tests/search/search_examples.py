@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.core.errors import InterruptedRunError, NasError, StorageError
+from nas.core.records import DeviceProfile
 from nas.devices.base import Device
 from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
@@ -80,6 +81,15 @@ def write_experiment(folder: Path, cache: Path | None = None, tables: Path | Non
 def simulated(name: str) -> SimulatedDevice:
     """A further device by its name, `simulated:SEED`; rows differ by a tenth from those of the first one."""
     return SimulatedDevice(int(name.partition(":")[2]), noise=0.1)
+
+
+class SimulatedTensorRT(SimulatedDevice):
+    """A simulated device whose graphs are those of TensorRT 8.5."""
+
+    @property
+    def profile(self) -> DeviceProfile:
+        own = super().profile
+        return replace(own, name=f"{own.name}-trt", runtime="TensorRT", runtime_version="8.5.2")
 
 
 @dataclass

@@ -11,10 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from search_examples import SPACE, Zygote, write_experiment
+from search_examples import SPACE, Notes, SimulatedTensorRT, Zygote, write_experiment
 
 from nas.core.errors import RunMismatchError, StorageError
 from nas.core.jsonio import read_record, write_record
+from nas.core.run import FinishStep
+from nas.recipe.records import FinishedStudent
+from nas.search.api import run_search
+from nas.search.experiment import load_experiment
 from nas.search.folder import (
     FINISHED_FILES,
     OWNER_FILE,
@@ -206,7 +210,7 @@ def _old_run(path: Path) -> None:
     (path / "supernet").mkdir()
     folder.mkdir(parents=True)
     (path / "supernet" / "weights.safetensors").touch()
-    for name in ("supernet-0-fp32.json", "standalone-2-int8.json", "score.ckpt", ".x.tmp-1"):
+    for name in ("supernet-0-fp32.json", "standalone-2-int8.json", "score-2.ckpt", ".x.tmp-1"):
         (folder / name).touch()
     for pattern in FINISHED_FILES:
         (folder / pattern.replace("*", "val-fp32.json")).touch()
@@ -227,7 +231,7 @@ def test_fork_takes_scores_and_finished_students_along(tmp_path: Path) -> None:
     found = _forked(tmp_path, budget="9 ms (worst)", search="200 trials")
     assert found == {
         "supernet/weights.safetensors",
-        *(f"students/a1/{n}" for n in ("supernet-0-fp32.json", "standalone-2-int8.json", "score.ckpt")),
+        *(f"students/a1/{n}" for n in ("supernet-0-fp32.json", "standalone-2-int8.json", "score-2.ckpt")),
         *(f"students/a1/{p.replace('*', 'val-fp32.json')}" for p in FINISHED_FILES),
     }
 
@@ -242,6 +246,56 @@ def test_fork_with_another_calibration_leaves_the_finished_files(tmp_path: Path)
     found = _forked(tmp_path, calibration="9 images")
     assert "students/a1/supernet-0-fp32.json" in found
     assert not any("final" in name or "finish" in name or "quant" in name for name in found)
+
+
+def test_fork_to_a_device_of_another_dialect_takes_fp32_along_and_no_int8(finished: Path, tmp_path: Path) -> None:
+    """Weights are not trained again; what its graphs answer, and what was trained for them, is new."""
+    for name in ("run", "tables", "cache"):
+        shutil.copytree(finished / name, tmp_path / name)
+    notes = Notes()
+    experiment = load_experiment(write_experiment(tmp_path), ["budget.ms=0.02"])
+    view = run_search(experiment, notes, fork=True, device=SimulatedTensorRT(), start_workers="fork")
+    assert view.status == "finished"
+    (said,) = (line for line in notes.said if "students: " in line)
+    assert "without int8 and mixes, which were of graphs of dialect ort; this device reads tensorrt-8.4" in said
+    assert json.loads((tmp_path / "run-2" / "fingerprint.json").read_text())["dialect"] == "tensorrt-8.4"
+    old, new = (
+        {str(p.relative_to(tmp_path / run)): p for p in (tmp_path / run).glob("s*/**/*") if p.is_file()}
+        for run in ("run", "run-2")
+    )
+    copied = {name for name in old.keys() & new.keys() if old[name].stat().st_mtime_ns == new[name].stat().st_mtime_ns}
+    assert "supernet/weights.safetensors" in copied
+    again = {str(Path(name).parent) for name in old.keys() & new.keys() if name.endswith("/final-val-int8.json")}
+    assert again  # finalists of both runs
+    for folder in again:
+        assert {f"{folder}/{n}" for n in ("weights.safetensors", "quant.json", "final-val-fp32.json")} <= copied
+        steps = read_record(FinishedStudent, new[f"{folder}/finished.json"]).steps
+        assert [s.precision for s in steps].count("") == 1
+        labels = [(s.name, s.precision) for s in steps]
+        assert len(labels) == len(set(labels))
+    assert not any("int8" in name or "i8" in name or "sensitivity" in name for name in copied)
+
+
+def test_fork_within_a_dialect_takes_int8_along_and_out_of_it_nothing_unknown(tmp_path: Path) -> None:
+    record = FinishedStudent(
+        1,
+        _record(0).candidate,
+        2,
+        7.0,
+        (FinishStep("distil", 2, 0.5, 4.0), FinishStep("calibrate", 0, 0.4, 1.0, precision="int8")),
+    )
+    folder = tmp_path / "old" / "students" / "a1"
+    _old_run(tmp_path / "old")
+    write_record(folder / "finished.json", record)
+    (folder / "of-a-later-version.json").touch()
+    assert "students/a1/standalone-2-int8.json" in _forked(tmp_path, device="another")
+    found = {Path(name).name for name in _forked(tmp_path, dialect="tensorrt-8.4") if name.startswith("students")}
+    assert found >= {"supernet-0-fp32.json", "score-2.ckpt", "finished.json", "final-val-fp32.json", "quant.json"}
+    assert found.isdisjoint(
+        ("standalone-2-int8.json", "sensitivity.json", "quant-val-fp32.json", "of-a-later-version.json")
+    )
+    kept = read_record(FinishedStudent, tmp_path / "new" / "students" / "a1" / "finished.json")
+    assert kept == replace(record, cost_s=6.0, steps=record.steps[:1])
 
 
 @pytest.mark.parametrize("key", SCORE_KEYS[1:])

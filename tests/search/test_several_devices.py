@@ -11,21 +11,23 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
-from search_examples import Notes, Zygote, simulated, write_experiment
+from search_examples import Notes, SimulatedTensorRT, Zygote, simulated, write_experiment
 
 from nas.cli.main import run
 from nas.core.errors import BudgetError, ConfigError, UsageError
 from nas.core.jsonio import write_record
-from nas.core.records import Measurement
+from nas.core.records import DeviceProfile, Measurement
 from nas.core.run import FOREIGN_MARK, RunView, latency_of
 from nas.core.walk import expand
 from nas.devices.base import MeasureJob
 from nas.export.package import verify_package
 from nas.recipe.standalone import promoted
 from nas.report.html import write_report
+from nas.report.tables import front_notes
 from nas.search.api import export_student, run_search
 from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder
+from nas.search.prepare import borrowed_marks, load_inputs
 from nas.search.view import load_outcome, load_view
 from nas.space.space import load_space
 from nas.testing import SimulatedDevice
@@ -282,6 +284,39 @@ def test_deadlines_on_the_mean_and_the_tail_are_kept_on_both_devices(
     if view.common.student is not None:
         ids = [{p.id for p in own.points} for own in (view, *view.others)]
         assert all(view.common.student in known for known in ids)
+
+
+def test_a_further_device_of_another_dialect_says_whose_int8_its_accuracies_are(finished: Path, tmp_path: Path) -> None:
+    """At the start, and beside its front; the first device says nothing."""
+    whose = "those of simulated-0, by graphs of dialect ort; simulated-1-trt reads graphs of dialect tensorrt-8.4"
+    small = ["search.trials=4", "search.rounds=1", "finish.students=1", "finish.robustness=[]", "budget.ms=0.05"]
+    small.append(f"also_on=[{{device: '{SECOND}', ms: 0.05}}]")
+    experiment = load_experiment(write_both(tmp_path, finished / "cache"), small)
+    notes, others = Notes(), [SimulatedTensorRT(1, noise=0.1)]
+    view = run_search(experiment, notes, device=SimulatedDevice(), others=others, start_workers="fork")
+    start = "also_on: accuracies, exit thresholds and quantization-aware training in int8 on simulated-1-trt are "
+    assert [w for w in notes.warned if w.startswith("also_on")] == [
+        f"{start}{whose}. Only a search with it as `device` gives its own"
+    ]
+    said = f"accuracies and thresholds in int8 are {whose}"
+    assert [said in front_notes(own) for own in (view, *view.others)] == [False, True]
+    page = write_report(view, tmp_path)
+    texts = {p.name: p.read_text() for p in page.parent.glob("*.html")}
+    assert {name for name, text in texts.items() if said in text} == {"on-simulated-1.html"}
+
+
+def test_devices_of_one_dialect_and_spaces_without_int8_share_their_accuracies(finished: Path, tmp_path: Path) -> None:
+    class Float(SimulatedTensorRT):
+        @property
+        def profile(self) -> DeviceProfile:
+            return replace(super().profile, precisions=("fp32",))
+
+    experiment = load_experiment(write_both(tmp_path, finished / "cache"))
+    for devices in ([SimulatedDevice(), Float(1)], [SimulatedTensorRT(), SimulatedTensorRT(1)]):
+        notes = Notes()
+        inputs = load_inputs(experiment, notes, devices[0], devices[1:])
+        assert notes.warned == []
+        assert borrowed_marks(inputs, devices[1].profile) == {}
 
 
 def test_scores_are_kept_when_a_device_is_added(zygote: Zygote, finished: Path, tmp_path: Path) -> None:
