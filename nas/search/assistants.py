@@ -72,6 +72,38 @@ def choose_assistants(
     return tuple(chosen)
 
 
+def why_no_more(
+    found: int, students: Sequence[int], teacher_macs: int | None, wanted: int | Literal["auto"]
+) -> str | None:
+    """Why there are fewer assistants than were asked for; None where there are as many.
+
+    Args:
+        found: how many `choose_assistants` gave.
+        students, teacher_macs, wanted: as it was given them.
+    """
+    smallest = min(students)
+    if wanted == "auto":
+        if teacher_macs is None:
+            return (
+                "no assistant: the multiply-adds of the teacher are not known (an ONNX file), and distill.assistants: "
+                "auto goes by them. Name a number: --set distill.assistants=1"
+            )
+        if teacher_macs < LARGE_GAP * smallest:
+            return (
+                f"no assistant: the teacher has {teacher_macs / smallest:.1f} times the multiply-adds of the smallest "
+                f"finalist; distill.assistants: auto takes one from {LARGE_GAP:g} times on"
+            )
+        wanted = 1
+    if found >= wanted:
+        return None
+    lacking = "no assistant" if not found else f"{found} assistant instead of {wanted}"
+    return (
+        f"{lacking}: no network of the space fits between the smallest finalist ({smallest / 1e6:.2f} M multiply-adds) "
+        f"and {'its teacher' if not found else 'the first one'}, {LEAST_STEP:g} times as large as the one and as much "
+        "smaller than the other"
+    )
+
+
 def sizes_between(space: SearchSpace) -> list[Candidate]:
     """Networks without exits from the smallest of the space to the largest, one choice at a time, all in step."""
     space = space.unpruned
@@ -101,7 +133,10 @@ def teach(
         InterruptedRunError: the run was asked to stop; every epoch is kept.
     """
     macs = {c.arch_id: total_macs(c) for c in finalists}
-    assistants = choose_assistants(parts.space, list(macs.values()), teacher_macs, distill.assistants)
+    asked = list(macs.values()), teacher_macs, distill.assistants
+    assistants = choose_assistants(parts.space, *asked)
+    if (why := why_no_more(len(assistants), *asked)) is not None:
+        parts.reporter.say(why)
     context, steps, cpu_s = parts.plan.context, tuple[FinishStep, ...](), 0.0
     lessons: dict[str, Lesson] = {}
     for done, assistant in enumerate(assistants):

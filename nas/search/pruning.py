@@ -29,7 +29,7 @@ Costs = dict[str, dict[int, float]]
 def pruned_jobs(
     parts: SearchParts, finished: Sequence[tuple[FinishJob, FinishedStudent]], settings: FinishSettings
 ) -> list[FinishJob]:
-    """A job for each share of every finished student; those that equal a finalist, or each other, are left out.
+    """A job for each share of every finished student; of those that equal a finalist, or each other, a line is said.
 
     Args:
         parts: of the search; rows are measured on its first device.
@@ -49,6 +49,9 @@ def pruned_jobs(
         for share in settings.prune:
             narrow = with_widths(parent, choose_widths(importance, costs, share))
             if narrow.arch_id in taken:
+                parts.reporter.say(
+                    f"finish.prune {share:g} makes no student of {parent.arch_id}: {_why(narrow, parent)}"
+                )
                 continue
             taken.add(narrow.arch_id)
             parts.reporter.say(_what(parts.predictor, parent, narrow, precision))
@@ -65,6 +68,15 @@ def pruned_jobs(
                 )
             )
     return jobs
+
+
+def _why(narrow: Candidate, parent: Candidate) -> str:
+    """Why a network that is there already came out."""
+    if not prunable(parent):
+        return "none of its blocks expands"
+    if narrow.arch_id == parent.arch_id:
+        return "no narrower width of its blocks was measured as faster"
+    return f"{narrow.arch_id}, which comes out, is there already"
 
 
 def _what(predictor: Predictor, parent: Candidate, narrow: Candidate, precision: Precision) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_examples import Prepared
+from search_examples import Notes, Prepared
 
 from nas.core.jsonio import read_record
 from nas.core.walk import total_macs
@@ -14,7 +14,14 @@ from nas.devices.onnxruntime_cpu import run_model
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.deployed import deployed_logits
 from nas.recipe.finish import load_finished
-from nas.search.assistants import LARGE_GAP, LEAST_STEP, choose_assistants, sizes_between, teach
+from nas.search.assistants import (
+    LARGE_GAP,
+    LEAST_STEP,
+    choose_assistants,
+    sizes_between,
+    teach,
+    why_no_more,
+)
 from nas.search.finals import finish
 from nas.search.settings import FinishSettings
 from nas.space.space import SearchSpace
@@ -62,6 +69,33 @@ def test_auto_takes_an_assistant_for_a_large_gap_only(space: SearchSpace) -> Non
     assert choose_assistants(space, [low], None, "auto") == ()
 
 
+def test_fewer_assistants_than_were_asked_for_are_told_with_the_reason(prepared: Prepared, tmp_path: Path) -> None:
+    notes = Notes()
+    parts = prepared.parts(tmp_path, notes)
+    sizes = sizes_between(parts.space)
+    low, high = total_macs(sizes[0]), total_macs(sizes[-1])
+    between = f"no network of the space fits between the smallest finalist ({high / 1e6:.2f} M multiply-adds)"
+    for finalist, teacher_macs, wanted, expected in (
+        (
+            sizes[0],
+            int(12.5 * low),
+            "auto",
+            "no assistant: the teacher has 12.5 times the multiply-adds of the smallest",
+        ),
+        (sizes[0], None, "auto", "no assistant: the multiply-adds of the teacher are not known (an ONNX file)"),
+        (sizes[-1], 10**12, "auto", f"no assistant: {between} and its teacher, 1.5 times as large"),
+        (sizes[-1], None, 2, f"no assistant: {between} and its teacher, 1.5 times as large"),
+    ):
+        lessons = teach(parts, [finalist], DistillSettings(assistants=wanted), FinishSettings(), teacher_macs)
+        assert not lessons.of
+        assert notes.said.pop().startswith(expected)
+        assert notes.said == []
+    assert (why_no_more(2, [low], 10**9, 2), why_no_more(1, [low], 10**9, "auto")) == (None, None)
+    few = why_no_more(1, [low], 10**9, 2)
+    assert few is not None
+    assert few.startswith("1 assistant instead of 2: no network of the space fits between the smallest finalist")
+
+
 def test_small_finalists_learn_from_the_assistant_which_is_trained_once(prepared: Prepared, tmp_path: Path) -> None:
     parts = prepared.parts(tmp_path)
     sizes = sizes_between(parts.space)
@@ -94,7 +128,9 @@ def test_small_finalists_learn_from_the_assistant_which_is_trained_once(prepared
 
 
 def test_no_assistants_by_default(prepared: Prepared, tmp_path: Path) -> None:
-    parts = prepared.parts(tmp_path)
+    notes = Notes()
+    parts = prepared.parts(tmp_path, notes)
     lessons = teach(parts, sizes_between(parts.space), DistillSettings(), FinishSettings(), 10**9)
     assert not lessons.of
     assert not (parts.folder.path / "assistants").exists()
+    assert notes.said == []

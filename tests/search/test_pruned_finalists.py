@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from search_examples import Prepared
+from search_examples import Notes, Prepared
 
 from nas.compress.prune import BlockImportance, prunable, removed_share, useful_widths
 from nas.core.errors import ConfigError
@@ -68,10 +68,8 @@ def test_precision_that_is_fastest_decides(prepared: Prepared, tmp_path: Path) -
     assert fastest_precision(predictor, network(), ("fp32",)) == "fp32"
 
 
-def test_a_narrower_student_is_a_job_of_its_own(prepared: Prepared, tmp_path: Path) -> None:
-    (tmp_path / "tables").mkdir()
-    parts = prepared.parts(tmp_path, device=Stepped())
-    parent, home = network(), parts.folder.student(network().arch_id)
+def finished_parent(prepared: Prepared, home: Path, parent: Candidate) -> tuple[FinishJob, FinishedStudent]:
+    """A finished student with importances, as far as its jobs of pruning read it."""
     rng = np.random.default_rng(0)
     blocks = {
         name: BlockImportance(rng.random(layer.expanded_channels), rng.random(layer.squeeze_channels))
@@ -81,7 +79,14 @@ def test_a_narrower_student_is_a_job_of_its_own(prepared: Prepared, tmp_path: Pa
     for name in ("weights.safetensors", "finished.json"):
         (home / name).write_text(name)
     job = FinishJob(parent, "c", str(home), "s", prepared.inputs.experiment.distill, 0, 16, (), importance="taylor")
-    student = FinishedStudent(1, parent, 2, 1.0)
+    return job, FinishedStudent(1, parent, 2, 1.0)
+
+
+def test_a_narrower_student_is_a_job_of_its_own(prepared: Prepared, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    parts = prepared.parts(tmp_path, device=Stepped())
+    parent = network()
+    job, student = finished_parent(prepared, parts.folder.student(parent.arch_id), parent)
     settings = FinishSettings(prune=(0.3, 0.5, 0.501), prune_epochs=5)
     jobs = pruned_jobs(parts, [(job, student)], settings)
     shares = [removed_share(parent, j.candidate) for j in jobs]
@@ -93,6 +98,44 @@ def test_a_narrower_student_is_a_job_of_its_own(prepared: Prepared, tmp_path: Pa
     for j in jobs:
         assert j.folder == str(parts.folder.student(j.candidate.arch_id))
         assert Path(j.folder, "parent-weights.safetensors").read_text() == "weights.safetensors"
+
+
+class Flat(SimulatedDevice):
+    """The width of a block costs nothing."""
+
+    def latency_ms(self, job: MeasureJob) -> float:  # noqa: ARG002
+        return 0.01
+
+
+def with_plain_blocks() -> Candidate:
+    """A network none of whose blocks expands."""
+    plain = StageConfig((BlockConfig(4, 4, 24, kind="depthwise_separable"),))
+    return replace(network(), stages=(plain,), exits=())
+
+
+@pytest.mark.parametrize(
+    ("device", "parent", "made", "why"),
+    [
+        (Stepped(1), with_plain_blocks(), 0, "none of its blocks expands"),
+        (Flat(1), network(), 0, "no narrower width of its blocks was measured as faster"),
+        (Stepped(1), network(), 1, "{made}, which comes out, is there already"),
+    ],
+)
+def test_a_share_that_makes_no_student_is_told_with_the_reason(
+    prepared: Prepared, tmp_path: Path, device: SimulatedDevice, parent: Candidate, made: int, why: str
+) -> None:
+    notes = Notes()
+    (tmp_path / "tables").mkdir()
+    parts = prepared.parts(tmp_path, notes, device=device)
+    job, student = finished_parent(prepared, parts.folder.student(parent.arch_id), parent)
+    jobs = pruned_jobs(parts, [(job, student)], FinishSettings(prune=(0.51, 0.511)))
+    assert len(jobs) == made
+    lines = [
+        f"finish.prune {share} makes no student of {parent.arch_id}: "
+        + why.format(made=jobs[0].candidate.arch_id if jobs else "")
+        for share in (0.51, 0.511)
+    ]
+    assert [line for line in notes.said if "makes no student" in line] == lines[made:]
 
 
 def test_finalists_and_what_is_cut_from_them_become_points(prepared: Prepared, tmp_path: Path) -> None:
