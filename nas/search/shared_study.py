@@ -73,7 +73,7 @@ MAX_DEATHS = 5  # of the workers of one job, then the job is to blame; under fre
 POLL_S = 0.5
 NOBODY_S = 15.0  # without a worker before the user is told how to start one
 
-Ended = Literal["failure", "returned", "broken", "expired", "twice"]
+Ended = Literal["failure", "returned", "broken", "expired", "twice", "outdated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +327,7 @@ def shared_study(
     """
     with closing(connect(settings.storage)) as connection:
         patience = Patience(connection, reporter, should_stop)
-        with open_study(connection, settings, run_dir, devices, marks, patience) as study:
+        with open_study(connection, settings, run_dir, devices, marks, patience, reporter) as study:
             yield study
 
 
@@ -339,6 +339,7 @@ def open_study(
     devices: Sequence[str],
     marks: Mapping[str, str],
     patience: Patience,
+    reporter: Reporter,
 ) -> Iterator[SharedStudy]:
     """The study of a run folder, made where it is new; workers are told when the search is over.
 
@@ -349,6 +350,7 @@ def open_study(
         devices: name of each further device; the objectives are accuracy and the latency on each.
         marks: the run's fingerprint, to be shown.
         patience: with the storage.
+        reporter: told when jobs of another version are taken back.
 
     Raises:
         RunMismatchError: the study belongs to another run folder.
@@ -375,8 +377,11 @@ def open_study(
             f"(--set run.dir=DIR; the folder's name is that of the study), or delete it with that of the finalists: "
             f"optuna delete-study --storage URL --study-name {quote(name)} (and {quote(name + FINALS)})"
         )
+    mine = program()
+    for queue in (scores, finals):  # before this program is named: no worker of it meets a job of another one
+        _take_back(queue, content_hash(mine), reporter)
     for key, value in (
-        ("program", program()),
+        ("program", mine),
         ("lease_s", settings.lease_s),
         ("artifacts", artifacts.where),
         ("fingerprint", dict(marks)),
@@ -386,6 +391,18 @@ def open_study(
         scores.say(key, value)
     yield SharedStudy(connection, patience, scores, finals, artifacts, settings.lease_s)
     scores.say("state", "finished")
+
+
+def _take_back(queue: JobQueue, mine: str, reporter: Reporter) -> None:
+    """Ends waiting jobs that another version of the program had queued: no worker of this one may take them.
+
+    Whatever of them is still wanted is queued anew, with the checkpoint that it had got to. Jobs that are running are
+    left to their workers: a result is a result, as one that lies in the run folder.
+    """
+    old = [job for job in queue.jobs() if job.state == TrialState.WAITING and job.program != mine]
+    taken = sum(queue.fail(job.number, "outdated", "queued by another version of the program") for job in old)
+    if taken:
+        reporter.say(f"{queue.name}: jobs of another version of the program that nobody had begun, taken back: {taken}")
 
 
 def _make_study(connection: Connection, patience: Patience, name: str, objectives: Sequence[str]) -> None:

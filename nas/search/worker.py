@@ -1,7 +1,8 @@
 """What a worker does: takes a waiting job of a shared study, trains in a process of its own, gives the result back.
 
-The waiting process trains nothing and has no threads: between two looks at its job it counts the job's beat up and
-uploads a checkpoint that has changed, so that another worker goes on from there if this one dies.
+The waiting process trains nothing: between two looks at its job it counts the job's beat up and uploads a checkpoint
+that has changed, so that another worker goes on from there if this one dies. While it waits for files, a thread counts
+the beat up: they may take longer than a lease.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -50,6 +52,7 @@ from nas.search.shared_study import BEATS_PER_LEASE, FINALS, JobQueue, QueuedJob
 FIRST_LOOK_S, LAST_LOOK_S = 0.5, 5.0  # between two looks for a job, on average: more while there is none
 START_LIMIT_S = 60.0  # a wrong password should not be tried for longer
 RUN_WAIT_S = 5.0  # between two looks for a run that is not there yet
+TRANSFER_LIMIT_S = 3600.0  # a store that never answers must not hold a job for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +167,7 @@ def join(
         _sleep(RUN_WAIT_S, stop)
     else:
         return None
-    differences = program_differences(from_plain(dict[str, str], attributes.get("program"), f"{settings.run}: program"))
+    differences = program_differences(searched_by(settings.run, attributes))
     if differences:
         raise RunMismatchError(
             f"run {settings.run}: this worker is not the same program as its search (search -> worker):\n"
@@ -174,6 +177,11 @@ def join(
     place = settings.artifacts or from_plain(str, attributes.get("artifacts"), f"{settings.run}: artifacts")
     lease_s = from_plain(float, attributes.get("lease_s"), f"{settings.run}: lease_s")
     return SharedStudy(connection, patience, scores, finals, open_artifacts(place, connection.storage), lease_s)
+
+
+def searched_by(run: str, attributes: Mapping[str, Any]) -> dict[str, str]:
+    """The program that searches, from the attributes of its study."""
+    return from_plain(dict[str, str], attributes.get("program"), f"{run}: program")
 
 
 def _sleep(seconds: float, stop: StopFlag) -> None:
@@ -230,16 +238,25 @@ class Worker:
             for waiting in queue.jobs():
                 if waiting.state == TrialState.WAITING:
                     if waiting.program != self._program:
-                        raise RunMismatchError(
-                            f"run {self._settings.run}: its search was begun again by another version of the program. "
-                            "Install that here, then start the worker again"
-                        )
+                        self._check_program()
+                        continue  # left by another version; the search takes it back
                     job = waiting.job
                     self._place(job)  # before it is taken: images may take longer than a lease
                     if queue.claim(waiting.number):
                         self._do(queue, waiting, job)
                         return True
         return False
+
+    def _check_program(self) -> None:
+        """Raises:
+        RunMismatchError: the search is not the program any more that it was when this worker joined.
+        """
+        differences = program_differences(searched_by(self._settings.run, self._joined.scores.attributes()))
+        if differences:
+            raise RunMismatchError(
+                f"run {self._settings.run}: its search was begun again by another version of the program (search -> "
+                "worker):\n" + "\n".join(differences) + "\nInstall that here, then start the worker again"
+            )
 
     def _place(self, job: SharedJob) -> None:
         for key in job.bundles:
@@ -262,8 +279,9 @@ class Worker:
         local = unpacked(job, self._places[job.context], self._students, supernet, stop_file)
         progress = JobProgress(queue, claimed, folder, self._scratch, self._joined, self._stop, self._reporter)
         try:
-            for ref in in_order(claimed.inputs):
-                self._joined.artifacts.fetch(ref, folder / ref.name)
+            with progress.alive():
+                for ref in in_order(claimed.inputs):
+                    self._joined.artifacts.fetch(ref, folder / ref.name)
             self._finish(queue, claimed, local, self._result(local, progress), progress)
         except InterruptedRunError:
             progress.upload(patiently=True)
@@ -338,25 +356,55 @@ class JobProgress:
         self._inputs: dict[str, FileRef] = {ref.name: ref for ref in job.inputs}
         self._own: set[str] = set()  # artifacts of this worker, which it may replace
         self._is_lost = False
+        self._is_told = False
 
     def tick(self) -> bool:
         """Called again and again while the job runs: True when it is to be stopped."""
         if self._clock() >= self._due and not self._is_lost:
-            self._due = self._clock() + self._every_s
             try:
-                self._beat += 1
-                self._is_lost = not self._queue.note_once(self._job.number, "beat", self._beat)
+                self._count()
                 if not self._is_lost:
                     self.upload(patiently=False)
             except self._joined.connection.errors as e:
                 if not self._joined.connection.is_away(e):
                     raise
                 # The training goes on; the search counts no silence while the storage is away from it, too.
+            except StorageError as e:
+                if not self._is_told:
+                    self._reporter.warn(f"job {self._job.number}: {e}; it goes on, its checkpoint is tried again")
+                    self._is_told = True
+            self._due = self._clock() + self._every_s
             if self._is_lost:
                 self._reporter.warn(f"job {self._job.number}: the search took it back")
         if self._stop.is_set or self._is_lost:
             (self._scratch / "stop").touch()
         return self._stop.is_set or self._is_lost
+
+    def _count(self) -> None:
+        """Counts the beat up, or notices that the job is lost."""
+        self._beat += 1
+        if not self._queue.note_once(self._job.number, "beat", self._beat):
+            self._is_lost = True
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Meanwhile the beat is counted up by a thread: what is done takes long and cannot be interrupted."""
+        over = Event()
+
+        def beat() -> None:
+            end = time.monotonic() + TRANSFER_LIMIT_S
+            while not over.wait(self._every_s) and not self._is_lost and time.monotonic() < end:
+                # What goes wrong here goes wrong for the waiting thread too, which tells it.
+                with suppress(*self._joined.connection.errors):
+                    self._count()
+
+        thread = Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def upload(self, patiently: bool) -> None:
         """Uploads checkpoints that changed, then names them in the study, then removes those they replace.
@@ -396,15 +444,18 @@ class JobProgress:
         """References of files in the store, those that are there already included; None where the job is lost."""
         known = {(ref.name, ref.sha256): ref for ref in self._inputs.values()}
         refs = []
-        for path in paths:
-            same = known.get((path.name, file_sha256(path)))
-            if same is None:
-                send = partial(self._joined.artifacts.upload, path, self._job.trial)
-                try:
-                    same = self._joined.patience(send) if patiently else send()
-                except UpdateFinishedTrialError:
-                    self._is_lost = True
+        with self.alive():
+            for path in paths:
+                if self._is_lost:
                     return None
-                self._own.add(same.artifact)
-            refs.append(same)
+                same = known.get((path.name, file_sha256(path)))
+                if same is None:
+                    send = partial(self._joined.artifacts.upload, path, self._job.trial)
+                    try:
+                        same = self._joined.patience(send) if patiently else send()
+                    except UpdateFinishedTrialError:
+                        self._is_lost = True
+                        return None
+                    self._own.add(same.artifact)
+                refs.append(same)
         return tuple(refs)

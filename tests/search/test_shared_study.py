@@ -6,6 +6,7 @@ Search and workers take turns in one process on an in-memory storage, and time i
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from nas.recipe.finish import FinishJob, finish_student, finished_logits
 from nas.recipe.pool import J, JobFailure, JobResult, R
 from nas.recipe.records import ScoredStudent, read_logits
 from nas.recipe.score import ScoreJob, score, student_folder
+from nas.search.artifacts import Artifacts, FileRef
 from nas.search.progress import StopFlag
 from nas.search.scoring import ScoringPlan
 from nas.search.shared_jobs import SharedJob, SharedResult, packed, program, program_differences, unpacked
@@ -90,7 +92,7 @@ class Scene:
         """The study of a run folder, as its search opens it."""
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         settings = SharedSettings("memory", lease_s=LEASE_S)
-        opened = open_study(self.connection, settings, self.folder / name, (), {"data": "x"}, self.patience)
+        opened = open_study(self.connection, settings, self.folder / name, (), {"data": "x"}, self.patience, self.notes)
         return opened.__enter__()
 
     def pool(self, study: SharedStudy, prepared: Prepared) -> SharedPool:
@@ -388,9 +390,34 @@ def test_a_worker_is_refused_when_the_search_goes_on_with_another_version(scene:
     shared = packed(plan(prepared, scene.folder).job(candidate, 0), "x", "y")
     attributes = {"job": parse_json(canonical_json(shared), ""), "program": "another"}
     study.scores.add(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs=attributes))
-    with pytest.raises(RunMismatchError, match="begun again by another version"):
+    assert not worker.one()  # the search is still the same: it is the job that is older
+    study.scores.say("program", {**program(), "torch": "2.6.0"})
+    with pytest.raises(RunMismatchError, match="begun again by another version") as e:
         worker.one()
+    assert f"torch: 2.6.0 -> {program()['torch']}" in str(e.value)
     assert states(study) == ["WAITING"]
+
+
+def test_jobs_of_an_older_program_are_taken_back_and_queued_anew_where_they_are_still_wanted(
+    scene: Scene, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (plan(prepared, scene.folder, (1,)).job(c, 1) for c in candidates(prepared, 2))
+    is_stopped: list[bool] = []
+    with monkeypatch.context() as older:
+        older.setattr("nas.search.shared_study.program", lambda: {**program(), "torch": "2.6.0"})
+        study = scene.study()
+        scene.turns = [lambda: is_stopped.append(True)]
+        with pytest.raises(InterruptedRunError):
+            list(scene.pool(study, prepared).map(score, [first, second], lambda: bool(is_stopped)))
+        [_, running] = study.scores.jobs()
+        assert study.scores.claim(running.number)  # by a worker that began before the upgrade, and goes on with it
+    study = scene.study()
+    assert [(j.state.name, j.ended) for j in study.scores.jobs()] == [("FAIL", "outdated"), ("RUNNING", "")]
+    scene.turns = [scene.worker("new").one]
+    [result] = scene.pool(study, prepared).map(score, [first])
+    assert logits_of(first, result) == local(first, scene.folder)
+    assert study.scores.jobs()[-1].trial.user_attrs["retry_of"] == 0
+    assert "run: jobs of another version of the program that nobody had begun, taken back: 1" in scene.notes.said
 
 
 def test_a_study_of_another_run_folder_is_refused(scene: Scene) -> None:
@@ -464,34 +491,92 @@ def test_a_job_or_result_that_does_not_fit_is_refused(prepared: Prepared, tmp_pa
         SharedResult((), 1.5)
 
 
-def test_a_checkpoint_that_changed_replaces_the_one_before(scene: Scene, prepared: Prepared) -> None:
+@dataclass
+class Held:
+    """A job that a worker has just taken."""
+
+    study: SharedStudy
+    progress: JobProgress
+    number: int
+    folder: Path
+
+
+def held(scene: Scene, prepared: Prepared, lease_s: float) -> Held:
     study = scene.study()
     job = packed(plan(prepared, scene.folder, (2,)).job(candidates(prepared, 1)[0], 2), "c", "")
     attributes = {"job": parse_json(canonical_json(job), ""), "inputs": []}
     study.scores.add(optuna.trial.create_trial(state=TrialState.WAITING, user_attrs=attributes))
     [claimed] = study.scores.jobs()
     assert study.scores.claim(claimed.number)
-    joined = join(
-        WorkerSettings("run", "memory", scene.folder), scene.connection, scene.patience, scene.notes, StopFlag()
-    )
-    assert joined is not None
-    folder, scratch, stop = scene.folder / "student", scene.folder / "scratch", StopFlag()
+    folder, scratch = scene.folder / "student", scene.folder / "scratch"
     folder.mkdir()
     scratch.mkdir()
-    progress = JobProgress(study.scores, claimed, folder, scratch, joined, stop, scene.notes, lambda: scene.now_s)
+    joined = replace(study, lease_s=lease_s)
+    progress = JobProgress(study.scores, claimed, folder, scratch, joined, StopFlag(), scene.notes, lambda: scene.now_s)
+    return Held(study, progress, claimed.number, folder)
+
+
+def test_a_checkpoint_that_changed_replaces_the_one_before(scene: Scene, prepared: Prepared) -> None:
+    job = held(scene, prepared, LEASE_S)
+    scores = job.study.scores
     kept = []
     for content in (b"one", b"two", b"two"):
-        (folder / "score-2.ckpt").write_bytes(content)
-        assert not progress.tick()
-        kept.append(study.scores.read(claimed.number).inputs)
+        (job.folder / "score-2.ckpt").write_bytes(content)
+        assert not job.progress.tick()
+        kept.append(scores.read(job.number).inputs)
         scene.pass_s(LEASE_S)
     assert kept[0] != kept[1] == kept[2]
     assert [p.read_bytes() for p in (scene.folder / "run" / "artifacts").iterdir()] == [b"two"]
-    assert study.scores.read(claimed.number).beat == 3
-    assert study.scores.fail(claimed.number, "expired", "test")
-    assert progress.tick()
-    assert (scratch / "stop").exists()
+    assert scores.read(job.number).beat == 3
+    assert scores.fail(job.number, "expired", "test")
+    assert job.progress.tick()
+    assert (scene.folder / "scratch" / "stop").exists()
     assert scene.notes.warned == ["job 0: the search took it back"]
+
+
+def test_an_upload_that_lasts_longer_than_a_lease_does_not_cost_the_job(
+    scene: Scene, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = held(scene, prepared, lease_s=0.2)
+    upload = Artifacts.upload
+
+    def slow(self: Artifacts, path: Path, owner: optuna.trial.FrozenTrial) -> FileRef:
+        until, before = time.monotonic() + 20, job.study.scores.read(job.number).beat
+        while job.study.scores.read(job.number).beat < before + 5:  # more than a lease has of them
+            assert time.monotonic() < until, "nobody counts the beat up during the upload"
+            time.sleep(0.01)
+        return upload(self, path, owner)
+
+    monkeypatch.setattr(Artifacts, "upload", slow)
+    (job.folder / "score-2.ckpt").write_bytes(b"content")
+    assert not job.progress.tick()
+    assert [ref.name for ref in job.study.scores.read(job.number).inputs] == ["score-2.ckpt"]
+    (job.folder / "score.json").write_bytes(b"result")
+    files = job.progress.uploaded([job.folder / "score.json"], patiently=True)
+    assert files is not None
+    beat = job.study.scores.read(job.number).beat
+    assert beat >= 11  # one of the tick, five of each upload
+    time.sleep(0.2)
+    assert job.study.scores.read(job.number).beat == beat  # not any longer than it is uploaded
+
+
+def test_a_checkpoint_that_the_store_refuses_is_tried_again_and_the_training_goes_on(
+    scene: Scene, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = held(scene, prepared, LEASE_S)
+    (job.folder / "score-2.ckpt").write_bytes(b"content")
+    with monkeypatch.context() as broken:
+
+        def refuse(*_: object) -> None:
+            raise StorageError("s3://nas: slow down")
+
+        broken.setattr(Artifacts, "upload", refuse)
+        for _ in range(2):
+            assert not job.progress.tick()
+            scene.pass_s(LEASE_S)
+    assert scene.notes.warned == ["job 0: s3://nas: slow down; it goes on, its checkpoint is tried again"]
+    assert not job.progress.tick()
+    assert [ref.name for ref in job.study.scores.read(job.number).inputs] == ["score-2.ckpt"]
 
 
 def test_a_context_is_the_same_elsewhere(scene: Scene, prepared: Prepared) -> None:
