@@ -42,7 +42,7 @@ from nas.recipe.supernet import RECORD_FILE, WEIGHTS_FILE
 from nas.search.experiment import SPACES
 from nas.search.folder import RunFolder, open_run
 from nas.search.predictor import Predictor
-from nas.search.progress import StopFlag, StoppableReporter, stop_on_signals
+from nas.search.progress import StopFlag, StoppableReporter, interrupted_by_signals, stop_on_signals
 from nas.search.rounds import SearchParts, run_rounds
 from nas.search.scoring import ScoringPlan
 from nas.search.select import hypervolume
@@ -163,9 +163,9 @@ class Crew:
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for process in self._processes:
-            process.join(20)  # they see that the run is finished
+            process.join(20 if error is None else 0)  # they see that the run is finished
             process.kill()
             process.join()
             process.close()
@@ -245,6 +245,7 @@ def prove(
     reporter = StoppableReporter(Quiet(), stop)
     settings = SharedSettings(server.url, lease_s=LEASE_S)
     restarted = 0
+    starts: list[threading.Timer] = []
     with (
         open_run(run, {"benchmark": "1"}, "name: benchmark\n") as folder,
         Crew(workers, run.name, server.url, home / "cache", seed) as crew,
@@ -274,7 +275,8 @@ def prove(
             results += 1
             if results in stops:
                 server.stop()
-                threading.Timer(OUTAGE_S, server.start).start()
+                starts.append(threading.Timer(OUTAGE_S, server.start))
+                starts[-1].start()
                 restarted += 1
 
         killer = threading.Thread(target=kill_some)
@@ -283,6 +285,8 @@ def prove(
             rounds(of, folder, Noticing(pool, on_result), reporter, stop, trials, seed)
         finally:
             over.set()
+            for timer in starts:  # whoever ends the server finds it running
+                timer.join()
             killer.join()
         wall_s = time.monotonic() - started
         return counted(study, folder, of, trials, crew, restarted, wall_s)
@@ -418,7 +422,11 @@ def main() -> None:
     args = options.parse_args()
     rows: list[list[Any]] = []
     pairs: list[tuple[Outcome, Outcome]] = []
-    with PostgresServer(requires_postgresql()) as server, tempfile.TemporaryDirectory() as scratch:
+    with (
+        interrupted_by_signals(),  # else SIGTERM would leave the server behind
+        PostgresServer(requires_postgresql()) as server,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         for seed in range(args.seeds):
             home = Path(scratch) / str(seed)
             of = setting(home, seed)
@@ -474,4 +482,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -534,7 +534,13 @@ class PostgresServer:
         options = ["--username=postgres", "--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync"]
         self._call("initdb", f"--pgdata={self._data}", f"--pwfile={secret}", *options)
         secret.unlink()
-        self.start()
+        try:
+            self.start()
+        except BaseException:  # a signal perhaps, while it was about to run
+            with contextlib.suppress(DeviceError):
+                self.stop()
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -39,10 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "--lease",
     type=click.FloatRange(min=0, min_open=True),
-    default=60.0,
-    show_default=True,
     metavar="SECONDS",
-    help="With --storage: a worker that was not heard of for so long is taken for dead.",
+    help="With --storage: a worker that was not heard of for so long is taken for dead [60].",
 )
 @common_options
 @click.pass_obj
@@ -56,7 +54,7 @@ def command(
     fork: bool,
     storage: str | None,
     artifacts: str | None,
-    lease: float,
+    lease: float | None,
 ) -> None:
     """Searches as EXPERIMENT (a YAML file) says, or resumes: finished work is never repeated.
 
@@ -70,6 +68,7 @@ def command(
     given = sets if budget is None else (*sets, f"budget.ms={budget!r}")
     given = given if foreign is None else (*given, f"run.foreign_table={foreign}")
     loaded = load_experiment(experiment, given)
+    shared = _shared(storage, artifacts, lease)
     if dry_run:
         _dry_run(console, loaded, fork)
         return
@@ -78,7 +77,7 @@ def command(
     from nas.search.api import run_search
 
     with console.reporter() as reporter:
-        view = run_search(loaded, reporter, fork=fork, shared=_shared(storage, artifacts, lease))
+        view = run_search(loaded, reporter, fork=fork, shared=shared)
     folder = loaded.run_dir.with_name(view.name)  # a fork lies beside the old run
     page = write_report(view, folder / "report")
     console.say()
@@ -137,14 +136,26 @@ def command(
             )
 
 
-def _shared(storage: str | None, artifacts: str | None, lease: float) -> SharedSettings | None:
-    from nas.search.shared_study import SharedSettings
+def _shared(storage: str | None, artifacts: str | None, lease: float | None) -> SharedSettings | None:
+    """How the search is shared; None where it is not. Nothing is opened.
 
+    Raises:
+        UsageError: an option without `--storage`, or an address that cannot be used.
+    """
     if storage is None:
         if artifacts is not None:
             raise UsageError("--artifacts goes with --storage: it is where the machines of a shared search leave files")
+        if lease is not None:
+            raise UsageError("--lease goes with --storage: it is about the workers of a shared search")
         return None
-    return SharedSettings(storage, artifacts, lease)
+    from nas.search.artifacts import check_place
+    from nas.search.shared_storage import check_storage
+    from nas.search.shared_study import LEASE_S, SharedSettings
+
+    check_storage(storage)
+    if artifacts is not None:
+        check_place(artifacts)
+    return SharedSettings(storage, artifacts, LEASE_S if lease is None else lease)
 
 
 def _show_device(console: Console, view: RunView) -> None:

@@ -28,7 +28,10 @@ def command(console: Console, storage: str, host: str, port: int, connections: i
 
     if host not in ("127.0.0.1", "localhost", "::1"):
         console.warn(f"{host}: whoever reaches port {port} can read and change every study of {redacted(storage)}")
-    console.say(f"serving {redacted(storage)} at grpc://{host}:{port}; Ctrl-C ends it")
-    serve_proxy(storage, host, port, connections)
+
+    def tell() -> None:
+        console.say(f"serving {redacted(storage)} at grpc://{host}:{port}; Ctrl-C ends it")
+
+    serve_proxy(storage, host, port, connections, tell)
     console.say("ended")
     console.result({"host": host, "port": port})

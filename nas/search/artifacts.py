@@ -148,6 +148,20 @@ class Artifacts:
                 continue
 
 
+def check_place(where: str) -> None:
+    """Whether artifacts can be kept at such a place; nothing is opened.
+
+    Raises:
+        UsageError: another kind of place.
+    """
+    parts = urlsplit(where)
+    if parts.scheme and not (parts.scheme == "s3" and parts.netloc and "@" not in parts.netloc):
+        raise UsageError(
+            f"--artifacts: {parts.scheme}://... is not known. Allowed: a folder that all machines see, or "
+            "s3://BUCKET/PREFIX (credentials as boto3 finds them, never in the address)"
+        )
+
+
 def open_artifacts(where: str, storage: optuna.storages.BaseStorage, client: Any = None) -> Artifacts:
     """A folder, or `s3://BUCKET/PREFIX`.
 
@@ -164,8 +178,9 @@ def open_artifacts(where: str, storage: optuna.storages.BaseStorage, client: Any
         StorageError: the folder cannot be used.
         ModuleNotFoundError: boto3 is not installed; the command line names the extra.
     """
+    check_place(where)
     parts = urlsplit(where)
-    if parts.scheme == "s3" and parts.netloc and "@" not in parts.netloc:
+    if parts.scheme == "s3":
         import boto3.exceptions
         import botocore.exceptions
 
@@ -181,11 +196,6 @@ def open_artifacts(where: str, storage: optuna.storages.BaseStorage, client: Any
             boto3.exceptions.Boto3Error,
         )
         return Artifacts(store, where, storage, errors)
-    if parts.scheme:
-        raise UsageError(
-            f"--artifacts: {parts.scheme}://... is not known. Allowed: a folder that all machines see, or "
-            "s3://BUCKET/PREFIX (credentials as boto3 finds them, never in the address)"
-        )
     folder = Path(where).expanduser().resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -236,7 +236,7 @@ def place_bundle(bundle: Bundle, key: str, artifacts: Artifacts, cache: Path) ->
 
 def program() -> dict[str, str]:
     """What has to be equal on all machines of a search: this program, and the libraries that decide a score."""
-    found = {"schema": str(SHARED_SCHEMA), "nas": version_of("nas"), "code": _code()}
+    found = {"schema": str(SHARED_SCHEMA), "nas": version_of("nas"), "code": CODE}
     return {**found, **{name: version_of(name) for name in LIBRARIES}}
 
 
@@ -255,6 +255,9 @@ def _code() -> str:
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
+
+
+CODE = _code()  # of what was loaded: files may be replaced while this process runs
 
 
 def program_differences(theirs: Mapping[str, str]) -> Sequence[str]:

@@ -7,12 +7,14 @@ locks by which a waiting trial is given to one worker only (two of four workers 
 from __future__ import annotations
 
 import random
+import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
+from threading import Event, Thread
 from typing import TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
@@ -99,7 +101,17 @@ def connect(url: str, connections: int = 2) -> Connection:
         StorageError: nothing answers there, or it refuses.
         ModuleNotFoundError: the package that speaks to it is not installed; the command line names the extra.
     """
+    proxy = check_storage(url)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # an outage is told by us, once
+    return _connect_postgresql(url, connections) if proxy is None else _connect_proxy(*proxy, url)
+
+
+def check_storage(url: str) -> tuple[str, int] | None:
+    """Host and port of a proxy, None for a database; nothing is opened.
+
+    Raises:
+        UsageError: an address of another kind.
+    """
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -107,9 +119,9 @@ def connect(url: str, connections: int = 2) -> Connection:
         raise UsageError(f"--storage: {redacted(url)!r}: {e}. {_allowed()}") from e
     kind = parts.scheme.partition("+")[0]
     if kind == "grpc" and parts.hostname:
-        return _connect_proxy(parts.hostname, port or GRPC_PORT, url)
+        return parts.hostname, port or GRPC_PORT
     if kind in ("postgresql", "postgres"):
-        return _connect_postgresql(url, connections)
+        return None
     reason = "cannot give a waiting trial to one worker only" if kind == "sqlite" else "is of another kind"
     raise UsageError(f"--storage: {redacted(url)!r} {reason}. {_allowed()}")
 
@@ -250,13 +262,40 @@ class Patience:
             self._sleep(min(0.2, left))
 
 
-def serve_proxy(url: str, host: str, port: int, connections: int) -> None:
+def _answers(host: str, port: int) -> bool:
+    with suppress(OSError), socket.create_connection((host, port), timeout=1.0):
+        return True
+    return False
+
+
+@contextmanager
+def _told_when_it_answers(host: str, port: int, tell: Callable[[], None]) -> Iterator[None]:
+    """Meanwhile a thread waits for the port to answer: what serves it does not come back to say so."""
+    over = Event()
+
+    def wait() -> None:
+        while not over.wait(0.05):
+            if _answers(host, port):
+                tell()
+                return
+
+    thread = Thread(target=wait, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def serve_proxy(url: str, host: str, port: int, connections: int, tell: Callable[[], None]) -> None:
     """Serves a database through Optuna's gRPC proxy until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         url: of a PostgreSQL database.
         host, port: where to listen.
         connections: to the database; as many calls are answered at a time.
+        tell: called once, when calls are answered.
 
     Raises:
         UsageError: not a database.
@@ -271,9 +310,13 @@ def serve_proxy(url: str, host: str, port: int, connections: int) -> None:
         with (
             interrupted_by_signals(),
             closing(connect(url, connections)) as connection,
+            ExitStack() as stack,
             warnings.catch_warnings(),
             ThreadPoolExecutor(connections) as threads,
         ):
+            if _answers(host, port):  # gRPC would share the port with another server, each call being either's
+                raise StorageError(f"{host}:{port}: another program listens there. Choose another --port")
+            stack.enter_context(_told_when_it_answers(host, port, tell))
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.run_grpc_proxy_server(connection.storage, host=host, port=port, thread_pool=threads)
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ def test_a_proxy_without_its_database_ends_without_showing_the_password(capsys: 
     assert "warning: 0.0.0.0: whoever reaches port 13000 can read and change every study" in err
     assert "postgresql://nas:***@127.0.0.1:9/x: cannot be opened" in err
     assert "geheim" not in out + err
+    assert "serving" not in out + err  # nothing was
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,21 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
     assert f"the package {package!r} is not installed. Run: pip install 'nas[scale]'" in capsys.readouterr().err
 
 
-def test_artifacts_without_a_storage_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--artifacts", "/shared"], "--artifacts goes with --storage"),
+        (["--lease", "30"], "--lease goes with --storage: it is about the workers of a shared search"),
+        (["--storage", "sqlite:///x.db"], "cannot give a waiting trial to one worker only. Allowed: postgresql://"),
+        (["--storage", NOWHERE, "--artifacts", "ftp://x/y"], "--artifacts: ftp://... is not known. Allowed: a folder"),
+    ],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_options_of_a_shared_search_that_cannot_be_used_are_refused_before_anything_is_done(
+    given: list[str], said: str, dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["init", str(tmp_path / "e.yaml")]) == 0
-    assert run(["search", str(tmp_path / "e.yaml"), "--artifacts", str(tmp_path)]) == 2
-    assert "--artifacts goes with --storage" in capsys.readouterr().err
+    assert run(["search", str(tmp_path / "e.yaml"), "--set", f"run.dir={tmp_path / 'run'}", *given, *dry]) == 2
+    out, err = capsys.readouterr()
+    assert said in err and "geheim" not in out + err
+    assert not (tmp_path / "run").exists()

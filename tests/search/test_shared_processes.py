@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import optuna
@@ -23,7 +24,7 @@ from nas.search.folder import RunFolder
 from nas.search.shared_storage import Connection, Patience, connect
 from nas.search.shared_study import JobQueue
 from nas.search.view import load_view
-from nas.testing import PostgresServer, requires_package, requires_postgresql
+from nas.testing import PostgresServer, requires_package, requires_path, requires_postgresql
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +151,44 @@ def test_kills_and_a_restart_lose_nothing_and_score_nothing_twice(server: Postgr
     assert many.volume == one.volume
 
 
+def test_a_proof_that_is_ended_leaves_no_server_behind() -> None:
+    requires_package("psycopg", "PostgreSQL")
+    requires_postgresql()
+    requires_path(Path("/proc/self"), "the process folder of Linux")
+    with tempfile.TemporaryDirectory(prefix="nas-") as scratch:
+        Path(scratch).chmod(0o755)  # the user that runs PostgreSQL is another one where the tests run as root
+        command = [sys.executable, "-m", "benchmarks.workers", "--trials", "2000", "--workers", "1", "--kills", "0"]
+        process = subprocess.Popen(
+            command, env={**os.environ, "TMPDIR": scratch}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            assert _within(60, lambda: list(Path(scratch).glob("tmp*/0/proof-0-1/trials.jsonl")))
+            assert _naming(scratch)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 130
+            assert _within(10, lambda: not _naming(scratch)), _naming(scratch)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _within(seconds: float, is_so: Callable[[], object]) -> bool:
+    end = time.monotonic() + seconds
+    while not (found := is_so()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(found)
+
+
+def _naming(text: str) -> list[str]:
+    """Command lines of processes that name a folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # ended meanwhile
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found += [line] if text in line else []
+    return found
+
+
 def test_the_proxy_hands_out_a_job_once_and_ends_when_asked(
     server: PostgresServer, opened: Open, queue: Queue, tmp_path: Path
 ) -> None:
@@ -174,6 +213,11 @@ def test_the_proxy_hands_out_a_job_once_and_ends_when_asked(
         assert not second.complete(0, (0.6,))
         assert not second.note(0, "beat", 2)
         assert [job.state for job in second.jobs()] == [TrialState.COMPLETE]
+        second_of_it = subprocess.run(
+            command, env={**os.environ, "PGPASSWORD": server.password}, capture_output=True, text=True, check=False
+        )
+        assert f"127.0.0.1:{port}: another program listens there" in second_of_it.stderr
+        assert "serving" not in second_of_it.stdout + second_of_it.stderr
         proxy.send_signal(signal.SIGTERM)
         started = time.monotonic()
         assert proxy.wait(20) == 0, log.read_text()

@@ -6,6 +6,7 @@ Search and workers take turns in one process on an in-memory storage, and time i
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -381,6 +382,14 @@ def test_a_worker_of_another_program_is_refused_with_the_difference(scene: Scene
     assert "code: 0123456789ab -> " in str(e.value)
     assert "numpy" not in str(e.value)
     assert program_differences(program()) == []
+
+
+def test_the_program_is_what_was_loaded_not_what_lies_on_the_disk_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = program()
+    monkeypatch.setattr(sys.modules["nas"], "__file__", str(tmp_path / "__init__.py"))  # as if its files were replaced
+    assert program() == before
 
 
 def test_a_worker_is_refused_when_the_search_goes_on_with_another_version(scene: Scene, prepared: Prepared) -> None:
