@@ -4,9 +4,9 @@
         [--experiment FILE] [--set KEY=VALUE] [--simulated N] [--json]
 
 For each seed there is one search without halving, as `nas search` does it: the grey-box sampler proposes batches, every
-candidate is trained to the last rung, and DIR keeps its accuracy on search validation after each epoch, that on test
-after the last one, and the CPU seconds of each epoch. Every policy is then replayed on these curves. That is exact,
-because a training that stops at a rung is the beginning of the same training without a stop (one schedule, one
+candidate is trained to the last rung, and DIR keeps its score on search validation after each epoch, its accuracy on
+test after the last one, and the CPU seconds of each epoch. Every policy is then replayed on these curves. That is
+exact, because a training that stops at a rung is the beginning of the same training without a stop (one schedule, one
 order of images, a checkpoint at every epoch), and a policy sees nothing else. So all policies have the same candidates,
 and what they cost is the sum of CPU seconds of the epochs that they would have trained and of the evaluations at their
 rungs. What the sampler would have proposed, had it seen fewer complete trainings, is not part of the comparison; what
@@ -76,10 +76,12 @@ class Curve:
         genotype: of the space.
         arch_id: candidates that share it share a training.
         latency_ms: predicted worst case.
-        val_top1: of the head in its deployed precision on search validation, after each epoch.
+        val_top1: right answers of the head in its deployed precision on search validation, after each epoch.
         test_top1: the same on test after the last one.
         train_s: CPU seconds of each epoch.
         look_s: CPU seconds of each evaluation with what belongs to it (batch norm, int8 ranges, checkpoint).
+        val_score: what `nas search` ranks by, after each epoch; empty in curves from before 2026-11-29, when that was
+            the share of right answers.
     """
 
     number: int
@@ -90,6 +92,12 @@ class Curve:
     test_top1: float
     train_s: tuple[float, ...]
     look_s: tuple[float, ...]
+    val_score: tuple[float, ...] = ()
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """What candidates are compared by, after each epoch."""
+        return self.val_score or self.val_top1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +108,7 @@ class Learnt:
     test_top1: float
     train_s: tuple[float, ...]
     look_s: tuple[float, ...]
+    val_score: tuple[float, ...]
 
 
 def learning_curve(job: ScoreJob) -> Learnt:
@@ -123,7 +132,7 @@ def learning_curve(job: ScoreJob) -> Learnt:
     test = top1_per_exit(deployed_answers(job, context, context.test), np.asarray(context.test_labels))[-1]
     # Of twins only the first one was trained: the other's score has no training in it.
     look_s = tuple(r.cost_s - t if r.cost_s > t else r.cost_s for r, t in zip(records, train_s, strict=True))
-    return Learnt(tuple(r.top1[-1] for r in records), test, train_s, look_s)
+    return Learnt(tuple(r.top1[-1] for r in records), test, train_s, look_s, tuple(r.score for r in records))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,6 +182,7 @@ def curves_of(bench: Bench, seed: int) -> list[Curve]:
                 learnt.test_top1,
                 learnt.train_s,
                 learnt.look_s,
+                learnt.val_score,
             )
             append_line(file, curve)
             curves.append(curve)
@@ -186,7 +196,7 @@ def _proposed(bench: Bench, seed: int, curves: Sequence[Curve], first: int) -> l
     space, budget = bench.inputs.space, bench.inputs.experiment.budget
     limit = BudgetFilter(bench.predictor, budget.ms, "worst", budget.margin_std)
     scored = [
-        Scored(c.genotype, c.val_top1[-1], (c.latency_ms,), c.latency_ms / budget.ms - 1, c.arch_id) for c in curves
+        Scored(c.genotype, c.scores[-1], (c.latency_ms,), c.latency_ms / budget.ms - 1, c.arch_id) for c in curves
     ]
     wanted = min(bench.batch, bench.trials - first)
     latency = KnownLatency(bench.known, (budget.ms,), budget.margin_std, wanted)
@@ -254,7 +264,7 @@ def halving(
         while found := steps.open():
             place, number = found[0]
             compared[number] = place + 1
-            steps.arrive(number, place, curves[number].val_top1[rungs[place] - 1])
+            steps.arrive(number, place, curves[number].scores[rungs[place] - 1])
     return Reached(rungs, compared)
 
 
@@ -266,7 +276,7 @@ def within_batches(curves: Sequence[Curve], rungs: tuple[int, ...], keep: float,
         for place, epochs in enumerate(rungs):
             for c in alive:
                 compared[c.number] = place + 1
-            top1, ms = [c.val_top1[epochs - 1] for c in alive], [c.latency_ms for c in alive]
+            top1, ms = [c.scores[epochs - 1] for c in alive], [c.latency_ms for c in alive]
             alive = [alive[i] for i in promoted(top1, ms, max(1, round(keep * len(alive))))]
     return Reached(rungs, compared)
 
@@ -285,7 +295,7 @@ def _in_turn(is_sent: Callable[[list[int], set[int], Curve], list[int]]) -> Poli
             if place + 1 == len(rungs):
                 return
             count = max(1, int(keep * len(seen[place]) + 1e-9))
-            top1, ms = [s.val_top1[rungs[place] - 1] for s in seen[place]], [s.latency_ms for s in seen[place]]
+            top1, ms = [s.scores[rungs[place] - 1] for s in seen[place]], [s.latency_ms for s in seen[place]]
             best = [seen[place][i].number for i in promoted(top1, ms, count)]
             for number in is_sent(best, gone[place], c):
                 gone[place].add(number)
@@ -338,7 +348,7 @@ def idle_share(
             if not running:
                 break
             clock, place, number = heapq.heappop(running)
-            steps.arrive(number, place, curves[number].val_top1[rungs[place] - 1])
+            steps.arrive(number, place, curves[number].scores[rungs[place] - 1])
     return 1 - busy / (workers * clock)
 
 
@@ -351,7 +361,7 @@ def _segment_s(c: Curve, rungs: tuple[int, ...], place: int) -> float:
 def volumes(curves: Sequence[Curve], complete: set[int], budget_ms: float, chance: float) -> dict[str, float]:
     """Hypervolumes of the candidates that were trained to the end."""
     kept = [c for c in curves if c.number in complete]
-    val, ms = [c.val_top1[-1] for c in kept], [c.latency_ms for c in kept]
+    val, ms = [c.scores[-1] for c in kept], [c.latency_ms for c in kept]
     front = [kept[i] for i in front_indices(val, ms)]
     test, test_ms = [c.test_top1 for c in front], [c.latency_ms for c in front]
     return {
@@ -366,12 +376,12 @@ def volumes(curves: Sequence[Curve], complete: set[int], budget_ms: float, chanc
 
 def foreseen_error(curves: Sequence[Curve], reached: Reached) -> dict[str, float | int | None]:
     """How far the foreseen accuracies of stopped candidates are from those that they reach when trained to the end."""
-    complete = [[c.val_top1[e - 1] for e in reached.rungs] for c in curves if c.number in reached.complete]
+    complete = [[c.scores[e - 1] for e in reached.rungs] for c in curves if c.number in reached.complete]
     stopped = [c for c in curves if c.number not in reached.complete]
     places = [reached.compared[c.number] - 1 for c in stopped]
-    there = [c.val_top1[reached.rungs[place] - 1] for c, place in zip(stopped, places, strict=True)]
+    there = [c.scores[reached.rungs[place] - 1] for c, place in zip(stopped, places, strict=True)]
     guess = [foreseen(complete, place, top1) for place, top1 in zip(places, there, strict=True)]
-    truth = [c.val_top1[-1] for c in stopped]
+    truth = [c.scores[-1] for c in stopped]
     return {
         "n": len(stopped),
         "mean_abs_error": float(np.mean(np.abs(np.subtract(guess, truth)))),
@@ -387,17 +397,17 @@ def model_quality(
 ) -> dict[str, dict[str, float | None]]:
     """How well the sampler's model predicts the candidates of other seeds, by what it was taught."""
     complete = [c for c in curves if c.number in reached.complete]
-    taught = {c.number: c.val_top1[-1] for c in complete}
-    rung_curves = [[c.val_top1[e - 1] for e in reached.rungs] for c in complete]
+    taught = {c.number: c.scores[-1] for c in complete}
+    rung_curves = [[c.scores[e - 1] for e in reached.rungs] for c in complete]
     guessed, raw = dict(taught), dict(taught)
     for c in curves:
         if c.number not in taught:
             place = reached.compared[c.number] - 1
-            raw[c.number] = c.val_top1[reached.rungs[place] - 1]
+            raw[c.number] = c.scores[reached.rungs[place] - 1]
             guessed[c.number] = foreseen(rung_curves, place, raw[c.number])
     own = {c.genotype for c in curves}
     strangers = [c for c in others if c.genotype not in own]
-    everything = {c.number: c.val_top1[-1] for c in curves}
+    everything = {c.number: c.scores[-1] for c in curves}
     kinds = {
         "complete only": taught,
         "complete and foreseen": guessed,
@@ -420,7 +430,7 @@ def _predicts(
     asked = np.array([c.genotype for c in strangers], np.int64)
     relevance = model.hyperparameters.relevance
     mean = predict_accuracy(model, encode(asked, problem.cardinalities, problem.ordinal, relevance))
-    truth = np.array([c.val_top1[-1] for c in strangers])
+    truth = np.array([c.scores[-1] for c in strangers])
     return {
         "n": len(truth),
         "taught": len(numbers),

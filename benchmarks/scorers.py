@@ -112,10 +112,10 @@ def search(bench: Bench, scorer: ScorerName, seed: int) -> Found:
         if spent + (spent - before) / 2 > bench.cpu_seconds:
             break
     candidates = list(known)
-    top1, latency = (list(values) for values in zip(*known.values(), strict=True))
+    scored, latency = (list(values) for values in zip(*known.values(), strict=True))
     ids = [c.arch_id for c in candidates]
-    best = ids[max(range(len(ids)), key=lambda i: (top1[i], -latency[i]))]
-    chosen = spread_choice(top1, latency, ids, bench.finals, 1 / bench.inputs.space.num_classes, e.budget.ms, [best])
+    best = ids[max(range(len(ids)), key=lambda i: (scored[i], -latency[i]))]
+    chosen = spread_choice(scored, latency, ids, bench.finals, 1 / bench.inputs.space.num_classes, e.budget.ms, [best])
     by_id = {c.arch_id: c.architecture for c in candidates}
     return Found(scorer, seed, tuple(by_id[i] for i in chosen), len(known), spent, plan)
 
@@ -139,9 +139,9 @@ def _score(
             continue
         spent += result.cost_s
         if result.is_complete:
-            known[candidates[i]] = (result.top1, worst[i])
+            known[candidates[i]] = (result.score, worst[i])
             excess = worst[i] / bench.experiment.budget.ms - 1
-            outcomes[i] = Scored(genotypes[i], result.top1, (worst[i],), excess, candidates[i].id)
+            outcomes[i] = Scored(genotypes[i], result.score, (worst[i],), excess, candidates[i].id)
     for i, (number, _) in enumerate(asked):
         scored = outcomes[i]
         if number is not None:
@@ -218,7 +218,7 @@ def rank_correlations(bench: Bench, found: Sequence[Found], seed: int) -> dict[s
             for late in bench.pool.map(score, list(jobs)):
                 if isinstance(late.value, JobFailure):
                     raise SystemExit(f"error: {late.job.candidate.arch_id}: {late.value.reason}")
-                scores[jobs[late.job]] = late.value.top1[-1]
+                scores[jobs[late.job]] = late.value.score
             result[f.scorer] = _spearman([scores[c.arch_id] for c in finalists], truth)
     return result
 

@@ -396,7 +396,7 @@ def counted(
     jobs = study.scores.jobs()
     results = Counter(job.key for job in jobs if job.state == TrialState.COMPLETE)
     numbers = Counter(record.number for record in records)
-    top1 = [record.top1 or 0.0 for record in records]
+    scores = [record.score for record in records]
     latency_ms = [record.latency_ms for record in records]
     return Outcome(
         trials=len(records),
@@ -408,7 +408,7 @@ def counted(
         killed=crew.killed,
         restarts=restarts,
         wall_s=wall_s,
-        volume=hypervolume(top1, latency_ms, 1 / CLASSES, of.budget_ms),
+        volume=hypervolume(scores, latency_ms, 1 / CLASSES, of.budget_ms),
         candidates=tuple(record.candidate.id for record in records),
     )
 

@@ -58,7 +58,7 @@ def _show_run(console: Console, run_dir: Path, port: int) -> None:
         now = datetime.now().isoformat(sep=" ", timespec="minutes")
         add_notes(copy, redacted(study_note(view, now)), notes)
         scores = [
-            Score(t.record.top1 or 0.0, t.latency_ms[0], t.excess <= 0, f"trial {t.record.number}, {t.record.proposer}")
+            Score(t.record.score, t.latency_ms[0], t.excess <= 0, f"trial {t.record.number}, {t.record.proposer}")
             for t in trials
         ]
         add_figure(copy, study_figure(view, scores, FIGURE_TITLE))

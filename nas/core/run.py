@@ -208,14 +208,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class TrialPoint:
-    """A candidate that was scored, not finished: `top1` is its score on the validation split after `epochs`.
+    """A candidate that was scored, not finished.
 
+    `score` is what it is ranked by, on the validation split after `epochs`: the mean probability of the right label.
     `proposer` is the sampler that proposed it, or what else did, such as `first`; empty where that is not known.
     """
 
     number: int
     arch_id: str
-    top1: float
+    score: float
     latency_ms: float
     precision: str = ""
     epochs: int = 0
@@ -223,7 +224,7 @@ class TrialPoint:
     proposer: str = ""
 
     def __post_init__(self) -> None:
-        _ratio(f"trial {self.number}", top1=self.top1)
+        _ratio(f"trial {self.number}", score=self.score)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ def front_figure(view: RunView) -> Figure | None:
     traces.append(_ring("Pick", view, [p for p in view.points if p.id in picks], "@pick", 22))
     traces.append({**_ring("Selected", view, [], "@ink", 30), "meta": "selected"})
     xs = [budget_latency_ms(view, p) for p in view.points] + [t.latency_ms for t in view.trials]
-    ys = [100 * p.top1 for p in view.points] or [100 * t.top1 for t in view.trials]
+    ys = [100 * p.top1 for p in view.points] or [100 * t.score for t in view.trials]
     teacher = view.teacher
     if teacher is not None and teacher.latency_ms is not None:
         xs.append(teacher.latency_ms)
@@ -85,8 +85,10 @@ def front_figure(view: RunView) -> Figure | None:
     if view.budget_ms is not None:
         xs.append(view.budget_ms)
     layout = _layout(_latency_axis(f"{LATENCY_NAMES[view.budget_of].capitalize()} latency, ms", xs), _top1_axis(ys))
+    if not view.points:
+        layout["yaxis"]["title"] = {"text": "Score, %"}
     if view.trials:
-        everything = [*ys, *(100 * t.top1 for t in view.trials)]
+        everything = [*ys, *(100 * t.score for t in view.trials)]
         layout["meta"] = {"range_with_trials": [min(everything) - 2.0, layout["yaxis"]["range"][1]]}
     layout["showlegend"] = False  # the page has a key of its own, which also explains hollow and solid
     if view.budget_ms is not None:
@@ -101,14 +103,14 @@ def _trials_trace(trials: Sequence[TrialPoint]) -> dict[str, Any]:
         "name": "Scored in the search",
         "meta": "trials",
         "x": [_rounded(t.latency_ms) for t in trials],
-        "y": [_rounded(100 * t.top1) for t in trials],
+        "y": [_rounded(100 * t.score) for t in trials],
         "text": [
             f"trial {t.number}, {t.epochs} epochs"
             f"{', ' + escape(t.precision) if t.precision else ''}{', by ' + escape(t.proposer) if t.proposer else ''}"
             for t in trials
         ],
         "marker": {"size": 5, "color": "@trial", "opacity": 0.6},
-        "hovertemplate": "%{text}<br>%{y:.1f} % (validation)<br>%{x:.3g} ms<extra></extra>",
+        "hovertemplate": "%{text}<br>score %{y:.1f} % (validation)<br>%{x:.3g} ms<extra></extra>",
     }
 
 
@@ -282,11 +284,11 @@ def curves_figure(view: RunView) -> Figure | None:
 def hypervolume_figure(
     trials: Sequence[TrialPoint], rounds: Sequence[RoundSummary], budget_ms: float | None
 ) -> Figure | None:
-    """Hypervolume of the scores over trials: share of the box accuracy 0-1 by latency 0-budget that they dominate."""
+    """Hypervolume of the scores over trials: share of the box score 0-1 by latency 0-budget that they dominate."""
     ordered = sorted(trials, key=lambda t: t.number)
     if len(ordered) > 1:
         limit = budget_ms if budget_ms is not None else max(t.latency_ms for t in ordered)
-        growth = hypervolume_growth([(t.top1, t.latency_ms) for t in ordered], (0.0, limit), (True, False)) / limit
+        growth = hypervolume_growth([(t.score, t.latency_ms) for t in ordered], (0.0, limit), (True, False)) / limit
         x, y = [t.number for t in ordered], [_rounded(v) for v in growth]
     else:
         known = [(r.number, r.hypervolume) for r in rounds if r.hypervolume is not None]

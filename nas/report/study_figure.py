@@ -19,9 +19,9 @@ MAX_BEATEN = 600  # scores beside the front that are drawn: with them the figure
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A scored candidate: accuracy (ratio), latency in ms, whether it keeps the budget, and what a reader sees."""
+    """A scored candidate: its score (ratio), latency in ms, whether it keeps the budget, and what a reader sees."""
 
-    top1: float
+    score: float
     latency_ms: float
     keeps_budget: bool
     text: str
@@ -38,7 +38,7 @@ def study_figure(view: RunView, scores: Sequence[Score], title: str) -> go.Figur
     import plotly.graph_objects as go
 
     inside = [s for s in scores if s.keeps_budget]
-    on = non_dominated([(s.top1, s.latency_ms) for s in inside], (True, False)).tolist()
+    on = non_dominated([(s.score, s.latency_ms) for s in inside], (True, False)).tolist()
     front = sorted((s for s, is_on in zip(inside, on, strict=True) if is_on), key=lambda s: s.latency_ms)
     beaten = _thinned([s for s, is_on in zip(inside, on, strict=True) if not is_on])
     over = _thinned([s for s in scores if not s.keeps_budget])
@@ -63,13 +63,13 @@ def study_figure(view: RunView, scores: Sequence[Score], title: str) -> go.Figur
                 "error_x": {"type": "data", "array": [_rounded(p.latency.std_ms) for p in students], "width": 3},
                 "text": [escape(f"trial {p.trial}, {p.latency.provenance}") for p in students],
                 "marker": {"size": 11, "color": "#1e8449", "symbol": "diamond"},
-                "hovertemplate": "%{text}<br>%{y:.1f} %<br>%{x:.3g} ms<extra></extra>",
+                "hovertemplate": "%{text}<br>accuracy %{y:.1f} %<br>%{x:.3g} ms<extra></extra>",
             }
         )
     layout: dict[str, Any] = {
         "title": {"text": title},
         "xaxis": {"title": {"text": "latency_ms: expected under the exits taken"}, "gridcolor": "#e5e8eb"},
-        "yaxis": {"title": {"text": "accuracy, %"}, "gridcolor": "#e5e8eb"},
+        "yaxis": {"title": {"text": "score, % (of finished students: accuracy)"}, "gridcolor": "#e5e8eb"},
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "#ffffff",
         "font": {"color": "#24292f"},
@@ -110,10 +110,10 @@ def _markers(name: str, scores: Sequence[Score], marker: dict[str, Any]) -> dict
         "mode": "markers",
         "name": name,
         "x": [_rounded(s.latency_ms) for s in scores],
-        "y": [_rounded(100 * s.top1) for s in scores],
+        "y": [_rounded(100 * s.score) for s in scores],
         "text": [escape(s.text) for s in scores],
         "marker": marker,
-        "hovertemplate": "%{text}<br>%{y:.1f} % (score)<br>%{x:.3g} ms<extra></extra>",
+        "hovertemplate": "%{text}<br>score %{y:.1f} %<br>%{x:.3g} ms<extra></extra>",
     }
 
 

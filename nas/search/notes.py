@@ -92,7 +92,7 @@ def study_note(view: RunView, copied_at: str) -> str:
     parts = [
         f"**{view.name}: {view.status}**",
         _table(("", ""), [row for row in rows if row[1]]),
-        "`top1` is a score on validation images, the mean probability of the right label, not the accuracy of a "
+        "`score` is taken on validation images, the mean probability of the right label, not the accuracy of a "
         "finished student. `latency_ms` is the estimate under the exits that these images took.",
         "**Which trials keep the budget** this dashboard does not see: it does not read the constraints of Optuna 5, "
         f"so its best trials and its Pareto front hold candidates over the budget too. The figure *{FIGURE_TITLE}* "
@@ -109,7 +109,8 @@ def study_note(view: RunView, copied_at: str) -> str:
 
 def _score(record: TrialRecord, scorer: str) -> str:
     after = f" after {record.epochs} epochs" if record.epochs else ""
-    return f"{100 * (record.top1 or 0.0):.1f} % of the validation images ({scorer}{after}; not final accuracy)"
+    kind = "right answers" if record.soft_top1 is None else "mean probability of the right label"
+    return f"{100 * record.score:.1f} %: {kind} ({scorer}{after}, validation; not final accuracy)"
 
 
 def _spread(ms: float, std_ms: float | None) -> str:

@@ -8,7 +8,7 @@ from nas.core.run import Point, ProposerSummary
 from nas.latency.pareto import hypervolume, non_dominated
 from nas.search.folder import TrialRecord
 
-AIMS = (True, False)  # accuracy up, latency down
+AIMS = (True, False)  # score up, latency down
 
 
 def proposer_summaries(
@@ -16,7 +16,7 @@ def proposer_summaries(
 ) -> tuple[ProposerSummary, ...]:
     """One summary for each proposer, the one with the most candidates first.
 
-    Only candidates that were scored to the end count for the front and the hypervolume; its reference is accuracy 0 and
+    Only candidates that were scored to the end count for the front and the hypervolume; its reference is score 0 and
     the budget, as in the report's chart of it.
 
     Args:
@@ -25,10 +25,8 @@ def proposer_summaries(
         points: finished students of that device.
         budget_ms: its deadline.
     """
-    scores = [
-        (r.proposer, r.top1 or 0.0, ms) for r, ms in zip(records, latency_ms, strict=True) if r.state == "complete"
-    ]
-    pairs = [(top1, ms) for _, top1, ms in scores]
+    scores = [(r.proposer, r.score, ms) for r, ms in zip(records, latency_ms, strict=True) if r.state == "complete"]
+    pairs = [(score, ms) for _, score, ms in scores]
     on_front = non_dominated(pairs, AIMS).tolist()
     whole = hypervolume(pairs, (0.0, budget_ms), AIMS)
     proposer_of = {r.number: r.proposer for r in records}

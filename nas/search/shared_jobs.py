@@ -79,7 +79,7 @@ class SharedJob:
 
 @dataclass(frozen=True, slots=True)
 class SharedResult:
-    """What a worker gives back: the files that the job made in the student's folder; `top1` of the head."""
+    """What a worker gives back: the files that the job made in the student's folder; `top1`: its right answers."""
 
     files: tuple[FileRef, ...]
     top1: float
@@ -165,12 +165,12 @@ def read_result(job: Job) -> Result:
     return read_record(type(known), folder / (f"{job.name}.json" if isinstance(job, ScoreJob) else RECORD_FILE))
 
 
-def head_top1(job: Job) -> float:
-    """Accuracy of the head on search validation, from the student's folder."""
+def head_score(job: Job) -> ScoredStudent:
+    """What the job made of its student on search validation, from the student's folder."""
     scored = read_scored(job_folder(job), job.name if isinstance(job, ScoreJob) else "final-val-fp32")
     if scored is None:
         raise StorageError(f"{job_folder(job)}: the job left no logits of the validation split")
-    return scored.top1[-1]
+    return scored
 
 
 def in_order(files: Iterable[FileRef]) -> list[FileRef]:

@@ -347,7 +347,7 @@ def open_study(
         connection: the open storage.
         settings: where files go, and the lease.
         run_dir: the run folder; its name is that of the study.
-        devices: name of each further device; the objectives are accuracy and the latency on each.
+        devices: name of each further device; the objectives are the score and the latency on each.
         marks: the run's fingerprint, to be shown.
         patience: with the storage.
         reporter: told when jobs of another version are taken back.
@@ -364,7 +364,7 @@ def open_study(
     run = SharedRun(name, uuid.uuid4().hex if old is None else old.run_id, connection.where, artifacts.where)
     write_record(file, run)
     latencies = ["latency_ms", *(f"latency_ms on {device}" for device in devices)]
-    _make_study(connection, patience, name, ["top1", *latencies])
+    _make_study(connection, patience, name, ["score", *latencies])
     _make_study(connection, patience, name + FINALS, ["top1"])
     scores, finals = JobQueue(connection, name, patience), JobQueue(connection, name + FINALS, patience)
     owner = scores.attributes().get("run_id")

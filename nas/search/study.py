@@ -53,15 +53,15 @@ optuna.logging.set_verbosity(logging.WARNING)
 class Scored:
     """What the sampler learns of a scored candidate.
 
-    `top1` is the share of right answers (maximised), `latency_ms` has the milliseconds on each device (minimised),
+    `score` is that of its trial record (maximised), `latency_ms` has the milliseconds on each device (minimised),
     `excess` what it is over the budget, as a share of it; with several devices that of the one where it fits best.
-    `is_estimate`: its training was stopped early and `top1` is what it would have reached: it teaches the sampler, but
+    `is_estimate`: its training was stopped early and `score` is what it would have reached: it teaches the sampler, but
     stands on no front. `energy_mj` is millijoule of an inference on the first device (minimised), where that is an
     objective.
     """
 
     genotype: Genotype
-    top1: float
+    score: float
     latency_ms: tuple[float, ...]
     excess: float
     label: str
@@ -71,11 +71,11 @@ class Scored:
     @property
     def values(self) -> tuple[float, ...]:
         """One value for each objective."""
-        return (self.top1, *self.latency_ms, *(() if self.energy_mj is None else (self.energy_mj,)))
+        return (self.score, *self.latency_ms, *(() if self.energy_mj is None else (self.energy_mj,)))
 
 
 def directions(devices: int, with_energy: bool = False) -> list[str]:
-    """Optuna's directions of accuracy, of the latency on each device, and of energy where that is an objective."""
+    """Optuna's directions of the score, of the latency on each device, and of energy where that is an objective."""
     return ["maximize", *["minimize"] * (devices + with_energy)]
 
 
@@ -321,7 +321,7 @@ def greybox_scored(known: Sequence[Scored]) -> greybox.Scored:
     """Scored candidates as the grey-box model takes them; those over the budget and foreseen ones only teach it."""
     return greybox.Scored(
         np.array([s.genotype for s in known], np.int64),
-        np.array([s.top1 for s in known], np.float64),
+        np.array([s.score for s in known], np.float64),
         np.array([s.excess <= 0 and not s.is_estimate for s in known], bool),
     )
 
@@ -390,7 +390,7 @@ def mirror(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                 study.set_metric_names(
-                    ["top1", "latency_ms", *(f"latency_ms on {d}" for d in devices[1:]), *["energy_mj"] * energy]
+                    ["score", "latency_ms", *(f"latency_ms on {d}" for d in devices[1:]), *["energy_mj"] * energy]
                 )
         finally:
             storage.engine.dispose()
@@ -441,7 +441,7 @@ def _insert_rows(path: Path, trials: Sequence[optuna.trial.FrozenTrial]) -> bool
 
 
 def importances(space: SearchSpace, trials: Sequence[Scored]) -> tuple[Importance, ...]:
-    """Share of each gene in the spread of accuracy and latency over the trials (PED-ANOVA); empty below 10 trials.
+    """Share of each gene in the spread of score and latency over the trials (PED-ANOVA); empty below 10 trials.
 
     Of several devices it is the latency on the first one.
 

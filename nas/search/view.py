@@ -193,7 +193,7 @@ def _trial_point(record: TrialRecord, place: int | None) -> TrialPoint:
     return TrialPoint(
         record.number,
         record.candidate.arch_id,
-        record.top1 or 0.0,
+        min(max(record.score, 0.0), 1.0),  # with exits it is a sum, which may leave the range a little
         _latency_ms(record, place),
         record.candidate.precision_label,
         record.epochs,

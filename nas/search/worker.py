@@ -37,7 +37,7 @@ from nas.search.shared_jobs import (
     Job,
     SharedJob,
     SharedResult,
-    head_top1,
+    head_score,
     in_order,
     job_folder,
     place_bundle,
@@ -308,16 +308,18 @@ class Worker:
             self._reporter.warn(f"job {number} ({name}): {result.value.reason}")
             return
         folder = job_folder(local)
-        top1 = head_top1(local)
+        head = head_score(local)
+        value = head.score if isinstance(local, ScoreJob) else head.top1[-1]  # a finished student is not compared here
+        kind = "score" if isinstance(local, ScoreJob) else "accuracy"
         files = progress.uploaded(student_files(folder), patiently=True)
         is_taken = (
             files is not None
-            and queue.note(number, "result", SharedResult(files, top1))
-            and queue.complete(number, (top1, *claimed.latency_ms))
+            and queue.note(number, "result", SharedResult(files, head.top1[-1]))
+            and queue.complete(number, (value, *claimed.latency_ms))
         )
         if is_taken or queue.read(number).state == TrialState.COMPLETE:
             self._summary = replace(self._summary, done=self._summary.done + 1)
-            self._reporter.say(f"job {number} ({name}): {100 * top1:.1f} %")
+            self._reporter.say(f"job {number} ({name}): {kind} {100 * value:.1f} %")
         else:
             self._summary = replace(self._summary, given_back=self._summary.given_back + 1)
             self._reporter.warn(f"job {number} ({name}): the search had given it to another worker; result dropped")

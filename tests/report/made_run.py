@@ -124,7 +124,7 @@ def made_view(name: str = "Test data: made-up run", students: int = 14, trials: 
                        str(rng.choice(["fp32", "int8"])), int(rng.choice([1, 2, 4])), i * 3 // trials,
                        "first" if i < 2 else "greybox")
         )  # fmt: skip
-    growth = hypervolume_growth([(t.top1, t.latency_ms) for t in scored], (0.0, BUDGET_MS), (True, False)) / BUDGET_MS
+    growth = hypervolume_growth([(t.score, t.latency_ms) for t in scored], (0.0, BUDGET_MS), (True, False)) / BUDGET_MS
     predictions = []
     for i in range(30):
         measured = float(rng.uniform(0.1, 0.7))

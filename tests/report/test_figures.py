@@ -91,7 +91,7 @@ def test_scores_are_there_but_do_not_stretch_the_accuracy_axis() -> None:
     assert figure is not None
     worst_student = 100 * min(p.top1 for p in view.points)
     assert figure["layout"]["yaxis"]["range"][0] > worst_student - 5
-    assert figure["layout"]["meta"]["range_with_trials"][0] < 100 * min(t.top1 for t in view.trials)
+    assert figure["layout"]["meta"]["range_with_trials"][0] < 100 * min(t.score for t in view.trials)
     assert len(trace_of(figure, "Scored in the search")["x"]) == len(view.trials)
 
 
@@ -100,7 +100,9 @@ def test_hypervolume_grows_to_that_of_all_trials() -> None:
     figure = hypervolume_figure(view.trials, view.rounds, BUDGET_MS)
     assert figure is not None
     y = figure["data"][0]["y"]
-    everything = hypervolume([(t.top1, t.latency_ms) for t in view.trials], (0.0, BUDGET_MS), (True, False)) / BUDGET_MS
+    everything = (
+        hypervolume([(t.score, t.latency_ms) for t in view.trials], (0.0, BUDGET_MS), (True, False)) / BUDGET_MS
+    )
     assert y == sorted(y) and y[-1] == pytest.approx(everything, rel=1e-4)
     assert [a["text"] for a in figure["layout"]["annotations"]] == ["round 0", "round 1", "round 2"]
 

@@ -30,6 +30,7 @@ def test_only_what_keeps_the_budget_is_on_the_front() -> None:
     assert found["over the budget"]["x"] == [0.15]
     assert found["front inside the budget"]["text"][1] == "trial 1, &lt;b&gt;evil&lt;/b&gt;"
     finished = next(trace for name, trace in found.items() if name.startswith("finished"))
+    assert "score %{y" in found["keeps the budget"]["hovertemplate"] and "accuracy %{y" in finished["hovertemplate"]
     assert len(finished["x"]) == len(finished["error_x"]["array"]) == len(made_view().front)
 
 
@@ -44,7 +45,7 @@ def test_the_budget_is_a_line_with_its_kind() -> None:
 
 def test_a_long_search_still_gives_a_small_figure() -> None:
     many = tuple(Score(0.5 + 1e-5 * i, 1 + 1e-4 * i**1.1, i % 3 > 0, f"trial {i}, greybox") for i in range(5_000))
-    beaten = tuple(replace(s, top1=0.4) for s in many)
+    beaten = tuple(replace(s, score=0.4) for s in many)
     text = study_figure(made_view(), (*beaten, *many[1:40]), "T").to_json()
     assert len(text) < 80_000
     drawn = {trace["name"]: len(trace["x"]) for trace in json.loads(text)["data"]}

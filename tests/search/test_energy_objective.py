@@ -23,7 +23,7 @@ def test_energy_is_an_objective_of_the_study(prepared: Prepared, tmp_path: Path)
     run_rounds(parts)
     write_study(parts)
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{tmp_path / 'run' / 'study.db'}")
-    assert study.metric_names == ["top1", "latency_ms", "energy_mj"]
+    assert study.metric_names == ["score", "latency_ms", "energy_mj"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
     estimator = EnergyEstimator(parts.predictor.table)
     records = {r.candidate.id: r for r in parts.folder.trials()}

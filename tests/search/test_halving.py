@@ -234,9 +234,9 @@ def test_the_sampler_is_taught_what_stopped_candidates_would_have_reached(
     assert {s.genotype for s in last} == set(records)
     complete = [s for s in last if not s.is_estimate]
     assert {s.genotype for s in complete} == {g for g, r in records.items() if r.state == "complete"}
-    assert all(s.top1 == records[s.genotype].score for s in complete)
+    assert all(s.score == records[s.genotype].score for s in complete)
     curves = [r.rung_scores for r in records.values() if r.state == "complete"]
-    stopped = [(records[s.genotype], s.top1) for s in last if s.is_estimate]
+    stopped = [(records[s.genotype], s.score) for s in last if s.is_estimate]
     for r, guess in stopped:
         assert guess == pytest.approx(foreseen(curves, len(r.rung_scores) - 1, r.score))
     assert np.mean([guess - r.score for r, guess in stopped]) > 0.0  # they would have gone on learning

@@ -67,7 +67,7 @@ def test_each_device_has_a_table_of_its_own(both: Path) -> None:
 
 def test_the_sampler_sees_accuracy_and_the_latency_on_each_device(both: Path) -> None:
     study = optuna.load_study(study_name="run", storage=f"sqlite:///{both / 'run' / 'study.db'}")
-    assert study.metric_names == ["top1", "latency_ms", f"latency_ms on {SECOND}"]
+    assert study.metric_names == ["score", "latency_ms", f"latency_ms on {SECOND}"]
     assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
     assert all(t.values[1] != t.values[2] for t in study.trials)
 

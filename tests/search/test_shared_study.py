@@ -24,7 +24,7 @@ from nas.core.records import Candidate
 from nas.recipe.context import open_context
 from nas.recipe.finish import FinishJob, finish_student, finished_logits
 from nas.recipe.pool import J, JobFailure, JobResult, R
-from nas.recipe.records import ScoredStudent, read_logits
+from nas.recipe.records import ScoredStudent, read_logits, read_scored
 from nas.recipe.score import ScoreJob, score, student_folder
 from nas.search.artifacts import Artifacts, FileRef
 from nas.search.progress import StopFlag
@@ -187,7 +187,7 @@ def test_two_workers_share_the_jobs_and_the_scores_are_those_of_one_machine(scen
     assert not first.one() and not second.one()
 
 
-def test_the_study_shows_genes_accuracy_and_predicted_latency(scene: Scene, prepared: Prepared) -> None:
+def test_the_study_shows_genes_score_and_predicted_latency(scene: Scene, prepared: Prepared) -> None:
     study = scene.study()
     [candidate] = candidates(prepared, 1)
     job = plan(prepared, scene.folder).job(candidate, 0)
@@ -196,8 +196,8 @@ def test_the_study_shows_genes_accuracy_and_predicted_latency(scene: Scene, prep
     assert isinstance(result.value, ScoredStudent)
     shown = optuna.load_study(study_name="run", storage=scene.storage)
     [trial] = shown.trials
-    assert shown.metric_names == ["top1", "latency_ms"]
-    assert trial.values == [result.value.top1[-1], 1.5]
+    assert shown.metric_names == ["score", "latency_ms"]
+    assert trial.values == [result.value.score, 1.5] != [result.value.top1[-1], 1.5]
     assert trial.params["b.width"] == candidate.stages[1].blocks[0].out_channels
     assert not any("threshold" in name for name in trial.params)
     assert trial.user_attrs["candidate"] == candidate.arch_id
@@ -294,7 +294,8 @@ def test_finalists_are_distilled_by_workers(scene: Scene, prepared: Prepared) ->
             here, there = (finished_logits(Path(j.folder), split, precision) for j in (job, alone))
             assert np.array_equal(here, there)
     [trial] = optuna.load_study(study_name="run.finals", storage=scene.storage).trials
-    assert len(trial.values) == 1
+    scored = read_scored(Path(job.folder), "final-val-fp32")
+    assert scored is not None and trial.values == [scored.top1[-1]]  # accuracy: what finished students have
     assert study.scores.jobs() == []
     [again] = scene.pool(study, prepared).map(finish_student, [job])  # no turn is left: it is known
     assert again.value == result.value

@@ -139,13 +139,13 @@ def test_infeasible_outcomes_lose_against_feasible_ones(space: SearchSpace) -> N
     gene = next(i for i, g in enumerate(space.genes) if g.name == "b.width")
     rng = np.random.default_rng(1)
     known = [Scored(g, 0.5 + 0.4 * g[gene], (1.0,), 1.0 if g[gene] else -1.0, "") for g in space.sample_many(rng, 60)]
-    known = [Scored(tuple(int(v) for v in s.genotype), s.top1, s.latency_ms, s.excess, "") for s in known]
+    known = [Scored(tuple(int(v) for v in s.genotype), s.score, s.latency_ms, s.excess, "") for s in known]
     assert _share_of(space, "nsga2", known, gene, 1) < 0.4
 
 
 def test_an_estimated_accuracy_teaches_the_grey_box_but_stands_on_no_front(space: SearchSpace) -> None:
     rows = np.unique(space.sample_many(np.random.default_rng(3), 14), axis=0).tolist()
-    known = sorted((scored(space, tuple(row)) for row in rows), key=lambda one: one.top1)  # 0.25 to 0.71
+    known = sorted((scored(space, tuple(row)) for row in rows), key=lambda one: one.score)  # 0.25 to 0.71
 
     def next_after(top1: float, is_estimate: bool, seed: int) -> Genotype:
         source = Proposer(
@@ -155,7 +155,7 @@ def test_an_estimated_accuracy_teaches_the_grey_box_but_stands_on_no_front(space
             100,
             below(space, 1e12),
             known_below(space, 1e12),
-            [*known[:3], *(replace(k, top1=top1, is_estimate=is_estimate) for k in known[3:6]), *known[6:]],
+            [*known[:3], *(replace(k, score=top1, is_estimate=is_estimate) for k in known[3:6]), *known[6:]],
             latency=KnownLatency(
                 lambda g: (np.array([[macs(space, tuple(r)) / 1e6] for r in g.tolist()]), np.zeros((len(g), 1))),
                 (1.0,),
@@ -226,11 +226,11 @@ def test_mirrored_study_is_what_optuna_itself_would_have_written(
     mirror(tmp_path / "study.db", "mini", space, rows)
     mirror(tmp_path / "study.db", "mini", space, rows)  # replaces, does not add
     study = optuna.load_study(study_name="mini", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    assert study.metric_names == ["top1", "latency_ms"]
+    assert study.metric_names == ["score", "latency_ms"]
     assert [t.number for t in study.trials] == list(range(12))
     for (one, attributes), trial in zip(rows, study.trials, strict=True):
         assert trial.state == optuna.trial.TrialState.COMPLETE
-        assert trial.values == [one.top1, *one.latency_ms]
+        assert trial.values == [one.score, *one.latency_ms]
         assert trial.params == to_params(space, one.genotype)
         assert trial.distributions == distributions(space)
         assert trial.user_attrs == {"candidate": one.label, **attributes}
