@@ -19,6 +19,7 @@ import numpy as np
 
 from nas.core.errors import ConfigError
 from nas.core.units import format_ms
+from nas.search.folder import ChosenSampler
 from nas.search.settings import SamplerName
 
 Curve = tuple[tuple[float, float], ...]  # pairs (trials, value), trials rising
@@ -68,6 +69,26 @@ TPE = Sampler(
     ((100, 25.0), (1_000, 40.0)),
 )
 NSGA2 = Sampler(((1, 1.0),), ((1, 0.0),), ((100, 2.6), (1_000, 2.6), (3_000, 4.5)))
+
+
+def kept_sampler(
+    kept: ChosenSampler | None, name: SamplerName, *, is_latency_known: bool, with_energy: bool = False
+) -> tuple[str, str] | None:
+    """The sampler that a run goes on with, and the reason; None where it has none that it can go on with.
+
+    What a score costs depends on the cores of a machine. A run that goes on elsewhere must not take another sampler for
+    that.
+
+    Args:
+        kept: what was chosen at the first call of the run.
+        name: as set; only `auto` leaves a choice.
+        is_latency_known, with_energy: as in `choose_sampler`; the grey-box sampler may not be able to go on.
+    """
+    if kept is None or name != "auto":
+        return None
+    if kept.sampler == "greybox" and (with_energy or not is_latency_known):
+        return None
+    return kept.sampler, f"chosen when the run began: {kept.reason}"
 
 
 def _at(curve: Curve, trials: float) -> float:

@@ -8,6 +8,7 @@
   measured.jsonl     finished students on the device, exit by exit
   streams.jsonl      finished students with exits on the device, under a stream of test images
   pipeline.json      what of a deadline of the whole pipeline is not the network's
+  sampler.json       which sampler `auto` stood for at the first call
   clock.json         time spent so far            study.db           the same trials for Optuna's tools
   students/<arch_id>/  scores, checkpoints, finished weights and logits          supernet/  shared weights
   outcome.json       finished students            space.yaml   the search space as it was
@@ -43,6 +44,7 @@ from nas.space.yamlio import parse_yaml
 SCHEMA = 2
 OWNER_FILE = "run.owner.json"
 SPACE_FILE = "space.yaml"
+SAMPLER_FILE = "sampler.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,14 @@ class Chosen:
 
 
 @dataclass(frozen=True, slots=True)
+class ChosenSampler:
+    """What `search.sampler: auto` stood for at the first call of a run, and why."""
+
+    sampler: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class MeasuredExit:
     """A finished student's network on the device, leaving at one exit: cumulative latency, or why there is none.
 
@@ -234,6 +244,15 @@ class RunFolder:
     def add_chosen(self, chosen: Chosen) -> None:
         """Appends a choice durably."""
         append_line(self.device_path / "chosen.jsonl", chosen)
+
+    def sampler(self) -> ChosenSampler | None:
+        """The sampler that was chosen for the run; None where none was yet, or one is asked for."""
+        file = self.path / SAMPLER_FILE
+        return read_record(ChosenSampler, file) if file.exists() else None
+
+    def keep_sampler(self, chosen: ChosenSampler) -> None:
+        """Keeps the choice of the sampler."""
+        write_record(self.path / SAMPLER_FILE, chosen)
 
     def measured(self) -> dict[str, MeasuredExit]:
         """Measured exits of finished students by key."""
@@ -363,7 +382,7 @@ def _check_fingerprint(path: Path, fingerprint: dict[str, str], resolved_yaml: s
     lines = fingerprint_diff(parse_json(read_text(file), str(file)), now) if file.exists() else []
     if lines and is_young(path):  # nothing to protect: the user mended a setting that the first call refused
         file.unlink()
-        for name in ("events.jsonl", "chosen.jsonl", "pipeline.json"):
+        for name in ("events.jsonl", "chosen.jsonl", "pipeline.json", SAMPLER_FILE):
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / "devices", ignore_errors=True)
     elif lines:

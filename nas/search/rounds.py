@@ -26,8 +26,8 @@ from nas.recipe.pool import JobPool
 from nas.recipe.records import top1_per_exit
 from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
-from nas.search.choice import choose_sampler
-from nas.search.folder import Batch, Chosen, Event, RunFolder, TrialRecord, latest
+from nas.search.choice import choose_sampler, kept_sampler
+from nas.search.folder import Batch, Chosen, ChosenSampler, Event, RunFolder, TrialRecord, latest
 from nas.search.greybox_sampler import is_ordered
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
 from nas.search.precision import mixable, precision_seeds
@@ -135,19 +135,31 @@ def run_rounds(parts: SearchParts) -> None:
             _first_networks(own)
     finished = {e.values["round"] for e in parts.folder.events() if e.kind == "round"}
     is_known = all(own.predictor.is_whole for own in parts.each)
-    sampler, reason = choose_sampler(
-        parts.search.sampler,
-        parts.search.trials,
-        is_latency_known=is_known,
-        with_energy=parts.search.energy,
-        score_s=parts.score_s,
-        batch=parts.search.batch,
-    )
+    sampler, reason = _sampler(parts, is_known)
     parts.reporter.say(f"sampler: {sampler} ({reason}); scorer: {parts.search.scorer}")
     _tell_unused(parts, sampler, is_known)
     for number in range(1, parts.search.rounds + 1):
         if number not in finished:
             _one_round(parts, number, sampler)
+
+
+def _sampler(parts: SearchParts, is_latency_known: bool) -> tuple[str, str]:
+    """The sampler of the run and why; what was chosen at its first call is kept with it."""
+    search, energy = parts.search, parts.search.energy
+    kept = kept_sampler(parts.folder.sampler(), search.sampler, is_latency_known=is_latency_known, with_energy=energy)
+    if kept is not None:
+        return kept
+    sampler, reason = choose_sampler(
+        search.sampler,
+        search.trials,
+        is_latency_known=is_latency_known,
+        with_energy=energy,
+        score_s=parts.score_s,
+        batch=search.batch,
+    )
+    if search.sampler == "auto":
+        parts.folder.keep_sampler(ChosenSampler(sampler, reason))
+    return sampler, reason
 
 
 def _tell_unused(parts: SearchParts, sampler: str, is_latency_known: bool) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from nas.core.errors import ConfigError
 from nas.core.units import format_ms
-from nas.search.choice import GREYBOX, NSGA2, TPE, choose_sampler
+from nas.search.choice import GREYBOX, NSGA2, TPE, choose_sampler, kept_sampler
+from nas.search.folder import ChosenSampler
 
 
 def auto(trials: int, *, known: bool, score_s: float | None = None, batch: int = 12) -> str:
@@ -68,3 +69,13 @@ def test_worth_is_level_beyond_what_was_measured() -> None:
     assert GREYBOX.worth_at(1) == GREYBOX.worth_at(1_000) == GREYBOX.worth[0][1]
     assert GREYBOX.worth_at(10**6) == 1.0
     assert TPE.worth_at(173) == pytest.approx(1.05, abs=0.01)  # halfway between 100 and 300 in the logarithm
+
+
+def test_a_run_goes_on_with_its_sampler_where_that_can_work() -> None:
+    kept = ChosenSampler("greybox", "because")
+    assert kept_sampler(kept, "auto", is_latency_known=True) == ("greybox", "chosen when the run began: because")
+    assert kept_sampler(kept, "auto", is_latency_known=False) is None
+    assert kept_sampler(kept, "auto", is_latency_known=True, with_energy=True) is None
+    assert kept_sampler(kept, "nsga2", is_latency_known=True) is None
+    assert kept_sampler(None, "auto", is_latency_known=True) is None
+    assert kept_sampler(ChosenSampler("tpe", "x"), "auto", is_latency_known=True) is not None

@@ -23,6 +23,7 @@ from nas.latency.table import LatencyTable
 from nas.recipe.pool import JobFailure, JobResult, WorkerPool
 from nas.recipe.records import ScoredStudent, read_scored, write_scored
 from nas.recipe.score import ScoreJob, student_folder
+from nas.search.choice import choose_sampler
 from nas.search.folder import Event, RunFolder, TrialRecord
 from nas.search.predictor import Predictor
 from nas.search.progress import StopFlag, StoppableReporter
@@ -251,6 +252,19 @@ def test_undecided_batch_is_finished_by_the_next_call(make: Make) -> None:
     assert len(set(proposed(resumed))) == 9
     assert not set(again.trained) & set(pool.trained)
     assert [e.kind for e in resumed.folder.events()] == ["first networks", "round", "round"]
+
+
+def test_a_run_that_goes_on_where_scores_cost_more_keeps_its_sampler(make: Make) -> None:
+    pool, notes = ScriptedPool(), Notes()
+    parts = replace(make(pool, trials=8, batch=1, sampler="auto"), score_s=1e-6)  # as if there were very many cores
+    pool.after_each = lambda: parts.stop.set() if len(pool.trained) == 4 else None
+    with pytest.raises(InterruptedRunError, match="stopped"):
+        run_rounds(parts)
+    resumed = replace(make(trials=8, batch=1, sampler="auto", notes=notes), score_s=30.0)
+    assert choose_sampler("auto", 8, is_latency_known=True, score_s=30.0, batch=1)[0] == "greybox"
+    run_rounds(resumed)
+    assert {r.proposer for r in resumed.folder.trials()} == {"first", "nsga2"}
+    assert any(s.startswith("sampler: nsga2 (chosen when the run began: of 8 trials") for s in notes.said)
 
 
 def test_candidate_that_failed_before_the_stop_is_not_tried_again(make: Make) -> None:
