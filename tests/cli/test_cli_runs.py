@@ -167,7 +167,7 @@ def test_a_dry_run_of_a_finished_run_has_nothing_to_do(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert "run folder: runs/tiny (finished, 3 trials scored)" in out
     assert "nothing to do: this run is finished" in out
-    assert "\nsampler:    greybox (latency is known before training, " in out
+    assert "\nsampler:    greybox (chosen when the run began: latency is known before training, " in out
     assert " of scoring, and of proposing " in out
     assert "fastest:    " in out
 
