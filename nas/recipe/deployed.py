@@ -62,11 +62,12 @@ def deployed_logits(
 ) -> NDArray[np.float32]:
     """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3].
 
-    A graph for another runtime is computed as it is written: with `run_model` this process's runtime would turn its
-    float biases into integers, which the other one does not do.
+    An int8 graph for another runtime is computed as it is written: with `run_model` this process's runtime would turn
+    its float biases into integers, which the other one does not do.
     """
     written_for = computed_dialect(dialect)
-    run = run if written_for is ORT or run is not run_model else partial(run_model, as_written=True)
+    if written_for is not ORT and "int8" in candidate.precisions and run is run_model:
+        run = partial(run_model, as_written=True)
     model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None, dialect=written_for)
     parts = []
     step = images_at_once(images)
