@@ -63,7 +63,7 @@ from nas.search.precision import (
 )
 from nas.search.pruning import pruned_jobs
 from nas.search.rounds import SearchParts
-from nas.search.select import front_indices, spread_choice
+from nas.search.select import as_accuracies, front_indices, spread_choice
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
 from nas.train.settings import DistillSettings
@@ -153,6 +153,8 @@ def _ranked(parts: SearchParts, records: Sequence[TrialRecord], count: int) -> l
                 top1.append(accuracy)
                 latency.append(now.expected_ms)
                 groups.append(arch_id)
+    pairs = [(r.score, r.top1) for r in records if r.state == "complete" and r.top1 is not None]
+    top1 = as_accuracies(top1, pairs)
     # The last step in accuracy adds little area, but it is the one that a user with time to spare asks for.
     best = [groups[max(inside, key=lambda i: (top1[i], -latency[i]))] for inside in _inside(parts.budget, limited)]
     chosen = spread_choice(top1, latency, groups, count, parts.chance, parts.budget.ms, best)

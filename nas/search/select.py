@@ -46,6 +46,25 @@ def front_indices(top1: Sequence[float], latency_ms: Sequence[float]) -> list[in
     return result
 
 
+def as_accuracies(scores: Sequence[float], of: Sequence[tuple[float, float]]) -> list[float]:
+    """Scores in the same order on the scale of accuracies: on the straight line through pairs of score and accuracy.
+
+    Scores of half-trained students spread more than their accuracies do. An area over latency would so give more weight
+    to accuracy than it has, and the fastest end of the front would be missing among the finalists.
+
+    Args:
+        scores: any.
+        of: score and accuracy of each candidate that has both; where they tell no rising line, scores stay as they are.
+    """
+    pairs = np.asarray(of, np.float64).reshape(-1, 2)
+    spread = float(pairs[:, 0].var()) if len(pairs) else 0.0
+    if spread <= 0:
+        return list(scores)
+    middle, accuracy = pairs.mean(axis=0)
+    slope = float(((pairs[:, 0] - middle) * (pairs[:, 1] - accuracy)).mean()) / spread
+    return [float(accuracy + slope * (s - middle)) for s in scores] if slope > 0 else list(scores)
+
+
 def hypervolume(top1: Sequence[float], latency_ms: Sequence[float], reference_top1: float, budget_ms: float) -> float:
     """Area between the front and the reference (reference_top1, budget_ms), as a share of the whole rectangle.
 

@@ -14,6 +14,7 @@ from nas.core.records import BlockConfig, Candidate, HeadConfig, LatencyFigures,
 from nas.core.run import Point, SplitAccuracy
 from nas.search.select import (
     DEADLINES,
+    as_accuracies,
     closest_to_budget,
     front_indices,
     hypervolume,
@@ -237,3 +238,12 @@ def test_closest_to_the_budget_is_the_fastest_in_the_kind_that_it_limits() -> No
     assert expected is not None
     assert (worst.id, expected.id) == ("plain", "exits")
     assert closest_to_budget([], "worst") is None
+
+
+def test_scores_on_the_scale_of_accuracies_keep_their_order_and_lose_their_larger_spread() -> None:
+    scores = [0.45, 0.50, 0.60]
+    pairs = [(0.45, 0.70), (0.50, 0.73), (0.60, 0.79)]
+    assert as_accuracies(scores, pairs) == pytest.approx([0.70, 0.73, 0.79])
+    assert as_accuracies([0.55], pairs) == pytest.approx([0.76])
+    for useless in ([], [(0.5, 0.7)], [(0.5, 0.7), (0.5, 0.8)], [(0.4, 0.8), (0.6, 0.7)]):
+        assert as_accuracies(scores, useless) == scores
