@@ -321,8 +321,13 @@ def repair_tail(path: Path) -> str | None:
     return data[keep:].decode(errors="replace")
 
 
-def read_lines(cls: type[T], path: Path) -> Iterator[T]:
+def read_lines(cls: type[T], path: Path, renamed: Mapping[str, str] | None = None) -> Iterator[T]:
     """Records of a JSON-lines file; a torn last line (no newline) is passed over, any other bad line is an error.
+
+    Args:
+        cls: of the records.
+        path: nothing is there: no records.
+        renamed: fields by the names that they had in files of earlier versions.
 
     Raises:
         StorageError: the file cannot be read.
@@ -335,7 +340,11 @@ def read_lines(cls: type[T], path: Path) -> Iterator[T]:
     for number, line in enumerate(lines[:-1], start=1):  # the part after the last newline is empty or torn
         if line.strip():
             where = f"{path}:{number}"
-            yield from_plain(cls, parse_json(line, where), where)
+            plain = parse_json(line, where)
+            for before, now in (renamed or {}).items():
+                if isinstance(plain, dict) and before in plain:
+                    plain[now] = plain.pop(before)
+            yield from_plain(cls, plain, where)
 
 
 def read_text_lossy(path: Path) -> str:

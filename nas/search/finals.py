@@ -417,8 +417,7 @@ def _with_streams(
     """
     device, reporter = parts.predictor.device, parts.reporter
     wanted = [p for p in points if p.on_front and p.candidate.exits] if images else []
-    lacks = no_stream(device)
-    if wanted and lacks:
+    if wanted and (lacks := no_stream(device)):
         reporter.say(
             f"{device.profile.name}: no stream of test images is measured ({lacks}): the expected latency of students "
             "with exits rests on the sum over their exits"

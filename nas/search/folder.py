@@ -42,6 +42,7 @@ from nas.recipe.records import FINISHED_FILES, FLOAT_FILES, PARENT, RECORD_FILE,
 from nas.space.yamlio import parse_yaml
 
 SCHEMA = 2
+RENAMED = {"rung_top1": "rung_scores"}  # fields of trials in runs of schema 1, which can still be looked at
 OWNER_FILE = "run.owner.json"
 SPACE_FILE = "space.yaml"
 SAMPLER_FILE = "sampler.json"
@@ -222,7 +223,7 @@ class RunFolder:
 
     def decisions(self) -> tuple[TrialRecord, ...]:
         """Every line of the decided trials, in the order in which they were decided."""
-        return tuple(read_lines(TrialRecord, self.path / "trials.jsonl"))
+        return tuple(read_lines(TrialRecord, self.path / "trials.jsonl", RENAMED))
 
     def add_trial(self, record: TrialRecord) -> None:
         """Appends a trial durably."""

@@ -256,7 +256,7 @@ def fingerprint(inputs: Inputs) -> dict[str, str]:
         "augmentation": content_hash(inputs.dataset.augment),
         "teacher": _teacher_mark(e.teacher),
         "distillation": content_hash(e.distill),
-        "scorer": f"{e.search.scorer} {content_hash(scorer)}, by the probability of the right label",
+        "scorer": f"{e.search.scorer} {content_hash(scorer)}",
         "budget": f"{_deadline(e.budget)} ({e.budget.of}), margin of {e.budget.margin_std:g} deviations, of packages "
         f"{e.budget.package_margin_std:g}",
         "device": f"{inputs.device.profile.name} {inputs.device.profile.fingerprint}",

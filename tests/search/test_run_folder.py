@@ -340,3 +340,16 @@ def test_forked_search_repeats_no_training(zygote: Zygote, finished: Path, tmp_p
         scores = sorted(old.student(record.candidate.arch_id).glob("supernet-*.json"))
         copies = [new.student(record.candidate.arch_id) / score.name for score in scores]
         assert [c.stat().st_mtime_ns for c in copies] == [s.stat().st_mtime_ns for s in scores]
+
+
+def test_trials_of_a_run_from_before_scores_can_be_read(tmp_path: Path) -> None:
+    folder = _open(tmp_path)
+    folder.add_trial(replace(_record(0), rung_scores=(0.25, 0.5)))
+    file = tmp_path / "trials.jsonl"
+    plain = json.loads(file.read_text())
+    plain["rung_top1"] = plain.pop("rung_scores")
+    del plain["soft_top1"]
+    file.write_text(json.dumps(plain) + "\n")
+    (found,) = folder.trials()
+    assert found.rung_scores == (0.25, 0.5)
+    assert found.score == found.top1 == 0.5
