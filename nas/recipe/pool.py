@@ -82,7 +82,8 @@ class WorkerPool:
 
     def __init__(self, workers: int, start: StartMethod = "spawn", gpus: int = 0) -> None:
         self.workers = workers
-        self._gpus, self._started = gpus, get_context(start).Value("i", 0)
+        self._gpus = gpus
+        self._started = get_context(start).Value("i", 0) if gpus else None
         self._start: StartMethod = start
         self._executor: ProcessPoolExecutor | None = None
         self._processes: list[BaseProcess] = []
@@ -228,7 +229,7 @@ def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(parent: int, gpus: int, started: Synchronized[int]) -> None:
+def _start_worker(parent: int, gpus: int, started: Synchronized[int] | None) -> None:
     """One thread, flushed denormals, no reaction to Ctrl-C (the parent decides), an end together with the parent.
 
     With several GPUs the workers take them in turn.
@@ -245,7 +246,7 @@ def _start_worker(parent: int, gpus: int, started: Synchronized[int]) -> None:
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    if gpus:
+    if started is not None:
         with started.get_lock():
             number, started.value = started.value, started.value + 1
         torch.cuda.set_device(number % gpus)

@@ -20,8 +20,8 @@ from nas.compress.fakequant import FakeQuantNetwork
 from nas.core.jsonio import content_hash
 from nas.core.records import Candidate, QuantSpec
 from nas.recipe.settings import QatSettings
-from nas.train.compute import CPU, device_of
-from nas.train.evaluate import EVAL_BATCH, threads
+from nas.train.compute import device_of
+from nas.train.evaluate import EVAL_BATCH, raw_tensor, threads
 from nas.train.loop import (
     EpochRecord,
     LossGuard,
@@ -142,11 +142,6 @@ def _one_epoch(
         clip_norm=distill.clip_norm,
         epoch=epoch,
     )
-
-
-def raw_tensor(images: NDArray[np.uint8], device: torch.device = CPU) -> Tensor:
-    """Raw pixels float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3]."""
-    return torch.from_numpy(np.require(images, requirements=["C", "W"])).to(device).permute(0, 3, 1, 2).float()
 
 
 def simulated_logits(network: FakeQuantNetwork, images: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import TypeVar
@@ -269,23 +269,28 @@ def _answers(host: str, port: int) -> bool:
 
 
 @contextmanager
-def _told_when_it_answers(host: str, port: int, tell: Callable[[], None]) -> Iterator[None]:
-    """Meanwhile a thread waits for the port to answer: what serves it does not come back to say so."""
+def meanwhile(work: Callable[[Event], None]) -> Iterator[None]:
+    """A thread works while the block runs; its event tells it that the block is over, and it is waited for."""
     over = Event()
-
-    def wait() -> None:
-        while not over.wait(0.05):
-            if _answers(host, port):
-                tell()
-                return
-
-    thread = Thread(target=wait, daemon=True)
+    thread = Thread(target=work, args=(over,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         over.set()
         thread.join()
+
+
+def _told_when_it_answers(host: str, port: int, tell: Callable[[], None]) -> AbstractContextManager[None]:
+    """Meanwhile a thread waits for the port to answer: what serves it does not come back to say so."""
+
+    def wait(over: Event) -> None:
+        while not over.wait(0.05):
+            if _answers(host, port):
+                tell()
+                return
+
+    return meanwhile(wait)
 
 
 def serve_proxy(url: str, host: str, port: int, connections: int, tell: Callable[[], None]) -> None:

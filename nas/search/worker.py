@@ -13,12 +13,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -46,7 +46,7 @@ from nas.search.shared_jobs import (
     student_files,
     unpacked,
 )
-from nas.search.shared_storage import Connection, Patience, connect
+from nas.search.shared_storage import Connection, Patience, connect, meanwhile
 from nas.search.shared_study import BEATS_PER_LEASE, FINALS, JobQueue, QueuedJob, SharedStudy, bundle_attribute
 
 FIRST_LOOK_S, LAST_LOOK_S = 0.5, 5.0  # between two looks for a job, on average: more while there is none
@@ -388,25 +388,17 @@ class JobProgress:
         if not self._queue.note_once(self._job.number, "beat", self._beat):
             self._is_lost = True
 
-    @contextmanager
-    def alive(self) -> Iterator[None]:
+    def alive(self) -> AbstractContextManager[None]:
         """Meanwhile the beat is counted up by a thread: what is done takes long and cannot be interrupted."""
-        over = Event()
 
-        def beat() -> None:
+        def beat(over: Event) -> None:
             end = time.monotonic() + TRANSFER_LIMIT_S
             while not over.wait(self._every_s) and not self._is_lost and time.monotonic() < end:
                 # What goes wrong here goes wrong for the waiting thread too, which tells it.
                 with suppress(*self._joined.connection.errors):
                     self._count()
 
-        thread = Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        return meanwhile(beat)
 
     def upload(self, patiently: bool) -> None:
         """Uploads checkpoints that changed, then names them in the study, then removes those they replace.

@@ -37,20 +37,25 @@ def _flushes_denormals() -> bool:
     return bool(torch.full((1,), 1e-39).mul_(0.5).item() == 0.0)
 
 
-def normalised(
-    images: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None
-) -> Tensor:
-    """Network input float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3].
+def raw_tensor(images: np.ndarray | Tensor, device: torch.device | None = None) -> Tensor:
+    """Raw pixels float32 [B, 3, H, W] in channels-last layout from uint8 [B, H, W, 3].
 
     The layout comes for free here: the bytes at rest are channels-last already. A later `x[index]` would lose it.
 
     Args:
         images: an array, or a tensor that is on a device already.
-        mean, std: per channel, on the scale 0-1.
-        device: where the input is needed; None: where the images are.
+        device: where the pixels are needed; None: where the images are.
     """
     x = images if isinstance(images, Tensor) else torch.from_numpy(np.require(images, requirements=["C", "W"]))
-    x = x.to(device or x.device).permute(0, 3, 1, 2).float()  # bytes travel, not floats
+    return x.to(device or x.device).permute(0, 3, 1, 2).float()  # bytes travel, not floats
+
+
+def normalised(
+    images: np.ndarray | Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None
+) -> Tensor:
+    """Network input float32 [B, 3, H, W] from uint8 [B, H, W, 3]: `raw_tensor`, normalised by the mean and deviation of
+    each channel on the scale 0-1."""
+    x = raw_tensor(images, device)
     scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float32))
     shift = torch.tensor(mean, dtype=torch.float32) / torch.tensor(std, dtype=torch.float32)
     return x.mul_(scale.view(3, 1, 1).to(x.device)).sub_(shift.view(3, 1, 1).to(x.device))

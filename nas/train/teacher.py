@@ -29,7 +29,7 @@ from nas.devices.onnxruntime_cpu import OnnxRuntimeCpu
 from nas.models.hooks import Hook, hooked
 from nas.models.teachers import ResNet, attention_layers, count_macs, torchvision_model
 from nas.train.compute import computes_bf16, device_of, training_device
-from nas.train.evaluate import normalised, threads, top1
+from nas.train.evaluate import normalised, raw_tensor, threads, top1
 from nas.train.loop import (
     EpochRecord,
     LossGuard,
@@ -496,8 +496,8 @@ def _onnx(dataset: Dataset, settings: TeacherSettings, sha256: str) -> _Model:
     classes = len(dataset.class_names)
 
     def outputs(images: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(np.require(images, requirements=["C", "W"])).permute(0, 3, 1, 2).float()
-        logits = device.run(whole, np.ascontiguousarray(resized(x, resolution).numpy()))[0]
+        pixels = resized(raw_tensor(images), resolution)
+        logits = device.run(whole, np.ascontiguousarray(pixels.numpy()))[0]
         if logits.ndim != 2 or logits.shape[1] != classes:
             raise RecordError(
                 f"teacher.weights: {path} gives {list(logits.shape[1:])} values per image; "

@@ -15,7 +15,8 @@ from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, TRT_8_4, TRT_10_13, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, random_weights
 from nas.recipe.deployed import calibrated, deployed_logits, raw_pixels
-from nas.recipe.qat import raw_tensor, simulated_logits
+from nas.recipe.qat import simulated_logits
+from nas.train.evaluate import raw_tensor
 
 IMAGES = 100
 MIXES = {"int8": ("int8",) * 5, "inside": ("fp32", "int8", "int8", "fp32", "int8")}
