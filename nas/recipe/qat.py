@@ -22,6 +22,7 @@ from nas.core.records import Candidate, QuantSpec
 from nas.recipe.settings import QatSettings
 from nas.train.compute import device_of
 from nas.train.evaluate import EVAL_BATCH, raw_tensor, threads
+from nas.train.feed import Feed
 from nas.train.loop import (
     EpochRecord,
     LossGuard,
@@ -118,22 +119,19 @@ def _one_epoch(
     optimizer: torch.optim.Optimizer,
     guard: LossGuard,
 ) -> EpochRecord:
-    variant = (epoch + seed) % targets.variants
-    images, logits, labels = targets.images[variant], targets.logits[variant], targets.labels
-    device = device_of(network)
-    first = epoch * steps_per_epoch(len(labels), distill.batch_size)
-    steps = settings.epochs * steps_per_epoch(len(labels), distill.batch_size)
+    variant, feed = (epoch + seed) % targets.variants, Feed(targets, {}, device_of(network), is_raw=True)
+    count = len(targets.labels)
+    first = epoch * steps_per_epoch(count, distill.batch_size)
+    steps = settings.epochs * steps_per_epoch(count, distill.batch_size)
 
     def forward(step: int, index: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         network.observes = first + step < (1 - FROZEN) * steps
-        index = np.sort(index)
-        target = torch.from_numpy(labels[index]).to(device)
-        outputs = network(raw_tensor(images[index], device), distill.exit_gradient)
-        loss = student_loss(outputs, torch.from_numpy(logits[index]).to(device), target, distill)
-        return loss, outputs[-1], target
+        batch = feed.batch(variant, index)
+        outputs = network(batch.images, distill.exit_gradient)
+        return student_loss(outputs, batch.logits, batch.labels, distill), outputs[-1], batch.labels
 
     return one_pass(
-        batches(len(labels), distill.batch_size, np.random.default_rng([seed, epoch])),
+        batches(count, distill.batch_size, np.random.default_rng([seed, epoch])),
         forward,
         optimizer,
         list(network.parameters()),

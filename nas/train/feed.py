@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nas.train.evaluate import normalised
+from nas.train.evaluate import normalised, raw_tensor
 from nas.train.targets import Targets
 
 RESIDENT_SHARE = 0.25  # of a GPU's free memory: other workers and the maps of a batch need the rest
@@ -20,7 +20,7 @@ class Batch:
     """What one step learns from, all on one device.
 
     Fields:
-        images: normalised, float32 [B, 3, H, W], channels last.
+        images: normalised, or raw where that was wanted, float32 [B, 3, H, W], channels last.
         logits: of the teacher, float32 [B, K].
         labels: int64 [B].
         features: of the teacher by name, float32 [B, C, h, w].
@@ -43,6 +43,7 @@ class Feed:
         features: those of its features that are wanted, by name.
         device: where batches are needed.
         free_bytes: of that device; asked before a variant is kept there. Tests set it.
+        is_raw: images are wanted as raw pixels 0-255.
     """
 
     def __init__(
@@ -51,9 +52,12 @@ class Feed:
         features: Mapping[str, np.ndarray],
         device: torch.device,
         free_bytes: Callable[[torch.device], int] | None = None,
+        *,
+        is_raw: bool = False,
     ) -> None:
         self._targets, self._features, self.device = targets, features, device
         self._free_bytes = free_bytes or _free_bytes
+        self._is_raw = is_raw
         self._variant = -1
         self._kept: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]] | None = None
 
@@ -70,17 +74,22 @@ class Feed:
             images, logits, labels, features = self._kept
             place = torch.from_numpy(index).to(self.device)
             return Batch(
-                normalised(images[place], targets.mean, targets.std),
+                self._input(images[place]),
                 logits[place],
                 labels[place],
                 {name: kept[place].float() for name, kept in features.items()},
             )
         return Batch(
-            normalised(targets.images[variant][index], targets.mean, targets.std, self.device),
+            self._input(targets.images[variant][index]),
             torch.from_numpy(targets.logits[variant][index]).to(self.device),
             torch.from_numpy(targets.labels[index]).to(self.device),
             {n: torch.from_numpy(f[variant][index]).to(self.device).float() for n, f in self._features.items()},
         )
+
+    def _input(self, images: np.ndarray | Tensor) -> Tensor:
+        if self._is_raw:
+            return raw_tensor(images, self.device)
+        return normalised(images, self._targets.mean, self._targets.std, self.device)
 
     def _keep(self, variant: int) -> None:
         self._variant, self._kept = variant, None

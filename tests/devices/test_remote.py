@@ -14,16 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_stream import network
 
 from nas.core.errors import DeviceError, UsageError
 from nas.core.records import (
-    BlockConfig,
-    Candidate,
-    ExitConfig,
-    HeadConfig,
     Measurement,
-    StageConfig,
-    StemConfig,
 )
 from nas.devices import open_device
 from nas.devices.address import parse_address
@@ -159,14 +154,6 @@ def test_images_travel_part_by_part_and_none_stays(
     assert np.allclose(found, 3 * images.mean((2, 3)), rtol=1e-5)
     left = [p for p in (server.cache / "blobs").iterdir() if p.name not in before]
     assert len(left) == 1 and left[0].stat().st_size < 2 * len(model), "the model alone"
-
-
-def network(threshold: float) -> Candidate:
-    stages = (
-        StageConfig((BlockConfig(8, 16, 8),)),
-        StageConfig((BlockConfig(8, 64, 32, stride=2), BlockConfig(32, 256, 32), BlockConfig(32, 256, 32))),
-    )
-    return Candidate(32, 4, StemConfig(8), stages, HeadConfig(), (ExitConfig(0, threshold=threshold),))
 
 
 @pytest.mark.parametrize("form", ["if", "chain"])
