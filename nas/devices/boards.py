@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from shlex import quote
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,8 @@ from nas.devices.graphs import REFERENCE_CHANNELS, REFERENCE_SIZE, reference_mod
 from nas.devices.link import RefusedRequestError
 from nas.devices.remote import LOCK_CLOCKS, RemoteDevice, same_state
 from nas.devices.ssh import RemoteError
+
+T = TypeVar("T")
 
 _NEARLY_ALL = 0.99  # until all results are there
 JOBS_AT_A_TIME = 8  # that a board takes from what is left: few, so that all end at about the same time
@@ -165,20 +168,17 @@ class Boards:
 
     def run(self, model: bytes, images: NDArray[np.float32]) -> list[NDArray[np.generic]]:
         """Outputs of the model, computed on the first board that is left."""
-        for name, board in self._left.items():
-            try:
-                return board.run(model, images)
-            except DeviceError as e:
-                if not _is_loss(e):
-                    raise
-                self._lose(name, e, len(self._left) - 1)
-        raise RemoteError(_all_lost(self._lost))
+        return self._on_first(lambda board: board.run(model, images))
 
     def layer_times(self, model: bytes, precision: JobPrecision) -> list[LayerTime]:
         """Typical time of each layer of a model on the first board that is left; see `LayerTimer`."""
+        return self._on_first(lambda board: cast(RemoteDevice, board).layer_times(model, precision))
+
+    def _on_first(self, work: Callable[[Device], T]) -> T:
+        """What the first board that is left gives; when it is lost meanwhile, the next one is asked."""
         for name, board in self._left.items():
             try:
-                return board.layer_times(model, precision)  # type: ignore[attr-defined,no-any-return]  # a RemoteDevice
+                return work(board)
             except DeviceError as e:
                 if not _is_loss(e):
                     raise
@@ -195,12 +195,7 @@ class Boards:
         """Times of the images of a stream on the first board that is left; see `StreamTimer`."""
         if self.no_stream:
             raise DeviceError(f"{job.key}: the stream cannot be timed: {self.no_stream}")
-        for name, board in self._left.items():
-            try:
-                return board.stream_times(job, progress)  # type: ignore[attr-defined,no-any-return]  # a RemoteDevice
-            except RemoteError as e:
-                self._lose(name, e, len(self._left) - 1)
-        raise RemoteError(_all_lost(self._lost))
+        return self._on_first(lambda board: cast(RemoteDevice, board).stream_times(job, progress))
 
     def measure(
         self, jobs: Sequence[MeasureJob], on_result: OnResult | None = None, progress: OnProgress | None = None
