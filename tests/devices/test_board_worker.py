@@ -128,6 +128,13 @@ def test_a_throttled_round_is_marked_and_measured_again_once_it_is_cool(tmp_path
     assert len(beats) == 2, "the limit of building, and a sign of life while it cooled"
 
 
+def test_only_what_somebody_reads_of_a_round_travels(tmp_path: Path) -> None:
+    result, _ = measured(write_board(tmp_path, ORIN_NANO_SUPER.locked), FakeClock())
+    for told in result["sessions"][0]:
+        assert told["samples_ms"] == [round(ms, 6) for ms in told["samples_ms"]]
+        assert "host_ms" not in told and "single_ms" not in told
+
+
 def test_a_board_that_never_cools_keeps_its_marks_and_comes_to_an_end(tmp_path: Path) -> None:
     root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
     throttle(root)

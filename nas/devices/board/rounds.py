@@ -226,7 +226,7 @@ def _round(
         begin(subject.key)  # each attempt has the time of a step
         reading = None if gate is None else _calm_reading(gate, plan, clock, patience)
         began_s = clock.seconds()
-        told = dict(subject.session.time(subject.runs, 0))
+        told = _sent(subject.session.time(subject.runs, 0))
         told["gate"] = reading
         told.update(look())
         subject.rounds.append(told)
@@ -237,6 +237,12 @@ def _round(
         if share <= plan.round_cpu_share or told.get("throttled"):
             clock.sleep(plan.wait_ms / 1e3)
         patience[0] -= clock.seconds() - began_s - told.get("cooled_s", 0.0)
+
+
+def _sent(told: Sample) -> Sample:
+    """What travels of a round: nanoseconds of its samples, and not what `enqueue_bound` sums up of its runs."""
+    left = {name: value for name, value in told.items() if name not in ("host_ms", "single_ms")}
+    return dict(left, samples_ms=[round(ms, 6) for ms in told["samples_ms"]])
 
 
 def _calm_reading(gate: Gate, plan: Plan, clock: Clock, patience: List[float]) -> Sample:
