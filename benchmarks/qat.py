@@ -143,7 +143,7 @@ def measured(bench: Bench, name: str, seed: int, images: int, settings: QatSetti
 def compared(network: FakeQuantNetwork, candidate: Candidate, context: Context) -> Quantized:
     """The graph exported from what the simulation holds: its accuracies, and how far both agree."""
     parts = network.weights(), network.ranges(), context.mean, context.std
-    val, test = (deployed_logits(candidate, *parts, images, run_model) for images in (context.val, context.test))
+    val, test = (deployed_logits(candidate, *parts, images) for images in (context.val, context.test))
     here = simulated_logits(network, context.test)
     return Quantized(
         _top1(val, context.val_labels),

@@ -17,7 +17,6 @@ import numpy as np
 from nas.core.jsonio import content_hash, file_sha256, read_record, write_record
 from nas.core.records import Candidate
 from nas.core.walk import expand
-from nas.devices.onnxruntime_cpu import run_model
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.deployed import deployed_logits
 from nas.recipe.finish import load_finished
@@ -44,7 +43,7 @@ def assistant_context(folder: Path, assistant: Candidate, context: str) -> str:
     def answers() -> np.ndarray:
         weights, _ = load_finished(folder)
         images = open_context(context, assistant.resolution).targets.images
-        each = (deployed_logits(assistant, weights, None, record.mean, record.std, v, run_model) for v in images)
+        each = (deployed_logits(assistant, weights, None, record.mean, record.std, v) for v in images)
         return np.stack([logits[-1] for logits in each])
 
     maps: list[str] = []

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nas.compress.calibrate import calibrate
-from nas.core.records import Candidate, QuantSpec
+from nas.core.records import Candidate, Precision, QuantSpec
 from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import ORT, TRT_10_13_ANSWERS, Dialect
 from nas.export.graph import network_model, tensors_model
@@ -50,6 +50,15 @@ def computed_dialect(dialect: Dialect) -> Dialect:
     return ORT if dialect is ORT else TRT_10_13_ANSWERS
 
 
+def host_run(dialect: Dialect, precisions: Collection[Precision]) -> Run:
+    """This process's runtime, for graphs of a dialect in these precisions.
+
+    An int8 graph for another runtime is computed as it is written: optimised for this one, its float biases would
+    become integers, which the other runtime does not do.
+    """
+    return partial(run_model, as_written=dialect is not ORT and "int8" in precisions)
+
+
 def deployed_logits(
     candidate: Candidate,
     weights: Mapping[str, NDArray[np.float32]],
@@ -57,17 +66,15 @@ def deployed_logits(
     mean: Sequence[float],
     std: Sequence[float],
     images: np.ndarray,
-    run: Run,
     dialect: Dialect = ORT,
+    run: Run | None = None,
 ) -> NDArray[np.float32]:
     """Logits float32 [E, N, K] of the exported graph in the candidate's precision, for uint8 images [N, H, W, 3].
 
-    An int8 graph for another runtime is computed as it is written: with `run_model` this process's runtime would turn
-    its float biases into integers, which the other one does not do.
+    `run`: the runtime that answers; None: that of this process, see `host_run`.
     """
     written_for = computed_dialect(dialect)
-    if written_for is not ORT and "int8" in candidate.precisions and run is run_model:
-        run = partial(run_model, as_written=True)
+    run = run or host_run(written_for, candidate.precisions)
     model = network_model(candidate, weights, mean, std, quant=quant, form="logits", batch=None, dialect=written_for)
     parts = []
     step = images_at_once(images)

@@ -310,9 +310,7 @@ def _write_sensitivity(job: FinishJob, architecture: Candidate, context: Context
         return
     weights, quant = load_finished(folder)
     images, dialect = evenly(context.val, IMAGES), dialect_named(job.dialect)
-    table = sensitivity(
-        architecture, weights, quant, context.mean, context.std, images, run_model, job.sensitivity, dialect
-    )
+    table = sensitivity(architecture, weights, quant, context.mean, context.std, images, job.sensitivity, dialect)
     keep_sensitivity(folder, table)
 
 
@@ -355,7 +353,7 @@ def _logits(
     job: FinishJob, candidate: Candidate, weights: Weights, quant: QuantSpec, context: Context, images: np.ndarray
 ) -> NDArray[np.float32]:
     dialect = dialect_named(job.dialect)
-    return deployed_logits(candidate, weights, quant, context.mean, context.std, images, run_model, dialect)
+    return deployed_logits(candidate, weights, quant, context.mean, context.std, images, dialect)
 
 
 def _of_precision(file: str, label: str) -> str:

@@ -102,7 +102,7 @@ def deployed_answers(job: ScoreJob, context: Context, images: np.ndarray) -> np.
     # On a processor the runtime answers fp32 in half the time that torch takes, with the graph that is exported.
     quant = _ranges(job, context, weights) if "int8" in job.candidate.precisions else None
     dialect = dialect_named(job.dialect)
-    return deployed_logits(job.candidate, weights, quant, context.mean, context.std, images, run_model, dialect)
+    return deployed_logits(job.candidate, weights, quant, context.mean, context.std, images, dialect)
 
 
 def candidate_sensitivity(job: ScoreJob, choices: tuple[Precision, ...]) -> Sensitivity:
@@ -110,7 +110,7 @@ def candidate_sensitivity(job: ScoreJob, choices: tuple[Precision, ...]) -> Sens
     context = open_context(job.context, job.candidate.resolution)
     _, weights = _float_student(_of_architecture(job))
     quant, images, dialect = _ranges(job, context, weights), evenly(context.val, IMAGES), dialect_named(job.dialect)
-    return sensitivity(job.candidate, weights, quant, context.mean, context.std, images, run_model, choices, dialect)
+    return sensitivity(job.candidate, weights, quant, context.mean, context.std, images, choices, dialect)
 
 
 def _of_architecture(job: ScoreJob) -> ScoreJob:

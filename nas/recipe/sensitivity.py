@@ -19,7 +19,7 @@ from nas.core.errors import RecordError
 from nas.core.jsonio import read_record, write_record
 from nas.core.records import Candidate, Precision, QuantSpec
 from nas.export.dialect import ORT, Dialect
-from nas.recipe.deployed import Run, deployed_logits
+from nas.recipe.deployed import deployed_logits
 from nas.recipe.records import SENSITIVITY_FILE
 
 IMAGES = 256  # of the validation split at most
@@ -55,7 +55,6 @@ def sensitivity(
     mean: Sequence[float],
     std: Sequence[float],
     images: np.ndarray,
-    run: Run,
     choices: Sequence[Precision],
     dialect: Dialect = ORT,
 ) -> Sensitivity:
@@ -66,14 +65,13 @@ def sensitivity(
         weights, quant: batch norm folded in; ranges of every tensor.
         mean, std: of the normalisation.
         images: uint8 [N, H, W, 3], best of the validation split; no labels are needed.
-        run: executes a graph.
         choices: precisions; fp32 costs nothing.
         dialect: of the runtime that is meant.
     """
 
     def answers(precisions: Sequence[Precision]) -> NDArray[np.float32]:
         network = candidate.with_precision(precisions)
-        return deployed_logits(network, weights, quant, mean, std, images, run, dialect)
+        return deployed_logits(network, weights, quant, mean, std, images, dialect)
 
     plain: list[Precision] = ["fp32"] * len(candidate.precisions)
     reference = answers(plain)

@@ -71,26 +71,6 @@ TPE = Sampler(
 NSGA2 = Sampler(((1, 1.0),), ((1, 0.0),), ((100, 2.6), (1_000, 2.6), (3_000, 4.5)))
 
 
-def kept_sampler(
-    kept: ChosenSampler | None, name: SamplerName, *, is_latency_known: bool, with_energy: bool = False
-) -> tuple[str, str] | None:
-    """The sampler that a run goes on with, and the reason; None where it has none that it can go on with.
-
-    What a score costs depends on the cores of a machine. A run that goes on elsewhere must not take another sampler for
-    that.
-
-    Args:
-        kept: what was chosen at the first call of the run.
-        name: as set; only `auto` leaves a choice.
-        is_latency_known, with_energy: as in `choose_sampler`; the grey-box sampler may not be able to go on.
-    """
-    if kept is None or name != "auto":
-        return None
-    if kept.sampler == "greybox" and (with_energy or not is_latency_known):
-        return None
-    return kept.sampler, f"chosen when the run began: {kept.reason}"
-
-
 def _at(curve: Curve, trials: float) -> float:
     """Value at a number of trials, linear in its logarithm; level beyond both ends."""
     return float(np.interp(math.log(trials), [math.log(t) for t, _ in curve], [v for _, v in curve]))
@@ -104,8 +84,12 @@ def choose_sampler(
     with_energy: bool = False,
     score_s: float | None = None,
     batch: int = 1,
+    kept: ChosenSampler | None = None,
 ) -> tuple[str, str]:
     """The sampler that `auto` stands for, and the reason in words.
+
+    What a score costs depends on the cores of a machine. A run that goes on elsewhere must not take another sampler for
+    that, so it goes on with the one that was kept, unless that is the grey-box sampler and can do so no longer.
 
     Args:
         name: as set.
@@ -115,6 +99,7 @@ def choose_sampler(
         score_s: expected seconds of wall time in which one candidate is scored, all workers busy; None: so many that
             proposing does not count.
         batch: candidates that are proposed together.
+        kept: what was chosen at the first call of the run.
 
     Raises:
         ConfigError: the grey-box sampler was asked for, and latencies are not known, or energy is an objective.
@@ -133,6 +118,8 @@ def choose_sampler(
     if name != "auto":
         return name, "asked for"
     samplers = {"nsga2": NSGA2, "tpe": TPE} | ({"greybox": GREYBOX} if is_latency_known and not with_energy else {})
+    if kept is not None and kept.sampler in samplers:
+        return kept.sampler, f"chosen when the run began: {kept.reason}"
     ask_ms = {key: sampler.ask_ms(trials, batch) for key, sampler in samplers.items()}
     cost_ms = {key: 1.0 if score_s is None else 1000 * score_s + ask_ms[key] for key in samplers}
     value = {key: sampler.worth_at(trials) / cost_ms[key] for key, sampler in samplers.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from nas.data import evenly
 from nas.devices.agent import packed_agent
 from nas.devices.base import Device, MeasureJob
 from nas.devices.boards import why_no_answers
-from nas.devices.onnxruntime_cpu import op_counts, run_model
+from nas.devices.onnxruntime_cpu import op_counts
 from nas.export.dialect import ORT, Dialect, dialect_for
 from nas.export.forms import Artefact, exits_form
 from nas.export.manifest import ArtefactAccuracy, Manifest
@@ -24,6 +23,7 @@ from nas.latency.exits import NEVER, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.measure.stream import measured_stream
 from nas.recipe.context import Context, open_context
+from nas.recipe.deployed import host_run
 from nas.recipe.finish import deployed_rows, deployed_student, finished_logits
 from nas.search.view import PointSource
 
@@ -111,8 +111,8 @@ def export_point(
 
 def _instruments(device: Device, context: Context, point: Point, dialect: Dialect, stream_images: int) -> Instruments:
     is_here = dialect is dialect_for(device.profile)
-    # ONNX Runtime computes the graphs of every dialect
-    run = device.run if is_here and not why_no_answers(device) else partial(run_model, as_written=dialect is not ORT)
+    is_answering = is_here and not why_no_answers(device)
+    run = device.run if is_answering else host_run(dialect, point.candidate.precisions)
 
     def accuracy(model: Artefact) -> ArtefactAccuracy:
         return measured_accuracy(

@@ -23,7 +23,7 @@ from nas.latency.interpolate import spread_rows
 from nas.latency.table import LatencyTable
 from nas.measure.fill import Pace, pace_of
 from nas.models.teachers import ResNet, count_macs
-from nas.search.choice import choose_sampler, kept_sampler
+from nas.search.choice import choose_sampler
 from nas.search.experiment import Experiment, with_deadline
 from nas.search.folder import SCHEMA, RunFolder, fingerprint_diff, is_young
 from nas.search.predictor import Predictor, fills_whole, row_count
@@ -134,15 +134,14 @@ def plan_search(experiment: Experiment, reporter: Reporter) -> Plan:
     work += [DeviceWork(other.missing, other.pace) for other in others]
     search, is_known = experiment.search, is_whole or is_limited
     goes_on = status != "new" and not differences
-    chosen = RunFolder(experiment.run_dir).sampler() if goes_on else None
-    kept = kept_sampler(chosen, search.sampler, is_latency_known=is_known, with_energy=search.energy)
-    sampler, reason = kept or choose_sampler(
+    sampler, reason = choose_sampler(
         search.sampler,
         search.trials,
         is_latency_known=is_known,
         with_energy=search.energy,
         score_s=score_seconds(inputs),
         batch=search.batch,
+        kept=RunFolder(experiment.run_dir).sampler() if goes_on else None,
     )
     return Plan(
         run_dir=str(experiment.run_dir),

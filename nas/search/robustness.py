@@ -10,7 +10,6 @@ from nas.core.errors import InterruptedRunError
 from nas.core.jsonio import content_hash, read_record, write_record
 from nas.core.run import Point, RobustnessRow
 from nas.data.corruptions import CORRUPTIONS, corrupted
-from nas.devices.onnxruntime_cpu import run_model
 from nas.export.dialect import dialect_for
 from nas.latency.exits import evaluate_thresholds
 from nas.recipe.context import open_context
@@ -82,7 +81,7 @@ def _row(parts: SearchParts, outcome: Outcome, point: Point, severities: Sequenc
     labels = np.asarray(context.test_labels)
 
     def top1(images: np.ndarray) -> float:
-        logits = deployed_logits(candidate, weights, quant, context.mean, context.std, images, run_model, dialect)
+        logits = deployed_logits(candidate, weights, quant, context.mean, context.std, images, dialect)
         return evaluate_thresholds(logits, labels, point.thresholds, np.arange(1.0, len(logits) + 1))[0]
 
     images = np.asarray(context.test)

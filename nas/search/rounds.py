@@ -26,7 +26,7 @@ from nas.recipe.pool import JobPool
 from nas.recipe.records import top1_per_exit
 from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
-from nas.search.choice import choose_sampler, kept_sampler
+from nas.search.choice import choose_sampler
 from nas.search.folder import Batch, Chosen, ChosenSampler, Event, RunFolder, TrialRecord, latest
 from nas.search.greybox_sampler import is_ordered
 from nas.search.ladder import best_for_each_cost, choice_scores, network_parts, rungs
@@ -145,19 +145,17 @@ def run_rounds(parts: SearchParts) -> None:
 
 def _sampler(parts: SearchParts, is_latency_known: bool) -> tuple[str, str]:
     """The sampler of the run and why; what was chosen at its first call is kept with it."""
-    search, energy = parts.search, parts.search.energy
-    kept = kept_sampler(parts.folder.sampler(), search.sampler, is_latency_known=is_latency_known, with_energy=energy)
-    if kept is not None:
-        return kept
+    search, kept = parts.search, parts.folder.sampler()
     sampler, reason = choose_sampler(
         search.sampler,
         search.trials,
         is_latency_known=is_latency_known,
-        with_energy=energy,
+        with_energy=search.energy,
         score_s=parts.score_s,
         batch=search.batch,
+        kept=kept,
     )
-    if search.sampler == "auto":
+    if search.sampler == "auto" and (kept is None or kept.sampler != sampler):
         parts.folder.keep_sampler(ChosenSampler(sampler, reason))
     return sampler, reason
 

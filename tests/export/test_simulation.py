@@ -34,7 +34,7 @@ def network(candidate: Candidate, dialect: Dialect = ORT, seed: int = 0) -> Fake
 def both(candidate: Candidate, made: FakeQuantNetwork) -> tuple[np.ndarray, np.ndarray]:
     """Logits of the simulation and of the exported graph."""
     images = smooth_images(IMAGES, candidate.resolution, 1)
-    parts = made.weights(), made.ranges(), MEAN, STD, images, run_model
+    parts = made.weights(), made.ranges(), MEAN, STD, images
     return simulated_logits(made, images), deployed_logits(candidate, *parts)
 
 
@@ -138,7 +138,7 @@ def test_answers_of_another_runtime_are_those_of_its_graph_as_it_is_written() ->
         candidate, parts[0], MEAN, STD, quant=parts[1], form="logits", batch=None, dialect=TRT_10_13_ANSWERS
     )
     pixels = raw_pixels(images)
-    answers = deployed_logits(candidate, *parts, images, run_model, TRT_10_13)
+    answers = deployed_logits(candidate, *parts, images, TRT_10_13)
     assert np.array_equal(answers, np.stack(run_model(graph, pixels, as_written=True)).astype(np.float32))
     assert not np.array_equal(answers, np.stack(run_model(graph, pixels)).astype(np.float32))
 

@@ -131,7 +131,7 @@ def test_answers_in_bf16_are_those_of_weights_and_tensors_rounded_to_it() -> Non
 
     def answers(precision: Precision) -> np.ndarray:
         network = candidate.with_precision(precision)
-        return deployed_logits(network, weights, None, MEAN, STD, IMAGES, run, TRT_10_13)
+        return deployed_logits(network, weights, None, MEAN, STD, IMAGES, TRT_10_13, run)
 
     full = answers("fp32")
     off = {p: relative_l2(full, answers(p)) for p in ("fp16", "bf16")}
@@ -542,7 +542,7 @@ def test_scores_of_a_board_are_those_of_its_own_graphs() -> None:
 
     def logits(precision: str, dialect: Dialect) -> np.ndarray:
         return deployed_logits(
-            candidate.with_precision(precision), weights, quant, MEAN, STD, IMAGES[:16], run, dialect
+            candidate.with_precision(precision), weights, quant, MEAN, STD, IMAGES[:16], dialect, run
         )
 
     exact = logits("fp32", TRT_8_4)

@@ -376,7 +376,7 @@ def test_deployed_network_gives_the_logits_of_the_student(
     if precision == "fp32":
         expected = predict_logits(large, context.test, *normalisation)
     else:
-        expected = deployed_logits(whole, *parts, *normalisation, context.test, run_model)
+        expected = deployed_logits(whole, *parts, *normalisation, context.test)
     last = 2 if cut is None else cut
     expected = expected[[*kept, last]]
 
@@ -423,7 +423,7 @@ def test_logits_of_many_images_come_in_their_order(
     images = np.random.default_rng(0).integers(0, 256, (103, 16, 16, 3), dtype=np.uint8)
     monkeypatch.setattr(deployed, "PART_BYTES", 10 * images[0].nbytes * 4)
     assert deployed.images_at_once(images) == 10
-    logits = deployed_logits(large.candidate, parts[0], None, context.mean, context.std, images, run_model)
+    logits = deployed_logits(large.candidate, parts[0], None, context.mean, context.std, images)
     assert (logits.shape, logits.dtype) == ((3, 103, 10), np.float32)
     assert difference(predict_logits(large, images, context.mean, context.std), logits) < 1e-5
 
@@ -553,9 +553,7 @@ def test_ranges_of_another_student_are_refused(
     """What keeps a wrong pair of files from being exported."""
     _, other = load_finished(finished)
     with pytest.raises(RecordError, match=r"the quantization ranges have no tensor .*; calibrate this"):
-        deployed_logits(
-            large.candidate.with_precision("int8"), parts[0], other, context.mean, context.std, context.val, run_model
-        )
+        deployed_logits(large.candidate.with_precision("int8"), parts[0], other, context.mean, context.std, context.val)
 
 
 def test_everything_that_looks_at_a_few_images_sees_every_class_of_a_sorted_folder(

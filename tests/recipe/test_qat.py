@@ -12,7 +12,6 @@ from test_finish import DISTILL, FP32, INT8, MIXED, candidate, job, states, writ
 from nas.core.errors import ConfigError, InterruptedRunError
 from nas.core.records import Precision
 from nas.data import DataSettings, load_dataset
-from nas.devices.onnxruntime_cpu import run_model
 from nas.recipe.context import open_context
 from nas.recipe.deployed import deployed_logits
 from nas.recipe.finish import FinishJob, finish_student, finished_logits, load_finished
@@ -54,7 +53,7 @@ def test_the_record_tells_every_step_and_what_was_kept_is_deployed(trained: Path
     base, own = load_finished(trained), load_finished(trained, INT8)
     assert any(not np.array_equal(base[0][name], own[0][name]) for name in base[0])
     for split, images in (("val", context.val), ("test", context.test)):
-        int8 = deployed_logits(candidate().with_precision("int8"), *own, context.mean, context.std, images, run_model)
+        int8 = deployed_logits(candidate().with_precision("int8"), *own, context.mean, context.std, images)
         assert np.array_equal(finished_logits(trained, split, INT8), int8)
 
 

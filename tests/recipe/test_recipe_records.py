@@ -48,7 +48,7 @@ def test_answers_in_fp32_are_the_same_in_every_dialect_and_those_in_int8_are_not
     quant = calibrated(candidate, weights, *of_images, images, run_model)
     for precision, is_same in (("fp32", True), ("int8", False)):
         network = candidate.with_precision(precision)
-        each = [deployed_logits(network, weights, quant, *of_images, images, run_model, d) for d in DIALECTS]
+        each = [deployed_logits(network, weights, quant, *of_images, images, d) for d in DIALECTS]
         assert all(np.array_equal(each[0], other) == is_same for other in each[1:])
 
 

@@ -49,13 +49,13 @@ def test_each_part_is_tried_alone(context: Context) -> None:
     weights = random_weights(network, 0)
     sample = evenly(context.sample, IMAGES)
     quant = calibrated(network, weights, context.mean, context.std, sample, run_model)
-    table = sensitivity(network, weights, quant, context.mean, context.std, context.val, run_model, BOTH)
+    table = sensitivity(network, weights, quant, context.mean, context.std, context.val, BOTH)
     assert (table.choices, table.images, len(table.loss)) == (BOTH, 40, 4)
     assert all(row[0] == 0.0 and row[1] > 0.0 for row in table.loss)
 
     def answers(names: tuple[Precision, ...]) -> np.ndarray:
         mix = network.with_precision(names)
-        return deployed_logits(mix, weights, quant, context.mean, context.std, context.val, run_model)
+        return deployed_logits(mix, weights, quant, context.mean, context.std, context.val)
 
     alone = divergence(answers(("fp32",) * 4), answers(("fp32", "fp32", "int8", "fp32")))
     assert table.loss[2][1] == alone

@@ -10,7 +10,6 @@ from search_examples import Notes, Prepared
 
 from nas.core.jsonio import read_record
 from nas.core.walk import total_macs
-from nas.devices.onnxruntime_cpu import run_model
 from nas.recipe.context import ContextFile, open_context
 from nas.recipe.deployed import deployed_logits
 from nas.recipe.finish import load_finished
@@ -113,7 +112,7 @@ def test_small_finalists_learn_from_the_assistant_which_is_trained_once(prepared
     direct = open_context(parts.plan.context, 16)
     weights, _ = load_finished(folder)
     images = direct.targets.images[1]
-    expected = deployed_logits(sizes[-1], weights, None, direct.mean, direct.std, images, run_model)[-1]
+    expected = deployed_logits(sizes[-1], weights, None, direct.mean, direct.std, images)[-1]
     np.testing.assert_array_equal(taught.targets.logits[1], expected)
     assert np.array_equal(taught.targets.images, direct.targets.images)
     assert taught.targets.key != direct.targets.key

@@ -6,8 +6,9 @@ import pytest
 
 from nas.core.errors import ConfigError
 from nas.core.units import format_ms
-from nas.search.choice import GREYBOX, NSGA2, TPE, choose_sampler, kept_sampler
+from nas.search.choice import GREYBOX, NSGA2, TPE, choose_sampler
 from nas.search.folder import ChosenSampler
+from nas.search.settings import SamplerName
 
 
 def auto(trials: int, *, known: bool, score_s: float | None = None, batch: int = 12) -> str:
@@ -72,10 +73,16 @@ def test_worth_is_level_beyond_what_was_measured() -> None:
 
 
 def test_a_run_goes_on_with_its_sampler_where_that_can_work() -> None:
-    kept = ChosenSampler("greybox", "because")
-    assert kept_sampler(kept, "auto", is_latency_known=True) == ("greybox", "chosen when the run began: because")
-    assert kept_sampler(kept, "auto", is_latency_known=False) is None
-    assert kept_sampler(kept, "auto", is_latency_known=True, with_energy=True) is None
-    assert kept_sampler(kept, "nsga2", is_latency_known=True) is None
-    assert kept_sampler(None, "auto", is_latency_known=True) is None
-    assert kept_sampler(ChosenSampler("tpe", "x"), "auto", is_latency_known=True) is not None
+    def chosen(kept: str, name: SamplerName = "auto", *, known: bool = True, energy: bool = False) -> str:
+        given = ChosenSampler(kept, "because")
+        # so few trials that dear scores are worth the grey-box sampler, and cheap ones TPE
+        return choose_sampler(name, 100, is_latency_known=known, with_energy=energy, score_s=0.1, kept=given)[0]
+
+    fresh = choose_sampler("auto", 100, is_latency_known=False, score_s=0.1)[0]
+    assert fresh != "tpe"
+    assert chosen("greybox") == "greybox"
+    assert chosen("tpe") == chosen("tpe", known=False) == chosen("tpe", energy=True) == "tpe"
+    assert chosen("greybox", known=False) == chosen("greybox", energy=True) == fresh
+    assert chosen("tpe", "nsga2") == "nsga2"
+    _, reason = choose_sampler("auto", 100, is_latency_known=True, kept=ChosenSampler("tpe", "because"))
+    assert reason == "chosen when the run began: because"
