@@ -80,8 +80,8 @@ class StandaloneSettings:
     Fields:
         rungs: epochs after which a student is compared with all of the search that got so far; the last one is the
             length of the schedule.
-        keep: share of the students seen at a rung that goes on to the next, at least one. Students that were stopped in
-            earlier batches may go on too, from their checkpoint.
+        keep: the best share of the students seen at a rung goes on to the next, at least one. Students that were
+            stopped in earlier batches may go on too, from their checkpoint.
     """
 
     rungs: tuple[int, ...] = (1, 2, 8)

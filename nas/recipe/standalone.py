@@ -9,11 +9,11 @@ Differs from these:
 - Students are compared in the order in which they were proposed, not in that in which workers are done with them. A
   score that is early waits, its worker does not. So who goes on is a function of the scores alone: any number of
   workers decides the same, and so does a run that was killed.
-- Places are given away among `TOGETHER` new students and all before them, not at every one: the best of one or two is
-  no choice. Most of the workers' waiting is for the last students of a batch, whatever happens before
-  (`benchmarks.halving` simulates it).
-- Never more than the share has gone on. ASHA sends on whoever enters the top share, and since a sampler proposes better
-  students as it learns, later ones nearly all enter it.
+- Whoever is in the top share goes on, as in ASHA, but that is looked at once for `TOGETHER` new students and all before
+  them, not at every one: the best of one or two is no choice, and costs a tenth of the seconds
+  (`benchmarks.halving`). Most of the workers' waiting is for the last students of a batch, whatever happens before.
+  Later students are better, since a sampler learns, so that more than the share has gone on in the end; a limit to
+  the share lost the best of them.
 - The learning rate follows the schedule of the last rung from the start, so a student that goes on continues from its
   checkpoint. One that was stopped goes on later, when it is the best of those that were left behind.
 """
@@ -21,7 +21,7 @@ Differs from these:
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,7 +55,7 @@ class _Rung:
     seen: dict[int, tuple[float, tuple[float, ...]]] = field(default_factory=dict)
     went_on: set[int] = field(default_factory=set)
     line: deque[int] = field(default_factory=deque)
-    fresh: int = 0  # compared since places were given away last
+    fresh: int = 0  # compared since it was last decided who goes on
     early: dict[int, float | None] = field(default_factory=dict)  # scores of those in the line; None: it failed
 
 
@@ -64,9 +64,9 @@ class Halving:
 
     Args:
         rungs: how many there are.
-        keep: share of the students seen at a rung that goes on, at least one.
-        together: so many are compared before places are given away among all that were seen; fewer when nobody else can
-            come to the rung.
+        keep: the best share of the students seen at a rung goes on, at least one.
+        together: so many are compared before it is decided who of all that were seen goes on; fewer when nobody else
+            can come to the rung.
         before: students of earlier batches.
     """
 
@@ -116,18 +116,17 @@ class Halving:
 
     def _promote(self, rung: _Rung, following: _Rung | None) -> None:
         rung.fresh = 0
-        places = max(1, int(self._keep * len(rung.seen) + 1e-9)) - len(rung.went_on)
-        if following is None or places <= 0:
+        if following is None:
             return
         numbers = list(rung.seen)
-        gone = {i for i, n in enumerate(numbers) if n in rung.went_on}
         top1, latency_ms = zip(*rung.seen.values(), strict=True)
-        for i in promoted(top1, latency_ms, places, gone):
-            rung.went_on.add(numbers[i])
-            following.line.append(numbers[i])
+        for i in promoted(top1, latency_ms, max(1, int(self._keep * len(numbers) + 1e-9))):
+            if numbers[i] not in rung.went_on:
+                rung.went_on.add(numbers[i])
+                following.line.append(numbers[i])
 
 
-def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int, gone: Collection[int] = ()) -> NDArray[np.int64]:
+def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int) -> NDArray[np.int64]:
     """Indices of the `count` students that go on, better fronts first.
 
     Students are taken front by front (non-dominated rank). Of the front that does not fit as a whole, those with the
@@ -140,7 +139,6 @@ def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int, gone: Colle
         accuracy: [N], more is better.
         latency_ms: [N], less is better; [N, D] on D devices.
         count: how many go on; all do when there are fewer.
-        gone: indices of students that went on before: the others are compared with them, but they are not chosen again.
 
     Raises:
         RecordError: shapes that differ, or a value that is not finite.
@@ -152,9 +150,9 @@ def promoted(accuracy: ArrayLike, latency_ms: ArrayLike, count: int, gone: Colle
         on_front = non_dominated(points[rest], (True, *(False,) * (points.shape[1] - 1)))
         front = [int(i) for i in rest[on_front]]
         rest = rest[~on_front]
-        if sum(i not in gone for i in front) > count - len(chosen):
+        if len(front) > count - len(chosen):
             front = _by_contribution(points, front)
-        chosen.extend([i for i in front if i not in gone][: count - len(chosen)])
+        chosen.extend(front[: count - len(chosen)])
     return np.array(chosen, dtype=np.int64)
 
 
