@@ -30,7 +30,7 @@ from nas.devices import open_device
 from nas.devices.base import Device
 from nas.latency.fitting import Fitted, fit_correction
 from nas.latency.lines import network_key
-from nas.latency.precision import Assignments, assignments
+from nas.latency.precision import GAIN_STD, Assignments, assignments
 from nas.latency.table import LatencyTable
 from nas.measure.fill import fill, fp32_mb, measure_streaming
 from nas.measure.networks import measure_networks, network_bytes, network_job
@@ -216,7 +216,9 @@ def main(arguments: list[str]) -> int:
     options.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the networks (default 0)")
     options.add_argument("--evidence", type=int, default=30, help="other networks that correct the table (default 30)")
     options.add_argument("--repeats", type=int, default=2, help="how often everything is compared (default 2)")
-    options.add_argument("--margin", type=float, default=1.0, help="deviations that a gain must exceed (default 1)")
+    options.add_argument(
+        "--margin", type=float, default=GAIN_STD, help=f"deviations that a gain must exceed (default {GAIN_STD:g})"
+    )
     options.add_argument("--space", default="small-64", help="search space, by name or file")
     options.add_argument("--folder", type=Path, default=Path("runs/benchmark-precision"), help="keeps measurements")
     chosen = options.parse_args(arguments)

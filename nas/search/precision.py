@@ -178,7 +178,7 @@ def precision_seeds(
         if solved is None:
             continue
         kept = solved.cheapest_within(parts.budget.ms, parts.budget.margin_std)
-        for i, names in ((kept, first), (solved.fastest(parts.budget.margin_std), second)):
+        for i, names in ((kept, first), (solved.fastest(), second)):
             if i is not None:
                 names.append(parts.space.encode(record.candidate.with_precision(solved.precisions(i))))
     return list(dict.fromkeys([*first, *second]))

@@ -110,7 +110,7 @@ def test_the_ladder_has_mixes_only_the_fastest_first_and_what_keeps_the_deadline
     assert kept is not None and ladder[1] == found.precisions(kept)
     assert len(ladder) == len(set(ladder)) == 3
     assert all(len(set(names)) > 1 and places[names] in found.front() for names in ladder)
-    assert found.ladder(3, [limit], 50.0) == []  # no gain is beyond so wide a margin
+    assert found.ladder(3, [limit], gain_std=50.0) == []  # no gain is beyond so wide a margin
 
 
 def test_where_all_are_too_many_those_stay_that_no_other_beats(
