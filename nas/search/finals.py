@@ -49,7 +49,7 @@ from nas.recipe.finish import (
     precision_name,
 )
 from nas.recipe.pool import JobFailure
-from nas.recipe.records import FinishedStudent, read_logits, read_scored
+from nas.recipe.records import FinishedStudent, read_logits, read_scored, soft_top1
 from nas.search.assistants import Lesson
 from nas.search.folder import MeasuredExit, TrialRecord
 from nas.search.precision import (
@@ -68,9 +68,10 @@ from nas.search.settings import BudgetSettings, FinishSettings
 from nas.search.view import PointSource
 from nas.train.settings import DistillSettings
 
-EXIT_LOSSES = (0.0, 0.005, 0.01)  # accuracy (ratio) given up by the threshold settings that become points
+# Accuracy (ratio) given up by the threshold settings that become points, and how much faster than the one before they
+# have to be: what costs several points is for those who look at the whole front, and must be a real step on it.
+EXIT_STEPS = ((0.0, 1.0), (0.005, 0.97), (0.01, 0.97), (0.02, 0.9), (0.04, 0.9), (0.08, 0.9))
 CURVE_POINTS = 40
-WORTHWHILE = 0.97  # a threshold setting that costs accuracy becomes a point only when it is this much faster
 NEAR_FRONT = 1.25  # a network whose prediction is this much behind the front may still be on it
 MAX_MEASURED = 40
 MOST_FREE_EXITS = 3  # of these every choice is looked at, of more exits all or none
@@ -168,26 +169,38 @@ def _inside(budget: BudgetSettings, limited_ms: Sequence[float]) -> list[list[in
 
 
 def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
-    """Score and latency of the sampled thresholds and of the solved ones."""
+    """Score and latency of the sampled thresholds, of the solved ones, and of the networks cut behind each exit."""
     estimate = parts.predictor.estimate(record.candidate)
-    return [(accuracy, figures(estimate, shares)) for accuracy, shares in _score_settings(parts, record)]
+    found = [(accuracy, figures(estimate, shares)) for accuracy, shares in _score_settings(parts, record)]
+    logits = _score_logits(parts, record)
+    if logits is not None:
+        for k in range(len(record.candidate.exits)):
+            cut = replace(estimate, exit_ms=estimate.exit_ms[: k + 1], exit_std_ms=estimate.exit_std_ms[: k + 1])
+            found.append((soft_top1(logits[k], parts.labels), figures(cut, (*(0.0,) * k, 1.0))))
+    return found
 
 
 def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float, tuple[float, ...]]]:
     """Score and exit shares of the sampled thresholds and of those solved for this device."""
     settings = [(record.score, record.exit_shares)]
-    if record.candidate.exits:
-        name = parts.plan.job(record.candidate, record.epochs).name
-        folder = parts.folder.student(record.candidate.arch_id)
-        scored = read_scored(folder, name)
-        if scored is not None:
-            estimate = parts.predictor.estimate(record.candidate)
-            swept = sweep(read_logits(folder, scored), parts.labels, estimate.exit_ms)
-            solved = [solve_for_loss(swept, loss) for loss in EXIT_LOSSES]
-            solved += _for_deadline(swept, estimate, parts.budget)
-            softer = record.score - (record.top1 or 0.0)
-            settings += [(s.top1 + softer, s.shares) for s in solved]
+    logits = _score_logits(parts, record)
+    if logits is not None:
+        estimate = parts.predictor.estimate(record.candidate)
+        swept = sweep(logits, parts.labels, estimate.exit_ms)
+        solved = [solve_for_loss(swept, loss) for loss, _ in EXIT_STEPS]
+        solved += _for_deadline(swept, estimate, parts.budget)
+        softer = record.score - (record.top1 or 0.0)
+        settings += [(s.top1 + softer, s.shares) for s in solved]
     return settings
+
+
+def _score_logits(parts: SearchParts, record: TrialRecord) -> np.ndarray | None:
+    """Logits [E, N, K] of a scored candidate with exits on search validation; None without exits or file."""
+    if not record.candidate.exits:
+        return None
+    folder = parts.folder.student(record.candidate.arch_id)
+    scored = read_scored(folder, parts.plan.job(record.candidate, record.epochs).name)
+    return None if scored is None else read_logits(folder, scored)
 
 
 def finish(
@@ -486,9 +499,9 @@ def _best_settings(
         return [ThresholdSetting((), right, len(labels), float(estimate.exit_ms[0]), (1.0,))]
     swept = sweep(logits, labels, estimate.exit_ms)
     kept: list[ThresholdSetting] = []
-    for loss in sorted({*EXIT_LOSSES, settings.exit_loss}):
+    for loss, ratio in sorted({settings.exit_loss: EXIT_STEPS[1][1], **dict(EXIT_STEPS)}.items()):
         setting = solve_for_loss(swept, loss)
-        if not kept or setting.expected_ms < WORTHWHILE * kept[-1].expected_ms:
+        if not kept or setting.expected_ms < ratio * kept[-1].expected_ms:
             kept.append(setting)
     targets = [read_target(text, "finish.exit_targets") for text in settings.exit_targets]
     wanted = [target.solve(swept, estimate.exit_std_ms, budget.margin_std) for target in targets]
