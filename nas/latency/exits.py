@@ -208,6 +208,12 @@ def evaluate_thresholds(
     return float(correct[taken, np.arange(len(taken))].mean()), shares, float(shares @ cost)
 
 
+def answers(logits: NDArray[np.floating], thresholds: Sequence[float] | FloatArray) -> NDArray[np.floating]:
+    """Logits of the exit where each image leaves, shape [N, K] from logits [E, N, K]; `thresholds` as `exit_taken`."""
+    taken = exit_taken(confidences(logits), thresholds)
+    return logits[taken, np.arange(logits.shape[1])]
+
+
 def confidences(logits: NDArray[np.floating]) -> FloatArray:
     """Largest softmax probability in float64, shape [...] for logits [..., K]."""
     shifted = np.asarray(logits, dtype=np.float64)

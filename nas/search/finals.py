@@ -28,6 +28,7 @@ from nas.latency.estimate import figures
 from nas.latency.exits import (
     ThresholdSetting,
     ThresholdSweep,
+    answers,
     evaluate_thresholds,
     read_target,
     solve_for_deadline,
@@ -189,8 +190,7 @@ def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float
         swept = sweep(logits, parts.labels, estimate.exit_ms)
         solved = [solve_for_loss(swept, loss) for loss, _ in EXIT_STEPS]
         solved += _for_deadline(swept, estimate, parts.budget)
-        softer = record.score - (record.top1 or 0.0)
-        settings += [(s.top1 + softer, s.shares) for s in solved]
+        settings += [(soft_top1(answers(logits, s.thresholds), parts.labels), s.shares) for s in solved]
     return settings
 
 

@@ -65,7 +65,7 @@ class TrialRecord:
     `exit_shares` and `exit_top1` are of the search validation split under the candidate's thresholds. `latency_ms` is
     what was predicted when it was proposed (worst case), `elsewhere_ms` the same on further devices; later estimates
     are computed anew from the candidate. `rung_scores` are those of the head at each rung of a standalone training.
-    `soft_top1` is `top1` with the mean probability of the right label in place of the head's share of right answers.
+    `soft_top1` is the mean probability of the right label where `top1` is the share of right answers.
 
     A candidate that was stopped may go on during a later batch. Then it has a second line, whose `decided_in` is the
     first number of that batch.

@@ -20,10 +20,10 @@ from nas.core.walk import total_macs
 from nas.latency.energy import EnergyEstimator, has_energy
 from nas.latency.energy import figures as energy_figures
 from nas.latency.estimate import figures
-from nas.latency.exits import NEVER, evaluate_thresholds
+from nas.latency.exits import NEVER, answers, evaluate_thresholds
 from nas.latency.lines import network_key
 from nas.recipe.pool import JobPool
-from nas.recipe.records import top1_per_exit
+from nas.recipe.records import soft_top1, top1_per_exit
 from nas.recipe.standalone import foreseen
 from nas.search.calibration import accuracy_fit
 from nas.search.choice import choose_sampler
@@ -667,13 +667,12 @@ def _record(
         )
     thresholds = tuple(NEVER if e.threshold is None else e.threshold for e in known.candidate.exits)
     top1, shares, _ = evaluate_thresholds(result.logits, parts.labels, thresholds, estimate.exit_ms)
-    alone = top1_per_exit(result.logits, parts.labels)
     return replace(
         decided,
         state="complete" if result.is_complete else "stopped",
         top1=top1,
-        soft_top1=top1 + result.score - alone[-1],
-        exit_top1=alone,
+        soft_top1=soft_top1(answers(result.logits, thresholds), parts.labels),
+        exit_top1=top1_per_exit(result.logits, parts.labels),
         exit_shares=tuple(float(s) for s in shares),
         cost_s=result.cost_s,
     )

@@ -17,6 +17,7 @@ from nas.latency.exits import (
     NEVER,
     ThresholdSetting,
     ThresholdSweep,
+    answers,
     confidences,
     evaluate_thresholds,
     exit_taken,
@@ -245,3 +246,11 @@ def test_wrong_thresholds_are_named() -> None:
         evaluate_thresholds(logits, labels, (float("nan"),), [1.0, 2.0])
     with pytest.raises(RecordError, match="from 0 to 1, got 5"):
         solve_for_loss(sweep(logits, labels, [1.0, 2.0]), 5)
+
+
+def test_answers_are_the_logits_of_the_exit_where_each_image_leaves() -> None:
+    sure, unsure = np.array([4.0, 0.0]), np.array([0.1, 0.0])
+    logits = np.stack([[sure, unsure, unsure], [-sure, -sure, unsure], [sure, sure, -sure]])
+    assert np.array_equal(answers(logits, (0.9, 0.9)), [sure, -sure, -sure])
+    assert np.array_equal(answers(logits, (ALWAYS, 0.9)), logits[0])
+    assert np.array_equal(answers(logits, (NEVER, NEVER)), logits[-1])
