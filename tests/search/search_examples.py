@@ -59,7 +59,7 @@ teacher: {epochs: 2, widths: [8], blocks: 1, threads: 1, batch_size: 20}
 distill: {epochs: 2, variants: 2, batch_size: 20, recalibration_images: 20}
 supernet: {steps: 4, batch_size: 10, random_subnets: 1, checkpoint_steps: 1}
 standalone: {rungs: [1, 2]}
-search: {trials: 10, rounds: 2, batch: 3, workers: 2, sampler: tpe, seed: 2}
+search: {trials: 10, rounds: 2, batch: 3, workers: 2, sampler: tpe, seed: 4}
 feedback: {first_networks: 3, networks_per_round: 2}
 finish: {students: 3, calibration_images: 16, int8_loss: 0.5, qat_epochs: 1, qat_least_loss: -1, robustness: [1, 5]}
 """

@@ -200,7 +200,7 @@ def test_a_plan_with_other_settings_than_the_folder_lists_what_differs(copied: P
         f"{copied.parent / 'run'}: this folder holds a run with other settings:\n"
         "  budget: 0.0068 ms (worst), margin of 1 deviations, of packages 1.5 -> 0.007 ms (worst), margin of 1 "
         "deviations, of packages 1.5\n"
-        "  seed: 2 -> 3\n"
+        "  seed: 4 -> 3\n"
         "Start anew in another folder (--set run.dir=DIR), or keep what is still valid: --fork"
     )
 
