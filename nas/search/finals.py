@@ -129,8 +129,9 @@ def _best_everywhere(parts: SearchParts, records: Sequence[TrialRecord]) -> list
     everywhere = parts.each
     for record in (r for r in records if r.state == "complete"):
         estimates = [own.predictor.estimate(record.candidate) for own in everywhere]
-        for own in everywhere:
-            for accuracy, shares in _score_settings(own, record):
+        logits = _score_logits(parts, record)
+        for own, estimate in zip(everywhere, estimates, strict=True):
+            for accuracy, shares in _score_settings(own, record, estimate, logits):
                 each = zip(everywhere, estimates, strict=True)
                 if all(latency_of(figures(e, shares), o.budget.of) <= o.budget.ms for o, e in each):
                     best[record.candidate.architecture] = max(accuracy, best.get(record.candidate.architecture, 0.0))
@@ -171,9 +172,9 @@ def _inside(budget: BudgetSettings, limited_ms: Sequence[float]) -> list[list[in
 
 def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
     """Score and latency of the sampled thresholds, of the solved ones, and of the networks cut behind each exit."""
-    estimate = parts.predictor.estimate(record.candidate)
-    found = [(accuracy, figures(estimate, shares)) for accuracy, shares in _score_settings(parts, record)]
-    logits = _score_logits(parts, record)
+    estimate, logits = parts.predictor.estimate(record.candidate), _score_logits(parts, record)
+    settings = _score_settings(parts, record, estimate, logits)
+    found = [(accuracy, figures(estimate, shares)) for accuracy, shares in settings]
     if logits is not None:
         for k in range(len(record.candidate.exits)):
             cut = replace(estimate, exit_ms=estimate.exit_ms[: k + 1], exit_std_ms=estimate.exit_std_ms[: k + 1])
@@ -181,16 +182,16 @@ def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, 
     return found
 
 
-def _score_settings(parts: SearchParts, record: TrialRecord) -> list[tuple[float, tuple[float, ...]]]:
-    """Score and exit shares of the sampled thresholds and of those solved for this device."""
+def _score_settings(
+    parts: SearchParts, record: TrialRecord, estimate: LatencyEstimate, logits: np.ndarray | None
+) -> list[tuple[float, tuple[float, ...]]]:
+    """Score and exit shares of the sampled thresholds and of those solved for this device, with `_score_logits`."""
     settings = [(record.score, record.exit_shares)]
-    logits = _score_logits(parts, record)
     if logits is not None:
-        estimate = parts.predictor.estimate(record.candidate)
         swept = sweep(logits, parts.labels, estimate.exit_ms)
         solved = [solve_for_loss(swept, loss) for loss, _ in EXIT_STEPS]
         solved += _for_deadline(swept, estimate, parts.budget)
-        settings += [(soft_top1(answers(logits, s.thresholds), parts.labels), s.shares) for s in solved]
+        settings += [(soft_top1(answers(logits, s.thresholds), parts.labels), s.shares) for s in dict.fromkeys(solved)]
     return settings
 
 
