@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from nas.core.errors import RecordError
 from nas.latency.pareto import hypervolume_contributions, non_dominated
 
-TOGETHER = 12  # students of a rung among whom places are given away: a batch of the default size
+TOGETHER = 12  # new students of a rung after whom it is decided who goes on: a batch of the default size
 LEAST_ERROR = 1e-3  # a share of wrong answers below it counts as it: one image of a thousand
 PRIOR_STUDENTS, PRIOR_SPREAD = 4.0, 0.2  # weight of the slope 1: so many students, spread so far in log error
 
