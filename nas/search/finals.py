@@ -124,7 +124,7 @@ def choose_finalists(parts: SearchParts, records: Sequence[TrialRecord], count: 
 
 
 def _best_everywhere(parts: SearchParts, records: Sequence[TrialRecord]) -> list[Candidate]:
-    """The architectures whose scores keep the deadline of every device under some thresholds, the best first."""
+    """The architectures whose scores keep the deadline of every device under some thresholds or cut, the best first."""
     best: dict[Candidate, float] = {}
     everywhere = parts.each
     for record in (r for r in records if r.state == "complete"):
@@ -133,7 +133,7 @@ def _best_everywhere(parts: SearchParts, records: Sequence[TrialRecord]) -> list
         for own, estimate in zip(everywhere, estimates, strict=True):
             for accuracy, shares in _score_settings(own, record, estimate, logits):
                 each = zip(everywhere, estimates, strict=True)
-                if all(latency_of(figures(e, shares), o.budget.of) <= o.budget.ms for o, e in each):
+                if all(latency_of(_figures(e, shares), o.budget.of) <= o.budget.ms for o, e in each):
                     best[record.candidate.architecture] = max(accuracy, best.get(record.candidate.architecture, 0.0))
     return sorted(best, key=lambda candidate: -best[candidate])
 
@@ -173,25 +173,29 @@ def _inside(budget: BudgetSettings, limited_ms: Sequence[float]) -> list[list[in
 def _score_points(parts: SearchParts, record: TrialRecord) -> list[tuple[float, LatencyFigures]]:
     """Score and latency of the sampled thresholds, of the solved ones, and of the networks cut behind each exit."""
     estimate, logits = parts.predictor.estimate(record.candidate), _score_logits(parts, record)
-    settings = _score_settings(parts, record, estimate, logits)
-    found = [(accuracy, figures(estimate, shares)) for accuracy, shares in settings]
-    if logits is not None:
-        for k in range(len(record.candidate.exits)):
-            cut = replace(estimate, exit_ms=estimate.exit_ms[: k + 1], exit_std_ms=estimate.exit_std_ms[: k + 1])
-            found.append((soft_top1(logits[k], parts.labels), figures(cut, (*(0.0,) * k, 1.0))))
-    return found
+    return [(accuracy, _figures(estimate, s)) for accuracy, s in _score_settings(parts, record, estimate, logits)]
+
+
+def _figures(estimate: LatencyEstimate, shares: tuple[float, ...]) -> LatencyFigures:
+    """Latency of a network whose last exit is that of the last share: fewer shares than exits are a network cut."""
+    last = len(shares)
+    cut = replace(estimate, exit_ms=estimate.exit_ms[:last], exit_std_ms=estimate.exit_std_ms[:last])
+    return figures(cut, shares)
 
 
 def _score_settings(
     parts: SearchParts, record: TrialRecord, estimate: LatencyEstimate, logits: np.ndarray | None
 ) -> list[tuple[float, tuple[float, ...]]]:
-    """Score and exit shares of the sampled thresholds and of those solved for this device, with `_score_logits`."""
+    """Score and exit shares of the sampled thresholds, of those solved for this device, and of the network cut behind
+    each exit, which has no shares of what follows; with `_score_logits`.
+    """
     settings = [(record.score, record.exit_shares)]
     if logits is not None:
         swept = sweep(logits, parts.labels, estimate.exit_ms)
         solved = [solve_for_loss(swept, loss) for loss, _ in EXIT_STEPS]
         solved += _for_deadline(swept, estimate, parts.budget)
         settings += [(soft_top1(answers(logits, s.thresholds), parts.labels), s.shares) for s in dict.fromkeys(solved)]
+        settings += [(soft_top1(row, parts.labels), (*(0.0,) * k, 1.0)) for k, row in enumerate(logits[:-1])]
     return settings
 
 

@@ -52,7 +52,7 @@ from nas.search.finals import (
 )
 from nas.search.folder import TrialRecord
 from nas.search.packages import PointSource
-from nas.search.rounds import SearchParts
+from nas.search.rounds import SearchParts, Target
 from nas.search.settings import BudgetSettings, FinishSettings
 from nas.testing import SimulatedDevice
 from nas.train.settings import DistillSettings
@@ -238,6 +238,20 @@ def test_a_candidate_whose_cut_network_is_the_fastest_of_the_front_is_a_finalist
     logits = made_logits(parts.labels, (0.4, 0.4), parts.space.num_classes)
     write_scored(folder, with_exit, epochs=0, cost_s=0.0, logits=logits, labels=parts.labels, name=name)
     assert with_exit.architecture in choose_finalists(parts, records, 2)
+
+
+def test_a_cut_network_may_be_the_best_that_keeps_the_deadlines_of_all_devices(make: Make) -> None:
+    parts = make()
+    with_exit = network(parts, exits=1).with_thresholds((0.99,))
+    exit_ms = parts.predictor.estimate(with_exit).exit_ms
+    plain = next(r for r in plain_records(parts, 12) if r.latency_ms < exit_ms[0])
+    parts = replace(parts, budget=BudgetSettings(ms=1.01 * exit_ms[0]))
+    parts = replace(parts, others=(Target(parts.folder, parts.predictor, parts.budget),))
+    record = TrialRecord(90, 1, (0,), with_exit, "complete", "random", 1.0, 0.9, (0.8, 0.9), (0.0, 1.0))
+    logits = made_logits(parts.labels, (0.8, 0.9), parts.space.num_classes)
+    folder, name = parts.folder.student(with_exit.arch_id), parts.plan.job(with_exit, 0).name
+    write_scored(folder, with_exit, epochs=0, cost_s=0.0, logits=logits, labels=parts.labels, name=name)
+    assert choose_finalists(parts, [replace(plain, top1=0.3), record], 1) == [with_exit.architecture]
 
 
 # Full distillation
