@@ -120,7 +120,7 @@ def load_folder(settings: DataSettings, resolution: int, progress: Progress | No
     given = {p: np.array([i for i, f in enumerate(files) if f.part == p], dtype=np.int64) for p in PARTS}
     note_copies(given, labels, digests, names, warnings)
     parts = without_leaks(given, digests, names, warnings)
-    parts = complete(parts, labels, digests, settings, warnings)
+    parts = complete(parts, labels, digests, names, settings, warnings)
     check_presence(parts, labels, class_names, warnings)
 
     return assemble(name, class_names, images, labels, digests, names, parts, settings.augment, warnings)

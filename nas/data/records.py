@@ -20,6 +20,8 @@ Images = NDArray[np.uint8]
 
 Corruption = Literal["noise", "motion_blur", "defocus_blur", "exposure", "vignetting", "jpeg"]
 
+Division = Literal["random", "order"]
+
 Progress = Callable[[int, int], None]
 """Called with the number of images done and the number of all."""
 
@@ -115,6 +117,9 @@ class DataSettings:
         test_images: test images of the embedded set.
         val_share: share of the training images, taken class by class, that becomes the search-validation split of a
             set that brings none; also the share of the test split of a set that is not divided at all.
+        division: how these are taken. `random`: by content and `seed`. `order`: the last images of each class by name
+            (numbers in names count as numbers), for frames of a film, pictures of one strip or of one day: neighbours
+            look alike, and if they were on both sides, validation would ask only for what the students know.
         threshold_share: share of the search-validation images that scores no candidate and chooses none: exit
             thresholds and temperatures are solved on it. 0: they are solved on the images that also choose.
         seed: draws the embedded set and decides which images of other sets go to search validation.
@@ -129,6 +134,7 @@ class DataSettings:
     val_images: int = 3000
     test_images: int = 3000
     val_share: float = 0.15
+    division: Division = "random"
     threshold_share: float = 0.0
     seed: int = 0
     max_corrupt_share: float = 0.01

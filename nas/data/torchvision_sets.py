@@ -140,7 +140,8 @@ def load_named(settings: DataSettings, resolution: int, progress: Progress | Non
 
     names = [f"{part} image {i}" for part, index in parts.items() for i in range(len(index))]
     note_copies(parts, labels, digests, names, warnings)
-    parts = complete(without_leaks(parts, digests, names, warnings), labels, digests, settings, warnings)
+    parts = without_leaks(parts, digests, names, warnings)
+    parts = complete(parts, labels, digests, names, settings, warnings)
     class_names = _class_names(sources["train"], int(labels.max()) + 1)
     check_presence(parts, labels, class_names, warnings)
     augment = settings.augment

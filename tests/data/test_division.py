@@ -44,3 +44,20 @@ def test_copies_go_together_and_count_as_one() -> None:
         assert len(copies) in (0, 30)
         assert len(part) - max(len(copies) - 1, 0) == 2
         assert len(stay) + len(part) == 40
+
+
+def test_in_order_the_last_names_of_each_class_are_the_parts() -> None:
+    names = [f"train/{c}/{c}_{n}.png" for c in ("a", "b") for n in range(1, 13)]
+    at_random = np.random.default_rng(0).permutation(24)
+    names = [names[i] for i in at_random]
+    labels = np.array([n.startswith("train/b") for n in names], dtype=np.int64)
+    stay, last, before = divide(labels, [f"{i:04d}" for i in at_random], 0, (0.25, 0.25), names)
+    numbers = [sorted(int(names[i].rpartition("_")[2][:-4]) for i in part) for part in (stay, last, before)]
+    assert numbers == [sorted([*range(1, 7)] * 2), [10, 10, 11, 11, 12, 12], [7, 7, 8, 8, 9, 9]]
+
+
+def test_in_order_copies_go_with_the_last_of_them() -> None:
+    names = ["x1", "x2", "x9", "x10", "x11"]
+    stay, part = divide(np.zeros(5, dtype=np.int64), ["copy", "b", "c", "d", "copy"], 0, (0.25,), names)
+    assert stay.tolist() == [1, 2, 3]
+    assert part.tolist() == [0, 4]

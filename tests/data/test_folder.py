@@ -89,6 +89,17 @@ def test_an_undivided_folder_is_divided_class_by_class(tmp_path: Path) -> None:
     assert _load(tmp_path, seed=1).val.names != dataset.val.names
 
 
+def test_in_order_validation_has_the_last_names_of_each_class(tmp_path: Path) -> None:
+    _fill(tmp_path, {"a": 20, "b": 20})
+    dataset = _load(tmp_path, division="order")
+    for label in "ab":
+        splits = (dataset.train, dataset.val, dataset.test)
+        train, val, test = ([n for n in split.names or () if n.startswith(label)] for split in splits)
+        assert max(train) < min(val) <= max(val) < min(test)
+    assert "class by class (the last ones by name): 28 train, 6 search validation, 6 test images" in _notes(dataset)
+    assert _load(tmp_path, division="order", seed=1).sha256 == dataset.sha256
+
+
 def test_images_below_a_folder_called_images_are_found(tmp_path: Path) -> None:
     _fill(tmp_path, {f"{split}/images/{label}": 4 for split in ("train", "val") for label in "ab"})
     (tmp_path / "train" / "annotations").mkdir()

@@ -255,7 +255,7 @@ MATTERS = {
 # Where results go, how many processes work, and what another scorer, data set or pruned student would read.
 MATTERS_NOT = (
     "name=other run.dir=x run.tables=x run.cache=x search.workers=7 standalone.rungs=[1,3] standalone.keep=0.9 "
-    "data.path=x data.val_share=0.2 data.max_corrupt_share=0.5 data.download=false "
+    "data.path=x data.val_share=0.2 data.division=order data.max_corrupt_share=0.5 data.download=false "
     "finish.prune_mode=joint finish.prune_importance=l1 finish.prune_epochs=3 finish.prune_lr=0.1 finish.prune_rows=4 "
     "finish.stream_images=7"
 )
