@@ -21,7 +21,7 @@ from nas.devices import open_device
 from nas.devices.base import MeasureJob
 from nas.export.forms import path_models
 from nas.export.manifest import path_latency
-from nas.search.api import export_student
+from nas.search.exporting import export_student
 from nas.search.view import load_view
 
 HEADROOM = 1.1  # a budget closer to the fastest student than the noise of a host can be kept by chance only

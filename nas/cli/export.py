@@ -60,7 +60,7 @@ def command(
     """
     from nas.export.dialect import target_dialect
     from nas.latency.exits import read_target
-    from nas.search.api import export_student
+    from nas.search.exporting import export_student
     from nas.search.folder import RunFolder
     from nas.search.view import experiment_of, further_name
 

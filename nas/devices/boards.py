@@ -34,9 +34,10 @@ from nas.devices.base import (
     StreamJob,
     StreamTimes,
 )
+from nas.devices.board_profile import LOCK_CLOCKS, same_state
 from nas.devices.graphs import REFERENCE_CHANNELS, REFERENCE_SIZE, reference_model
 from nas.devices.link import RefusedRequestError
-from nas.devices.remote import LOCK_CLOCKS, RemoteDevice, same_state
+from nas.devices.remote import RemoteDevice
 from nas.devices.ssh import RemoteError
 
 T = TypeVar("T")

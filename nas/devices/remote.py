@@ -18,16 +18,16 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nas.core.errors import DeviceError, UsageError, did_you_mean
+from nas.core.errors import DeviceError
 from nas.core.jsonio import content_hash
-from nas.core.records import PROFILE_STATE_FIELDS, ClockKind, DeviceProfile, Measurement, Precision
+from nas.core.records import ClockKind, DeviceProfile, Measurement
 from nas.devices.address import RemoteAddress
 from nas.devices.agent import packed_agent
 from nas.devices.base import (
@@ -43,16 +43,12 @@ from nas.devices.base import (
     layer_times_of,
 )
 from nas.devices.board.state import identity
+from nas.devices.board_profile import RemoteRunner, chosen_runner, remote_profile, runner_of
 from nas.devices.capability import (
-    SILICON,
-    Capability,
-    capability_of,
     reads_hard_swish,
     version_of,
-    without_details,
 )
 from nas.devices.graphs import reference_model
-from nas.devices.host import safe_name
 from nas.devices.link import AgentLink, Message, RefusedRequestError
 from nas.devices.portable import feed_bytes, image_bytes, portable_model, precision_of
 from nas.devices.protocol import (
@@ -72,7 +68,6 @@ from nas.devices.stream import StreamSession, stream_session, stream_values
 
 T = TypeVar("T")
 
-LOCK_CLOCKS = "lock_clocks"  # in the details of a profile whose clocks are not locked: the command that does it there
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # between tries to connect again, doubled each time
 PATIENCE_S = 180.0  # of such pauses together, without anything that arrives: a board boots in about a minute
 RUN_LIMIT_S = 600.0  # of a few images; where an engine is built of the model before, see BUILD_LIMIT_S
@@ -82,7 +77,6 @@ SLOW_CHECKS = 3  # looks at the reference network where each may load an engine 
 JOBS_OF_BATCH = 200  # that one request brings to the board; how many live at once there is another matter
 _NEARLY_ALL = 0.99  # of the work, while nobody knows how many further sessions it takes until they agree
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 # For runtimes that build an engine for seconds to minutes, and time on the accelerator's own clock, which a busy
 # processor does not disturb: few builds, longer rounds, the median of their samples (facts of trtexec's reports).
@@ -106,21 +100,6 @@ SLOW_START = ProtocolSettings(
     quantile=0.5,
     hang_s=180.0,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteRunner:
-    """A runtime on the board, as the board describes it."""
-
-    name: str
-    missing: str
-    runtime: str = ""
-    version: str = ""
-    precisions: tuple[Precision, ...] = ()
-    details: dict[str, str] = field(default_factory=dict)
-    slow_start: bool = True
-    dynamic_batch: bool = False
-    streams_by: str = ""
 
 
 class RemoteDevice:
@@ -162,8 +141,8 @@ class RemoteDevice:
         weakref.finalize(self, self._connection.close)
         try:
             hello = self._hello(self._connection.open())
-            self._runners = tuple(map(_runner, hello["runners"]))
-            self._runner = _chosen(self._runners, address)
+            self._runners = tuple(map(runner_of, hello["runners"]))
+            self._runner = chosen_runner(self._runners, address)
             self._settings = settings or (SLOW_START if self._runner.slow_start else _processor(address.threads))
             self._state: Message = hello["state"]
         except BaseException:
@@ -726,55 +705,6 @@ _CLOCKS: dict[str, ClockKind] = {
 }
 
 
-def remote_profile(address: RemoteAddress, runner: RemoteRunner, state: Message) -> DeviceProfile:
-    """The device state that a board's records tell; boards of one kind in one state have the same."""
-    can = _capability(runner, state)
-    mode = identity(state)["power_mode"] or (f"governor={state['governor']}" if state.get("governor") else "unknown")
-    board = " ".join(str(state.get("board") or "unknown").split())
-    on_processor = runner.runtime == "ort"
-    offered = runner.precisions if can is None else can.offered(runner.precisions)
-    names = [board, f"{runner.runtime}{runner.version}", f"{address.threads}t" if on_processor else str(mode)]
-    is_locked = state.get("clocks_locked")
-    if is_locked is not None:  # a table holds for one of both, so each has a folder
-        names.append("locked" if is_locked else "free")
-    known = [f"{name}={state[name]}" for name in ("l4t", "cuda") if state.get(name)]
-    return DeviceProfile(
-        name=safe_name("_".join(names)),
-        board=board,
-        runtime=runner.runtime,
-        runtime_version=runner.version,
-        power_mode=str(mode),
-        clocks_locked=bool(state.get("clocks_locked")),
-        locked_mhz=state.get("locked_mhz") or "",
-        threads=address.threads if on_processor else 1,
-        driver=" ".join(known) or "unknown",
-        precisions=offered,
-        kind="measured",
-        details={
-            **runner.details,
-            **(without_details(offered, runner.version, can) if runner.runtime == "tensorrt" else {}),
-            "address": address.ssh.shown,
-            "device_name": address.name,
-            "runner": runner.name,
-            **({LOCK_CLOCKS: "sudo jetson_clocks"} if is_locked is False and state.get("soc") else {}),
-            **{name: str(state[name]) for name in ("python", "jetpack", "soc") if state.get(name)},
-        },
-    )
-
-
-def _capability(runner: RemoteRunner, state: Message) -> Capability | None:
-    """What the board can do with its TensorRT; None of another runtime, and of silicon that is not in our table."""
-    if runner.runtime != "tensorrt" or state.get("soc") not in SILICON:
-        return None
-    return capability_of(state["soc"], runner.version)
-
-
-def same_state(first: DeviceProfile, other: DeviceProfile) -> list[str]:
-    """`field: first, other` for each field in which two boards differ; empty where one table holds for both."""
-    pairs = [(name, getattr(first, name), getattr(other, name)) for name in PROFILE_STATE_FIELDS]
-    return [f"{name}: {a!r} and {b!r}" for name, a, b in pairs if a != b]
-
-
 def _batches(kinds: Sequence[JobKind]) -> list[list[int]]:
     """Indices of jobs that travel together: of one kind, in the order given."""
     batches: list[list[int]] = []
@@ -789,41 +719,6 @@ def _batches(kinds: Sequence[JobKind]) -> list[list[int]]:
 
 def _processor(threads: int) -> ProtocolSettings:
     return ProtocolSettings() if threads == 1 else ProtocolSettings(clock="wall", row_rounds=6)
-
-
-def _runner(told: Message) -> RemoteRunner:
-    if told.get("missing") is not None:
-        return RemoteRunner(str(told["name"]), str(told["missing"]))
-    offered = [str(p) for p in told["precisions"]]
-    return RemoteRunner(
-        name=str(told["name"]),
-        missing="",
-        runtime=str(told["runtime"]),
-        version=str(told["version"]),
-        precisions=tuple(p for p in _PRECISIONS if p in offered),
-        details={str(k): str(v) for k, v in told.get("details", {}).items()},
-        slow_start=bool(told["slow_start"]),
-        dynamic_batch=bool(told["dynamic_batch"]),
-        streams_by=str(told.get("streams_by", "")),
-    )
-
-
-def _chosen(runners: Sequence[RemoteRunner], address: RemoteAddress) -> RemoteRunner:
-    names = [r.name for r in runners]
-    where = address.ssh.shown
-    if address.runner and address.runner not in names:
-        raise UsageError(
-            f"{where}: runner={address.runner!r}: runners are {', '.join(names)}{did_you_mean(address.runner, names)}"
-        )
-    wanted = [r for r in runners if address.runner in ("", r.name)]
-    usable = [r for r in wanted if not r.missing]
-    if not usable:
-        reasons = "\n  ".join(f"{r.name}: {r.missing}" for r in wanted)
-        raise DeviceError(
-            f"{where}: no runtime to measure with there:\n  {reasons}\nJetPack brings TensorRT; for ONNX Runtime on "
-            f"the board: {address.ssh.by_hand} {address.ssh.python} -m pip install onnxruntime"
-        )
-    return usable[0]
 
 
 def _error(raws: Sequence[Message]) -> str | None:

@@ -1,4 +1,4 @@
-"""The verbs of a run: search (or resume), view, export. What the command line calls.
+"""A run from its first phase to its last, begun or gone on with.
 
 `run_search` goes through phases; each one keeps its results, so the same call after any stop goes on where it was.
 """
@@ -14,44 +14,35 @@ from shlex import quote
 
 import numpy as np
 
-from nas.core.errors import BudgetError, InterruptedRunError, StorageError, UsageError
+from nas.core.errors import BudgetError, InterruptedRunError, UsageError
 from nas.core.jsonio import read_record, read_text, write_record
 from nas.core.records import Candidate
 from nas.core.run import (
     FOREIGN_MARK,
     INTERPOLATED_MARK,
-    BudgetPick,
     CommonPick,
     DatasetView,
     FailedCandidate,
-    LatencyKind,
-    PackageView,
     PipelineTimes,
-    Point,
     RunView,
     TeacherView,
     latency_of,
 )
 from nas.core.units import format_duration, rounded_up
-from nas.devices import open_device
 from nas.devices.base import Device
-from nas.export.dialect import Dialect, dialect_for
-from nas.export.manifest import Manifest
-from nas.export.package import Package
-from nas.latency.exits import ExitTarget
 from nas.latency.fitting import table_changes
 from nas.latency.table import LatencyTable, difference_lines
 from nas.measure.fill import pace_of
 from nas.recipe.architecture import SpaceLatency
-from nas.recipe.context import ContextFile, open_context
+from nas.recipe.context import open_context
 from nas.recipe.pool import JobPool, StartMethod, WorkerPool
 from nas.recipe.supernet import train_supernet
 from nas.search.assistants import teach
-from nas.search.exit_targets import solved_point
 from nas.search.experiment import Experiment, resolved_yaml, with_deadline
+from nas.search.exporting import export_common, export_others, export_pick
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
-from nas.search.packages import export_point, package_view, source_of
+from nas.search.picks import closest_reason, next_reason, pick_for, pick_reason
 from nas.search.plan import DeviceWork, missing_rows, phases_of, score_seconds
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
@@ -86,10 +77,7 @@ from nas.search.view import (
     PIPELINE_FILE,
     Outcome,
     PointSource,
-    experiment_of,
     failed_candidates,
-    further_name,
-    load_outcome,
     load_view,
 )
 from nas.train.compute import check_accelerator, gpu_count
@@ -204,9 +192,9 @@ def _run(
                     reporter.say(f"workers join from any machine with: {worker_command(study)}")
                     _search(inputs, folder, reporter, stop, study, clock)
         for name, device in inputs.each:
-            _export_pick(folder.on(name), device, reporter)
-            _export_others(folder.on(name), device, reporter)
-        _export_common(folder, inputs.each, reporter)
+            export_pick(folder.on(name), device, reporter)
+            export_others(folder.on(name), device, reporter)
+        export_common(folder, inputs.each, reporter)
     return load_view(folder.path)
 
 
@@ -298,117 +286,6 @@ def _tell_duration(inputs: Inputs, tables: Sequence[LatencyTable], folder: RunFo
     reporter.say(f"roughly {format_duration(about_s)}{engines} in all, less where results are cached; parts: --dry-run")
 
 
-def _export_pick(folder: RunFolder, device: Device, reporter: Reporter) -> None:
-    """The package of the pick; where its own file misses the budget, the next student becomes the pick."""
-    outcome = load_outcome(folder.path, folder.device)
-    if outcome.pick_id is None:
-        return
-    file = folder.device_path / "package.json"
-    if not file.exists():
-        reporter.say(f"exporting the pick {outcome.pick_id}{_on(folder)}")
-    try:
-        exported = read_record(PackageView, file) if file.exists() else _exported_pick(folder, device, reporter)
-    except BudgetError as e:
-        reporter.warn(str(e))
-        reason = "its exported file, and those of all others, were measured above the budget"
-        changed = replace(outcome, pick_id=None, pick_reason="", next_id=None, next_reason="")
-        changed = replace(changed, closest_id=outcome.pick_id, closest_reason=reason)
-        write_record(folder.device_path / "outcome.json", changed)
-        return
-    if exported.student != outcome.pick_id:  # also where an earlier call was killed between the two files
-        reason = f"the best student whose exported file keeps the budget; that of {outcome.pick_id} did not"
-        changed = replace(outcome, pick_id=exported.student, pick_reason=reason, next_id=None, next_reason="")
-        write_record(folder.device_path / "outcome.json", changed)
-
-
-def _on(folder: RunFolder) -> str:
-    return f" on {folder.device}" if folder.device else ""
-
-
-def _export_others(folder: RunFolder, device: Device, reporter: Reporter) -> None:
-    """The packages of the picks for shorter deadlines; each is recorded as soon as it is there."""
-    outcome = load_outcome(folder.path, folder.device)
-    for i, pick in enumerate(outcome.also):
-        if pick.student is None or pick.package is not None:
-            continue
-        reporter.say(f"exporting the pick for {pick.budget_ms:g} ms, {pick.student}")
-        try:
-            package = export_student(
-                folder.path, reporter, best_under_ms=pick.budget_ms, on=folder.device, device=device
-            )
-            exported = package_view(package)
-        except BudgetError as e:
-            reporter.warn(str(e))
-            reason = "the exported files of all students that keep it by their own measurement were measured above it"
-            done = replace(pick, student=None, reason=reason)
-        else:
-            reason = f"the best student whose exported file keeps the budget; that of {pick.student} did not"
-            is_same = exported.student == pick.student
-            done = replace(pick, package=exported, student=exported.student, reason=pick.reason if is_same else reason)
-        outcome = replace(outcome, also=(*outcome.also[:i], done, *outcome.also[i + 1 :]))
-        write_record(folder.device_path / "outcome.json", outcome)
-
-
-def _export_common(folder: RunFolder, devices: Sequence[tuple[str, Device]], reporter: Reporter) -> None:
-    """The student for all devices, as a package on each; where a file misses a deadline, the next student is taken."""
-    outcome = load_outcome(folder.path)
-    if outcome.common is None or outcome.common.student is None or outcome.common.packages:
-        return
-    views = [load_view(folder.path, name) for name, _ in devices]
-    points = [view.points for view in views]
-    budgets = [view.budget_ms or 0.0 for view in views]
-    candidates = [p.id for p in pick_for_all(points, budgets, views[0].budget_of)]
-    tried: list[str] = []
-    miss_ms = [float("inf")] * len(views)  # on each device; what is slower than a file that missed there misses too
-    for student in candidates:
-        times_ms = [latency_of(view.point(student).latency, view.budget_of) for view in views]
-        if any(ms >= limit for ms, limit in zip(times_ms, miss_ms, strict=True)):
-            continue
-        reporter.say(f"exporting {student} for all devices")
-        packages = []
-        for i, (view, (name, device)) in enumerate(zip(views, devices, strict=True)):
-            made = view.package if view.package is not None and view.package.student == student else None
-            package = made or _package_for_all(folder, name, device, student, reporter)
-            if isinstance(package, str):
-                tried.append(package)
-                miss_ms[i] = times_ms[i]
-                reporter.say(f"taking the next one: {package}")
-                break
-            packages.append(package)
-        else:
-            reason = outcome.common.reason
-            if student != outcome.common.student:
-                times = zip(packages, views, strict=True)
-                reason = (
-                    f"the best student whose exported file keeps every deadline; that of {candidates[0]} did not: "
-                    + ", ".join(f"{p.latency_ms:.4f} of {v.budget_ms:g} ms on {v.device_name}" for p, v in times)
-                )
-            break
-    else:
-        student, packages = None, []
-        reason = f"no exported file keeps the deadline of every device; tried: {'; '.join(tried)}"
-        reporter.warn(reason)
-    common = CommonPick(student, reason, tuple(packages))
-    write_record(folder.path / "outcome.json", replace(outcome, common=common))
-
-
-def _package_for_all(
-    folder: RunFolder, name: str, device: Device, student: str, reporter: Reporter
-) -> PackageView | str:
-    """The package of a student on one device, or why its file misses the deadline there."""
-    try:
-        package = export_student(folder.path, reporter, only=student, on=name, device=device)
-    except BudgetError as e:
-        return f"{e}"
-    return package_view(package)
-
-
-def _exported_pick(folder: RunFolder, device: Device, reporter: Reporter) -> PackageView:
-    found = package_view(export_student(folder.path, reporter, on=folder.device, device=device))
-    write_record(folder.device_path / "package.json", found)
-    return found
-
-
 def _prepare_scorer(inputs: Inputs, parts: SearchParts) -> None:
     e = inputs.experiment
     if e.search.scorer == "supernet":
@@ -483,17 +360,17 @@ def _outcome(
         dataset=_dataset_view(inputs),
         device=parts.predictor.table.profile,  # what the numbers hold for
         pick_id=picks[0].id if picks else None,
-        pick_reason=_pick_reason(picks, budget.ms, budget.of) if picks else "",
+        pick_reason=pick_reason(picks, budget.ms, budget.of) if picks else "",
         next_id=picks[1].id if len(picks) > 1 else None,
-        next_reason=_next_reason(picks[0], picks[1], budget.of) if len(picks) > 1 else "",
+        next_reason=next_reason(picks[0], picks[1], budget.of) if len(picks) > 1 else "",
         closest_id=None if picks or closest is None else closest.id,
-        closest_reason="" if picks or closest is None else _closest_reason(closest, budget.ms, budget.of),
+        closest_reason="" if picks or closest is None else closest_reason(closest, budget.ms, budget.of),
         wall_s=0.0,
         cpu_s=0.0,
         provenance=_provenance(inputs, teacher, parts.predictor.table)
         | _interpolated(parts)
         | borrowed_marks(inputs, parts.predictor.device.profile),
-        also=tuple(_pick_for(points, ms, budget.of) for ms in budget.all_ms[1:]),
+        also=tuple(pick_for(points, ms, budget.of) for ms in budget.all_ms[1:]),
         changes=() if parts.predictor.correction is None else table_changes(parts.predictor.correction),
     )
 
@@ -539,43 +416,6 @@ def _nothing_in_budget(parts: SearchParts, records: Sequence[TrialRecord]) -> Bu
     )
 
 
-def _pick_for(points: Sequence[Point], budget_ms: float, of: LatencyKind) -> BudgetPick:
-    picks = pick_for_budget(points, budget_ms, of)
-    if picks:
-        return BudgetPick(budget_ms, picks[0].id, _pick_reason(picks, budget_ms, of))
-    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], of)
-    return BudgetPick(budget_ms, None, "" if closest is None else _closest_reason(closest, budget_ms, of))
-
-
-def _pick_reason(picks: Sequence[Point], budget_ms: float, of: LatencyKind) -> str:
-    accuracies = [p.val.top1 if p.val else 0.0 for p in picks]
-    if accuracies[0] == max(accuracies):
-        rank = f"best validation accuracy ({100 * accuracies[0]:.1f} %)"
-    else:
-        rank = (
-            f"{100 * accuracies[0]:.1f} % on validation, the fastest of those that equal the best "
-            f"({100 * max(accuracies):.1f} %) within half a standard error,"
-        )
-    return (
-        f"{rank} of {len(picks)} measured settings whose {of} latency keeps {budget_ms:g} ms; it needs "
-        f"{latency_of(picks[0].latency, of):.4f} ms"
-    )
-
-
-def _next_reason(pick: Point, second: Point, of: LatencyKind) -> str:
-    if pick.val is None or second.val is None:
-        return ""
-    points = 100 * (pick.val.top1 - second.val.top1)
-    ratio = latency_of(second.latency, of) / latency_of(pick.latency, of)
-    sign = "less" if points >= 0 else "more"
-    return f"{abs(points):.1f} points {sign} on validation at {ratio:.2f} times the {of} latency"
-
-
-def _closest_reason(point: Point, budget_ms: float, of: LatencyKind) -> str:
-    ms = latency_of(point.latency, of)
-    return f"fastest measured student: {ms:.4f} ms ({of}), {100 * (ms / budget_ms - 1):.0f} % over the budget"
-
-
 def _dataset_view(inputs: Inputs) -> DatasetView:
     d = inputs.dataset
     return DatasetView(d.name, d.class_names, len(d.train), len(d.val), len(d.test), d.sha256, d.warnings)
@@ -593,145 +433,3 @@ def _provenance(inputs: Inputs, teacher: Teacher, table: LatencyTable) -> dict[s
         **({"teacher's contributors": "; ".join(teacher.contributors)} if teacher.contributors else {}),
         **marks,
     }
-
-
-def export_student(
-    run_dir: Path,
-    reporter: Reporter,
-    *,
-    student: str | None = None,
-    trial: int | None = None,
-    best_under_ms: float | None = None,
-    of: LatencyKind | None = None,
-    only: str | None = None,
-    on: str = "",
-    out: Path | None = None,
-    overwrite: bool = False,
-    device: Device | None = None,
-    dialect: Dialect | None = None,
-    exits: ExitTarget | None = None,
-) -> Package:
-    """Exports a student of a finished run: a named one, the best of a trial, or the best that keeps a latency.
-
-    With `best_under_ms` (or nothing: the run's own budget) a package that misses it when its own file is measured is
-    not kept: the next student is taken. Only latency decides that: the accuracy of a package is of the test split,
-    which must not choose. A package that loses too much accuracy is kept, and is not called good.
-
-    Args:
-        run_dir: a finished run.
-        reporter: what is told.
-        student: id of a point.
-        trial: number of a trial whose architecture was finished.
-        best_under_ms: budget, ms.
-        only: id of a point that is exported only if its file keeps the run's deadline.
-        on: the device of the run that it is for, as the experiment names it; by default the first one.
-        of: which latency it limits; None: that of the run's budget.
-        out: folder of the package; default `<run>/packages/<student>`, with the budget where it is not the run's.
-        overwrite: replaces an existing package.
-        device: measures; by default the one that is named by `on`.
-        dialect: to write for; None: that of the device. For another one the latency of the package stays open.
-        exits: for what the thresholds of a student that is named are solved anew.
-
-    Raises:
-        BudgetError: no student keeps the latency; the message names the closest.
-        UsageError: nothing fits the selection.
-    """
-    experiment = experiment_of(run_dir)
-    budget = experiment.budget_on(on)
-    folder = RunFolder(run_dir, further_name(experiment, on))
-    outcome = load_outcome(run_dir, folder.device)
-    view = load_view(run_dir, on)
-    if best_under_ms is not None:
-        view = replace(view, budget_ms=best_under_ms, budget_of=of or view.budget_of)
-    candidates = [view.point(only)] if only is not None else _selected(view, run_dir, student, trial)
-    device = device or open_device(on or experiment.device, reporter.say)
-    if device.profile.fingerprint != outcome.device.fingerprint:
-        reporter.warn(
-            f"this device ({device.profile.name}) is in another state than the run's ({outcome.device.name}): "
-            "the package is measured here and now"
-        )
-    is_named = student is not None or trial is not None
-
-    def accept(manifest: Manifest) -> bool:
-        return is_named or manifest.verdict != "over_budget"
-
-    _rebuild_arrays(run_dir, experiment, reporter)
-    sources = dict(outcome.sources)
-    if exits is not None:
-        found = source_of(sources, candidates[0])
-        candidates = [solved_point(run_dir, candidates[0], found, exits, experiment.budget.margin_std)]
-        sources[candidates[0].id] = found
-    own_budget = (view.budget_ms, view.budget_of) == (budget.ms, budget.of)
-    suffix = "" if own_budget else f"-{view.budget_of}-under-{view.budget_ms:g}ms"
-    if dialect is not None and dialect is not dialect_for(device.profile):
-        suffix += f"-{dialect.name}"
-    missed: list[str] = []
-    fastest_miss_ms = float("inf")
-    for point in candidates:
-        if latency_of(point.latency, view.budget_of) >= fastest_miss_ms:
-            continue  # slower than one whose file missed the budget
-        place = out or folder.device_path / "packages" / f"{point.id}{suffix}"
-        package = export_point(
-            view,
-            run_dir,
-            point,
-            source_of(sources, point),
-            device,
-            place,
-            max_loss=experiment.finish.int8_loss,
-            margin_std=experiment.budget.package_margin_std,
-            overwrite=overwrite or (out is None and not is_named),
-            accept=accept,
-            dialect=dialect,
-            stream_images=experiment.finish.stream_images,
-        )
-        if accept(package.manifest):
-            return package
-        fastest_miss_ms = latency_of(point.latency, view.budget_of)
-        missed.append(f"{point.id}: {package.manifest.reasons[0]}")
-        reporter.say(f"taking the next one: {missed[-1]}")
-    raise BudgetError(f"no exported package keeps {view.budget_ms:g} ms; tried:\n  " + "\n  ".join(missed))
-
-
-def _rebuild_arrays(run_dir: Path, experiment: Experiment, reporter: Reporter) -> None:
-    """Makes the arrays that the test split is read from anew, where the cache was cleared since the run."""
-    path = run_dir / "context.json"
-    try:
-        for side in read_record(ContextFile, path).resolutions:
-            open_context(str(path.resolve()), side.resolution)
-    except StorageError as e:
-        reporter.say(f"the cache of this run is not there any more ({e}): making it anew")
-        prepare_training(load_inputs(experiment, reporter), RunFolder(run_dir), reporter)
-
-
-def _selected(view: RunView, run_dir: Path, student: str | None, trial: int | None) -> list[Point]:
-    if student is not None:
-        return [view.point(student)]
-    if trial is not None:
-        # Points name the first trial of their architecture; later ones of it differ in thresholds or precision.
-        built = {t.number: t.arch_id for t in view.trials}
-        of_trial = [
-            p
-            for p in view.points
-            if p.trial is not None
-            and p.latency.provenance == "measured"
-            and (p.trial == trial or (trial in built and built.get(p.trial) == built[trial]))
-        ]
-        if not of_trial:
-            measured = [p for p in view.points if p.latency.provenance == "measured"]
-            finished = sorted({p.trial for p in measured if p.trial is not None})
-            raise UsageError(
-                f"trial {trial} was not finished; finished trials: {', '.join(map(str, finished))}. "
-                f"See: nas pareto {quote(str(run_dir))}"
-            )
-        return [max(of_trial, key=lambda p: (p.val.top1 if p.val else 0.0, -p.latency.expected_ms))]
-    if view.budget_ms is None:
-        raise UsageError("give --student, --trial or --best-under")
-    picks = pick_for_budget(view.points, view.budget_ms, view.budget_of)
-    if not picks:
-        closest = closest_to_budget([p for p in view.points if p.latency.provenance == "measured"], view.budget_of)
-        known = (
-            "" if closest is None else f"; {_closest_reason(closest, view.budget_ms, view.budget_of)} ({closest.id})"
-        )
-        raise BudgetError(f"no finished student keeps {view.budget_ms:g} ms ({view.budget_of}){known}")
-    return picks

@@ -11,7 +11,7 @@ import pytest
 from nas.cli.main import run
 from nas.core.records import DeviceProfile
 from nas.devices.base import Device
-from nas.devices.remote import LOCK_CLOCKS
+from nas.devices.board_profile import LOCK_CLOCKS
 from nas.latency.table import LatencyTable
 from nas.measure.fill import FillReport, fill
 from nas.testing import SimulatedDevice

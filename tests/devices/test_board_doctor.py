@@ -22,7 +22,7 @@ from nas.cli.main import run
 from nas.core.errors import DeviceError, UsageError
 from nas.devices.board.power import change
 from nas.devices.board.state import read_state
-from nas.devices.remote import RemoteRunner
+from nas.devices.board_profile import RemoteRunner
 from nas.testing import SimulatedDevice, SshServer, requires_openssh
 
 BY_HAND = "ssh -p 2222 me@jetson"

@@ -9,9 +9,9 @@ import pytest
 
 from nas.core.errors import DeviceError
 from nas.devices.address import parse_address
+from nas.devices.board_profile import RemoteRunner, remote_profile
 from nas.devices.boards import unlocked_warning
 from nas.devices.capability import BF16_OPSET, SILICON, capability_of, version_of
-from nas.devices.remote import RemoteRunner, remote_profile
 from nas.export.dialect import tensorrt_dialect
 
 UNTYPED = "only strongly typed graphs say it, which are written for TensorRT 10.13 and newer"

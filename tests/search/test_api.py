@@ -28,9 +28,10 @@ from nas.latency.table import LatencyTable
 from nas.recipe.context import open_context
 from nas.recipe.finish import finished_confidence, finished_logits, load_finished
 from nas.recipe.records import write_scored
-from nas.search.api import export_student, run_search
+from nas.search.api import run_search
 from nas.search.exit_targets import solved_point
 from nas.search.experiment import load_experiment
+from nas.search.exporting import export_student
 from nas.search.folder import RunFolder, kept_fingerprint, open_run
 from nas.search.packages import export_point, package_view, source_of
 from nas.search.view import Outcome, PointSource, load_outcome, load_view

@@ -15,7 +15,7 @@ from nas.core.errors import ConfigError, DeviceError, InterruptedRunError, RunMi
 from nas.core.records import DeviceProfile
 from nas.core.walk import expand, total_macs
 from nas.devices.base import MeasureJob
-from nas.devices.remote import LOCK_CLOCKS
+from nas.devices.board_profile import LOCK_CLOCKS
 from nas.latency.interpolate import family_of
 from nas.measure.fill import Pace, fill, pace_of
 from nas.search.checked import key_paths

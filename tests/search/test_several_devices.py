@@ -24,8 +24,9 @@ from nas.export.package import verify_package
 from nas.recipe.standalone import promoted
 from nas.report.html import write_report
 from nas.report.tables import front_notes
-from nas.search.api import export_student, run_search
+from nas.search.api import run_search
 from nas.search.experiment import load_experiment
+from nas.search.exporting import export_student
 from nas.search.folder import RunFolder
 from nas.search.prepare import borrowed_marks, load_inputs
 from nas.search.view import load_outcome, load_view
