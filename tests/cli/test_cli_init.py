@@ -65,7 +65,7 @@ def test_a_folder_with_few_images_gets_many_passes(tmp_path: Path, images: int, 
     assert (loaded.teacher.epochs, loaded.distill.epochs) == (epochs, epochs)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "surface-inspection", "jetson"])
+@pytest.mark.parametrize("name", ["quickstart", "jetson"])
 def test_students_look_where_the_teacher_looks_as_in_the_experiments_that_come_along(tmp_path: Path, name: str) -> None:
     file = tmp_path / "experiment.yaml"
     assert run(["init", str(file)]) == 0
