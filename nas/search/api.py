@@ -42,7 +42,7 @@ from nas.search.experiment import Experiment, resolved_yaml, with_deadline
 from nas.search.exporting import export_common, export_others, export_pick
 from nas.search.finals import DevicePoints, build_points, choose_finalists, finish
 from nas.search.folder import RunFolder, TrialRecord, fork_run, kept_fingerprint, open_run
-from nas.search.picks import closest_reason, next_reason, pick_for, pick_reason
+from nas.search.picks import closest_measured, closest_reason, next_reason, pick_for, pick_reason
 from nas.search.plan import DeviceWork, missing_rows, phases_of, score_seconds
 from nas.search.predictor import Predictor
 from nas.search.prepare import (
@@ -68,7 +68,7 @@ from nas.search.progress import (
 from nas.search.robustness import robustness_table
 from nas.search.rounds import SearchParts, Target, check_budget, current_figures, run_rounds, write_study
 from nas.search.seeds import resolve
-from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
+from nas.search.select import pick_for_all, pick_for_budget
 from nas.search.shared_storage import redacted
 from nas.search.shared_study import SharedPool, SharedSettings, SharedStudy, labels, shared_study, worker_command
 from nas.search.view import (
@@ -347,7 +347,7 @@ def _outcome(
     """What the search found on one device; its times are not known yet."""
     budget, points = parts.budget, found.points
     picks = pick_for_budget(points, budget.ms, budget.of)
-    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], budget.of)
+    closest = closest_measured(points, budget.of)
     return Outcome(
         schema=OUTCOME_SCHEMA,
         status="finished",

@@ -25,10 +25,10 @@ from nas.search.exit_targets import solved_point
 from nas.search.experiment import Experiment
 from nas.search.folder import RunFolder
 from nas.search.packages import export_point, package_view, source_of
-from nas.search.picks import closest_reason
+from nas.search.picks import closest_measured, closest_reason
 from nas.search.prepare import load_inputs, prepare_training
 from nas.search.progress import Reporter
-from nas.search.select import closest_to_budget, pick_for_all, pick_for_budget
+from nas.search.select import pick_for_all, pick_for_budget
 from nas.search.view import experiment_of, further_name, load_outcome, load_view
 
 
@@ -277,7 +277,7 @@ def _selected(view: RunView, run_dir: Path, student: str | None, trial: int | No
         raise UsageError("give --student, --trial or --best-under")
     picks = pick_for_budget(view.points, view.budget_ms, view.budget_of)
     if not picks:
-        closest = closest_to_budget([p for p in view.points if p.latency.provenance == "measured"], view.budget_of)
+        closest = closest_measured(view.points, view.budget_of)
         known = "" if closest is None else f"; {closest_reason(closest, view.budget_ms, view.budget_of)} ({closest.id})"
         raise BudgetError(f"no finished student keeps {view.budget_ms:g} ms ({view.budget_of}){known}")
     return picks

@@ -13,8 +13,13 @@ def pick_for(points: Sequence[Point], budget_ms: float, of: LatencyKind) -> Budg
     picks = pick_for_budget(points, budget_ms, of)
     if picks:
         return BudgetPick(budget_ms, picks[0].id, pick_reason(picks, budget_ms, of))
-    closest = closest_to_budget([p for p in points if p.latency.provenance == "measured"], of)
+    closest = closest_measured(points, of)
     return BudgetPick(budget_ms, None, "" if closest is None else closest_reason(closest, budget_ms, of))
+
+
+def closest_measured(points: Sequence[Point], of: LatencyKind) -> Point | None:
+    """The fastest student that was measured: what comes nearest when none keeps the deadline."""
+    return closest_to_budget([p for p in points if p.latency.provenance == "measured"], of)
 
 
 def pick_reason(picks: Sequence[Point], budget_ms: float, of: LatencyKind) -> str:
