@@ -14,18 +14,18 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from benchmarks.common import parser, report
 from benchmarks.distillation import HARD, student_of
 from nas.core.jsonio import content_hash, read_record, write_record
-from nas.data import AugmentSettings, DataSettings, load_dataset
+from nas.data import AugmentSettings, Dataset, DataSettings, load_dataset
 from nas.data.records import Division
+from nas.latency.ranks import rank_correlation
 from nas.train.evaluate import predict_logits, top1
 from nas.train.settings import DistillSettings, TeacherSettings
 from nas.train.targets import make_targets
@@ -55,13 +55,11 @@ class Run:
     cpu_s: float
 
 
-def trained(data: str, division: Division, arm: str, seed: int, epochs: int, folder: Path) -> Run:
+def trained(dataset: Dataset, seed: int, epochs: int, folder: Path) -> Run:
     """The figures of one training, from the folder where they are."""
-    settings = DataSettings(name="folder", path=data, division=division, augment=ARMS[arm])
     distill = DistillSettings(epochs=epochs, batch_size=32, lr=0.015, variants=12)
-    dataset = load_dataset(settings, 64)
     teacher = TeacherSettings(epochs=60, batch_size=32, threads=1)
-    kept = folder / "runs" / f"{content_hash([dataset.sha256, settings.augment, teacher, distill, seed], 16)}.json"
+    kept = folder / "runs" / f"{content_hash([dataset.sha256, dataset.augment, teacher, distill, seed], 16)}.json"
     if kept.exists():
         return read_record(Run, kept)
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -97,10 +95,12 @@ def main() -> None:
     rows, document = [], {}
     with tempfile.TemporaryDirectory() as temporary:
         for division in args.divisions:
+            dataset = load_dataset(DataSettings(name="folder", path=args.data, division=division), 64)
             own: dict[str, list[Run]] = {arm: [] for arm in args.arms}
             for seed in range(args.seeds):
                 for arm in args.arms:
-                    run = trained(args.data, division, arm, seed, args.epochs, args.folder or Path(temporary))
+                    changed = replace(dataset, augment=ARMS[arm])
+                    run = trained(changed, seed, args.epochs, args.folder or Path(temporary))
                     own[arm].append(run)
                     text = f"{division}, seed {seed}, {arm}: {100 * run.val:.1f} % on validation, {run.cpu_s:.0f} CPU s"
                     print(text, file=sys.stderr, flush=True)
@@ -110,9 +110,9 @@ def main() -> None:
                 }
                 for arm, runs in own.items()
             }
-            rank = spearmanr([m["val"] for m in means.values()], [m["test"] for m in means.values()]).statistic
+            rank = rank_correlation([m["val"] for m in means.values()], [m["test"] for m in means.values()])
             document[division] = {
-                "rank": float(rank),
+                "rank": rank,
                 "arms": {
                     arm: {"val": [r.val for r in runs], "test": [r.test for r in runs]} for arm, runs in own.items()
                 },
