@@ -244,17 +244,31 @@ class OnnxRuntimeCpu:
             # Every job has its turn before any has its next session: what disturbs a host for seconds or a minute then
             # meets some sessions of all jobs and not all sessions of some.
             for start in range(0, len(left), self._settings.alive(kind)):
-                subjects = self._opened(left[start : start + self._settings.alive(kind)], errors, begin)
-                after_round = partial(step, planned)
-                measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round, begin)
-                begin("")
-                for i, subject in subjects.items():
-                    if subject.error is not None:
-                        errors[i] = subject.error
-                    sessions[i].append(subject.attempts)
+                part = left[start : start + self._settings.alive(kind)]
+                for i, attempts in self._one_session(part, gate, errors, partial(step, planned), begin).items():
+                    sessions[i].append(attempts)
             left = [(i, job) for i, job in left if i not in errors]
         state = clock_and_temperature(self._root)
         return [(i, self._result(job, sessions[i], errors.get(i), gate, state)) for i, job in batch]
+
+    def _one_session(
+        self,
+        jobs: Sequence[tuple[int, MeasureJob]],
+        gate: Gate,
+        errors: dict[int, str],
+        after_round: Callable[[], None],
+        begin: Callable[[str], None],
+    ) -> dict[int, list[Attempt]]:
+        """The rounds of one session of each job, by its index; `errors` gets the reason of each that has none.
+
+        All sessions are closed when it returns. Left alive until the next ones are made, they make everything slower
+        that the process runs: 24 networks by 5 % in the fourth turn and by 10 % in the sixteenth, the reference by 8 %.
+        """
+        subjects = self._opened(jobs, errors, begin)
+        measure_interleaved(list(subjects.values()), gate, self._settings, self._clock, after_round, begin)
+        begin("")
+        errors |= {i: subject.error for i, subject in subjects.items() if subject.error is not None}
+        return {i: subject.attempts for i, subject in subjects.items()}
 
     def _opened(
         self, jobs: Sequence[tuple[int, MeasureJob]], errors: dict[int, str], begin: Callable[[str], None]

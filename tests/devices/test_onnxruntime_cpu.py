@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
+from onnxruntime import InferenceSession
 
 from nas.core.errors import DeviceError, RecordError
 from nas.core.records import Measurement
@@ -215,6 +216,27 @@ def test_a_long_list_is_measured_in_groups_of_bounded_size() -> None:
     small.measure(jobs, on_result=seen.append, progress=lambda _: after.append(len(seen)))
     assert [m.key for m in seen] == ["r0", "r1", "r2", "r3", "r4"]
     assert after == [0, 0, 2, 2, 4, 5]  # results come after each group, not at the end
+
+
+def test_sessions_are_closed_before_the_next_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups in memory at once make one another slower, the longer the measuring takes the more."""
+    alive: list[int] = []
+
+    def watched(model: bytes, feeds: Mapping[str, NDArray[np.generic]], threads: int = 1) -> Run:
+        alive.append(sessions_alive() - before)
+        return bound_run(model, feeds, threads)
+
+    device = OnnxRuntimeCpu(replace(QUICK, networks_alive=2, network_sessions=2, most_network_sessions=2))
+    device.calm(1)
+    gc.collect()
+    before = sessions_alive()
+    monkeypatch.setattr("nas.devices.onnxruntime_cpu.bound_run", watched)
+    device.measure([MeasureJob(f"n{i}", "network", "fp32", mean_model(), 1) for i in range(5)])
+    assert alive == [0, 1, 0, 1, 0] * 2
+
+
+def sessions_alive() -> int:
+    return sum(isinstance(thing, InferenceSession) for thing in gc.get_objects())
 
 
 def test_every_network_has_a_session_before_one_has_its_next(monkeypatch: pytest.MonkeyPatch) -> None:
