@@ -49,6 +49,7 @@ from nas.devices.base import (
     StreamTimer,
 )
 from nas.devices.graphs import IR_VERSION, OPSET, overhead_job, reference_job
+from nas.devices.protocol import network_value
 from nas.latency.keys import layer_of_key
 from nas.latency.lines import STREAMING_MB, NetworkForm, network_key, streaming_key
 
@@ -433,12 +434,12 @@ def _result(
     clock_mhz: float | None = None,
     error: str | None = None,
 ) -> Measurement:
-    """A simulated result: its latency is that of the fastest session, all of its rounds are calm or none is."""
+    """A simulated result: its latency is that of its sessions, all of its rounds are calm or none is."""
     return Measurement(
         key=job.key,
         kind=job.kind,
         precision=job.precision,
-        latency_ms=min(session_ms, default=None),
+        latency_ms=network_value(session_ms) if session_ms else None,
         rounds_ms=tuple(map(tuple, rounds_ms)),
         accepted=(is_calm,) * len(rounds_ms),
         clock="device_event",

@@ -5,8 +5,10 @@ Letters: C channels, H W pixels (all maps are square), K classes. Latencies are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any, Literal, get_args
 
 from nas.core.errors import RecordError
@@ -19,9 +21,9 @@ LayerKind = Literal["stem", BlockKind, "head", "exit_head"]
 SlotKind = Literal["stem", "block", "head", "exit_head"]  # what may stand in a place of a network
 ClockKind = Literal["thread_cpu", "wall", "device_event"]
 
-# How networks are measured. 2: behind a quiet memory, until four sessions agree (2026-11-28). What 1 measured lay
-# up to 24 % above the best that was seen of a network, where the host's memory was busy.
-MEASURING_PROTOCOL = 2
+# How networks are measured. 3: the lower quartile of sessions that do not disturb one another (2026-11-29). What 2
+# measured is the fastest session; what 1 measured lay up to 24 % above it, where the host's memory was busy.
+MEASURING_PROTOCOL = 3
 
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
 KINDS_WITH_SE: tuple[BlockKind, ...] = ("inverted_residual", "fused_inverted_residual")
@@ -618,12 +620,15 @@ class Measurement:
 
     @property
     def std_ms(self) -> float:
-        """How well the latency repeats: the gap between the two fastest sessions, 0 where there was one.
+        """Standard error of the latency by what its sessions differ by, 0 where there was one.
 
-        The latency is the fastest session; slower ones were disturbed, and say nothing about it.
+        The latency is their lower quartile. The error of a quantile of many is sqrt(p (1 - p) / n) over the density
+        there (David and Nagaraja 2003, Order Statistics, chapter 10), which for the quartile of normal values is twice
+        its distance to the median over sqrt(n). Only the faster half is looked at: slower ones may be disturbed.
         """
-        best = sorted(self.session_ms)[:2]
-        return best[1] - best[0] if len(best) > 1 else 0.0
+        if self.latency_ms is None or len(self.session_ms) < 2:
+            return 0.0
+        return max(0.0, 2 * (median(self.session_ms) - self.latency_ms) / math.sqrt(len(self.session_ms)))
 
 
 @dataclass(frozen=True, slots=True)

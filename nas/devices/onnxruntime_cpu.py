@@ -47,6 +47,7 @@ from nas.devices.protocol import (
     agrees,
     is_accepted,
     measure_interleaved,
+    network_value,
     one_line,
     session_value,
 )
@@ -307,7 +308,7 @@ class OnnxRuntimeCpu:
             key=job.key,
             kind=job.kind,
             precision=job.precision,
-            latency_ms=min(values),
+            latency_ms=network_value(values),
             rounds_ms=tuple(a.samples_ms for a in attempts),
             accepted=tuple(is_accepted(a, gate, self._settings) for a in attempts),
             clock=self._settings.clock,

@@ -60,6 +60,7 @@ from nas.devices.protocol import (
     agrees,
     calm_report,
     is_accepted,
+    network_value,
     queueing_note,
     session_value,
 )
@@ -660,7 +661,7 @@ class RemoteDevice:
         return replace(
             empty,
             error=None,
-            latency_ms=min(values),
+            latency_ms=network_value(values),
             rounds_ms=tuple(a.samples_ms for a in attempts),
             accepted=tuple(accepted),
             session_ms=values,

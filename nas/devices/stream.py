@@ -6,7 +6,7 @@ A network that is measured alone takes the same image again and again; in a stre
 exits. What that costs (branches, caches) is in a measured stream and not in a sum over exits.
 
 The value of an image is that of the protocol for a network: in each session a low percentile of its runs, then the
-least over the sessions. Putting an image into the input is not timed: it belongs to what makes the image.
+lower quartile of the sessions. Putting an image into the input is not timed: it belongs to what makes the image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nas.devices.base import OnProgress, StreamTimes
-from nas.devices.protocol import Clock, Gate, ProtocolSettings, Run, Subject, is_accepted, measure_in_turn, timed_runs
+from nas.devices.protocol import (
+    SESSION_QUANTILE,
+    Clock,
+    Gate,
+    ProtocolSettings,
+    Run,
+    Subject,
+    is_accepted,
+    measure_in_turn,
+    timed_runs,
+)
 
 _NEARLY_ALL = 0.99
 
@@ -51,7 +61,7 @@ def stream_values(sessions: Sequence[StreamSession], quantile: float) -> StreamT
 
     Args:
         sessions: at least one.
-        quantile: of the samples of an image in a session, the least of which over the sessions is its value.
+        quantile: of the samples of an image in a session, the lower quartile of which over the sessions is its value.
     """
     each = np.stack([np.nanquantile(s.samples_ms, quantile, axis=0) for s in sessions])
     best = each.argmin(axis=0)
@@ -61,7 +71,7 @@ def stream_values(sessions: Sequence[StreamSession], quantile: float) -> StreamT
     columns = np.arange(each.shape[1])
     exits = np.stack([s.exits for s in sessions])[best, columns]
     return StreamTimes(
-        tuple(each[best, columns].tolist()),
+        tuple(np.quantile(each, SESSION_QUANTILE, axis=0).tolist()),
         tuple(typical.tolist()),
         bool(was_calm.any(axis=0).all()),
         tuple(int(n) for n in exits),

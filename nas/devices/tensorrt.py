@@ -45,7 +45,7 @@ from nas.devices.capability import without_details
 from nas.devices.graphs import reference_model
 from nas.devices.host import probe_host, safe_name
 from nas.devices.portable import image_bytes, precision_of
-from nas.devices.protocol import Clock, SystemClock, one_line, queueing_note
+from nas.devices.protocol import Clock, SystemClock, network_value, one_line, queueing_note
 from nas.devices.stream import StreamSession, stream_session, stream_values
 from nas.devices.watchdog import watched
 
@@ -322,7 +322,7 @@ class TensorRt:
             key=job.key,
             kind=job.kind,
             precision=job.precision,
-            latency_ms=min(values),
+            latency_ms=network_value(values),
             rounds_ms=tuple(rounds),
             accepted=tuple(accepted),
             clock="device_event",

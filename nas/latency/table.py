@@ -712,7 +712,7 @@ def way_back(stored: DeviceProfile, given: DeviceProfile) -> str:
 
 
 def deviation_ms(m: Measurement) -> float:
-    """Standard deviation of a measurement: between its calm rounds and its sessions, at least what sessions differ by.
+    """Standard deviation of a measurement: between its calm rounds and of its sessions, at least `ROW_STD`.
 
     0 for one that failed.
     """
@@ -805,5 +805,6 @@ Written by the program; the numbers hold for one device state only.
 - Protocol: rounds of runs, interleaved with those of other rows; before each round a small reference network (row
   `reference`) shows whether the machine is calm, before one of a network of more than 1 MB a chain that reads 8 MB of
   weights, too; the value of a round is the 20th percentile of its samples, the value of a row the minimum over its
-  rounds, of a network that over four to fifteen fresh sessions: they end when the four fastest agree.
+  rounds, of a network the lower quartile of that over four to fifteen fresh sessions: they end when the four fastest
+  agree.
 """

@@ -337,7 +337,7 @@ def test_samples_of_all_sessions_and_rounds_come_back(device: RemoteDevice) -> N
     assert 2 <= len(one.session_ms) <= 3 and len(one.rounds_ms) >= 4
     assert len(other.session_ms) == 1
     assert one.clock == "thread_cpu" and one.sequence < other.sequence
-    assert one.latency_ms == min(one.session_ms)
+    assert one.latency_ms == pytest.approx(np.quantile(one.session_ms, 0.25))
 
 
 def test_feeds_replace_inputs_and_a_wrong_one_is_a_result_with_a_reason(device: RemoteDevice) -> None:

@@ -180,14 +180,15 @@ def test_a_stream_is_of_builds_of_its_own_and_calm_where_its_images_take_what_th
         runner.stream_ms = [[1.0], *rounds, [1.0], *second]  # of each build the warm-up first
         times = device(runner, tmp_path).stream_times(job)
         assert times.is_calm is is_calm
-        assert times.latency_ms == pytest.approx((0.1005, 0.1995, 0.3005))
+        build, other = (np.median(of_build, axis=0) for of_build in (rounds, second))
+        assert times.latency_ms == pytest.approx(0.75 * build + 0.25 * other)
     assert len(runner.loaded) == 8 and runner.alive == 0
     runner.stream_ms = [[1.0], *slow, [1.0], *slow]
     assert not device(runner, tmp_path).stream_times(job).is_calm
     assert len({options["timing_cache"] for options in runner.loaded}) == 1
 
 
-def test_engines_that_differ_count_an_image_where_it_took_least(tmp_path: Path) -> None:
+def test_engines_that_differ_say_of_an_image_where_the_faster_one_let_it_go(tmp_path: Path) -> None:
     """Near a threshold two builds may decide differently."""
     runner = CpuRunner()
     images = np.full((2, 3, 8, 8), 200.0, np.float32)
@@ -199,7 +200,7 @@ def test_engines_that_differ_count_an_image_where_it_took_least(tmp_path: Path) 
     runner.chain = chain
     runner.stream_ms = [[1.0], [0.1, 0.4], [0.1, 0.4], [1.0], [0.3, 0.3], [0.3, 0.3]]
     times = device(runner, tmp_path).stream_times(StreamJob("s", exits_chain(), (0.5,), images))
-    assert (times.latency_ms, times.exits) == (pytest.approx((0.1, 0.3)), (0, 1))
+    assert (times.latency_ms, times.exits) == (pytest.approx((0.15, 0.325)), (0, 1))
 
 
 def test_trtexec_alone_times_no_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

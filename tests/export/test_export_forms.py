@@ -25,13 +25,13 @@ WEIGHTS = random_weights(CANDIDATE, 0)
 
 def measured(values_ms: Sequence[float]) -> list[Measurement]:
     return [
-        Measurement(f"m{i}", "network", "fp32", v, ((v,),), (True,), "wall", "", i, session_ms=(v, 1.1 * v))
+        Measurement(f"m{i}", "network", "fp32", v, ((v,),), (True,), "wall", "", i, session_ms=(v, v, 1.2 * v, 1.2 * v))
         for i, v in enumerate(values_ms)
     ]
 
 
 def test_deviation_is_that_of_the_latency_that_is_limited() -> None:
-    """Sessions differ by 10 % here; what slows one path slows all, so the deviations of a mean add up."""
+    """A latency varies by 10 % here; what slows one path slows all, so the deviations of a mean add up."""
     paths = measured([1.0, 3.0])
     assert limited_deviation_ms(paths, (0.75, 0.25), "worst") == pytest.approx(0.3)
     assert limited_deviation_ms(paths, (0.75, 0.25), "p99") == pytest.approx(0.3)
