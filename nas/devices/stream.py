@@ -130,6 +130,7 @@ def stream_times(
         exits = exits or _exits(key, count, opened, begin)  # every session of this runtime computes the same
         begin("")
         sessions.append(_session(subjects, exits, gate, settings))
+        del opened, subjects  # closed before the next one is made: both in memory would slow it down
         if progress is not None:
             progress(min(_NEARLY_ALL, (number + 1) / settings.network_sessions))
     if progress is not None:
