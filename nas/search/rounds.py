@@ -566,7 +566,9 @@ def _budget_filter(parts: SearchParts) -> BudgetFilter:
 
 
 def _ends(parts: SearchParts) -> list[Genotype]:
-    """The smallest network and the largest one inside the budget.
+    """The smallest network and the largest one inside the budget; the smallest with early exits where that keeps it.
+
+    Cut behind the first of them it is about the fastest student there can be, with which the front begins.
 
     Raises:
         BudgetError: the fastest one that is known misses the budget.
@@ -574,6 +576,8 @@ def _ends(parts: SearchParts) -> list[Genotype]:
     space, predictor, budget = parts.space, parts.predictor, parts.budget
     limit = _budget_filter(parts)
     smallest, largest = space.smallest(), space.largest()
+    with_exits = space.with_earliest_exits(smallest)
+    smallest = with_exits if limit.keeps(with_exits) else smallest
     genotypes, latency = _pool_in_reach(parts, parts.search.seed + 1)
     exact = predictor.fastest()
     known = [*zip(genotypes, latency, strict=True), (smallest, float(predictor.worst([smallest])[0][0]))]
