@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from statistics import median
+from statistics import quantiles
 from typing import Any, Literal, get_args
 
 from nas.core.errors import RecordError
@@ -22,7 +22,8 @@ SlotKind = Literal["stem", "block", "head", "exit_head"]  # what may stand in a 
 ClockKind = Literal["thread_cpu", "wall", "device_event"]
 
 # How networks are measured. 3: the lower quartile of sessions that do not disturb one another (2026-11-29). What 2
-# measured is the fastest session; what 1 measured lay up to 24 % above it, where the host's memory was busy.
+# measured is the fastest session; what 1 measured lay up to 24 % above the best that was seen of a network, where the
+# host's memory was busy.
 MEASURING_PROTOCOL = 3
 
 BLOCK_KINDS: tuple[BlockKind, ...] = get_args(BlockKind)
@@ -620,15 +621,16 @@ class Measurement:
 
     @property
     def std_ms(self) -> float:
-        """Standard error of the latency by what its sessions differ by, 0 where there was one.
+        """Standard error of the lower quartile of the sessions, the latency of a network; 0 where there was one session.
 
-        The latency is their lower quartile. The error of a quantile of many is sqrt(p (1 - p) / n) over the density
+        The error of a quantile of many is sqrt(p (1 - p) / n) over the density
         there (David and Nagaraja 2003, Order Statistics, chapter 10), which for the quartile of normal values is twice
         its distance to the median over sqrt(n). Only the faster half is looked at: slower ones may be disturbed.
         """
-        if self.latency_ms is None or len(self.session_ms) < 2:
+        if len(self.session_ms) < 2:
             return 0.0
-        return max(0.0, 2 * (median(self.session_ms) - self.latency_ms) / math.sqrt(len(self.session_ms)))
+        lower, middle, _ = quantiles(self.session_ms, n=4, method="inclusive")
+        return 2 * (middle - lower) / math.sqrt(len(self.session_ms))
 
 
 @dataclass(frozen=True, slots=True)

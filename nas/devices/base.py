@@ -117,7 +117,8 @@ class StreamTimes:
 
     `latency_ms` is the value of the measuring protocol (undisturbed runs, as for a network that is measured alone),
     `typical_ms` the median of its runs in calm rounds. `is_calm`: every part of the stream had a calm round. `exits`:
-    where each image left when it took that time: of a chain the number of the model, of one model its `exit_index`.
+    where each image left in the session that was the fastest for it: of a chain the number of the model, of one model
+    its `exit_index`.
     """
 
     latency_ms: tuple[float, ...]

@@ -1,4 +1,5 @@
-"""The measuring protocol for a noisy host: interleaved rounds behind a gate, thread CPU time, low percentile, minimum.
+"""The measuring protocol for a noisy host: interleaved rounds behind a gate, thread CPU time, low percentile, minimum;
+over the fresh sessions of a network the lower quartile.
 
 Why, measured on a shared two-core x86-64 virtual machine (10 fresh sessions, networks of 0.3-6 ms): the mean or median
 of run times varies by 2-17 %, the minimum over separated rounds of their 20th percentile by 0.6-1.6 %; longer rounds do

@@ -95,8 +95,8 @@ def measured_paths(
 def in_series(measurements: Sequence[Measurement]) -> Measurement:
     """What is executed one after the other as one measurement.
 
-    The sample at each quantile is the sum of the samples at that quantile: exact for the sum when disturbances hit all
-    parts together, and an upper bound of its spread otherwise.
+    The sample at each quantile is the sum of the samples at that quantile, and so with sessions: exact for the sum when
+    disturbances hit all parts together, and an upper bound of its spread otherwise.
 
     Raises:
         DeviceError: one of them is an error.
@@ -113,7 +113,8 @@ def in_series(measurements: Sequence[Measurement]) -> Measurement:
     runs = sum(np.quantile(values, places) for values in calm) if count else np.empty(0)
     sessions = min(len(m.session_ms) for m in measurements)
     copies = [m.transfer_ms for m in measurements]
-    by_rank = [sorted(m.session_ms)[:sessions] for m in measurements]
+    ranks = np.linspace(0.0, 1.0, sessions) if sessions > 1 else np.array([0.5] * sessions)
+    by_rank = [np.quantile(m.session_ms, ranks).tolist() if sessions else [] for m in measurements]
     return replace(
         last,
         latency_ms=sum(m.latency_ms or 0.0 for m in measurements),

@@ -310,8 +310,8 @@ class LatencyTable:
     def overhead_ms(self) -> float:
         """Time of a call that does nothing; contained in every row, counted once in an estimate.
 
-        The least of all sessions: disturbance only adds, and every row depends on this number. An imported table has
-        no such row, and nothing is taken off its numbers.
+        The least of all that was measured of it: disturbance only adds, and every row depends on this number. An
+        imported table has no such row, and nothing is taken off its numbers.
 
         Raises:
             MissingRowError: it has not been measured.
@@ -712,7 +712,7 @@ def way_back(stored: DeviceProfile, given: DeviceProfile) -> str:
 
 
 def deviation_ms(m: Measurement) -> float:
-    """Standard deviation of a measurement: between its calm rounds and of its sessions, at least `ROW_STD`.
+    """The larger of the spread of the calm rounds and the error of the sessions, at least a share of the latency.
 
     0 for one that failed.
     """

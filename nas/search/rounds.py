@@ -566,9 +566,10 @@ def _budget_filter(parts: SearchParts) -> BudgetFilter:
 
 
 def _ends(parts: SearchParts) -> list[Genotype]:
-    """The smallest network and the largest one inside the budget; the smallest with early exits where that keeps it.
+    """The smallest network and the largest one inside the budget, the smallest with as many exits as the budget allows.
 
-    Cut behind the first of them it is about the fastest student there can be, with which the front begins.
+    Cut behind the first of them it is about the fastest student there can be, with which the front begins. Where the
+    budget is not that of the worst case, exits may be slower than it: the smallest network without them comes, too.
 
     Raises:
         BudgetError: the fastest one that is known misses the budget.
@@ -576,8 +577,8 @@ def _ends(parts: SearchParts) -> list[Genotype]:
     space, predictor, budget = parts.space, parts.predictor, parts.budget
     limit = _budget_filter(parts)
     smallest, largest = space.smallest(), space.largest()
-    with_exits = space.with_earliest_exits(smallest)
-    smallest = with_exits if limit.keeps(with_exits) else smallest
+    with_exits = (space.with_earliest_exits(smallest, n) for n in range(space.exits.max_count, 0, -1))
+    shortened = next((g for g in with_exits if limit.keeps(g)), smallest)
     genotypes, latency = _pool_in_reach(parts, parts.search.seed + 1)
     exact = predictor.fastest()
     known = [*zip(genotypes, latency, strict=True), (smallest, float(predictor.worst([smallest])[0][0]))]
@@ -587,7 +588,8 @@ def _ends(parts: SearchParts) -> list[Genotype]:
     if not inside:
         least = min(known, key=lambda pair: float(np.nan_to_num(pair[1], nan=np.inf)))
         raise _budget_error(predictor, budget, *least, parts.folder.device)
-    ends = [smallest if limit.keeps(smallest) else min(inside, key=lambda pair: pair[1])[0]]
+    ends = [g for g in dict.fromkeys((shortened, smallest)) if limit.keeps(g)][: 1 if budget.of == "worst" else 2]
+    ends = ends or [min(inside, key=lambda pair: pair[1])[0]]
     if limit.keeps(largest):
         ends.append(largest)
     else:

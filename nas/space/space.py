@@ -399,9 +399,8 @@ class SearchSpace:
         """The first genotype with the most MACs, exit heads counted."""
         return self._extremes[1]
 
-    def with_earliest_exits(self, genotype: Genotype) -> Genotype:
-        """The same network with as many exits as it may have, the earliest ones; itself where the space has none."""
-        most = self.exits.max_count
+    def with_earliest_exits(self, genotype: Genotype, most: int) -> Genotype:
+        """The same network with the `most` earliest exits alone, or as many as it may have."""
         changed = {place.present: int(i < most) for i, place in enumerate(self.layout.exits)}
         return self.canonical([changed.get(gene, choice) for gene, choice in enumerate(genotype)])
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,22 @@ def test_every_image_has_its_own_time_without_what_puts_it_into_place() -> None:
     # in each of two sessions the warm-up, then four times all images in their order; once more to ask where they left
     passes = len(range(20)) * SETTINGS.network_rounds
     assert len(stream.seen) == SETTINGS.network_sessions * (passes + SETTINGS.min_network_runs) + 20
+
+
+def test_a_session_is_closed_before_the_next_is_opened() -> None:
+    clock = FakeClock()
+    stream = Stream(clock)
+    opened: list[weakref.ref[object]] = []
+
+    def open_session() -> Opened:
+        assert not any(session() is not None for session in opened)
+        session = stream.open()
+        run = partial(session.run)
+        opened.append(weakref.ref(run))
+        return replace(session, run=run)
+
+    stream_times("s", 20, open_session, Gate(taking(clock, [300]), SETTINGS, clock), SETTINGS, clock)
+    assert len(opened) == SETTINGS.network_sessions
 
 
 def test_a_disturbed_round_begins_with_its_first_image_again_and_is_marked() -> None:

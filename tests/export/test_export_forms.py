@@ -11,6 +11,7 @@ from nas.core.walk import expand
 from nas.export.check import all_graphs
 from nas.export.forms import (
     deployed_layers,
+    in_series,
     limited_deviation_ms,
     measured_figures,
     path_models,
@@ -36,6 +37,16 @@ def test_deviation_is_that_of_the_latency_that_is_limited() -> None:
     assert limited_deviation_ms(paths, (0.75, 0.25), "worst") == pytest.approx(0.3)
     assert limited_deviation_ms(paths, (0.75, 0.25), "p99") == pytest.approx(0.3)
     assert limited_deviation_ms(paths, (0.75, 0.25), "expected") == pytest.approx(0.75 * 0.1 + 0.25 * 0.3)
+
+
+def test_a_chain_repeats_as_badly_as_its_parts_whatever_number_of_sessions_they_had() -> None:
+    many = tuple(1.0 + 0.01 * i for i in range(15))
+    parts = [
+        replace(m, session_ms=s) for m, s in zip(measured([1.035, 1.0]), (many, (0.97, 1.01, 1.05, 1.09)), strict=True)
+    ]
+    chain = in_series(parts)
+    assert len(chain.session_ms) == 4
+    assert chain.std_ms == pytest.approx(2 * (0.035 + 0.03) / 2, rel=0.1)
 
 
 def test_failed_measurement_is_an_error() -> None:

@@ -98,6 +98,7 @@ def test_a_merged_row_is_the_median_and_its_deviation_that_between_boards(tmp_pa
     only = next(iter(table.networks.values())).measurement
     assert only.latency_ms == pytest.approx(1.1)
     assert only.session_ms == pytest.approx((1.0, 1.1, 1.5))
+    assert only.std_ms == pytest.approx(2 * 0.05 / 3**0.5)
     assert only.source == "median of board-1.0 1.0 ms, board-1.1 1.1 ms, board-1.5 1.5 ms"
     numbers = [m.sequence for m in (*merged.rows, *(n.measurement for n in merged.networks))]
     assert numbers == list(range(1, len(numbers) + 1))

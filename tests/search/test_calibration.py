@@ -91,7 +91,7 @@ def test_each_round_of_the_grey_box_sampler_says_how_far_its_model_is_to_be_trus
     assert [f.networks for f in fits if f is not None] == [10, 20]
     last = fits[-1]
     assert last is not None
-    assert last.rank > 0.6  # accuracy grows with size
+    assert last.rank > 0.6  # accuracy grows with size, but what leaves early is right less often
     told = [s for s in notes.said if s.startswith("accuracy model, each of ")]
     assert len(told) == 2
     assert f"rank correlation {last.rank:.2f}, mean error {100 * last.mae:.1f} points" in told[-1]

@@ -211,7 +211,7 @@ def test_first_batch_has_the_smallest_and_the_largest_network(make: Make, space:
     parts = make(trials=3, rounds=1)
     run_rounds(parts)
     first = parts.folder.batches()[0]
-    assert first.genotypes[:2] == (space.with_earliest_exits(space.smallest()), space.largest())
+    assert first.genotypes[:2] == (space.with_earliest_exits(space.smallest(), 9), space.largest())
     assert first.proposers == ("first", "first", "random")
 
 
@@ -219,11 +219,20 @@ def test_the_smallest_network_starts_without_exits_where_only_so_it_keeps_the_bu
     make: Make, space: SearchSpace
 ) -> None:
     smallest = space.smallest()
-    (plain, longer), (std, more) = make().predictor.worst([smallest, space.with_earliest_exits(smallest)])
+    (plain, longer), (std, more) = make().predictor.worst([smallest, space.with_earliest_exits(smallest, 1)])
     assert longer + more > plain + std
     parts = make(budget=BudgetSettings(ms=float(plain + std + longer + more) / 2), trials=3, rounds=1)
     run_rounds(parts)
     assert parts.folder.batches()[0].genotypes[0] == smallest
+
+
+def test_the_smallest_network_enters_with_and_without_exits_where_the_budget_is_a_mean(
+    make: Make, space: SearchSpace
+) -> None:
+    smallest = space.smallest()
+    parts = make(budget=replace(make().budget, of="expected"), trials=4, rounds=1)
+    run_rounds(parts)
+    assert parts.folder.batches()[0].genotypes[:2] == (space.with_earliest_exits(smallest, 9), smallest)
 
 
 def test_first_batch_has_the_ends_of_what_keeps_the_budget(make: Make, space: SearchSpace) -> None:
