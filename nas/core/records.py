@@ -621,7 +621,7 @@ class Measurement:
 
     @property
     def std_ms(self) -> float:
-        """Standard error of the lower quartile of the sessions, the latency of a network; 0 where there was one session.
+        """Standard error of the lower quartile of the sessions, a network's latency; 0 where there was one session.
 
         The error of a quantile of many is sqrt(p (1 - p) / n) over the density
         there (David and Nagaraja 2003, Order Statistics, chapter 10), which for the quartile of normal values is twice
