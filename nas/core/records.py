@@ -624,7 +624,8 @@ class Measurement:
         """Standard error of the lower quartile of the sessions, a network's latency; 0 where there was one session.
 
         The error of a quantile of many is sqrt(p (1 - p) / n) over the density there (David and Nagaraja 2003, Order
-        Statistics, chapter 10), which for the quartile of normal values is twice its distance to the median over sqrt(n). Only the faster half is looked at: slower ones may be disturbed.
+        Statistics, chapter 10): for the quartile of normal values twice its distance to the median over sqrt(n). Only
+        the faster half is looked at: slower ones may be disturbed.
         """
         if len(self.session_ms) < 2:
             return 0.0
