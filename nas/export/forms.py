@@ -113,8 +113,8 @@ def in_series(measurements: Sequence[Measurement]) -> Measurement:
     runs = sum(np.quantile(values, places) for values in calm) if count else np.empty(0)
     sessions = min(len(m.session_ms) for m in measurements)
     copies = [m.transfer_ms for m in measurements]
-    ranks = np.linspace(0.0, 1.0, sessions) if sessions > 1 else np.array([0.5] * sessions)
-    by_rank = [np.quantile(m.session_ms, ranks).tolist() if sessions else [] for m in measurements]
+    ranks = np.linspace(0.0, 1.0, sessions)
+    by_rank = [np.quantile(m.session_ms, ranks).tolist() for m in measurements] if sessions else []
     return replace(
         last,
         latency_ms=sum(m.latency_ms or 0.0 for m in measurements),

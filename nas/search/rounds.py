@@ -588,8 +588,8 @@ def _ends(parts: SearchParts) -> list[Genotype]:
     if not inside:
         least = min(known, key=lambda pair: float(np.nan_to_num(pair[1], nan=np.inf)))
         raise _budget_error(predictor, budget, *least, parts.folder.device)
-    ends = [g for g in dict.fromkeys((shortened, smallest)) if limit.keeps(g)][: 1 if budget.of == "worst" else 2]
-    ends = ends or [min(inside, key=lambda pair: pair[1])[0]]
+    small = [shortened] if budget.of == "worst" else [shortened, smallest]
+    ends = [g for g in small if limit.keeps(g)] or [min(inside, key=lambda pair: pair[1])[0]]
     if limit.keeps(largest):
         ends.append(largest)
     else:
