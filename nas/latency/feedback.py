@@ -41,8 +41,8 @@ Prior = Literal["same device", "other"]
 
 RBF_LENGTHS = (1.0, 2.5)  # in root mean square descriptors
 LOG_UNIT = 0.5  # of log p, at a length of 1: a fast and a slow network of the same depth are not alike
-NOISE_STD = (0.01, 0.02, 0.04, 0.08)
-SMALL = 0.01  # standard deviations below this are all alike to the log-normal priors
+NOISE_STD = (0.005, 0.01, 0.02, 0.04, 0.08)
+SMALL = 0.01  # standard deviations below this, but for the noise, are all alike to the log-normal priors
 KEPT_MASS, KEPT_POINTS = 0.99, 40  # of the grid, in the average
 PASSES = 3  # of the search for outliers
 OUTLIER = 2.5  # robust deviations beyond which a network's noise is inflated,
@@ -581,11 +581,12 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     # Begun where most networks agree: with few of them the fit would follow one that does not (r has the median 0).
     far = np.abs(r) / max(1.4826 * float(np.median(np.abs(r))), MIN_SPREAD)
     inflated = np.where(far > FAR_OUTLIER, np.maximum(far, doubt), doubt)
-    for last in (False,) * (PASSES - 1) + (True,):
-        score = _log_likelihood(variances, kernels, r, inflated) + log_prior
-        best = variances[np.argmax(score)]
-        if last:
-            break
+    # Looked for where noise is what outliers are told from, not less: of five quiet networks, two that are far off
+    # would otherwise be taken for an effect of what they consist of.
+    coarse = variances[:, -1] >= MIN_SPREAD**2
+    for _ in range(PASSES - 1):
+        score = _log_likelihood(variances[coarse], kernels, r, inflated) + log_prior[coarse]
+        best = variances[coarse][np.argmax(score)]
         inverse = np.linalg.inv(_covariance(best[None], kernels, inflated)[0])
         left = np.abs(inverse @ r / np.diag(inverse))
         deviations = left / max(1.4826 * float(np.median(left)), MIN_SPREAD)
@@ -593,7 +594,7 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
         if np.array_equal(before, inflated):
             break
 
-    kept, share = _heaviest(score)
+    kept, share = _heaviest(_log_likelihood(variances, kernels, r, inflated) + log_prior)
     h = variances[kept]
     lower = np.linalg.cholesky(_covariance(h, kernels, inflated))
     half = np.linalg.solve(lower, np.broadcast_to(np.eye(n), lower.shape))  # its inverse, [P, N, N]
@@ -654,9 +655,9 @@ def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray]:
     """Variances of constant, group, overhead, entry, rests, noise at each point, shape [P, 6 + 1]; log prior [P]."""
     rows = list(product(belief.group, belief.overhead, belief.entry, belief.rbf, NOISE_STD))
     std = np.array([(belief.constant, g, b, e, *f, noise) for g, b, e, f, noise in rows])
-    of_prior = np.array([(g, e, b, max(f), noise) for g, b, e, f, noise in rows])
+    of_prior = np.array([(*np.maximum((g, e, b, max(f)), SMALL), noise) for g, b, e, f, noise in rows])
     median, width = np.array(belief.medians), np.array(belief.widths)
-    return std**2, -0.5 * ((np.log(np.maximum(of_prior, SMALL) / median) / width) ** 2).sum(axis=1)
+    return std**2, -0.5 * ((np.log(of_prior / median) / width) ** 2).sum(axis=1)
 
 
 def _covariance(variances: FloatArray, kernels: FloatArray, inflated: FloatArray) -> FloatArray:
