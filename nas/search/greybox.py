@@ -47,7 +47,7 @@ VARIANCE_SPREAD = 1.0  # the same of a variance around its best value in the gri
 RELEVANCE_STEPS = 25
 PRIOR_POINTS = 4.0  # weight of the standardised variance 1 beside the observations when the signal variance is set
 JITTER = 1e-8
-SIZE_VARIANCE = 1.0  # of the part of a network's size beside the signal of variance 1, where it is taken
+COST_VARIANCE = 1.0  # of the part of a network's latency beside the signal of variance 1, where it is begun with
 SIZE_DRAWS = 4096  # random networks from whose latency the size of options is told
 MANY_POINTS = 150  # from which on a candidate, whose cost grows with their square, is dear
 START_WINDOW = 15  # networks next to the latency aimed at, of which the start takes the largest
@@ -149,7 +149,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Hyperparameters:
-    """Kernel of standardised accuracies: three parts that are 1 for equal networks, and one of size; see `kernel`.
+    """Kernel of standardised accuracies: three parts that are 1 for equal networks, and one of latency; see `kernel`.
 
     Attributes:
         linear: variance of what genes add one by one.
@@ -159,8 +159,9 @@ class Hyperparameters:
         noise: variance of one training at the median accuracy.
         headroom: how far above the best accuracy its ceiling lies, in units of `Scale`; infinite: no ceiling.
         relevance: weight of each gene, [G], mean 1; None: all alike.
-        size: variance of what a network's size adds.
-        option_sizes: see `option_sizes`; None where `size` is 0.
+        cost: variance of what a network's latency adds, see `costs`.
+        cost_center: mean logarithm of the latency of the networks that these were fitted to.
+        cost_unit: standard deviation of it.
     """
 
     linear: float
@@ -170,12 +171,13 @@ class Hyperparameters:
     noise: float
     headroom: float = np.inf
     relevance: FloatArray | None = None
-    size: float = 0.0
-    option_sizes: FloatArray | None = None
+    cost: float = 0.0
+    cost_center: float = 0.0
+    cost_unit: float = 1.0
 
     @property
     def prior(self) -> float:
-        """Variance of a standardised accuracy before anything is known, but for the part of the size."""
+        """Variance of a standardised accuracy before anything is known, but for the part of the latency."""
         return self.linear + self.pair + self.rbf
 
 
@@ -187,23 +189,23 @@ class Features:
         shares: columns whose products sum up to the weight of the genes in which two networks agree, [N, C].
         codes: ordered genes as index / (choices - 1), others as columns at distance 1 from each other, [N, K].
         norms: squared length of the rows of `codes`, [N].
-        size: of the networks, [N]; 0 where it is not used.
+        cost: of the networks, see `costs`, [N]; 0 where it is not used.
     """
 
     shares: NDArray[np.float32]
     codes: FloatArray
     norms: FloatArray
-    size: FloatArray
+    cost: FloatArray
 
     def at(self, rows: IntArray | BoolArray | slice) -> Features:
         """Some rows."""
-        return Features(self.shares[rows], self.codes[rows], self.norms[rows], self.size[rows])
+        return Features(self.shares[rows], self.codes[rows], self.norms[rows], self.cost[rows])
 
 
 def joined(parts: list[Features]) -> Features:
     """All rows of several."""
     return Features(
-        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("shares", "codes", "norms", "size"))
+        *(np.concatenate([getattr(p, name) for p in parts]) for name in ("shares", "codes", "norms", "cost"))
     )
 
 
@@ -212,13 +214,9 @@ def encode(
     cardinalities: tuple[int, ...],
     ordinal: tuple[bool, ...],
     relevance: FloatArray | None = None,
-    option_sizes: FloatArray | None = None,
+    cost: FloatArray | None = None,
 ) -> Features:
-    """Features of genotypes [N, G].
-
-    `relevance` [G] are the weights of the genes, all 1 unless given, `option_sizes` [sum of choices] those that are
-    summed up to the size of a network, which is 0 unless they are given.
-    """
+    """Features of genotypes [N, G]: `relevance` [G] are the weights of the genes, all 1 unless given, `cost` is [N]."""
     weights = np.ones(len(cardinalities)) if relevance is None else relevance
     offsets = np.cumsum((0, *cardinalities[:-1]))
     one_hot = np.zeros((len(genotypes), sum(cardinalities)), np.float32)
@@ -232,15 +230,31 @@ def encode(
         [genotypes[:, ordered] * (roots[ordered] / steps), one_hot[:, nominal] * (by_choice[nominal] / np.sqrt(2.0))],
         axis=1,
     )
-    size = np.zeros(len(genotypes)) if option_sizes is None else option_sizes[genotypes + offsets].sum(axis=1)
-    return Features(one_hot * by_choice.astype(np.float32), codes, (codes**2).sum(axis=1), size)
+    cost = np.zeros(len(genotypes)) if cost is None else cost
+    return Features(one_hot * by_choice.astype(np.float32), codes, (codes**2).sum(axis=1), cost)
 
 
-def option_sizes(problem: GreyBoxProblem) -> FloatArray:
-    """How large each option of each gene makes a network, [sum of choices]; a network's size is the sum of its own.
+def costs(latency_ms: FloatArray, h: Hyperparameters) -> FloatArray | None:
+    """Latency [N, D] as the kernel sees it, [N]: mean logarithm over the devices, standardised; None if it does not.
 
-    Options count as larger the more latency they cost on average over random networks, in equal steps within a gene;
-    sizes have mean 0 and variance 1 over these. What costs time is in a space because it is worth some accuracy, and a
+    What costs time is in a space because it is worth some accuracy, exits too. With a part of their latency in the
+    kernel, what genes have to explain is by how much a network is better than others that are as fast. Where latency
+    is unknown it is the mean.
+    """
+    return np.nan_to_num((_log_ms(latency_ms) - h.cost_center) / h.cost_unit) if h.cost else None
+
+
+def _log_ms(latency_ms: FloatArray) -> FloatArray:
+    """Mean logarithm over the devices, NaN where latency is unknown on one, [N]."""
+    known = latency_ms > 0  # not NaN either
+    logs: FloatArray = np.log(np.where(known, latency_ms, np.nan)).mean(axis=1)
+    return logs
+
+
+def network_sizes(problem: GreyBoxProblem, genotypes: IntArray) -> FloatArray:
+    """How large networks are, [N]: the sum of how large each option of their genes makes one.
+
+    Options count as larger the more latency they cost on average over random networks, in equal steps within a gene. A
     network that is large for its latency has its options where they are cheap. On all five spaces of
     `benchmarks.samplers`, three of them published tables, networks of the same latency are the more accurate the larger
     they are: correlation 0.23 to 0.52.
@@ -249,20 +263,18 @@ def option_sizes(problem: GreyBoxProblem) -> FloatArray:
     offsets = np.cumsum((0, *sizes[:-1]))
     drawn = problem.canonical(np.random.default_rng(0).integers(0, sizes, size=(SIZE_DRAWS, len(sizes))))
     ms, _ = problem.latency(drawn)
-    known = np.isfinite(ms).all(axis=1) & (ms > 0).all(axis=1)
-    drawn, cost = drawn[known], np.log(ms[known]).mean(axis=1)
-    result = np.zeros(sum(sizes))
+    log_ms = _log_ms(ms)
+    known = np.isfinite(log_ms)
+    drawn, log_ms = drawn[known], log_ms[known]
+    of_options = np.zeros(sum(sizes))
     for gene, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
         counts = np.bincount(drawn[:, gene], minlength=size)
         seen = np.flatnonzero(counts)
         if len(seen) > 1:
-            mean = np.bincount(drawn[:, gene], cost, size)[seen] / counts[seen]
-            result[offset + seen[np.argsort(mean, kind="stable")]] = np.linspace(-0.5, 0.5, len(seen))
-    if not result.any():
-        return result
-    totals = result[drawn + offsets].sum(axis=1)
-    result -= totals.mean() / len(sizes)
-    return result / max(float(totals.std()), 1e-12)
+            mean = np.bincount(drawn[:, gene], log_ms, size)[seen] / counts[seen]
+            of_options[offset + seen[np.argsort(mean, kind="stable")]] = np.linspace(-0.5, 0.5, len(seen))
+    result: FloatArray = of_options[genotypes + offsets].sum(axis=1)
+    return result
 
 
 def typical_distance(cardinalities: tuple[int, ...], ordinal: tuple[bool, ...]) -> float:
@@ -291,8 +303,8 @@ def _squared_distances(a: Features, b: Features) -> FloatArray:
 def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArray:
     """Covariance of the standardised accuracies of two lists of networks, [N, M], without noise.
 
-    `linear` * s + `pair` * s^2 + `rbf` * exp(-d^2 / (2 `length`^2)) + `size` * z z' with s the share of the genes that
-    agree and z, z' the sizes of both.
+    `linear` * s + `pair` * s^2 + `rbf` * exp(-d^2 / (2 `length`^2)) + `cost` * z z' with s the share of the genes that
+    agree and z, z' the latency of both, see `costs`.
     """
     shared = _shared(a, b, genes)
     if h.pair:
@@ -308,14 +320,14 @@ def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArr
         np.exp(smooth, out=smooth)
         smooth *= h.rbf
         result += smooth
-    if h.size:
-        result += h.size * np.outer(a.size, b.size)
+    if h.cost:
+        result += h.cost * np.outer(a.cost, b.cost)
     return result
 
 
 def prior_variance(features: Features, h: Hyperparameters) -> FloatArray:
     """Of each network's standardised accuracy, [N]."""
-    return h.prior + h.size * features.size**2
+    return h.prior + h.cost * features.cost**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,54 +397,67 @@ def log_marginal_likelihood(covariance: FloatArray, observed: FloatArray) -> flo
 def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
     """The headroom and then the point of the grid with the largest marginal likelihood, and the genes' relevance there.
 
-    Three steps, each from the best of the one before: headrooms on a coarse grid, the grid, `fit_relevance`. While
-    fewer networks are trained than there are genes, the size of networks is a part of the kernel where it is more
-    likely with it than without; later on genes have effects of their own, which that part would draw together.
+    Three steps, each from the best of the one before: headrooms, each with and without a part of the latency, on a
+    coarse grid; the grid; `fit_relevance`.
     """
     seen = scored.at(spread_rows(len(scored.accuracies), MAX_FIT_POINTS))
     coarse = (LINEAR_SHARES[::2], PAIR_SHARES[1:2], LENGTHS[1:2], NOISES[1::2])
-    is_early = len(scored.accuracies) < len(problem.cardinalities)
-    sizes = (None, option_sizes(problem)) if is_early else (None,)
+    ms, _ = problem.latency(seen.genotypes)
     found = [
-        (*_best_of_grid(problem, seen, headroom, *coarse, of_options), of_options)
-        for headroom, of_options in itertools.product(HEADROOMS, sizes)
+        _best_of_grid(problem, seen, ms, headroom, *coarse, cost=cost)
+        for headroom, cost in itertools.product(HEADROOMS, (0.0, COST_VARIANCE))
     ]
-    _, coarse_best, of_options = max(found, key=lambda one: one[0])
-    _, best = _best_of_grid(
-        problem, seen, coarse_best.headroom, LINEAR_SHARES, PAIR_SHARES, LENGTHS, NOISES, of_options
-    )
-    return fit_relevance(problem, seen, best)
+    _, best = max(found, key=lambda one: one[0])
+    cost = COST_VARIANCE if best.cost else 0.0
+    _, best = _best_of_grid(problem, seen, ms, best.headroom, LINEAR_SHARES, PAIR_SHARES, LENGTHS, NOISES, cost=cost)
+    return fit_relevance(problem, seen, ms, best)
 
 
 def _best_of_grid(
     problem: GreyBoxProblem,
     scored: Scored,
+    latency_ms: FloatArray,
     headroom: float,
     linear_shares: tuple[float, ...],
     pair_shares: tuple[float, ...],
     lengths: tuple[float, ...],
     noises: tuple[float, ...],
-    of_options: FloatArray | None,
+    *,
+    cost: float,
 ) -> tuple[float, Hyperparameters]:
     """The logarithm of the largest marginal likelihood, but for a constant, and where it is.
 
     The signal variance has a closed form for each shape of the kernel (ibid., exercise 5.6; here with a prior that is
     worth `PRIOR_POINTS` observations), so that only shares, length and noise are searched.
     """
-    features = encode(scored.genotypes, problem.cardinalities, problem.ordinal, None, of_options)
-    by_size = SIZE_VARIANCE * np.outer(features.size, features.size)
-    size = 0.0 if of_options is None else SIZE_VARIANCE
+    unlike = _log_ms(latency_ms)
+    unlike = unlike[np.isfinite(unlike)]
+    center, spread = (float(unlike.mean()), float(unlike.std())) if len(unlike) else (0.0, 0.0)
+    first = Hyperparameters(
+        0.6,
+        0.0,
+        0.4,
+        1.0,
+        noises[0],
+        headroom,
+        None,
+        cost if spread > 0 else 0.0,
+        center,
+        spread if spread > 0 else 1.0,
+    )
+    features = encoded(problem, scored.genotypes, first, latency_ms)
+    by_cost = first.cost * np.outer(features.cost, features.cost)
     shared, squared = _shared(features, features, len(problem.cardinalities)), _squared_distances(features, features)
     unit = typical_distance(problem.cardinalities, problem.ordinal)
     observed, _, noise_shape, log_density = standardised(scored.accuracies, headroom, least_ceiling(problem))
     count = len(observed)
-    best, best_value = Hyperparameters(0.6, 0.0, 0.4, lengths[0] * unit, noises[0], headroom), -np.inf
+    best, best_value = replace(first, length=lengths[0] * unit), -np.inf
     for length, pair_share in itertools.product(lengths, pair_shares):
         if pair_share == 1 and length != lengths[0]:
             continue  # nothing is smooth, so all lengths are alike
         rest = pair_share * shared**2 + (1 - pair_share) * np.exp(squared * (-0.5 / (length * unit) ** 2))
         for linear, noise in itertools.product(linear_shares, noises):
-            covariance = linear * shared + (1 - linear) * rest + by_size
+            covariance = linear * shared + (1 - linear) * rest + by_cost
             covariance[np.diag_indices(count)] += noise * noise_shape + JITTER
             factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
             half = solve_triangular(factor, observed, lower=True, check_finite=False)
@@ -441,20 +466,21 @@ def _best_of_grid(
             if value > best_value:
                 best_value = value
                 pair, smooth = (1 - linear) * pair_share, (1 - linear) * (1 - pair_share)
-                best = Hyperparameters(
-                    linear * signal,
-                    pair * signal,
-                    smooth * signal,
-                    length * unit,
-                    noise * signal,
-                    headroom,
-                    size=size * signal,
-                    option_sizes=of_options,
+                best = replace(
+                    first,
+                    linear=linear * signal,
+                    pair=pair * signal,
+                    rbf=smooth * signal,
+                    length=length * unit,
+                    noise=noise * signal,
+                    cost=first.cost * signal,
                 )
     return float(best_value), best
 
 
-def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameters) -> Hyperparameters:
+def fit_relevance(
+    problem: GreyBoxProblem, scored: Scored, latency_ms: FloatArray, start: Hyperparameters
+) -> Hyperparameters:
     """Weights of the genes by marginal likelihood and a log-normal prior around 1, with the variances beside them.
 
     Automatic relevance determination (Rasmussen and Williams, section 5.1; gradient: eq. 5.9) in which one weight of a
@@ -463,28 +489,28 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
     least = least_ceiling(problem)
     observed, _, noise_shape, _ = standardised(scored.accuracies, start.headroom, least)
     genes, count = len(problem.cardinalities), len(observed)
-    plain = encode(scored.genotypes, problem.cardinalities, problem.ordinal, None, start.option_sizes)
-    by_size = start.size * np.outer(plain.size, plain.size)
+    plain = encoded(problem, scored.genotypes, start, latency_ms)
+    alike_in_cost = np.outer(plain.cost, plain.cost)
     share_genes, code_genes = _columns(problem.cardinalities, problem.ordinal)
     columns = plain.shares.astype(np.float64)
-    variances = np.array([start.linear, start.pair, start.rbf, start.noise])
+    variances = np.array([start.linear, start.pair, start.rbf, start.noise, start.cost])
     used = variances > 0
     origin = np.log(variances[used])
 
     def unpacked(point: FloatArray) -> tuple[FloatArray, FloatArray]:
-        levels = np.zeros(4)
+        levels = np.zeros(len(variances))
         levels[used] = np.exp(point[genes:])
         return np.exp(point[:genes]), levels
 
     def loss(point: FloatArray) -> tuple[float, FloatArray]:
-        weights, (linear, pair, rbf, noise) = unpacked(point)
+        weights, (linear, pair, rbf, noise, cost) = unpacked(point)
         weighted = columns * weights[share_genes]
         shared = weighted @ columns.T / genes
         codes = plain.codes * np.sqrt(weights[code_genes])
         norms = (codes**2).sum(axis=1)
         squared = np.maximum(norms[:, None] + norms - 2 * codes @ codes.T, 0.0)
         smooth = np.exp(squared * (-0.5 / start.length**2))
-        covariance = shared * (linear + pair * shared) + rbf * smooth + by_size
+        covariance = shared * (linear + pair * shared) + rbf * smooth + cost * alike_in_cost
         covariance[np.diag_indices(count)] += noise * noise_shape + JITTER
         factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
         inverse = cho_solve((factor, True), np.eye(count), check_finite=False)
@@ -505,6 +531,7 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
                 pair * (left * shared**2).sum(),
                 rbf * (left * smooth).sum(),
                 noise * (np.diag(left) * noise_shape).sum(),
+                cost * (left * alike_in_cost).sum(),
             ]
         )
         gradient[genes:] = 0.5 * levels[used]
@@ -520,7 +547,7 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
         bounds=[(-4.0, 4.0)] * genes + [(level - 4.0, level + 4.0) for level in origin],
         options={"maxiter": RELEVANCE_STEPS},
     )
-    weights, (linear, pair, rbf, noise) = unpacked(found.x)
+    weights, (linear, pair, rbf, noise, cost) = unpacked(found.x)
     mean = float(weights.mean())
     return replace(
         start,
@@ -529,6 +556,7 @@ def fit_relevance(problem: GreyBoxProblem, scored: Scored, start: Hyperparameter
         rbf=rbf,
         length=start.length / np.sqrt(mean),
         noise=noise,
+        cost=cost,
         relevance=weights / mean,
     )
 
@@ -564,9 +592,9 @@ def spread_rows(count: int, most: int) -> IntArray:
     return np.linspace(0, count - 1, most).round().astype(np.int64)
 
 
-def encoded(problem: GreyBoxProblem, genotypes: IntArray, h: Hyperparameters) -> Features:
-    """Features of genotypes [N, G] for a kernel with these hyper-parameters."""
-    return encode(genotypes, problem.cardinalities, problem.ordinal, h.relevance, h.option_sizes)
+def encoded(problem: GreyBoxProblem, genotypes: IntArray, h: Hyperparameters, latency_ms: FloatArray) -> Features:
+    """Features of genotypes [N, G] with their latency [N, D] for a kernel with these hyper-parameters."""
+    return encode(genotypes, problem.cardinalities, problem.ordinal, h.relevance, costs(latency_ms, h))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -599,7 +627,7 @@ def fit_model(
     observed, scale, noise_shape, _ = standardised(scored.accuracies, hyperparameters.headroom, least_ceiling(problem))
     pending = scored.genotypes[:0] if pending is None else pending
     genotypes = np.concatenate([scored.genotypes, pending])
-    features = encoded(problem, genotypes, hyperparameters)
+    features = encoded(problem, genotypes, hyperparameters, latencies(problem, genotypes).ms)
     genes = len(problem.cardinalities)
     covariance = kernel(features, features, genes, hyperparameters)
     noise = hyperparameters.noise * np.append(noise_shape, np.ones(len(pending)))
@@ -880,7 +908,7 @@ def start_spread(
 
     The latency of each is aimed at by a low-discrepancy sequence whose place is the number of those taken, on the
     devices in turn, between the lowest that was drawn and the budget; of the `START_WINDOW` networks nearest to it the
-    largest is taken, see `option_sizes`.
+    largest is taken, see `network_sizes`.
     """
     effort = effort or Effort()
     rng = np.random.default_rng(list(seed))
@@ -888,7 +916,7 @@ def start_spread(
     known = latencies(problem, drawn)
     chosen: list[int] = []
     golden = (np.sqrt(5) - 1) / 2
-    size = encode(drawn, problem.cardinalities, problem.ordinal, None, option_sizes(problem)).size
+    size = network_sizes(problem, drawn)
     shift = np.random.default_rng(list(seed[:1])).random()
     for place in range(len(taken), len(taken) + count):
         device = place % len(problem.budgets_ms)
@@ -1074,7 +1102,7 @@ class Pool:
         known = latencies(problem, genotypes)
         keep = known.within.any(axis=1)
         known = known.at(keep)
-        features = encoded(problem, genotypes[keep], model.hyperparameters)
+        features = encoded(problem, genotypes[keep], model.hyperparameters, known.ms)
         mean, deviation, white = predict(model, features)
         values = improvement(problem, model, fronts, known, mean, deviation)
         return Pool(genotypes[keep], features, known, mean, deviation, white if is_for_batch else white[:0], values)

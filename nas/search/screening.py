@@ -102,7 +102,7 @@ def _screen(
     model = fit_model(problem, few, chosen)
     doubt = float(np.sqrt(chosen.pair + chosen.rbf))
     trained = model.known.at(slice(len(model.weights)))
-    promising = encoded(problem, fronts.genotypes, chosen)
+    promising = encoded(problem, fronts.genotypes, chosen, fronts.latencies.ms)
     base = on_a_front(problem, replace(fronts, accuracies=predict_accuracy(model, promising)))
     parents = fronts.genotypes[base] if len(base) else seen.genotypes
     codes = hashes(taken)
@@ -117,7 +117,7 @@ def _screen(
         known = latencies(problem, rows)
         inside = np.flatnonzero(known.within.any(axis=1))
         rows, known = rows[inside], known.at(inside)
-        features = encoded(problem, rows, chosen)
+        features = encoded(problem, rows, chosen, known.ms)
         mean = kernel(features, trained, model.genes, chosen) @ model.weights
         values = improvement(problem, model, fronts, known, mean, np.full(len(rows), doubt))
         best = np.argsort(-values, kind="stable")[: 2 * KEPT]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from nas.search.greybox import (
     Scale,
     Scored,
     batch_count,
+    costs,
     encode,
+    encoded,
     expected_improvement,
     fit_hyperparameters,
     fit_model,
@@ -30,9 +33,10 @@ from nas.search.greybox import (
     model_rows,
     mutated,
     neighbours,
-    option_sizes,
+    network_sizes,
     posterior,
     predict,
+    predict_accuracy,
     propose,
     random_within,
     refit_count,
@@ -246,53 +250,82 @@ def test_genes_that_matter_get_more_weight_than_those_that_do_not() -> None:
 def test_relevance_raises_the_marginal_likelihood_it_is_fitted_to() -> None:
     rows = drawn(400)[::4]
     of, known = problem(), scored(rows)
-    start = Hyperparameters(0.5, 0.2, 0.3, 0.8, 0.01)
-    found = fit_relevance(of, known, start)
+    ms = latency(rows)[0]
+    start = Hyperparameters(
+        0.5, 0.2, 0.3, 0.8, 0.01, cost=0.5, cost_center=np.log(ms).mean(), cost_unit=np.log(ms).std()
+    )
+    found = fit_relevance(of, known, ms, start)
     y, *_ = standardised(known.accuracies)
 
     def likelihood(h: Hyperparameters) -> float:
-        features = encode(rows, SIZES, ORDINAL, h.relevance)
+        features = encoded(of, rows, h, ms)
         covariance = kernel(features, features, len(SIZES), h) + (h.noise + 1e-8) * np.eye(len(rows))
         return log_marginal_likelihood(covariance, y)
 
     assert likelihood(found) > likelihood(start) + 5
+    assert all(likelihood(replace(found, cost=found.cost * factor)) < likelihood(found) for factor in (0.1, 10.0))
 
 
-def test_the_size_of_an_option_is_its_place_by_the_latency_it_costs() -> None:
+def test_networks_are_the_larger_the_more_latency_their_options_cost_elsewhere() -> None:
     def odd(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cost = np.array([0.4, 0.1, 0.9])[genotypes[:, 0]] + 0.2 * genotypes[:, 1] + 0.3 * (3 - genotypes[:, 7])
         return 1.0 + cost[:, None], np.zeros((len(genotypes), 1))
 
     of = GreyBoxProblem(SIZES, ORDINAL, np.copy, odd, (7.0,))
-    found = option_sizes(of)
-    assert found[1] < found[0] < found[2]
-    assert (np.diff(found[3:7]) > 0).all() and (np.diff(found[-4:]) < 0).all()
-    rows = np.random.default_rng(1).integers(0, SIZES, size=(4000, len(SIZES)))
-    size = encode(rows, SIZES, ORDINAL, None, found).size
-    assert size.mean() == pytest.approx(0, abs=0.05) and size.std() == pytest.approx(1, abs=0.05)
+
+    def sizes_by_option(gene: int) -> np.ndarray:
+        rows = np.zeros((SIZES[gene], len(SIZES)), np.int64)
+        rows[:, gene] = np.arange(SIZES[gene])
+        return network_sizes(of, rows)
+
+    assert np.argsort(sizes_by_option(0)).tolist() == [1, 0, 2]
+    assert (np.diff(sizes_by_option(1)) > 0).all() and (np.diff(sizes_by_option(7)) < 0).all()
 
 
-def test_options_whose_latency_is_unknown_have_the_size_of_nothing() -> None:
+def test_networks_whose_latency_is_unknown_have_the_size_of_nothing() -> None:
     of = problem(lambda genotypes: (np.full((len(genotypes), 1), np.nan), np.zeros((len(genotypes), 1))))
-    assert not option_sizes(of).any()
+    assert not network_sizes(of, drawn(10)).any()
 
 
-def test_early_on_the_size_of_networks_is_a_part_of_the_model_where_it_explains_accuracy() -> None:
+def test_latency_is_a_part_of_the_model_where_it_explains_accuracy() -> None:
     sizes = (3,) * 20
+    weights = np.random.default_rng(2).exponential(size=20)
 
     def known(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return 1.0 + genotypes.sum(axis=1, dtype=float)[:, None], np.zeros((len(genotypes), 1))
+        return (1.0 + genotypes @ weights)[:, None], np.zeros((len(genotypes), 1))
 
-    of = GreyBoxProblem(sizes, (True,) * 20, np.copy, known, (30.0,))
+    of = GreyBoxProblem(sizes, (True,) * 20, np.copy, known, (90.0,))
     rng = np.random.default_rng(0)
-    rows = rng.integers(0, 3, size=(40, 20))
-    explained, unrelated = rows.sum(axis=1) + 0.01 * rng.normal(size=40), rng.normal(size=40)
-    every = np.ones(40, bool)
-    early, late, noise = (
-        fit_hyperparameters(of, Scored(rows[:n], y[:n], every[:n])).size
-        for n, y in ((12, explained), (20, explained), (12, unrelated))
-    )
-    assert early > 0 and late == 0 and noise < early
+    rows, new = rng.integers(0, 3, size=(24, 20)), rng.integers(0, 3, size=(200, 20))
+    every = np.ones(24, bool)
+    explained, unrelated = np.log(known(rows)[0][:, 0]) + 0.01 * rng.normal(size=24), rng.normal(size=24)
+    with_it, without = (fit_hyperparameters(of, Scored(rows, y, every)) for y in (explained, unrelated))
+    assert with_it.cost > 0.1 > without.cost
+
+    def error(h: Hyperparameters) -> float:
+        model = fit_model(of, Scored(rows, explained, every), h)
+        found = predict_accuracy(model, encoded(of, new, h, known(new)[0]))
+        return float(np.abs(found - np.log(known(new)[0][:, 0])).mean())
+
+    assert error(with_it) < 0.3 * error(replace(with_it, cost=0.0))
+
+
+def test_latency_as_the_kernel_sees_it() -> None:
+    h = Hyperparameters(0.5, 0.2, 0.3, 0.8, 0.01, cost=0.5, cost_center=1.0, cost_unit=2.0)
+    ms = np.exp(np.array([[1.0, 5.0], [-1.0, -1.0], [np.nan, 5.0]]))
+    np.testing.assert_allclose(costs(ms, h), [1.0, -1.0, 0.0])
+    assert costs(ms, replace(h, cost=0.0)) is None
+
+
+def test_the_model_works_where_all_latencies_are_unknown_or_alike() -> None:
+    rows = drawn(40)[:20]
+    for value in (np.nan, 3.0):
+        of = problem(
+            lambda genotypes, value=value: (np.full((len(genotypes), 1), value), np.zeros((len(genotypes), 1)))
+        )
+        h = fit_hyperparameters(of, scored(rows))
+        assert h.cost == 0
+        assert np.isfinite(predict_accuracy(fit_model(of, scored(rows), h), encode(rows, SIZES, ORDINAL))).all()
 
 
 def test_the_neighbours_of_a_network_differ_in_one_gene() -> None:
@@ -349,10 +382,11 @@ def test_pending_networks_push_the_next_proposal_away() -> None:
     of = problem()
     known = scored(within(30, of))
     first = propose(of, known, seed=(1,), effort=SMALL)
-    features = encode(first, SIZES, ORDINAL)
     h = fit_hyperparameters(of, known)
+    features = encoded(of, first, h, latency(first)[0])
     alone, with_pending = fit_model(of, known, h), fit_model(of, known, h, first)
-    near = encode(mutated(of, np.repeat(first, 20, axis=0), np.random.default_rng(0), (1,)), SIZES, ORDINAL)
+    changed = mutated(of, np.repeat(first, 20, axis=0), np.random.default_rng(0), (1,))
+    near = encoded(of, changed, h, latency(changed)[0])
     mean, deviation, _ = predict(alone, near)
     believed, less, _ = predict(with_pending, near)
     np.testing.assert_allclose(mean, believed, rtol=1e-9)
