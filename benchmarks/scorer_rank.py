@@ -6,7 +6,8 @@ over students. Each scorer ranks by what a search ranks by, the mean probability
 by the share of right answers. `within thirds` is the mean correlation inside thirds by multiply-adds: a search under a
 deadline compares networks of similar cost.
 
-Run: python -m benchmarks.scorer_rank [--students 24] [--seeds 3] [--folder DIR] [--json]; the same command goes on
+Run: python -m benchmarks.scorer_rank [--students 24] [--seeds 3] [--scorers supernet] [--folder DIR] [--json]
+The same command goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from nas.train.evaluate import top1
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "quickstart.yaml"
 RANDOM_POOL = 2048  # random networks of which the students are taken
 RESAMPLES = 2000
+SCORERS = ("supernet", "standalone")
 CALIBRATION_IMAGES = 16  # of finishing; int8 is not looked at here
 
 Scores = NDArray[np.float64]
@@ -242,6 +245,9 @@ def main(arguments: list[str]) -> int:
         "--supernet-cpu", type=float, nargs="+", default=[40.0], metavar="S", help="CPU s of supernets"
     )
     options.add_argument("--images", type=int, nargs="+", default=[SCORE_IMAGES], help="for batch norm of a subnet")
+    options.add_argument(
+        "--scorers", nargs="+", choices=SCORERS, default=SCORERS, help="beside multiply-adds; a standalone one is dear"
+    )
     options.add_argument("--table", type=Path, help="folder of a latency table with all rows")
     options.add_argument("--workers", type=int, default=1, help="processes (default 1)")
     options.add_argument("--folder", type=Path, default=Path("runs/bench-scorer-rank"), help="kept, and gone on with")
@@ -257,11 +263,12 @@ def main(arguments: list[str]) -> int:
             scorers.append(
                 Scorer("table latency", np.array([[estimator.estimate(c).worst_ms for c in bench.students]]))
             )
-        nets = [x for s in chosen.supernet_cpu for n in chosen.images for x in supernet(bench, s, n)]
-        alone = standalone(bench)
+        budgets = product(chosen.supernet_cpu, chosen.images) if "supernet" in chosen.scorers else ()
+        nets = [x for cpu_s, images in budgets for x in supernet(bench, cpu_s, images)]
+        alone = standalone(bench) if "standalone" in chosen.scorers else []
         scorers += [*nets, *alone]
         scorers += [rank_sum(f"ranks of {s.name} + multiply-adds", s, by_macs) for s in (*nets, *alone)]
-        scorers += [rank_sum(f"ranks of {nets[0].name} + {s.name}", nets[0], s) for s in alone]
+        scorers += [rank_sum(f"ranks of {net.name} + {s.name}", net, s) for net in nets[:1] for s in alone]
         by_seed, finish_cpu_s = truths(bench)
     truth = by_seed.mean(axis=0)
     found = [figures(s, truth) for s in scorers]
