@@ -44,9 +44,10 @@ from nas.search.experiment import load_experiment
 from nas.search.folder import RunFolder
 from nas.search.greybox import (
     GreyBoxProblem,
-    encode,
+    encoded,
     fit_hyperparameters,
     fit_model,
+    latencies,
     predict_accuracy,
 )
 from nas.search.greybox import Scored as Observed
@@ -428,8 +429,7 @@ def _predicts(
     observed = Observed(genotypes, np.array([taught[n] for n in numbers]), np.ones(len(numbers), bool))
     model = fit_model(problem, observed, fit_hyperparameters(problem, observed))
     asked = np.array([c.genotype for c in strangers], np.int64)
-    relevance = model.hyperparameters.relevance
-    mean = predict_accuracy(model, encode(asked, problem.cardinalities, problem.ordinal, relevance))
+    mean = predict_accuracy(model, encoded(problem, asked, model.hyperparameters, latencies(problem, asked).ms))
     truth = np.array([c.scores[-1] for c in strangers])
     return {
         "n": len(truth),

@@ -48,6 +48,8 @@ RELEVANCE_STEPS = 25
 PRIOR_POINTS = 4.0  # weight of the standardised variance 1 beside the observations when the signal variance is set
 JITTER = 1e-8
 COST_VARIANCE = 1.0  # of the part of a network's latency beside the signal of variance 1, where it is begun with
+COST_RANGE = 4.0  # standard deviations of the trained networks' latency, beyond which others count as no farther
+LEAST_COST_UNIT = 1e-6  # of logarithms: latencies that differ by less are all alike but for rounding
 SIZE_DRAWS = 4096  # random networks from whose latency the size of options is told
 MANY_POINTS = 150  # from which on a candidate, whose cost grows with their square, is dear
 START_WINDOW = 15  # networks next to the latency aimed at, of which the start takes the largest
@@ -239,14 +241,17 @@ def costs(latency_ms: FloatArray, h: Hyperparameters) -> FloatArray | None:
 
     What costs time is in a space because it is worth some accuracy, exits too. With a part of their latency in the
     kernel, what genes have to explain is by how much a network is better than others that are as fast. Where latency
-    is unknown it is the mean.
+    is unknown it is the mean, and far from all trained networks it does not grow on.
     """
-    return np.nan_to_num((_log_ms(latency_ms) - h.cost_center) / h.cost_unit) if h.cost else None
+    if not h.cost:
+        return None
+    z = np.nan_to_num((_log_ms(latency_ms) - h.cost_center) / h.cost_unit)
+    return np.clip(z, -COST_RANGE, COST_RANGE)
 
 
 def _log_ms(latency_ms: FloatArray) -> FloatArray:
     """Mean logarithm over the devices, NaN where latency is unknown on one, [N]."""
-    known = latency_ms > 0  # not NaN either
+    known = np.isfinite(latency_ms) & (latency_ms > 0)
     logs: FloatArray = np.log(np.where(known, latency_ms, np.nan)).mean(axis=1)
     return logs
 
@@ -321,7 +326,7 @@ def kernel(a: Features, b: Features, genes: int, h: Hyperparameters) -> FloatArr
         smooth *= h.rbf
         result += smooth
     if h.cost:
-        result += h.cost * np.outer(a.cost, b.cost)
+        result += np.outer(h.cost * a.cost, b.cost)
     return result
 
 
@@ -402,7 +407,7 @@ def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparamet
     """
     seen = scored.at(spread_rows(len(scored.accuracies), MAX_FIT_POINTS))
     coarse = (LINEAR_SHARES[::2], PAIR_SHARES[1:2], LENGTHS[1:2], NOISES[1::2])
-    ms, _ = problem.latency(seen.genotypes)
+    ms = latencies(problem, seen.genotypes).ms
     found = [
         _best_of_grid(problem, seen, ms, headroom, *coarse, cost=cost)
         for headroom, cost in itertools.product(HEADROOMS, (0.0, COST_VARIANCE))
@@ -430,21 +435,11 @@ def _best_of_grid(
     The signal variance has a closed form for each shape of the kernel (ibid., exercise 5.6; here with a prior that is
     worth `PRIOR_POINTS` observations), so that only shares, length and noise are searched.
     """
-    unlike = _log_ms(latency_ms)
-    unlike = unlike[np.isfinite(unlike)]
-    center, spread = (float(unlike.mean()), float(unlike.std())) if len(unlike) else (0.0, 0.0)
-    first = Hyperparameters(
-        0.6,
-        0.0,
-        0.4,
-        1.0,
-        noises[0],
-        headroom,
-        None,
-        cost if spread > 0 else 0.0,
-        center,
-        spread if spread > 0 else 1.0,
-    )
+    log_ms = _log_ms(latency_ms)
+    log_ms = log_ms[np.isfinite(log_ms)]
+    center, spread = (float(log_ms.mean()), float(log_ms.std())) if len(log_ms) else (0.0, 0.0)
+    cost, spread = (cost, spread) if spread > LEAST_COST_UNIT else (0.0, 1.0)
+    first = Hyperparameters(0.6, 0.0, 0.4, 1.0, noises[0], headroom, None, cost, center, spread)
     features = encoded(problem, scored.genotypes, first, latency_ms)
     by_cost = first.cost * np.outer(features.cost, features.cost)
     shared, squared = _shared(features, features, len(problem.cardinalities)), _squared_distances(features, features)
@@ -489,7 +484,7 @@ def fit_relevance(
     least = least_ceiling(problem)
     observed, _, noise_shape, _ = standardised(scored.accuracies, start.headroom, least)
     genes, count = len(problem.cardinalities), len(observed)
-    plain = encoded(problem, scored.genotypes, start, latency_ms)
+    plain = encode(scored.genotypes, problem.cardinalities, problem.ordinal, None, costs(latency_ms, start))
     alike_in_cost = np.outer(plain.cost, plain.cost)
     share_genes, code_genes = _columns(problem.cardinalities, problem.ordinal)
     columns = plain.shares.astype(np.float64)

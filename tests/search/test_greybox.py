@@ -312,20 +312,21 @@ def test_latency_is_a_part_of_the_model_where_it_explains_accuracy() -> None:
 
 def test_latency_as_the_kernel_sees_it() -> None:
     h = Hyperparameters(0.5, 0.2, 0.3, 0.8, 0.01, cost=0.5, cost_center=1.0, cost_unit=2.0)
-    ms = np.exp(np.array([[1.0, 5.0], [-1.0, -1.0], [np.nan, 5.0]]))
-    np.testing.assert_allclose(costs(ms, h), [1.0, -1.0, 0.0])
+    ms = np.array(
+        [[np.e, np.exp(5.0)], [np.exp(-1), np.exp(-1)], [np.nan, 2.0], [np.inf, 2.0], [0.0, 2.0], [1e99, 1e99]]
+    )
+    np.testing.assert_allclose(costs(ms, h), [1.0, -1.0, 0.0, 0.0, 0.0, 4.0])
     assert costs(ms, replace(h, cost=0.0)) is None
 
 
-def test_the_model_works_where_all_latencies_are_unknown_or_alike() -> None:
-    rows = drawn(40)[:20]
-    for value in (np.nan, 3.0):
-        of = problem(
-            lambda genotypes, value=value: (np.full((len(genotypes), 1), value), np.zeros((len(genotypes), 1)))
-        )
-        h = fit_hyperparameters(of, scored(rows))
-        assert h.cost == 0
-        assert np.isfinite(predict_accuracy(fit_model(of, scored(rows), h), encode(rows, SIZES, ORDINAL))).all()
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.1, 2.5, 3.0])
+def test_latencies_that_are_unknown_or_alike_are_no_part_of_the_model(value: float) -> None:
+    known = scored(drawn(40)[:20])
+    of = problem(lambda genotypes: (np.full((len(genotypes), 1), value), np.zeros((len(genotypes), 1))))
+    h = fit_hyperparameters(of, Scored(known.genotypes, known.accuracies + 5, known.eligible))
+    assert h.cost == 0 and h.cost_unit == 1.0
+    other = encoded(of, drawn(40)[20:], h, np.full((len(drawn(40)) - 20, 1), 7.0))
+    assert np.isfinite(predict_accuracy(fit_model(of, known, h), other)).all()
 
 
 def test_the_neighbours_of_a_network_differ_in_one_gene() -> None:
