@@ -585,18 +585,21 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     # would otherwise be taken for an effect of what they consist of.
     coarse = variances[:, -1] >= MIN_SPREAD**2
     for _ in range(PASSES - 1):
-        score = _log_likelihood(variances[coarse], kernels, r, inflated) + log_prior[coarse]
-        best = variances[coarse][np.argmax(score)]
-        inverse = np.linalg.inv(_covariance(best[None], kernels, inflated)[0])
+        score = _log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior
+        best = variances[[np.argmax(np.where(coarse, score, -np.inf))]]
+        inverse = np.linalg.inv(_covariance(best, kernels, _noise(best, inflated, doubt))[0])
         left = np.abs(inverse @ r / np.diag(inverse))
         deviations = left / max(1.4826 * float(np.median(left)), MIN_SPREAD)
         before, inflated = inflated, np.where(deviations > OUTLIER, np.maximum(deviations, doubt), doubt)
         if np.array_equal(before, inflated):
             break
+    else:
+        score = _log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior
 
-    kept, share = _heaviest(_log_likelihood(variances, kernels, r, inflated) + log_prior)
+    kept, share = _heaviest(score)
     h = variances[kept]
-    lower = np.linalg.cholesky(_covariance(h, kernels, inflated))
+    noise = _noise(h, inflated, doubt)
+    lower = np.linalg.cholesky(_covariance(h, kernels, noise))
     half = np.linalg.solve(lower, np.broadcast_to(np.eye(n), lower.shape))  # its inverse, [P, N, N]
     alpha = np.einsum("pki,pkj,j->pi", half, half, r, optimize=True)
     diagonal = (half**2).sum(axis=1)
@@ -611,8 +614,7 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     spread = np.sqrt(share)[:, None] * (means - weights)
 
     left_mean = r - alpha / diagonal
-    noise = h[:, -1:]
-    left_var = np.maximum(1 / diagonal - noise * inflated**2, 0.0) + noise  # of an ordinary new measurement
+    left_var = np.maximum(1 / diagonal - noise, 0.0) + h[:, -1:]  # of an ordinary new measurement
     left_r = share @ left_mean
     left_std = np.sqrt(share @ (left_var + (left_mean - left_r) ** 2))
     deviations = np.abs(r - left_r) / left_std
@@ -660,26 +662,35 @@ def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray]:
     return std**2, -0.5 * ((np.log(of_prior / median) / width) ** 2).sum(axis=1)
 
 
-def _covariance(variances: FloatArray, kernels: FloatArray, inflated: FloatArray) -> FloatArray:
-    """Covariance of the measured residuals at each point, shape [P, N, N]."""
-    n = len(inflated)
+def _noise(variances: FloatArray, inflated: FloatArray, doubt: FloatArray) -> FloatArray:
+    """Variance of the noise of each measured residual at each point, shape [P, N].
+
+    Outliers were told by how many spreads of `MIN_SPREAD` at least they lie off, so theirs is inflated from there.
+    """
+    least = np.where(inflated > doubt, MIN_SPREAD**2, 0.0)
+    return np.maximum(variances[:, -1:], least) * inflated**2
+
+
+def _covariance(variances: FloatArray, kernels: FloatArray, noise: FloatArray) -> FloatArray:
+    """Covariance of the measured residuals at each point, shape [P, N, N], with the noise of each, shape [P, N]."""
+    n = noise.shape[1]
     result = (variances[:, :-1] @ kernels.reshape(len(kernels), -1)).reshape(-1, n, n)
     diagonal = np.arange(n)
-    result[:, diagonal, diagonal] += variances[:, -1:] * inflated**2
+    result[:, diagonal, diagonal] += noise
     return result
 
 
-def _log_likelihood(variances: FloatArray, kernels: FloatArray, r: FloatArray, inflated: FloatArray) -> FloatArray:
+def _log_likelihood(variances: FloatArray, kernels: FloatArray, r: FloatArray, noise: FloatArray) -> FloatArray:
     """Log marginal likelihood of each point without its constant, shape [P]; stacked Cholesky factors."""
     n = len(r)
     result = np.empty(len(variances))
     for start in range(0, len(variances), 64):
-        part = variances[start : start + 64]
+        part, of_part = variances[start : start + 64], noise[start : start + 64]
         # With r as one more row, the last row of the factor is (inverse factor) r; its corner only has to be large.
         bordered = np.empty((len(part), n + 1, n + 1))
-        bordered[:, :n, :n] = _covariance(part, kernels, inflated)
+        bordered[:, :n, :n] = _covariance(part, kernels, of_part)
         bordered[:, n, :n] = bordered[:, :n, n] = r
-        bordered[:, n, n] = 1.0 + 2 * (r @ r) / part[:, -1]
+        bordered[:, n, n] = 1.0 + 2 * (r @ r) / of_part.min(axis=1)
         factor = np.linalg.cholesky(bordered)
         logs = np.log(np.diagonal(factor, axis1=1, axis2=2)[:, :n]).sum(axis=1)
         result[start : start + 64] = -0.5 * (factor[:, n, :n] ** 2).sum(axis=1) - logs

@@ -51,7 +51,7 @@ def accuracy_fit(problem: GreyBoxProblem, scored: Scored) -> AccuracyFit | None:
     """The leave-one-out errors of the grey-box sampler's model; None where too few candidates were scored.
 
     Args:
-        problem: what is known of the genes.
+        problem: what is known of the genes and of latency.
         scored: candidates, with accuracies from 0 to 1.
     """
     rows = spread_rows(len(scored.accuracies), MOST)

@@ -43,12 +43,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.core.errors import BudgetError, ConfigError
 from nas.search.greybox import (
+    MAX_FIT_POINTS,
     Effort,
     GreyBoxProblem,
     Hyperparameters,
     Scored,
     fit_hyperparameters,
     propose,
+    spread_rows,
 )
 
 FloatArray = NDArray[np.float64]
@@ -474,8 +476,9 @@ def _show(study: optuna.Study, trial: FrozenTrial, proposal: list[int] | None) -
 
 
 def _remembered(memory: _Memory, problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
-    """`fit_hyperparameters`, which is not computed twice in a row for the same networks."""
-    digest = _digest(scored)
+    """`fit_hyperparameters`, which is not computed twice in a row for the same networks with the same latency."""
+    ms, _ = problem.latency(scored.genotypes[spread_rows(len(scored.accuracies), MAX_FIT_POINTS)])
+    digest = hashlib.sha256(_digest(scored) + ms.tobytes()).digest()
     if memory.fitted is None or memory.fitted[0] != digest:
         memory.fitted = digest, fit_hyperparameters(problem, scored)
     return memory.fitted[1]

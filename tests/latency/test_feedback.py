@@ -249,16 +249,17 @@ def test_left_out_predictions_do_not_see_their_own_measurement():
 
 
 @pytest.mark.parametrize(
-    ("prior", "wrong", "doubt"),
+    ("prior", "noise", "wrong", "doubt"),
     [
-        ("other", {}, [1.0] * 7),
-        ("same device", {}, [1.0, 4.0, 1.0, 1.0, 2.0, 1.0, 1.0]),
-        ("same device", {2: 1.7, 5: 1.15}, [1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 2.0]),
-        ("other", {1: 0.5}, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0]),
+        ("other", 0.01, {}, [1.0] * 7),
+        ("same device", 0.01, {}, [1.0, 4.0, 1.0, 1.0, 2.0, 1.0, 1.0]),
+        ("same device", 0.01, {2: 1.7, 5: 1.15}, [1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 2.0]),
+        ("other", 0.01, {1: 0.5}, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0]),
+        ("same device", 0.0, {2: 1.2}, [1.0] * 7),  # so quiet that an outlier is told from more than the noise
     ],
 )
-def test_mean_and_deviation_are_those_of_the_model_written_out_point_by_point(prior, wrong, doubt):
-    device = made_device(group=0.2, entry=0.1, layer_ms=0.01)
+def test_mean_and_deviation_are_those_of_the_model_written_out_point_by_point(prior, noise, wrong, doubt):
+    device = made_device(**({"group": 0.2, "entry": 0.1, "layer_ms": 0.01} if noise else {}), noise=noise)
     networks, _, measured = made_networks(device, 7, 1)
     for i, factor in wrong.items():
         measured[i] *= factor
@@ -300,10 +301,14 @@ def written_out(
         linear = belief.constant**2 + g**2 * v @ v.T + e**2 * w @ w.T + b**2 * u @ u.T
         return linear + short**2 * near + long**2 * far
 
+    def noise(point, inflated: Array) -> Array:
+        """Variances; outliers are told from 1 % at least, so that is what is inflated."""
+        return (np.where(inflated > doubt, max(point[-1], 0.01), point[-1]) * inflated) ** 2
+
     def from_others(point, inflated: Array, use: list[int], ask: list[int]) -> tuple[Array, Array]:
         """Mean and variance of new measurements of some networks from those of others."""
         cov = covariance(point)
-        s = cov[np.ix_(use, use)] + np.diag((point[-1] * inflated[use]) ** 2)
+        s = cov[np.ix_(use, use)] + np.diag(noise(point, inflated)[use])
         weight = np.linalg.solve(s, cov[np.ix_(use, ask)])
         explained = (cov[np.ix_(use, ask)] * weight).sum(axis=0)
         return r[use] @ weight, np.diag(cov)[ask] - explained + point[-1] ** 2
@@ -315,9 +320,9 @@ def written_out(
     def scores(inflated: Array) -> Array:
         result = []
         for point in points:
-            s = covariance(point)[:n, :n] + np.diag((point[-1] * inflated) ** 2)
-            g, e, b, rbf, noise = point
-            of_prior = np.append(np.maximum([g, e, b, max(rbf)], 0.01), noise)
+            s = covariance(point)[:n, :n] + np.diag(noise(point, inflated))
+            g, e, b, rbf, noise_std = point
+            of_prior = np.append(np.maximum([g, e, b, max(rbf)], 0.01), noise_std)
             from_median = np.log(of_prior / np.array(belief.medians)) / np.array(belief.widths)
             result.append(-0.5 * (r @ np.linalg.solve(s, r) + np.linalg.slogdet(s)[1] + (from_median**2).sum()))
         return np.array(result)

@@ -266,6 +266,21 @@ def test_relevance_raises_the_marginal_likelihood_it_is_fitted_to() -> None:
     assert all(likelihood(replace(found, cost=found.cost * factor)) < likelihood(found) for factor in (0.1, 10.0))
 
 
+def test_how_much_latency_says_is_fitted_beside_the_relevance() -> None:
+    rows = drawn(400)[::4]
+    ms = latency(rows)[0]
+    log_ms = np.log(ms[:, 0])
+    noise = np.random.default_rng(0).normal(size=len(rows))
+
+    def fitted(accuracies: np.ndarray, begun: float) -> float:
+        unit = float(log_ms.std())
+        start = Hyperparameters(0.5, 0.2, 0.3, 0.8, 0.01, cost=begun, cost_center=float(log_ms.mean()), cost_unit=unit)
+        return fit_relevance(problem(), Scored(rows, accuracies, np.ones(len(rows), bool)), ms, start).cost
+
+    assert fitted(log_ms + 0.1 * noise, 0.005) > 0.02
+    assert fitted(noise, 0.5) < 0.4
+
+
 def test_networks_are_the_larger_the_more_latency_their_options_cost_elsewhere() -> None:
     def odd(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         cost = np.array([0.4, 0.1, 0.9])[genotypes[:, 0]] + 0.2 * genotypes[:, 1] + 0.3 * (3 - genotypes[:, 7])
@@ -301,13 +316,15 @@ def test_latency_is_a_part_of_the_model_where_it_explains_accuracy() -> None:
     explained, unrelated = np.log(known(rows)[0][:, 0]) + 0.01 * rng.normal(size=24), rng.normal(size=24)
     with_it, without = (fit_hyperparameters(of, Scored(rows, y, every)) for y in (explained, unrelated))
     assert with_it.cost > 0.1 > without.cost
+    alike = replace(of, latency=lambda genotypes: (np.ones((len(genotypes), 1)), np.zeros((len(genotypes), 1))))
+    fitted_without = fit_hyperparameters(alike, Scored(rows, explained, every))
 
     def error(h: Hyperparameters) -> float:
         model = fit_model(of, Scored(rows, explained, every), h)
         found = predict_accuracy(model, encoded(of, new, h, known(new)[0]))
         return float(np.abs(found - np.log(known(new)[0][:, 0])).mean())
 
-    assert error(with_it) < 0.3 * error(replace(with_it, cost=0.0))
+    assert error(with_it) < 0.5 * error(fitted_without)
 
 
 def test_latency_as_the_kernel_sees_it() -> None:

@@ -101,6 +101,23 @@ def test_a_sampler_that_comes_in_later_proposes_what_the_first_would_have() -> N
     assert run(part, 5) == expected[7:]
 
 
+def test_a_table_that_is_corrected_under_a_sampler_counts_from_the_next_proposal_on() -> None:
+    slower = [1.0]
+    measured = for_each(latency_ms, SPACE)
+
+    def latency(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ms, deviation = measured(genotypes)
+        return np.where(genotypes[:, 1:2] > 1, slower[0], 1.0) * ms, deviation
+
+    study = study_of(latency=latency)
+    run(study, 21)  # hyper-parameters are those of 20 until there are 30
+    slower[0] = 1.5
+    expected, as_before = study_of(latency=latency), study_of()
+    for other in (expected, as_before):
+        other.add_trials(study.trials)
+    assert run(study, 1) == run(expected, 1) != run(as_before, 1)
+
+
 def test_minimised_errors_lead_to_the_same_networks_as_maximised_accuracy() -> None:
     up = study_of()
     down = study_of(directions=("minimize", "minimize"), accuracy=1)
