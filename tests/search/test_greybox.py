@@ -12,6 +12,7 @@ import pytest
 from nas.core.errors import ConfigError, RecordError
 from nas.latency.pareto import hypervolume
 from nas.search.greybox import (
+    MANY_POINTS,
     Effort,
     GreyBoxProblem,
     Hyperparameters,
@@ -325,6 +326,36 @@ def test_latency_is_a_part_of_the_model_where_it_explains_accuracy() -> None:
         return float(np.abs(found - np.log(known(new)[0][:, 0])).mean())
 
     assert error(with_it) < 0.5 * error(fitted_without)
+
+
+def test_nothing_is_smooth_while_networks_are_fewer_than_genes() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.permutation(drawn(400))
+    at, places = rows / (np.array(SIZES) - 1), rng.random((12, len(SIZES)))
+    bumps = np.exp(-3 * ((at[:, None] - places) ** 2).sum(axis=2)) @ rng.normal(size=12)  # nothing adds up
+    known = Scored(rows, bumps, np.ones(len(rows), bool))
+    few, many = (fit_hyperparameters(problem(), known.at(slice(n))) for n in (len(SIZES) - 1, len(rows)))
+    assert few.rbf == 0 < many.rbf
+
+
+def test_a_proposal_from_many_networks_looks_at_fewer_candidates() -> None:
+    looked_at: list[int] = []
+    sizes = (3,) * 16
+
+    def counted(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        looked_at.append(len(genotypes))
+        return 1.0 + genotypes.sum(axis=1)[:, None], np.zeros((len(genotypes), 1))
+
+    of = GreyBoxProblem(sizes, (True,) * 16, np.copy, counted, (20.0,))
+    rows = np.unique(np.random.default_rng(0).integers(0, 3, size=(MANY_POINTS, 16)), axis=0)
+    known = Scored(rows, (rows @ np.linspace(0.1, 1, 16)), np.ones(len(rows), bool))
+
+    def candidates(count: int) -> int:
+        looked_at.clear()
+        propose(of, known.at(slice(count)), hyperparameters=lambda *_: Hyperparameters(0.5, 0.2, 0.3, 1.0, 0.01))
+        return sum(looked_at)
+
+    assert candidates(MANY_POINTS) < 0.7 * candidates(MANY_POINTS - 1)
 
 
 def test_latency_as_the_kernel_sees_it() -> None:
