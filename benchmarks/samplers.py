@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 import optuna
-import torch
 from numpy.typing import NDArray
 
 import nas.search.greybox
@@ -173,6 +172,8 @@ def _tpe_multivariate(problem: Problem, seed: int) -> optuna.samplers.BaseSample
 
 
 def _gp(problem: Problem, seed: int) -> optuna.samplers.BaseSampler:  # noqa: ARG001
+    import torch  # 0.4 GB, that the other samplers do not need
+
     torch.set_num_threads(1)  # its threads wait for one another where each core has a process: six times as slow
     return optuna.samplers.GPSampler(seed=seed)
 

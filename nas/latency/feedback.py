@@ -576,26 +576,22 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     r = y / q - 1
     places = _places(networks.descriptors, total)
     kernels = np.stack([np.ones((n, n)), v @ v.T, u @ u.T, w @ w.T, *_rbf(places, places)])
-    variances, log_prior = _grid(belief)
+    variances, log_prior, rough = _grid(belief)
 
     # Begun where most networks agree: with few of them the fit would follow one that does not (r has the median 0).
     far = np.abs(r) / max(1.4826 * float(np.median(np.abs(r))), MIN_SPREAD)
     inflated = np.where(far > FAR_OUTLIER, np.maximum(far, doubt), doubt)
-    # Looked for where noise is what outliers are told from, not less: of five quiet networks, two that are far off
-    # would otherwise be taken for an effect of what they consist of.
-    coarse = variances[:, -1] >= MIN_SPREAD**2
     for _ in range(PASSES - 1):
-        score = _log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior
-        best = variances[[np.argmax(np.where(coarse, score, -np.inf))]]
+        noise = _noise(variances[rough], inflated, doubt)
+        best = variances[rough][[np.argmax(_log_likelihood(variances[rough], kernels, r, noise) + log_prior[rough])]]
         inverse = np.linalg.inv(_covariance(best, kernels, _noise(best, inflated, doubt))[0])
         left = np.abs(inverse @ r / np.diag(inverse))
         deviations = left / max(1.4826 * float(np.median(left)), MIN_SPREAD)
         before, inflated = inflated, np.where(deviations > OUTLIER, np.maximum(deviations, doubt), doubt)
         if np.array_equal(before, inflated):
             break
-    else:
-        score = _log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior
 
+    score = _log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior
     kept, share = _heaviest(score)
     h = variances[kept]
     noise = _noise(h, inflated, doubt)
@@ -653,13 +649,20 @@ def _reaching(deviations: FloatArray) -> float:
     return float(np.quantile(np.concatenate([deviations, usual]), 0.9) / special.ndtri(0.95))
 
 
-def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray]:
-    """Variances of constant, group, overhead, entry, rests, noise at each point, shape [P, 6 + 1]; log prior [P]."""
+def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
+    """Variances of constant, group, overhead, entry, rests, noise at each point, shape [P, 6 + 1]; log prior [P]; where
+    outliers are looked for [P].
+
+    That is every second value of group and overhead, a quarter of the time, and noise that outliers are told from, not
+    less: of five quiet networks, two that are far off would otherwise be taken for an effect of what they consist of.
+    """
     rows = list(product(belief.group, belief.overhead, belief.entry, belief.rbf, NOISE_STD))
     std = np.array([(belief.constant, g, b, e, *f, noise) for g, b, e, f, noise in rows])
     of_prior = np.array([(*np.maximum((g, e, b, max(f)), SMALL), noise) for g, b, e, f, noise in rows])
     median, width = np.array(belief.medians), np.array(belief.widths)
-    return std**2, -0.5 * ((np.log(of_prior / median) / width) ** 2).sum(axis=1)
+    rough = np.isin(std[:, 1], belief.group[::2]) & np.isin(std[:, 2], belief.overhead[::2])
+    rough &= std[:, -1] >= MIN_SPREAD
+    return std**2, -0.5 * ((np.log(of_prior / median) / width) ** 2).sum(axis=1), rough
 
 
 def _noise(variances: FloatArray, inflated: FloatArray, doubt: FloatArray) -> FloatArray:

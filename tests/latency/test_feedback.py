@@ -333,8 +333,9 @@ def written_out(
 
     inflated = inflation(r, 6.0)
     for _ in range(2):
-        coarse = np.array([point[-1] >= 0.01 for point in points])  # outliers are not told from less noise
-        best = points[int(np.argmax(np.where(coarse, scores(inflated), -np.inf)))]
+        # Outliers are not told from less noise, and looked for in a part of the grid.
+        rough = [g in belief.group[::2] and b in belief.overhead[::2] and noise >= 0.01 for g, _, b, _, noise in points]
+        best = points[int(np.argmax(np.where(rough, scores(inflated), -np.inf)))]
         inflated = inflation(r - left_out(best, inflated)[0], 2.5)
     score = scores(inflated)
     heaviest = np.argsort(-score, kind="stable")
