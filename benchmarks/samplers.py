@@ -317,7 +317,8 @@ def best_volume(kind: Kind, problem: Problem, folder: Path | None) -> float:
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table for a page."""
-    shown = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    digits = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    shown = [[f"{float(cell):,.0f}" if "e+" in cell else cell for cell in row] for row in digits]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(columns), ["---"] * len(columns), *shown])
 
 

@@ -57,8 +57,8 @@ class Sampler:
 # (experiments/2026-11-21_figures), and more than 10,000 for 1,000; at 10,000 hardly anything is left to gain.
 GREYBOX = Sampler(
     ((1_000, 8.0), (10_000, 1.0)),
-    ((100, 22.0), (300, 35.0), (1_000, 103.0), (3_000, 105.0)),
-    ((100, 3.6), (300, 7.8), (1_000, 10.0), (3_000, 18.0)),
+    ((30, 19.0), (100, 48.0), (300, 35.0), (1_000, 103.0), (3_000, 105.0)),
+    ((100, 5.8), (300, 7.8), (1_000, 10.0), (3_000, 18.0)),
 )
 # Multivariate TPE, told what is over the budget: 1.2 to 2.0 at 25 trials, 0.9 to 2.0 at 50, 0.7 to 1.8 at 100 on four
 # problems (here their means), as good as NSGA-II at 300 and behind at 1,000 on the one that went so far.
