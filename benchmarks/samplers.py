@@ -315,10 +315,13 @@ def best_volume(kind: Kind, problem: Problem, folder: Path | None) -> float:
     return found
 
 
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table for a page."""
-    digits = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    shown = [[f"{float(cell):,.0f}" if "e+" in cell else cell for cell in row] for row in digits]
+    shown = [[_digits(cell) if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [list(columns), ["---"] * len(columns), *shown])
 
 

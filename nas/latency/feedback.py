@@ -579,20 +579,17 @@ def _fit_bayes(networks: Networks, y: FloatArray, group: IntArray, belief: _Beli
     variances, log_prior, rough = _grid(belief)
 
     # Begun where most networks agree: with few of them the fit would follow one that does not (r has the median 0).
-    far = np.abs(r) / max(1.4826 * float(np.median(np.abs(r))), MIN_SPREAD)
-    inflated = np.where(far > FAR_OUTLIER, np.maximum(far, doubt), doubt)
+    inflated = _inflation(r, FAR_OUTLIER, doubt)
+    tried = variances[rough]
     for _ in range(PASSES - 1):
-        noise = _noise(variances[rough], inflated, doubt)
-        best = variances[rough][[np.argmax(_log_likelihood(variances[rough], kernels, r, noise) + log_prior[rough])]]
+        likely = _log_likelihood(tried, kernels, r, _noise(tried, inflated, doubt)) + log_prior[rough]
+        best = tried[[np.argmax(likely)]]
         inverse = np.linalg.inv(_covariance(best, kernels, _noise(best, inflated, doubt))[0])
-        left = np.abs(inverse @ r / np.diag(inverse))
-        deviations = left / max(1.4826 * float(np.median(left)), MIN_SPREAD)
-        before, inflated = inflated, np.where(deviations > OUTLIER, np.maximum(deviations, doubt), doubt)
+        before, inflated = inflated, _inflation(inverse @ r / np.diag(inverse), OUTLIER, doubt)
         if np.array_equal(before, inflated):
             break
 
-    score = _log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior
-    kept, share = _heaviest(score)
+    kept, share = _heaviest(_log_likelihood(variances, kernels, r, _noise(variances, inflated, doubt)) + log_prior)
     h = variances[kept]
     noise = _noise(h, inflated, doubt)
     lower = np.linalg.cholesky(_covariance(h, kernels, noise))
@@ -663,6 +660,13 @@ def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
     rough = np.isin(std[:, 1], belief.group[::2]) & np.isin(std[:, 2], belief.overhead[::2])
     rough &= std[:, -1] >= MIN_SPREAD
     return std**2, -0.5 * ((np.log(of_prior / median) / width) ** 2).sum(axis=1), rough
+
+
+def _inflation(residuals: FloatArray, limit: float, doubt: FloatArray) -> FloatArray:
+    """How many times the noise of each network is inflated: residuals beyond a limit of robust deviations, shape [N]."""
+    size = np.abs(residuals)
+    far = size / max(1.4826 * float(np.median(size)), MIN_SPREAD)
+    return np.where(far > limit, np.maximum(far, doubt), doubt)
 
 
 def _noise(variances: FloatArray, inflated: FloatArray, doubt: FloatArray) -> FloatArray:

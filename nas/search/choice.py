@@ -52,7 +52,9 @@ class Sampler:
         return sum(_at(self.once_ms, n) / batch + _at(self.each_ms, n) for n in places) / MEAN_STEPS
 
 
-# Costs of this and of NSGA-II: `python -m benchmarks.proposal_cost`, tiny-32, experiments/2026-11-28_proposal_cost.
+# Costs of this and of NSGA-II: `python -m benchmarks.proposal_cost`, tiny-32, experiments/2026-11-28_proposal_cost;
+# those of the grey box at 100 and 30 are what it had there, times what was measured on a slower host since
+# (docs/search.md).
 # Worth of the grey box: NSGA-II needed 772 and 1,373 trials for what it reached in 100 on two problems
 # (experiments/2026-11-21_figures), and more than 10,000 for 1,000; at 10,000 hardly anything is left to gain.
 GREYBOX = Sampler(

@@ -122,7 +122,10 @@ class Effort:
     model_points: int = 700
 
     def lessened(self) -> Effort:
-        """That of a proposal from `MANY_POINTS` networks on: a candidate costs the square of their number."""
+        """That of a proposal from `MANY_POINTS` networks on: a candidate costs the square of their number.
+
+        Of the defaults it makes what a proposal was measured with there (`benchmarks.ask_cost`).
+        """
         return replace(
             self,
             random=(self.random + 1) // 2,

@@ -478,9 +478,9 @@ def _show(study: optuna.Study, trial: FrozenTrial, proposal: list[int] | None) -
 def _remembered(memory: _Memory, problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
     """`fit_hyperparameters`, which is not computed twice in a row for the same networks with the same latency."""
     ms, _ = problem.latency(scored.genotypes[spread_rows(len(scored.accuracies), MAX_FIT_POINTS)])
-    digest = hashlib.sha256(_digest(scored) + ms.tobytes()).digest()
-    if memory.fitted is None or memory.fitted[0] != digest:
-        memory.fitted = digest, fit_hyperparameters(problem, scored)
+    known = _digest(scored) + ms.tobytes()
+    if memory.fitted is None or memory.fitted[0] != known:
+        memory.fitted = known, fit_hyperparameters(problem, scored)
     return memory.fitted[1]
 
 

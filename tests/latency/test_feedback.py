@@ -248,18 +248,21 @@ def test_left_out_predictions_do_not_see_their_own_measurement():
     assert after.left_out_z[5] > before.left_out_z[5]
 
 
+UNEVEN = made_device(group=0.2, entry=0.1, layer_ms=0.01)
+SCALED = made_device(noise=0.0)
+
+
 @pytest.mark.parametrize(
-    ("prior", "noise", "wrong", "doubt"),
+    ("prior", "device", "wrong", "doubt"),
     [
-        ("other", 0.01, {}, [1.0] * 7),
-        ("same device", 0.01, {}, [1.0, 4.0, 1.0, 1.0, 2.0, 1.0, 1.0]),
-        ("same device", 0.01, {2: 1.7, 5: 1.15}, [1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 2.0]),
-        ("other", 0.01, {1: 0.5}, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0]),
-        ("same device", 0.0, {2: 1.2}, [1.0] * 7),  # so quiet that an outlier is told from more than the noise
+        ("other", UNEVEN, {}, [1.0] * 7),
+        ("same device", UNEVEN, {}, [1.0, 4.0, 1.0, 1.0, 2.0, 1.0, 1.0]),
+        ("same device", UNEVEN, {2: 1.7, 5: 1.15}, [1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 2.0]),
+        ("other", UNEVEN, {1: 0.5}, [1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0]),
+        ("same device", SCALED, {2: 1.2}, [1.0] * 7),  # so quiet that an outlier is told from more than the noise
     ],
 )
-def test_mean_and_deviation_are_those_of_the_model_written_out_point_by_point(prior, noise, wrong, doubt):
-    device = made_device(**({"group": 0.2, "entry": 0.1, "layer_ms": 0.01} if noise else {}), noise=noise)
+def test_mean_and_deviation_are_those_of_the_model_written_out_point_by_point(prior, device, wrong, doubt):
     networks, _, measured = made_networks(device, 7, 1)
     for i, factor in wrong.items():
         measured[i] *= factor
