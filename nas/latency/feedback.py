@@ -663,7 +663,7 @@ def _grid(belief: _Belief) -> tuple[FloatArray, FloatArray, NDArray[np.bool_]]:
 
 
 def _inflation(residuals: FloatArray, limit: float, doubt: FloatArray) -> FloatArray:
-    """How many times the noise of each network is inflated: residuals beyond a limit of robust deviations, shape [N]."""
+    """How many times the noise of each network is inflated: beyond `limit` robust deviations of residuals, [N]."""
     size = np.abs(residuals)
     far = size / max(1.4826 * float(np.median(size)), MIN_SPREAD)
     return np.where(far > limit, np.maximum(far, doubt), doubt)
