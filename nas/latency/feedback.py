@@ -51,7 +51,7 @@ MIN_SPREAD = 0.01  # relative; left-out residuals closer than this are no outlie
 CALIBRATION_WEIGHT = 5.0  # networks that the deviations as computed count for, against the left-out ones
 MIN_RATIO, MAX_RATIO = 0.1, 10.0  # a correction never moves a prediction further from the scaled sum
 SCALE_WEIGHT = 3.0  # networks that the error around the scale counts for before anything is known
-KERNEL_ERROR = 3e-4  # of the noise: how far a kernel that `Compact` leaves out may be from those that it keeps
+KERNEL_ERROR = 1e-3  # of the noise: how far a kernel that `Compact` leaves out may be from those that it keeps
 ROUNDING = 1e-12  # eigenvalues smaller than the largest by this are zero
 _CHUNK = 8192  # networks predicted at once: bounds the memory
 

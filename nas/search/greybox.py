@@ -877,13 +877,14 @@ def bred(problem: GreyBoxProblem, base: IntArray, rng: np.random.Generator, coun
 
 def neighbours(problem: GreyBoxProblem, genotypes: IntArray) -> IntArray:
     """All canonical genotypes that come of genotypes [N, G] by another option of one gene, [M, G]."""
-    changed = [genotypes[:0]]
-    for gene, size in enumerate(problem.cardinalities):
-        for option in range(size):
-            rows = genotypes[genotypes[:, gene] != option].copy()
-            rows[:, gene] = option
-            changed.append(rows)
-    return problem.canonical(np.concatenate(changed))
+    sizes = problem.cardinalities
+    genes = np.repeat(np.arange(len(sizes)), np.array(sizes) * len(genotypes))
+    options = np.concatenate([np.repeat(np.arange(size), len(genotypes)) for size in sizes])
+    changed = np.tile(genotypes, (sum(sizes), 1))
+    cells = np.arange(len(changed)), genes
+    is_other = changed[cells] != options
+    changed[cells] = options
+    return problem.canonical(changed[is_other])
 
 
 def random_within(

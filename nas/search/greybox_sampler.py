@@ -152,7 +152,7 @@ class _Memory:
     """What a sampler remembers of one study; all of it can be found out again."""
 
     finished: dict[int, _Finished | None] = field(default_factory=dict)  # by number; None: its network is not known
-    ahead: tuple[bytes, list[list[int]]] = (b"", [])  # proposals that nobody has asked for yet
+    ahead: tuple[bytes, list[list[int]]] = (b"", [])  # by what was known: proposals that nobody has asked for yet
     fitted: tuple[bytes, Hyperparameters] | None = None
     silent: set[int] = field(default_factory=set)  # trials that were waited for in vain
 
@@ -286,9 +286,10 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         _show(study, trial, ASKING)
         trials = self._after_others(study, trial, memory)
         scored, pending, excluded = self._state(study, trial, trials, memory)
-        digest = _digest(scored)
         known = set(map(tuple, np.concatenate([pending, excluded]).tolist()))
-        ahead = [g for g in memory.ahead[1] if tuple(g) not in known] if memory.ahead[0] == digest and not fixed else []
+        ahead = []
+        if not fixed and memory.ahead[1] and memory.ahead[0] == self._known(scored, memory.ahead[1]):
+            ahead = [g for g in memory.ahead[1] if tuple(g) not in known]
         if not ahead:
             problem = self._given(self._oriented_problem(study), fixed)
             genotypes = propose(
@@ -309,9 +310,15 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
             )
         genotype, *rest = ahead
         if not fixed:
-            memory.ahead = digest, rest
+            memory.ahead = self._known(scored, rest), rest
         _show(study, trial, genotype)
         return None if self._is_taken(study, trial, genotype, memory) else genotype
+
+    def _known(self, scored: Scored, ahead: list[list[int]]) -> bytes:
+        """What proposals rest on: the trained networks, and their own latency, which may be corrected meanwhile."""
+        if not ahead:
+            return b""
+        return _digest(scored) + np.concatenate(self._problem.latency(np.array(ahead, np.int64))).tobytes()
 
     def _after_others(self, study: optuna.Study, trial: FrozenTrial, memory: _Memory) -> list[FrozenTrial]:
         """All trials, once those with a lower number that ask too have their networks, or have been silent for long."""

@@ -118,6 +118,25 @@ def test_a_table_that_is_corrected_under_a_sampler_counts_from_the_next_proposal
     assert run(study, 1) == run(expected, 1) != run(as_before, 1)
 
 
+def test_what_was_proposed_in_advance_is_proposed_anew_when_the_table_is_corrected() -> None:
+    slower = [1.0]
+    measured = for_each(latency_ms, SPACE)
+
+    def latency(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ms, deviation = measured(genotypes)
+        return slower[0] * ms, deviation
+
+    study = study_of(latency=latency, batch=8)
+    run(study, 24)
+    as_before = study_of(latency=latency, batch=8)
+    as_before.add_trials(study.trials)
+    too_slow_now = [latency_ms(as_before.ask(SPACE).params) > BUDGET_MS / 1.5 for _ in range(8)]
+    assert any(too_slow_now[1:])  # else this test shows nothing
+    study.ask(SPACE)
+    slower[0] = 1.5
+    assert all(1.5 * latency_ms(study.ask(SPACE).params) <= BUDGET_MS for _ in range(7))
+
+
 def test_minimised_errors_lead_to_the_same_networks_as_maximised_accuracy() -> None:
     up = study_of()
     down = study_of(directions=("minimize", "minimize"), accuracy=1)
