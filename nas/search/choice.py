@@ -52,8 +52,8 @@ class Sampler:
         return sum(_at(self.once_ms, n) / batch + _at(self.each_ms, n) for n in places) / MEAN_STEPS
 
 
-# Costs of this and of NSGA-II: `python -m benchmarks.proposal_cost`, tiny-32, experiments/2026-11-30_proposal_cost. From
-# fewer than 150 trainings the grey box looks at more candidates, so 100 cost more than 300.
+# Costs of this and of NSGA-II: `python -m benchmarks.proposal_cost`, tiny-32, experiments/2026-11-30_proposal_cost.
+# With fewer than 150 trainings the grey box looks at more candidates, so 100 cost more than 300.
 # Worth of the grey box: NSGA-II needed 772 and 1,373 trials for what it reached in 100 on two problems
 # (experiments/2026-11-21_figures), and more than 10,000 for 1,000; at 10,000 hardly anything is left to gain.
 GREYBOX = Sampler(
