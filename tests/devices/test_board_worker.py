@@ -46,10 +46,16 @@ class FakeClock(Clock):
 
 
 class RealClock(Clock):
-    """A clock that goes, where a thread has to read meanwhile."""
+    """A clock that goes, where a thread has to read meanwhile; `slower`: how many times longer each run took."""
+
+    def __init__(self) -> None:
+        self.slower: list[float] = []
 
     def spend(self, seconds: float) -> None:
+        began_s = time.perf_counter()
         time.sleep(seconds)
+        if seconds:
+            self.slower.append((time.perf_counter() - began_s) / seconds)
 
 
 class Session:
@@ -180,12 +186,12 @@ def test_energy_comes_from_the_rails_while_the_model_runs(tmp_path: Path) -> Non
     root = write_board(tmp_path, ORIN_NANO_SUPER.locked)
     result, _ = measured(root, FakeClock(), in_place=True)
     assert result["energy"] is None, "no reading fell into the windows of a clock that stands still"
-    real, _ = measured(root, RealClock(), in_place=True)
+    clock = RealClock()
+    real, _ = measured(root, clock, in_place=True)
     energy = real["energy"]
     assert energy["whole_board"] is True and energy["rounds"] == 3
-    assert energy["mj"] == pytest.approx(5000.0 / 1000, rel=0.35), (
-        "5000 mW, about a millisecond an inference (simulated)"
-    )
+    # 5000 mW (simulated), and about a millisecond an inference: more where other programs keep the machine busy.
+    assert 0.9 * 5 * min(clock.slower) < energy["mj"] < 1.35 * 5 * max(clock.slower)
     assert energy["std_mj"] < energy["mj"]
 
 
@@ -198,7 +204,8 @@ def test_energy_of_a_program_is_what_a_long_run_takes_more_than_a_short_one(
     clock = RealClock()
     result, _ = measured(root, clock, lambda call: clock.spend(0.2 if call > 3 else 0.0), in_place=False)
     energy = result["energy"]
-    assert energy["mj"] == pytest.approx(5000.0 / 1000, rel=0.35), "5000 mW, a millisecond an inference (simulated)"
+    # 5000 mW (simulated), a millisecond an inference; that of the short run may have taken longer than of the long one.
+    assert 0.65 * 5 < energy["mj"] < 1.35 * 5 * max(clock.slower)
     assert energy["rounds"] == 3
 
 
