@@ -929,8 +929,8 @@ def start_spread(
     """At most `count` networks spread evenly over latency, none of `taken` [T, G] among them, [N, G].
 
     The latency of each is aimed at by a low-discrepancy sequence whose place is the number of those taken, on the
-    devices in turn, between the lowest that was drawn and the budget; of the `START_WINDOW` networks nearest to it the
-    largest is taken, see `network_sizes`.
+    devices in turn, between the lowest that was drawn and the budget, the first in the middle, where one network alone
+    is worth the most; of the `START_WINDOW` networks nearest to it the largest is taken, see `network_sizes`.
     """
     effort = effort or Effort()
     rng = np.random.default_rng(list(seed))
@@ -949,7 +949,9 @@ def start_spread(
                 break
         ms = np.nan_to_num(known.ms[usable, device], nan=np.inf)
         low = float(ms.min())
-        aim = low + (problem.budgets_ms[device] - low) * ((shift + golden * (place // len(problem.budgets_ms))) % 1)
+        nth = place // len(problem.budgets_ms)
+        share = (shift + golden * nth) % 1 if nth else 0.5
+        aim = low + (problem.budgets_ms[device] - low) * share
         near = usable[np.argsort(np.abs(ms - aim), kind="stable")[:START_WINDOW]]
         chosen.append(int(near[size[near].argmax()]))
     return drawn[chosen]

@@ -529,6 +529,20 @@ def test_the_start_is_spread_over_latency() -> None:
     assert np.diff(ms).max() < 2.0 and ms[0] < 4.0 and ms[-1] > 6.0
 
 
+@pytest.mark.parametrize("budgets_ms", [(7.0,), (7.0, 5.0)])
+def test_the_first_network_of_each_device_has_half_of_its_latencies(budgets_ms: tuple[float, ...]) -> None:
+    def known(genotypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ms, deviation = latency(genotypes)
+        return np.repeat(ms, len(budgets_ms), axis=1), np.repeat(deviation, len(budgets_ms), axis=1)
+
+    of = problem(known, budgets_ms)
+    within_ms = np.sort(latency(random_within(of, np.random.default_rng(0), 600, 4096))[0][:, 0])
+    for seed in range(5):
+        ms = latency(start_spread(of, drawn(1)[:0], (seed,), len(budgets_ms)))[0][:, 0]
+        middles = (within_ms[0] + np.array(budgets_ms)) / 2
+        assert np.abs(ms - middles).max() < 0.4, "near it: the largest of those nearest is taken"
+
+
 def test_ineligible_networks_teach_but_do_not_shade_others() -> None:
     of = problem()
     rows = within(30, of)
