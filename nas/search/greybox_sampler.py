@@ -49,6 +49,7 @@ from nas.search.greybox import (
     Hyperparameters,
     Scored,
     fit_hyperparameters,
+    latencies,
     propose,
     spread_rows,
 )
@@ -152,7 +153,7 @@ class _Memory:
     """What a sampler remembers of one study; all of it can be found out again."""
 
     finished: dict[int, _Finished | None] = field(default_factory=dict)  # by number; None: its network is not known
-    ahead: tuple[bytes, list[list[int]]] = (b"", [])  # by what was known: proposals that nobody has asked for yet
+    ahead: tuple[bytes, list[list[int]]] = (b"", [])  # with their basis: proposals that nobody has asked for yet
     fitted: tuple[bytes, Hyperparameters] | None = None
     silent: set[int] = field(default_factory=set)  # trials that were waited for in vain
 
@@ -287,9 +288,10 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
         trials = self._after_others(study, trial, memory)
         scored, pending, excluded = self._state(study, trial, trials, memory)
         known = set(map(tuple, np.concatenate([pending, excluded]).tolist()))
-        ahead = []
-        if not fixed and memory.ahead[1] and memory.ahead[0] == self._known(scored, memory.ahead[1]):
-            ahead = [g for g in memory.ahead[1] if tuple(g) not in known]
+        basis, ahead = memory.ahead
+        if fixed or basis != _basis(self._problem, scored, ahead):
+            ahead = []
+        ahead = [g for g in ahead if tuple(g) not in known]
         if not ahead:
             problem = self._given(self._oriented_problem(study), fixed)
             genotypes = propose(
@@ -310,15 +312,9 @@ class GreyBoxSampler(optuna.samplers.BaseSampler):
             )
         genotype, *rest = ahead
         if not fixed:
-            memory.ahead = self._known(scored, rest), rest
+            memory.ahead = _basis(self._problem, scored, rest), rest
         _show(study, trial, genotype)
         return None if self._is_taken(study, trial, genotype, memory) else genotype
-
-    def _known(self, scored: Scored, ahead: list[list[int]]) -> bytes:
-        """What proposals rest on: the trained networks, and their own latency, which may be corrected meanwhile."""
-        if not ahead:
-            return b""
-        return _digest(scored) + np.concatenate(self._problem.latency(np.array(ahead, np.int64))).tobytes()
 
     def _after_others(self, study: optuna.Study, trial: FrozenTrial, memory: _Memory) -> list[FrozenTrial]:
         """All trials, once those with a lower number that ask too have their networks, or have been silent for long."""
@@ -484,15 +480,23 @@ def _show(study: optuna.Study, trial: FrozenTrial, proposal: list[int] | None) -
 
 def _remembered(memory: _Memory, problem: GreyBoxProblem, scored: Scored) -> Hyperparameters:
     """`fit_hyperparameters`, which is not computed twice in a row for the same networks with the same latency."""
-    ms, _ = problem.latency(scored.genotypes[spread_rows(len(scored.accuracies), MAX_FIT_POINTS)])
-    known = _digest(scored) + ms.tobytes()
-    if memory.fitted is None or memory.fitted[0] != known:
-        memory.fitted = known, fit_hyperparameters(problem, scored)
+    fitted_to = spread_rows(len(scored.accuracies), MAX_FIT_POINTS)
+    basis = _basis(problem, scored, scored.genotypes[fitted_to])
+    if memory.fitted is None or memory.fitted[0] != basis:
+        memory.fitted = basis, fit_hyperparameters(problem, scored)
     return memory.fitted[1]
 
 
-def _digest(scored: Scored) -> bytes:
-    return hashlib.sha256(scored.genotypes.tobytes() + scored.accuracies.tobytes()).digest()
+def _basis(problem: GreyBoxProblem, scored: Scored, genotypes: Sequence[Sequence[int]] | IntArray) -> bytes:
+    """What is remembered of scored networks rests on these and on latencies, which a correction of the table changes.
+
+    Args:
+        genotypes: whose latencies.
+    """
+    rows = np.array(genotypes, np.int64).reshape(len(genotypes), len(problem.cardinalities))
+    known = latencies(problem, rows)
+    networks = hashlib.sha256(scored.genotypes.tobytes() + scored.accuracies.tobytes()).digest()
+    return networks + known.ms.tobytes() + known.keeping.tobytes()
 
 
 def _key(value: Any) -> Any:
