@@ -757,8 +757,8 @@ def worthless_accuracy(first: FloatArray) -> float:
     As far below the worst of them as that is below their median: the fastest networks of the front are less accurate
     than random ones of any latency. Trainings that failed at chance level do not draw it far down.
 
-    2026-11-30: from `REFERENCE_SPREADS` below the median on, where it was 4. With these one search of 20 on
-    NAS-Bench-Macro never trained the fastest networks of the front, and had 0.99 of its hypervolume for good.
+    2026-11-30: from `REFERENCE_SPREADS` below the median on, where it was 4. With these 2 searches of 20 on
+    NAS-Bench-Macro never trained the fastest networks of the front, and had 0.97 and 0.99 of its hypervolume for good.
     """
     worst, middle, high = np.quantile(first, [0.0, 0.5, 0.9])
     return float(max(2 * worst - middle, middle - REFERENCE_SPREADS * (high - middle)))
